@@ -1,0 +1,50 @@
+# One command each; every one sets up .venv first if it has to.
+#
+#   make demo        train, convert, and measure a small network
+#   make test        the whole suite
+#   make lint        ruff, mypy, clang-format
+#   make bench-core  percent of peak of every kernel this CPU runs
+#   make clean       remove what was built
+
+PYTHON ?= python3
+CXX ?= g++
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(wildcard csrc/gemm/*)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* benchmarks/*.cpp)
+
+.PHONY: demo test lint bench-core clean
+
+demo: $(VENV)/built
+	$(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/built
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench-core: build/bench_core
+	build/bench_core
+
+build/bench_core: benchmarks/core.cpp $(CORE)
+	mkdir -p build
+	$(CXX) -std=c++17 -O3 -ffp-contract=off -w -o $@ benchmarks/core.cpp $(filter %.cpp,$(CORE))
+
+# torch is named first and alone: a plain `torch` would bring gigabytes of CUDA (see README, Install).
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "torchq needs Python >= 3.10")'
+	$(PYTHON) -m venv $(VENV) || { echo "Creating .venv failed. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(CORE) $(wildcard csrc/*.cpp)
+	@command -v $(firstword $(CXX)) > /dev/null || { echo "No C++ compiler. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build $(VENV) torchq.egg-info torchq/*.so

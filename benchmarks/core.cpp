@@ -1,0 +1,149 @@
+// Percent of peak, per kernel: the GEMM core alone, one thread, no torch.
+//
+//   make bench-core        builds this with the core and runs it
+//
+// The peak of a kernel is its multiply instruction (with what it cannot do without) on registers only, measured in
+// the same run and interleaved with the GEMM, so that clock changes fall on both. 1 multiply-add counts as 2
+// operations; padding does not count. Each figure is the best of several rounds.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../csrc/gemm/gemm.h"
+
+namespace {
+
+using torchq::Kernel;
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+constexpr int kPeakRounds = 400000;
+
+#if defined(__x86_64__)
+// Twelve independent accumulators outlast the latency of every CPU this runs on. R is zmm or ymm.
+#define STEP(P, R, D) P "vpdpbusd %%" R "13, %%" R "12, %%" R #D "\n\t"
+#define STEP_AVX2(P, R, D) "vpmaddwd %%ymm13, %%ymm12, %%ymm14\n\tvpaddd %%ymm14, %%ymm" #D ", %%ymm" #D "\n\t"
+#define TWELVE(S, P, R) \
+  S(P, R, 0)            \
+  S(P, R, 1)            \
+  S(P, R, 2) S(P, R, 3) S(P, R, 4) S(P, R, 5) S(P, R, 6) S(P, R, 7) S(P, R, 8) S(P, R, 9) S(P, R, 10) S(P, R, 11)
+#define PEAK(function, steps, ops_per_step)                                                                           \
+  double function() {                                                                                                 \
+    const double start = seconds();                                                                                   \
+    for (int i = 0; i < kPeakRounds; ++i)                                                                             \
+      __asm__ volatile(steps::                                                                                        \
+                           : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+                             "xmm11", "xmm12", "xmm13", "xmm14");                                                     \
+    const double spent = seconds() - start;                                                                           \
+    __asm__ volatile("vzeroupper");                                                                                   \
+    return 12.0 * kPeakRounds * ops_per_step / spent;                                                                 \
+  }
+
+PEAK(peak_zmm, TWELVE(STEP, "", "zmm"), 128)
+PEAK(peak_evex_ymm, TWELVE(STEP, "%{evex%} ", "ymm"), 64)
+PEAK(peak_vex_ymm, TWELVE(STEP, "%{vex%} ", "ymm"), 64)
+PEAK(peak_avx2, TWELVE(STEP_AVX2, "", "ymm"), 32)
+#endif
+
+double peak_of(const std::string& kernel) {
+#if defined(__x86_64__)
+  if (kernel == "avx512_vnni") return peak_zmm();
+  if (kernel == "avx512vl_vnni") return peak_evex_ymm();
+  if (kernel == "avx_vnni") return peak_vex_ymm();
+  if (kernel == "avx2") return peak_avx2();
+#endif
+  return 0;
+}
+
+struct Shape {
+  int64_t m, n, k;
+};
+
+struct Run {
+  double whole, gemm;  // operations a second: quantize + GEMM + epilogue, and with codes ready made
+};
+
+class Layer {
+ public:
+  Layer(const Kernel& kernel, Shape s) : kernel_(kernel), shape_(s) {
+    std::mt19937 random(1);
+    std::vector<int8_t> weight(s.n * s.k);
+    for (auto& w : weight) w = static_cast<int8_t>(random());
+    std::vector<float> scale(s.n, 1e-3f);
+    packed_.resize(torchq::packed_bytes(s.n, s.k) + 64);
+    void* packed = aligned(packed_);
+    torchq::pack_begin(s.n, s.k, false, packed);
+    torchq::pack_panels(weight.data(), scale.data(), nullptr, packed, 0, torchq::panel_count(s.n));
+    x_.resize(s.m * s.k);
+    for (auto& v : x_) v = std::normal_distribution<float>()(random);
+    codes_.resize(s.m * s.k, 77);
+    y_.resize(s.m * s.n);
+    problem_.m = s.m;
+    problem_.packed = packed;
+    problem_.x_qparams = problem_.y_qparams = {1.0f, 128};
+    problem_.y = y_.data();
+    problem_.y_stride = s.n * 4;
+    problem_.y_dtype = torchq::DType::f32;
+    problem_.activation = torchq::Activation::none;
+    problem_.per_token = true;
+    scratch_.resize(torchq::scratch_bytes(kernel, problem_));
+  }
+
+  double rate(bool ready_made) {
+    problem_.x = ready_made ? static_cast<const void*>(codes_.data()) : x_.data();
+    problem_.x_stride = shape_.k * (ready_made ? 1 : 4);
+    problem_.x_dtype = ready_made ? torchq::DType::u8 : torchq::DType::f32;
+    const double ops = 2.0 * shape_.m * shape_.n * shape_.k;
+    const int repeats = std::max(1, static_cast<int>(2e9 / ops));
+    const double start = seconds();
+    for (int i = 0; i < repeats; ++i)
+      torchq::run_part(kernel_, problem_, torchq::part(kernel_, problem_, 0, 1), scratch_.data());
+    return ops * repeats / (seconds() - start);
+  }
+
+ private:
+  static void* aligned(std::vector<uint8_t>& v) { return v.data() + (64 - reinterpret_cast<uintptr_t>(v.data()) % 64); }
+
+  const Kernel& kernel_;
+  Shape shape_;
+  torchq::Problem problem_{};
+  std::vector<uint8_t> packed_, codes_, scratch_;
+  std::vector<float> x_, y_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 7;
+  const Shape shapes[] = {{512, 4096, 4096}, {128, 768, 768}, {128, 3072, 768}, {64, 1024, 1024},
+                          {16, 1024, 1024},  {4, 1024, 1024}, {1, 768, 768},    {1, 4096, 4096}};
+  std::printf("%-14s %-16s %12s %12s %9s %9s\n", "kernel", "M x N x K", "peak Gop/s", "gemm Gop/s", "gemm %",
+              "layer %");
+  for (int i = 0; i < torchq::kernel_count(); ++i) {
+    const Kernel& kernel = torchq::kernel_at(i);
+    if (!torchq::can_run(kernel)) {
+      std::printf("%-14s this CPU cannot run it\n", kernel.name);
+      continue;
+    }
+    if (peak_of(kernel.name) == 0) continue;
+    for (const Shape& s : shapes) {
+      Layer layer(kernel, s);
+      double peak = 0, gemm = 0, whole = 0;
+      for (int r = 0; r < rounds; ++r) {
+        peak = std::max(peak, peak_of(kernel.name));
+        gemm = std::max(gemm, layer.rate(true));
+        whole = std::max(whole, layer.rate(false));
+      }
+      char name[32];
+      std::snprintf(name, sizeof(name), "%dx%dx%d", int(s.m), int(s.n), int(s.k));
+      std::printf("%-14s %-16s %12.1f %12.1f %8.1f%% %8.1f%%\n", kernel.name, name, peak / 1e9, gemm / 1e9,
+                  100 * gemm / peak, 100 * whole / peak);
+      std::fflush(stdout);
+    }
+  }
+}

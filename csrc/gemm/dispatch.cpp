@@ -1,0 +1,101 @@
+// The kernel table, CPU detection, and which kernel is active.
+
+#include <atomic>
+#include <cstring>
+
+#include "gemm.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace torchq {
+namespace {
+
+// Best first. The first row this CPU can run is active unless one is forced. Tests, benchmarks and torchq.kernels
+// all walk this table.
+const Kernel* const kKernels[] = {
+#if defined(__x86_64__)
+    &kernel_avx512_vnni,
+#if TORCHQ_HAS_AVX_VNNI
+    &kernel_avx_vnni,
+#endif
+    &kernel_avx512vl_vnni, &kernel_avx2,
+#endif
+    &kernel_reference,
+};
+
+// Every name that exists, for the error of one that is not compiled in.
+const char* const kNames[] = {"avx512_vnni", "avx_vnni", "avx512vl_vnni", "avx2", "reference"};
+
+#if defined(__x86_64__)
+uint64_t xcr0() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t{high} << 32) | low;
+}
+
+// CPUID says what the silicon has, XCR0 which registers the operating system saves: a feature needs both.
+uint32_t detect() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  const bool f16c = c & bit_F16C;
+  const uint64_t saved = xcr0();
+  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  const uint32_t subleaves = a;
+  uint32_t have = 0;
+  if (ymm && f16c && (b & bit_AVX2)) have |= kAvx2;
+  constexpr uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & (1u << 4))) have |= kAvxVnni;
+  return have;
+}
+#else
+uint32_t detect() { return 0; }
+#endif
+
+std::atomic<const Kernel*> forced{nullptr};
+
+const Kernel& best() {
+  for (const Kernel* kernel : kKernels)
+    if (can_run(*kernel)) return *kernel;
+  return kernel_reference;
+}
+
+}  // namespace
+
+int kernel_count() { return sizeof(kKernels) / sizeof(kKernels[0]); }
+
+const Kernel& kernel_at(int index) { return *kKernels[index]; }
+
+const Kernel* find_kernel(const char* name) {
+  for (const Kernel* kernel : kKernels)
+    if (std::strcmp(kernel->name, name) == 0) return kernel;
+  return nullptr;
+}
+
+bool is_kernel_name(const char* name) {
+  for (const char* known : kNames)
+    if (std::strcmp(known, name) == 0) return true;
+  return false;
+}
+
+uint32_t cpu_features() {
+  static const uint32_t have = detect();
+  return have;
+}
+
+bool can_run(const Kernel& kernel) { return (kernel.needs & cpu_features()) == kernel.needs; }
+
+const Kernel& active_kernel() {
+  static const Kernel& automatic = best();
+  const Kernel* kernel = forced.load(std::memory_order_relaxed);
+  return kernel ? *kernel : automatic;
+}
+
+void force_kernel(const Kernel* kernel) { forced.store(kernel, std::memory_order_relaxed); }
+
+const Kernel* forced_kernel() { return forced.load(std::memory_order_relaxed); }
+
+}  // namespace torchq

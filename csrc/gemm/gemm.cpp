@@ -1,0 +1,207 @@
+// Cuts a problem into tiles: quantize rows -> micro-kernel and epilogue.
+//
+// Loop order, and why: a block of rows is quantized into scratch small enough to stay in L2; then each group of
+// panels is read once per block and re-used from cache by the block's row tiles. K is never cut, so accumulators stay
+// in registers for the whole depth and no int32 matrix goes through memory.
+//
+//   for each block of rows (codes fit in L2)
+//     quantize the block's rows
+//     for each group of tile.n columns
+//       for each tile of up to tile.m rows, balanced (8 rows with tile.m 6 are 4 + 4, not 6 + 2)
+//         kernel.run(): full depth, then the epilogue, straight into y
+
+#include "gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace torchq {
+namespace {
+
+constexpr int64_t kCodesBudget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
+constexpr int64_t kMinPartWork = 1 << 21;     // multiply-adds that pay for waking one more thread (about 10 us)
+constexpr int64_t kSplitColumnsUpTo = 32;     // rows up to which every thread quantizes them all and takes columns
+
+std::atomic<const Kernel*> last{nullptr};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The index-th of count nearly equal pieces of [0, n) starts here.
+constexpr int64_t piece(int64_t n, int64_t index, int64_t count) { return n * index / count; }
+
+// Bytes between rows of codes: whole vectors, and an odd number of cache lines so that rows spread over all sets.
+int64_t codes_stride(int64_t k, int code_bytes) {
+  const int64_t lines = ceil_div(round_up(k, 64) * code_bytes, 64);
+  return (lines | 1) * 64;
+}
+
+int64_t rows_per_block(const Kernel& kernel, int64_t k) {
+  const int64_t fit = kCodesBudget / codes_stride(k, kernel.code_bytes);
+  return std::max<int64_t>(fit / kernel.tile.m, 1) * kernel.tile.m;
+}
+
+// Codes that arrive ready made: copied, moved from int8 to u8, or widened, to what the kernel reads.
+template <class Code>
+void load_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
+  for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
+}
+
+// One thread's buffers, carved from the caller's scratch.
+struct Scratch {
+  uint8_t* codes;
+  uint8_t* ragged;  // one tile of output for the last, partly filled panels
+  float* scale;
+  int32_t* zero_point;
+};
+
+int64_t block_rows(const Kernel& kernel, const Problem& p, int64_t k) {
+  return std::min(round_up(p.m, kernel.tile.m), rows_per_block(kernel, k));
+}
+
+int64_t ragged_bytes(const Kernel& kernel) {
+  return int64_t{kernel.tile.m} * round_up(kernel.tile.n, kPanelColumns) * 4;
+}
+
+Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
+  auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
+  Scratch s;
+  s.codes = base;
+  s.ragged = s.codes + rows * codes_stride(k, kernel.code_bytes);
+  s.scale = reinterpret_cast<float*>(s.ragged + ragged_bytes(kernel));
+  s.zero_point = reinterpret_cast<int32_t*>(s.scale + rows);
+  return s;
+}
+
+QParams load_row(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t k, void* codes) {
+  if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) {
+    const bool is_signed = p.x_dtype == DType::i8;
+    const uint8_t flip = is_signed ? 0x80 : 0;
+    if (kernel.code_bytes == 1)
+      load_codes(x, flip, k, static_cast<uint8_t*>(codes));
+    else
+      load_codes(x, flip, k, static_cast<int16_t*>(codes));
+    return {p.x_qparams.scale, p.x_qparams.zero_point + (is_signed ? 128 : 0)};
+  }
+  const QParams q = p.per_token ? choose_qparams(kernel.range(x, p.x_dtype, k)) : p.x_qparams;
+  kernel.quantize(x, p.x_dtype, k, 1.0f / q.scale, q.zero_point, codes);
+  return q;
+}
+
+void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows, int64_t k, const Scratch& s) {
+  const int64_t stride = codes_stride(k, kernel.code_bytes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* x = static_cast<const uint8_t*>(p.x) + (row + r) * p.x_stride;
+    uint8_t* codes = s.codes + r * stride;
+    // The last group of 4 k may be partly filled. Its weights are zero, its codes must only be readable.
+    std::memset(codes + k / 4 * 4 * kernel.code_bytes, 0, k % 4 ? 4 * kernel.code_bytes : 0);
+    const QParams q = load_row(kernel, p, x, k, codes);
+    s.scale[r] = q.scale;
+    s.zero_point[r] = q.zero_point;
+  }
+}
+
+// One tile into y; through the ragged buffer where y ends inside the tile's last panel.
+void run_tile(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
+  if (columns == b.panels * kPanelColumns) return kernel.run(b);
+  uint8_t* y = static_cast<uint8_t*>(b.out);
+  const int64_t y_stride = b.out_stride, bytes = element_bytes(b.out_dtype);
+  b.out = ragged;
+  b.out_stride = b.panels * kPanelColumns * bytes;
+  kernel.run(b);
+  for (int r = 0; r < b.m; ++r) std::memcpy(y + r * y_stride, ragged + r * b.out_stride, columns * bytes);
+}
+
+}  // namespace
+
+const Kernel* last_kernel() { return last.load(std::memory_order_relaxed); }
+
+QParams choose_qparams(const RowRange& range) {
+  if (!range.finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  float scale = range.hi / 255.0f - range.lo / 255.0f;
+  if (!(scale >= FLT_MIN)) scale = 1.0f;
+  const float zero_point = std::nearbyint(-range.lo * (1.0f / scale));
+  return {scale, static_cast<int32_t>(std::min(std::max(zero_point, 0.0f), 255.0f))};
+}
+
+size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }
+
+QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k, uint8_t* codes, void* scratch) {
+  const QParams q = choose_qparams(kernel.range(x, dtype, k));
+  kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch);
+  if (kernel.code_bytes == 1)
+    std::memcpy(codes, scratch, k);
+  else
+    for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(static_cast<const int16_t*>(scratch)[i]);
+  return q;
+}
+
+int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
+  const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
+  const int64_t work = p.m * header.n * header.k / kMinPartWork;
+  const int64_t pieces = p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, kernel.tile.n)
+                                                  : ceil_div(p.m, kernel.tile.m);
+  return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
+}
+
+Part part(const Kernel& kernel, const Problem& p, int index, int count) {
+  const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
+  if (p.m > kSplitColumnsUpTo) {
+    const int64_t tiles = ceil_div(p.m, kernel.tile.m);
+    const auto row = [&](int64_t i) { return std::min(piece(tiles, i, count) * kernel.tile.m, p.m); };
+    return {row(index), row(index + 1), 0, panels};
+  }
+  const int64_t group = std::max<int64_t>(kernel.tile.n / kPanelColumns, 1), groups = ceil_div(panels, group);
+  const auto panel = [&](int64_t i) { return std::min(piece(groups, i, count) * group, panels); };
+  return {0, p.m, panel(index), panel(index + 1)};
+}
+
+size_t scratch_bytes(const Kernel& kernel, const Problem& p) {
+  const int64_t k = static_cast<const PackedHeader*>(p.packed)->k, rows = block_rows(kernel, p, k);
+  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) + ragged_bytes(kernel);
+}
+
+void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* memory) {
+  last.store(&kernel, std::memory_order_relaxed);
+  const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
+  const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
+  const int64_t group = std::max<int64_t>(kernel.tile.n / kPanelColumns, 1);
+  const int64_t max_rows = block_rows(kernel, p, k);
+  const Scratch s = carve(kernel, max_rows, k, memory);
+  const auto* panels = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader);
+
+  Block b{};
+  b.k_groups = ceil_div(k, 4);
+  b.codes_stride = codes_stride(k, kernel.code_bytes);
+  b.panel_stride = panel_bytes(k);
+  b.out_dtype = p.y_dtype;
+  b.activation = p.activation;
+  b.out_inv_scale = 1.0f / p.y_qparams.scale;
+  b.out_zero_point = p.y_qparams.zero_point;
+
+  for (int64_t row = part.row_begin; row < part.row_end; row += max_rows) {
+    const int64_t rows = std::min(max_rows, part.row_end - row), tiles = ceil_div(rows, kernel.tile.m);
+    load_rows(kernel, p, row, rows, k, s);
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
+      b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
+      b.panel = panels + panel * b.panel_stride;
+      const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t r = piece(rows, t, tiles);
+        b.m = static_cast<int>(piece(rows, t + 1, tiles) - r);
+        b.codes = s.codes + r * b.codes_stride;
+        b.scale = s.scale + r;
+        b.zero_point = s.zero_point + r;
+        b.out = static_cast<uint8_t*>(p.y) + (row + r) * p.y_stride + column * y_bytes;
+        b.out_stride = p.y_stride;
+        run_tile(kernel, b, columns, s.ragged);
+      }
+    }
+  }
+}
+
+}  // namespace torchq

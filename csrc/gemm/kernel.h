@@ -1,0 +1,112 @@
+// What a kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
+//
+// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, the tile it computes, and
+// three functions. All kernels agree bit for bit, integers and floats; `reference` is the definition.
+#pragma once
+
+#include <cstdint>
+
+// VEX-encoded VPDPBUSD needs g++ 11 or clang 12.
+#if !defined(TORCHQ_HAS_AVX_VNNI)
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define TORCHQ_HAS_AVX_VNNI 1
+#else
+#define TORCHQ_HAS_AVX_VNNI 0
+#endif
+#endif
+
+namespace torchq {
+
+// The CPU features kernels ask for. A kernel can run where (needs & have) == needs.
+enum Feature : uint32_t {
+  kAvx2 = 1u << 0,        // AVX2 and F16C
+  kAvxVnni = 1u << 1,     // VEX-encoded VPDPBUSD
+  kAvx512Vnni = 1u << 2,  // AVX512 F, BW, DQ, VL and VNNI
+};
+
+// The element types the core reads and writes.
+enum class DType : int { f32, bf16, f16, u8, i8, i32 };
+
+// 16-bit floats as bits: what the row functions load from.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+constexpr int64_t element_bytes(DType d) {
+  return d == DType::f32 || d == DType::i32 ? 4 : d == DType::bf16 || d == DType::f16 ? 2 : 1;
+}
+
+// The function applied to y after the bias.
+enum class Activation : int { none, relu };
+
+// How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k.
+enum class Layout : uint32_t { p16c4 = 1 };
+
+constexpr int64_t kPanelColumns = 16;
+constexpr int64_t kPanelMeta = 3 * kPanelColumns * 4;  // [colsum i32 x16][scale f32 x16][bias f32 x16]
+
+// The largest block one run() computes (rows, columns), and how many k lie together in a panel.
+struct Tile {
+  int m, n, k;
+};
+
+// The smallest and largest of a row's values and 0; finite is false if the row holds a NaN or an infinity.
+struct RowRange {
+  float lo, hi;
+  bool finite;
+};
+
+// One block of y = x · wᵀ, full depth. Codes and panels are what gemm.cpp and pack.cpp prepared.
+//
+//   acc[r, c] = Σ_k codes[r, k]·w[c, k] - zero_point[r]·colsum[c]                      exact, int32
+//   y[r, c]   = act(float(acc[r, c]) * (scale[r] * panel.scale[c]) + panel.bias[c])    float32, each operation rounded
+//   out       = y as float32 / bfloat16 / float16 (rounded half to even), or
+//               u8: clamp(rne(y * out_inv_scale) + out_zero_point, 0, 255), NaN gives 0, or
+//               i32: acc itself
+//
+// out always has room for `panels` whole panels per row; gemm.cpp redirects the ragged last one.
+struct Block {
+  int m;                      // rows, 1 .. tile.m
+  int panels;                 // panels of 16 columns, 1 .. tile.n / 16 (at least 1)
+  int64_t k_groups;           // ceil(K / 4)
+  const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups
+  int64_t codes_stride;       // bytes
+  const float* scale;         // [m]
+  const int32_t* zero_point;  // [m]
+  const uint8_t* panel;       // the first panel
+  int64_t panel_stride;       // bytes
+  void* out;                  // row r starts out_stride * r bytes further
+  int64_t out_stride;         // bytes
+  DType out_dtype;
+  Activation activation;
+  float out_inv_scale;     // u8 out only
+  int32_t out_zero_point;  // u8 out only
+};
+
+struct Kernel {
+  const char* name;  // as /proc/cpuinfo spells the feature
+  uint32_t needs;    // Feature bits
+  Layout layout;
+  Tile tile;
+  int code_bytes;  // one activation code in the scratch: 1 (u8), or 2 (the same code widened to int16)
+
+  // x: k values of dtype f32, bf16 or f16.
+  RowRange (*range)(const void* x, DType dtype, int64_t k);
+  // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255), NaN gives 0. Writes whole vectors: codes has room
+  // for k rounded up to 64.
+  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes);
+  void (*run)(const Block& block);
+};
+
+extern const Kernel kernel_reference;
+#if defined(__x86_64__)
+extern const Kernel kernel_avx2;
+extern const Kernel kernel_avx_vnni;
+extern const Kernel kernel_avx512vl_vnni;
+extern const Kernel kernel_avx512_vnni;
+#endif
+
+}  // namespace torchq

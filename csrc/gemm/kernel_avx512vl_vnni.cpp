@@ -1,0 +1,29 @@
+// AVX512-VNNI at 256 bits: the source of avx_vnni in the EVEX encoding. It is for CPUs that lower their clock for
+// 512-bit work, and it runs avx_vnni's code on the many that have AVX512-VNNI but no AVX-VNNI (Ice Lake, Zen 4).
+
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+namespace torchq {
+namespace avx512vl_vnni {
+
+#include "vec256.inc"
+inline Ints dot(Ints acc, Ints a, Ints w) { return _mm256_dpbusd_epi32(acc, a, w); }
+#include "vnni256.inc"
+
+}  // namespace avx512vl_vnni
+
+const Kernel kernel_avx512vl_vnni = {
+    "avx512vl_vnni",      kAvx2 | kAvx512Vnni,     Layout::p16c4,     {avx512vl_vnni::kMaxRows, 16, 4}, 1,
+    avx512vl_vnni::range, avx512vl_vnni::quantize, avx512vl_vnni::run};
+
+}  // namespace torchq
+
+#pragma GCC pop_options
+#endif

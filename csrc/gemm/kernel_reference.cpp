@@ -1,0 +1,81 @@
+// The definition. Every other kernel gives these integers and these floats, bit for bit.
+
+#include <cmath>
+
+#include "kernel.h"
+#include "scalar.h"
+
+namespace torchq {
+namespace reference {
+
+template <class T>
+RowRange range(const T* x, int64_t k) {
+  RowRange r{0.0f, 0.0f, true};
+  for (int64_t i = 0; i < k; ++i) {
+    const float v = to_float(x[i]);
+    r.lo = v < r.lo ? v : r.lo;
+    r.hi = v > r.hi ? v : r.hi;
+    r.finite &= std::isfinite(v);
+  }
+  return r;
+}
+
+// clamp(rne(v) + zero_point, 0, 255), clamped before rounding so that no conversion overflows; NaN gives 0.
+uint8_t to_code(float v, int32_t zero_point) {
+  const float lo = static_cast<float>(-zero_point), hi = static_cast<float>(255 - zero_point);
+  v = v > lo ? v : lo;
+  v = v < hi ? v : hi;
+  return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(v)) + zero_point);
+}
+
+template <class T>
+void quantize(const T* x, int64_t k, float inv_scale, int32_t zero_point, uint8_t* codes) {
+  for (int64_t i = 0; i < k; ++i) codes[i] = to_code(to_float(x[i]) * inv_scale, zero_point);
+}
+
+RowRange range(const void* x, DType dtype, int64_t k) {
+  if (dtype == DType::bf16) return range(static_cast<const Bf16*>(x), k);
+  if (dtype == DType::f16) return range(static_cast<const F16*>(x), k);
+  return range(static_cast<const float*>(x), k);
+}
+
+void quantize(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes) {
+  auto* out = static_cast<uint8_t*>(codes);
+  if (dtype == DType::bf16) return quantize(static_cast<const Bf16*>(x), k, inv_scale, zero_point, out);
+  if (dtype == DType::f16) return quantize(static_cast<const F16*>(x), k, inv_scale, zero_point, out);
+  return quantize(static_cast<const float*>(x), k, inv_scale, zero_point, out);
+}
+
+void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
+  void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
+  float y = static_cast<float>(acc) * (b.scale[r] * scale);
+  y = y + bias;
+  if (b.activation == Activation::relu) y = y < 0.0f ? 0.0f : y;
+  switch (b.out_dtype) {
+    case DType::f32: static_cast<float*>(row)[c] = y; break;
+    case DType::bf16: static_cast<Bf16*>(row)[c] = to_bf16(y); break;
+    case DType::f16: static_cast<F16*>(row)[c] = to_f16(y); break;
+    case DType::u8: static_cast<uint8_t*>(row)[c] = to_code(y * b.out_inv_scale, b.out_zero_point); break;
+    default: static_cast<int32_t*>(row)[c] = acc;
+  }
+}
+
+void run(const Block& b) {
+  for (int r = 0; r < b.m; ++r) {
+    const uint8_t* x = static_cast<const uint8_t*>(b.codes) + r * b.codes_stride;
+    for (int c = 0; c < kPanelColumns; ++c) {
+      const auto* weights = reinterpret_cast<const int8_t*>(b.panel + kPanelMeta) + 4 * c;
+      int32_t acc = 0;
+      for (int64_t k = 0; k < 4 * b.k_groups; ++k) acc += (x[k] - b.zero_point[r]) * weights[k / 4 * 64 + k % 4];
+      const auto* meta = reinterpret_cast<const float*>(b.panel);
+      store(b, r, c, acc, meta[16 + c], meta[32 + c]);
+    }
+  }
+}
+
+}  // namespace reference
+
+const Kernel kernel_reference = {"reference",   0, Layout::p16c4, {1, 16, 4}, 1, reference::range, reference::quantize,
+                                 reference::run};
+
+}  // namespace torchq

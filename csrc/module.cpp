@@ -1,0 +1,73 @@
+// torchq._C: CPU features, the kernel table, forcing a kernel. No torch here; importing it also registers the ops of
+// torch_ops.cpp, which live in the same library.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "gemm/gemm.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> feature_names(uint32_t bits) {
+  std::vector<std::string> names;
+  if (bits & torchq::kAvx2) names.push_back("avx2");
+  if (bits & torchq::kAvxVnni) names.push_back("avx_vnni");
+  if (bits & torchq::kAvx512Vnni) names.push_back("avx512_vnni");
+  return names;
+}
+
+// One row of the kernel table.
+struct Row {
+  std::string name;
+  std::vector<std::string> needs;
+  std::tuple<int, int, int> tile;
+  bool runnable;
+};
+
+std::vector<Row> table() {
+  std::vector<Row> rows;
+  for (int i = 0; i < torchq::kernel_count(); ++i) {
+    const torchq::Kernel& k = torchq::kernel_at(i);
+    rows.push_back({k.name, feature_names(k.needs), {k.tile.m, k.tile.n, k.tile.k}, torchq::can_run(k)});
+  }
+  return rows;
+}
+
+std::optional<std::string> name_or_none(const torchq::Kernel* kernel) {
+  return kernel ? std::optional<std::string>(kernel->name) : std::nullopt;
+}
+
+// The caller (torchq/kernels.py) has checked the name.
+void force(const std::optional<std::string>& name) {
+  const torchq::Kernel* kernel = name ? torchq::find_kernel(name->c_str()) : nullptr;
+  if (name && (!kernel || !torchq::can_run(*kernel))) throw py::value_error("kernel " + *name + " cannot run here");
+  torchq::force_kernel(kernel);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "torchq's compiled part: CPU features, the kernel table, forcing a kernel.";
+  m.attr("MAX_DEPTH") = torchq::kMaxDepth;
+  py::class_<Row>(m, "Kernel", "One row of the kernel table.")
+      .def_readonly("name", &Row::name)
+      .def_readonly("needs", &Row::needs, "CPU features it needs")
+      .def_readonly("tile", &Row::tile, "rows, columns and k of one tile")
+      .def_readonly("runnable", &Row::runnable, "whether this CPU can run it");
+  m.def("table", &table, "The kernels compiled in, best first.");
+  m.def(
+      "cpu_features", [] { return feature_names(torchq::cpu_features()); }, "What this CPU has of what kernels need.");
+  m.def(
+      "is_kernel_name", [](const std::string& name) { return torchq::is_kernel_name(name.c_str()); },
+      "Whether a kernel of this name exists, compiled in here or not.");
+  m.def("active", [] { return std::string(torchq::active_kernel().name); }, "The kernel the ops use now.");
+  m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
+  m.def("force", &force, py::arg("name").none(true), "Forces a kernel; None gives the choice back.");
+  m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel of the latest op call.");
+}

@@ -1,0 +1,288 @@
+// torch.ops.torchq.*: schemas, argument checks, threads. The only file that sees torch, through its stable ABI
+// (torch >= 2.10), so one build serves every later torch. The fakes stand in torchq/ops.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "gemm/gemm.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torchq::DType;
+using torchq::Problem;
+
+// Like STD_TORCH_CHECK, without the build machine's file name and line in front of the user's message.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::BFloat16: return "bfloat16";
+    default: return "another dtype";
+  }
+}
+
+std::optional<DType> float_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: return std::nullopt;
+  }
+}
+
+std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ')';
+  return out.str();
+}
+
+Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (int64_t i = dims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  AtenTensorHandle handle;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) { return empty(sizes.begin(), sizes.size(), type); }
+
+void check_cpu(const char* op, const char* argument, const Tensor& t) {
+  check(t.is_cpu(), op, ": ", argument, " must be on the CPU. Move it there with .cpu().");
+}
+
+const torchq::PackedHeader& header_of(const char* op, const Tensor& packed) {
+  check_cpu(op, "packed", packed);
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
+        ": packed must be the uint8 vector that torchq.ops.pack() returned, got ", name_of(packed.scalar_type()), ' ',
+        shape_of(packed), '.');
+  const auto* header = torchq::packed_header(packed.const_data_ptr(), packed.numel());
+  check(header, op, ": packed holds no packed weights (", packed.numel(),
+        " bytes without a valid header). Make it with torchq.ops.pack().");
+  return *header;
+}
+
+// x as rows of K elements: any leading dimensions, and row strides of a 2-D view as they are.
+struct Rows {
+  Tensor x;
+  int64_t count, stride;  // stride in elements
+};
+
+Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
+  check_cpu(op, argument, x);
+  check(x.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar.");
+  const int64_t last = x.size(x.dim() - 1);
+  check(last == k, op, ": the weight was packed for ", k, " input features, but ", argument, " has ", last, " (",
+        argument, ": ", shape_of(x), ").");
+  int64_t count = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
+  if (x.is_contiguous()) return {x, count, k};
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= 0) return {x, count, x.stride(0)};
+  return {torch::stable::contiguous(x), count, k};
+}
+
+void run(const Problem& problem) {
+  const torchq::Kernel& kernel = torchq::active_kernel();
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  const int parts = threads > 1 ? torchq::count_parts(kernel, problem, threads) : 1;
+  const auto work = [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<uint8_t> scratch;
+    const size_t bytes = torchq::scratch_bytes(kernel, problem);
+    if (scratch.size() < bytes) scratch.resize(bytes);
+    for (int64_t i = begin; i < end; ++i)
+      torchq::run_part(kernel, problem, torchq::part(kernel, problem, static_cast<int>(i), parts), scratch.data());
+  };
+  if (parts == 1) return work(0, 1);
+  torch::stable::parallel_for(0, parts, 1, work);
+}
+
+// The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
+Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
+                ScalarType y_type, DType y_dtype, Problem problem) {
+  const torchq::PackedHeader& header = header_of(op, packed);
+  const Rows rows = rows_of(op, argument, x, header.k);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = header.n;
+  Tensor y = empty(sizes.data(), sizes.size(), y_type);
+  if (rows.count == 0 || header.n == 0) return y;
+  problem.m = rows.count;
+  problem.x = rows.x.const_data_ptr();
+  problem.x_dtype = x_dtype;
+  problem.x_stride = rows.stride * torchq::element_bytes(x_dtype);
+  problem.packed = packed.const_data_ptr();
+  problem.y = y.mutable_data_ptr();
+  problem.y_dtype = y_dtype;
+  problem.y_stride = header.n * torchq::element_bytes(y_dtype);
+  run(problem);
+  return y;
+}
+
+torchq::Activation activation_of(const char* op, int64_t activation) {
+  check(activation == 0 || activation == 1, op, ": activation must be 0 (none) or 1 (relu), got ", activation, '.');
+  return static_cast<torchq::Activation>(activation);
+}
+
+torchq::QParams qparams_of(const char* op, const char* what, double scale, int64_t zero_point) {
+  check(scale >= 1.17549435e-38 && scale <= 3.402823466e38, op, ": ", what,
+        "_scale must be a positive normal float32, got ", scale, '.');
+  check(zero_point >= 0 && zero_point <= 255, op, ": ", what, "_zero_point must be in [0, 255], got ", zero_point, '.');
+  return {static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+}
+
+Problem plain_problem() {
+  Problem p{};
+  p.x_qparams = p.y_qparams = {1.0f, 0};
+  return p;
+}
+
+// ---- The ops ----------------------------------------------------------------------------------------------------
+
+Tensor pack(Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+  const char* op = "torchq::pack";
+  check_cpu(op, "weight", weight);
+  check(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char, op, ": weight must be int8 (N, K), got ",
+        name_of(weight.scalar_type()), ' ', shape_of(weight), '.');
+  const int64_t n = weight.size(0), k = weight.size(1);
+  check(k <= torchq::kMaxDepth, op, ": K = ", k,
+        " is too deep: int32 sums of u8 x int8 products are exact up to K = ", torchq::kMaxDepth,
+        ". Leave this layer in float.");
+  const auto check_column = [&](const char* name, const Tensor& t) {
+    check_cpu(op, name, t);
+    check(t.dim() == 1 && t.size(0) == n && t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32 (",
+          n, ",), one per output feature, got ", name_of(t.scalar_type()), ' ', shape_of(t), '.');
+  };
+  check_column("scale", scale);
+  if (bias) check_column("bias", *bias);
+  const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
+  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
+  torchq::pack_begin(n, k, bias.has_value(), packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
+    torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
+                        b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, packed.mutable_data_ptr(), begin,
+                        end);
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack(Tensor packed, int64_t in_features) {
+  const char* op = "torchq::unpack";
+  const torchq::PackedHeader& header = header_of(op, packed);
+  check(header.k == in_features, op, ": the weight was packed for ", header.k,
+        " input features, got in_features = ", in_features, '.');
+  Tensor weight = empty({header.n, header.k}, ScalarType::Char), scale = empty({header.n}, ScalarType::Float),
+         bias = empty({header.n}, ScalarType::Float);
+  torchq::unpack(packed.const_data_ptr(), static_cast<int8_t*>(weight.mutable_data_ptr()),
+                 static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(bias.mutable_data_ptr()));
+  return {weight, scale, bias};
+}
+
+Tensor gemm(Tensor a, Tensor packed) {
+  const char* op = "torchq::gemm";
+  check(a.scalar_type() == ScalarType::Char, op, ": a must be int8, got ", name_of(a.scalar_type()),
+        ". Quantize it first with torchq.quantize().");
+  return multiply(op, "a", a, DType::i8, packed, ScalarType::Int, DType::i32, plain_problem());
+}
+
+Tensor linear_dynamic(Tensor x, Tensor packed, int64_t activation) {
+  const char* op = "torchq::linear_dynamic";
+  const ScalarType type = x.scalar_type();
+  const std::optional<DType> dtype = float_dtype(type);
+  check(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(type), '.');
+  Problem p = plain_problem();
+  p.per_token = true;
+  p.activation = activation_of(op, activation);
+  return multiply(op, "x", x, *dtype, packed, type, *dtype, p);
+}
+
+Tensor linear_static(Tensor x, Tensor packed, double x_scale, int64_t x_zero_point, ScalarType out_dtype,
+                     double y_scale, int64_t y_zero_point, int64_t activation) {
+  const char* op = "torchq::linear_static";
+  const bool codes_in = x.scalar_type() == ScalarType::Byte, codes_out = out_dtype == ScalarType::Byte;
+  const auto x_dtype = codes_in ? std::optional(DType::u8) : float_dtype(x.scalar_type());
+  const auto y_dtype = codes_out ? std::optional(DType::u8) : float_dtype(out_dtype);
+  check(x_dtype.has_value(), op, ": x must be float32, bfloat16, float16, or uint8 codes, got ",
+        name_of(x.scalar_type()), '.');
+  check(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
+        '.');
+  Problem p = plain_problem();
+  p.x_qparams = qparams_of(op, "x", x_scale, x_zero_point);
+  if (codes_out) p.y_qparams = qparams_of(op, "y", y_scale, y_zero_point);
+  p.activation = activation_of(op, activation);
+  return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, p);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_per_token(Tensor x) {
+  const char* op = "torchq::quantize_per_token";
+  const std::optional<DType> dtype = float_dtype(x.scalar_type());
+  check(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(x.scalar_type()), '.');
+  check(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar.");
+  const int64_t k = x.size(x.dim() - 1);
+  const Rows rows = rows_of(op, "x", x, k);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor codes = empty(sizes.data(), sizes.size(), ScalarType::Byte);
+  sizes.back() = 1;
+  Tensor scale = empty(sizes.data(), sizes.size(), ScalarType::Float);
+  Tensor zero_point = empty(sizes.data(), sizes.size(), ScalarType::Int);
+  const torchq::Kernel& kernel = torchq::active_kernel();
+  std::vector<uint8_t> scratch(torchq::row_scratch_bytes(k));
+  const auto* from = static_cast<const uint8_t*>(rows.x.const_data_ptr());
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const torchq::QParams q =
+        torchq::quantize_row(kernel, from + r * rows.stride * torchq::element_bytes(*dtype), *dtype, k,
+                             static_cast<uint8_t*>(codes.mutable_data_ptr()) + r * k, scratch.data());
+    static_cast<float*>(scale.mutable_data_ptr())[r] = q.scale;
+    static_cast<int32_t*>(zero_point.mutable_data_ptr())[r] = q.zero_point;
+  }
+  return {codes, scale, zero_point};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(torchq, m) {
+  m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
+  m.def("unpack(Tensor packed, int in_features) -> (Tensor weight, Tensor scale, Tensor bias)");
+  m.def("gemm(Tensor a, Tensor packed) -> Tensor");
+  m.def("linear_dynamic(Tensor x, Tensor packed, int activation=0) -> Tensor");
+  m.def(
+      "linear_static(Tensor x, Tensor packed, float x_scale, int x_zero_point, ScalarType out_dtype, "
+      "float y_scale=1.0, int y_zero_point=0, int activation=0) -> Tensor");
+  m.def("quantize_per_token(Tensor x) -> (Tensor codes, Tensor scale, Tensor zero_point)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchq, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_static", TORCH_BOX(&linear_static));
+  m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
+}

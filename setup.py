@@ -1,0 +1,69 @@
+"""Builds torchq._C: the GEMM core, the torch ops and the pybind11 module in one library. All else: pyproject.toml.
+
+Every file is compiled with baseline flags. A kernel file opens a target region for its own instructions, so that no
+AVX leaks into code that other CPUs run, and the choice falls at run time.
+"""
+
+import os
+import shutil
+import sys
+
+from setuptools import setup
+
+MIN_TORCH = (2, 10)
+
+# -ffp-contract=off: each float operation is rounded once, on every ISA. See docs/design.md.
+# -Wno-*uninitialized: false alarms in the avx512fintrin.h of g++ 12.
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
+
+# One line per kernel.
+KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni"]
+SOURCES = ["csrc/torch_ops.cpp", "csrc/module.cpp"] + [
+    f"csrc/gemm/{name}.cpp" for name in ["dispatch", "gemm", "pack", *(f"kernel_{k}" for k in KERNELS)]
+]
+
+
+def check_torch() -> None:
+    """Stops with what to do if torch is absent or too old for the stable ABI."""
+    advice = "Install it first (pip install 'torch>=2.10'), then: pip install --no-build-isolation ."
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"torchq: building needs torch, and this environment has none. {advice}")
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < MIN_TORCH:
+        sys.exit(f"torchq: needs torch >= 2.10 (the stable ABI), found {torch.__version__}. {advice}")
+
+
+def check_compiler() -> None:
+    """Stops with what to do if there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not (shutil.which(compiler) or ("CXX" not in os.environ and shutil.which("g++"))):
+        sys.exit(
+            f"torchq: building needs a C++17 compiler, and {compiler!r} was not found. Install g++ (on Debian and "
+            "Ubuntu: apt-get install g++) or point CXX at one."
+        )
+
+
+def extension_arguments() -> dict:
+    check_torch()
+    check_compiler()
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    module = CppExtension(
+        "torchq._C",
+        SOURCES,
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
+        depends=[os.path.join("csrc/gemm", f) for f in os.listdir("csrc/gemm")],
+    )
+    if "torch_python" in module.libraries:  # the stable ABI is all we link
+        module.libraries.remove("torch_python")
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+# A source distribution and metadata need neither torch nor a compiler.
+needs_build = not {"sdist", "egg_info", "dist_info", "--version", "--help"} & set(sys.argv)
+setup(**(extension_arguments() if needs_build else {}))

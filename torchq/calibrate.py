@@ -1,0 +1,208 @@
+"""Calibration: run the loader through the float model, and fill one record per layer.
+
+A record holds what the plan decides from: observers of the layer's input (constant memory), a bounded random sample of
+its input rows, and how often it was called. Its size does not depend on the number of batches.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchq.config import QConfig
+from torchq.observers import Observer, make_observer
+
+SAMPLE_BYTES = 4 * 2**20
+"""The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+class Sample:
+    """A uniform random sample of at most `capacity` rows of a stream: Vitter's algorithm R (ACM TOMS 1985).
+
+    Seeded, so that the same data gives the same plan.
+
+    >>> sample = Sample(capacity=2)
+    >>> sample.add(torch.arange(12.0).reshape(4, 3))
+    >>> sample.rows.shape, sample.seen
+    (torch.Size([2, 3]), 4)
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.seen = capacity, 0
+        self._kept: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def rows(self) -> Tensor:
+        """The sample, (rows, K)."""
+        return torch.empty(0, 0) if self._kept is None else self._kept[: min(self.seen, self.capacity)]
+
+    def add(self, rows: Tensor) -> None:
+        """Offers rows (n, K); each row seen so far is kept with equal probability."""
+        if self._kept is None:
+            self._kept = rows.new_empty(self.capacity, rows.shape[1])
+        index = torch.arange(self.seen, self.seen + rows.shape[0])
+        draw = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
+        slot = torch.where(index < self.capacity, index, (draw * (index + 1)).long())
+        for i in (slot < self.capacity).nonzero().flatten().tolist():
+            self._kept[slot[i]] = rows[i]
+        self.seen += rows.shape[0]
+
+
+@dataclass
+class Record:
+    """What calibration saw of one layer."""
+
+    observers: dict[str, Observer]
+    sample: Sample
+    calls: int = 0
+
+    @classmethod
+    def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
+        """A record that has seen nothing, for the observers `config` asks for."""
+        names = ("minmax", "percentile") if config.observer == "auto" else (config.observer,)
+        observers = {name: make_observer(name, percentile=config.percentile) for name in names}
+        rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
+        return cls(observers, Sample(rows))
+
+    def observe(self, x: Tensor) -> None:
+        """Takes one call's input, (..., in_features)."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        for observer in self.observers.values():
+            observer.observe(rows)
+        self.sample.add(rows)
+        self.calls += 1
+
+
+@dataclass
+class Calibration:
+    """The records, by layer name, and how often each nn.Sequential ran: what proves that its children run in order."""
+
+    records: dict[str, Record]
+    sequential_calls: dict[str, int]
+    batches: int = 0
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Mapping[str, nn.Linear],
+    config: QConfig,
+    *,
+    forward: Forward | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
+
+    The model is left as it was: hooks removed, training flags restored, also when a batch fails.
+
+    Args:
+        model: the float model.
+        loader: an iterable of batches: tensors, tuples whose leading elements `model.forward` requires, or dicts of
+            its keyword arguments (keys it does not know, such as labels, are left out).
+        layers: the layers to record, by name.
+        config: which observers, and how many sample rows.
+        forward: `forward(model, batch)` instead of that rule.
+        progress: a progress bar: None shows it on a terminal only.
+
+    Raises:
+        ValueError: the loader yields nothing, or a layer's input has NaN or infinity (the message names the layer and
+            the batch).
+        TypeError: a batch is none of the above and there is no `forward`.
+    """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"torchq.convert: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
+    calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, {})
+    run = forward or call_with_batch
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(_recording(model, layers, calibration))
+        for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
+            run(model, batch)
+            calibration.batches += 1
+    if calibration.batches == 0:
+        raise ValueError(
+            "torchq.convert: calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only "
+            "once), or none at all for dynamic quantization."
+        )
+    return calibration
+
+
+def call_with_batch(model: nn.Module, batch: Any) -> object:
+    """Calls `model` with a batch as loaders give them: a tensor, (input, label, ...), or a dict of arguments."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    parameters = inspect.signature(model.forward).parameters
+    if isinstance(batch, Mapping):
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return model(**{key: value for key, value in batch.items() if takes_all or key in parameters})
+    if isinstance(batch, (tuple, list)):
+        positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        required = max(1, sum(p.default is p.empty for p in positional))
+        if len(batch) < required:
+            raise ValueError(
+                f"torchq.convert: {type(model).__name__}.forward requires {required} inputs, a batch of calib_loader "
+                f"has {len(batch)} elements. Pass forward=lambda model, batch: ... to say how to call it."
+            )
+        return model(*batch[:required])
+    raise TypeError(
+        f"torchq.convert: calib_loader gave a batch of type {type(batch).__name__}; expected a tensor, a tuple or a "
+        "dict. Pass forward=lambda model, batch: ... to say how to call the model with it."
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and no fused attention path, which would bypass the layers' own forward."""
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def _recording(model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration) -> Iterator[None]:
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            try:
+                calibration.records[name].observe(x)
+            except ValueError as error:
+                raise ValueError(
+                    f"torchq.convert: layer {name!r} got an input that is not finite in batch {calibration.batches} of "
+                    f"calib_loader: {error}"
+                ) from error
+
+        return hook
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calibration.sequential_calls[name] = calibration.sequential_calls.get(name, 0) + 1
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
+    handles += [
+        module.register_forward_pre_hook(count(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Sequential)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,171 @@
+"""convert(): calibrate -> plan -> swap. All or nothing: the model passed in is never left half changed."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from torchq import ops
+from torchq.calibrate import Forward, calibrate
+from torchq.config import QConfig
+from torchq.modules.linear import QuantizedLinear
+from torchq.ops import Activation
+from torchq.plan import LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+
+
+def convert(
+    model: nn.Module,
+    calib_loader: Iterable[Any] | None = None,
+    *,
+    config: QConfig | None = None,
+    forward: Forward | None = None,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Returns the model with its nn.Linear layers in int8: the same forward, weights 4 times smaller.
+
+    Args:
+        model: a trained model on the CPU, in float32, bfloat16 or float16. It is left as it was, unless `inplace`.
+        calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts. Without one, every layer
+            is dynamic.
+        config: a QConfig; the default measures and chooses per layer.
+        forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
+        inplace: swap the layers of `model` itself and return it. Nothing is swapped if anything fails.
+        progress: a progress bar over the batches; None shows it on a terminal only.
+
+    Returns:
+        The converted model. `torchq_plan`, an attribute of it, says of every Linear what it became and why.
+
+    Raises:
+        TypeError: `model` is not a module, or a batch is of a type it can't be called with.
+        ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
+            that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
+            batches; NaN or infinity in a layer's input.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> qmodel = convert(model, [torch.randn(32, 64) for _ in range(4)])
+    >>> qmodel(torch.randn(2, 64)).shape
+    torch.Size([2, 10])
+    """
+    config = QConfig() if config is None else config
+    layers, barred = _check(model, calib_loader, config, inplace)
+    wanted = {name: layer for name, layer in layers.items() if name not in barred}
+    calibration = None
+    if calib_loader is not None:
+        calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
+    plan = make_plan(model, layers, barred, calibration, config)
+    return apply_plan(model, plan, inplace=inplace)
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
+
+    Raises:
+        ValueError: the plan names a layer the model lacks, or hands codes to a layer that does not take them.
+    """
+    layers = find_layers(model)
+    _check_plan(plan, layers)
+    swaps = {id(layers[name]): quantize_layer(layers[name], plan, name) for name in plan.layers if _is_int8(plan, name)}
+    if inplace:
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                parent._modules[key] = swaps.get(id(child), child)
+    else:
+        # deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights.
+        model = copy.deepcopy(model, dict(swaps))
+    for layer in plan.layers.values():
+        for folded in (layer.relu, *layer.skipped):
+            if folded is not None:
+                parent_name, _, key = folded.rpartition(".")
+                model.get_submodule(parent_name)._modules[key] = nn.Identity()
+    _leave_fast_path(model)
+    model.torchq_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def quantize_layer(linear: nn.Linear, plan: Plan, name: str) -> QuantizedLinear:
+    """The QuantizedLinear that `plan` makes of this layer."""
+    layer = plan.layers[name]
+    quantized = QuantizedLinear.from_float(
+        linear,
+        per_channel=layer.per_channel,
+        input_qparams=layer.input_qparams,
+        output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
+        activation=Activation.RELU if layer.relu else Activation.NONE,
+    )
+    quantized.takes_codes = any(other.feeds == name for other in plan.layers.values())
+    return quantized.train(linear.training)
+
+
+def _is_int8(plan: Plan, name: str) -> bool:
+    return plan.layers[name].kind != "float"
+
+
+def _check_plan(plan: Plan, layers: dict[str, nn.Linear]) -> None:
+    def is_static(layer: LayerPlan | None) -> bool:
+        return layer is not None and layer.kind == "int8 static" and layer.input_qparams is not None
+
+    for name, layer in plan.layers.items():
+        if name not in layers:
+            raise ValueError(f"torchq.apply_plan: the plan names layer {name!r}, which is no nn.Linear of the model.")
+        if layer.kind == "int8 static" and layer.input_qparams is None:
+            raise ValueError(f"torchq.apply_plan: layer {name!r} is static, but its input_qparams are None.")
+        if layer.feeds is not None and not (is_static(layer) and is_static(plan.layers.get(layer.feeds))):
+            raise ValueError(
+                f"torchq.apply_plan: layer {name!r} feeds {layer.feeds!r}, so both must be static, with input_qparams."
+            )
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Keeps torch's fused encoder kernels, which read float weights without calling the layers, off converted ones."""
+    for module in model.modules():
+        converted = any(isinstance(child, QuantizedLinear) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and converted:
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and converted:
+            module.use_nested_tensor = False
+
+
+def _check(
+    model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, inplace: bool
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """All that can be wrong before any work: the model's Linear layers, and those that must stay float with reasons."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"torchq.convert: model must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(config, QConfig):
+        raise TypeError(f"torchq.convert: config must be a torchq.QConfig, got {type(config).__name__}.")
+    done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if done:
+        raise ValueError(f"torchq.convert: the model is already converted ({done[0]!r} is a QuantizedLinear).")
+    layers = find_layers(model)
+    if not layers:
+        kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
+        raise ValueError(f"torchq.convert: the model has no nn.Linear to convert. Its modules are: {kinds}.")
+    if inplace and isinstance(model, nn.Linear):
+        raise ValueError("torchq.convert: inplace=True can't replace the model itself, an nn.Linear. Leave it out.")
+    if config.activation == "static" and calib_loader is None:
+        raise ValueError("torchq.convert: activation='static' needs a calib_loader to find the ranges with.")
+    barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(layers, config.exclude).items()}
+    for name, layer in layers.items():
+        if name in barred:
+            continue
+        _check_layer(name, layer)
+        reason = why_float(model, name, layer)
+        if reason is not None:
+            barred[name] = reason
+    return layers, barred
+
+
+def _check_layer(name: str, layer: nn.Linear) -> None:
+    if layer.weight.device.type != "cpu":
+        raise ValueError(
+            f"torchq.convert: layer {name!r} is on device {layer.weight.device}, expected cpu. Move the model there "
+            "with model.cpu(), or, if its weights are not loaded yet (meta), load them first."
+        )
+    if layer.in_features > ops.MAX_DEPTH:
+        raise ValueError(
+            f"torchq.convert: layer {name!r} has in_features = {layer.in_features}; int32 sums are exact up to "
+            f"{ops.MAX_DEPTH}. Leave it in float with QConfig(exclude=({name!r},))."
+        )

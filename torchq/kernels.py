@@ -1,0 +1,108 @@
+"""Which kernel multiplies: what is compiled in, what this CPU can run, what is active, and forcing one.
+
+The kernels stand in one table, best first (csrc/gemm/dispatch.cpp); the first that this CPU can run is active. All of
+them give the same integers and the same floats, bit for bit, so the choice is about speed only. The environment
+variable `TORCHQ_KERNEL=<name>` forces one for a process, `use(name)` for a block of code.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch  # noqa: F401  (its libraries must be loaded before _C)
+
+from torchq import _C
+
+ENVIRONMENT_VARIABLE = "TORCHQ_KERNEL"
+
+
+def names() -> list[str]:
+    """The kernels compiled into this build, best first.
+
+    >>> names()[-1]
+    'reference'
+    """
+    return [kernel.name for kernel in _C.table()]
+
+
+def runnable() -> list[str]:
+    """The kernels this CPU can run, best first; `reference` runs everywhere.
+
+    >>> "reference" in runnable()
+    True
+    """
+    return [kernel.name for kernel in _C.table() if kernel.runnable]
+
+
+def active() -> str:
+    """The kernel the ops use now.
+
+    >>> active() in runnable()
+    True
+    """
+    return _C.active()
+
+
+def last_used() -> str | None:
+    """The kernel of the latest op call in this process, or None before the first: what really ran."""
+    return _C.last_used()
+
+
+def tile(name: str) -> tuple[int, int, int]:
+    """The (rows, columns, k) of the largest block that one call of this kernel computes.
+
+    >>> tile("reference")
+    (1, 16, 4)
+    """
+    return next(kernel.tile for kernel in _C.table() if kernel.name == _checked(name, "kernels.tile()"))
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Forces a kernel inside a `with` block, for the whole process (all threads).
+
+    Raises:
+        ValueError: no kernel has this name, or it is not compiled into this build.
+        RuntimeError: this CPU cannot run it.
+
+    >>> with use("reference"):
+    ...     active()
+    'reference'
+    """
+    previous = _C.forced()
+    _force(name, "kernels.use()")
+    try:
+        yield
+    finally:
+        _C.force(previous)
+
+
+def _checked(name: str, source: str) -> str:
+    if name in names():
+        return name
+    compiled = ", ".join(names())
+    if _C.is_kernel_name(name):
+        raise ValueError(
+            f"{source}: kernel {name!r} is not compiled into this build (other architecture, or a compiler too old "
+            f"for it). Compiled in: {compiled}."
+        )
+    raise ValueError(f"{source}: {name!r} is not a kernel. Compiled in: {compiled}.")
+
+
+def _force(name: str, source: str) -> None:
+    kernel = next(kernel for kernel in _C.table() if kernel.name == _checked(name, source))
+    if not kernel.runnable:
+        lacking = ", ".join(sorted(set(kernel.needs) - set(_C.cpu_features())))
+        raise RuntimeError(
+            f"{source}: this CPU lacks {lacking}, which kernel {name!r} needs. It can run: {', '.join(runnable())}."
+        )
+    _C.force(name)
+
+
+def _force_from_environment() -> None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name:
+        _force(name, ENVIRONMENT_VARIABLE)
+
+
+_force_from_environment()

@@ -1,0 +1,268 @@
+"""QuantizedLinear: nn.Linear in int8, and simulate(), the same in fake-quantized float.
+
+The packed weight is the only copy in memory. `state_dict()` and pickle hold canonical tensors, which are the same on
+every CPU; the packed form is derived from them wherever they arrive.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchq import kernels, ops, qparams
+from torchq.ops import Activation
+
+_simulating = False
+
+
+@contextmanager
+def simulate() -> Iterator[None]:
+    """Inside, every QuantizedLinear computes in float on fake-quantized values: `dequantize(quantize(x)) · wᵀ + b`.
+
+    The integer path differs from it only by float32 rounding of the sums (and, where a layer's output is requantized
+    to u8, by one code where such a rounding crosses a tie). It is what the error of quantization is, without the speed.
+
+    >>> layer = QuantizedLinear.from_float(nn.Linear(8, 4))
+    >>> x = torch.ones(2, 8)
+    >>> with simulate():
+    ...     expected = layer(x)
+    >>> torch.allclose(layer(x), expected, atol=1e-6)
+    True
+    """
+    global _simulating
+    previous, _simulating = _simulating, True
+    try:
+        yield
+    finally:
+        _simulating = previous
+
+
+class QParams(NamedTuple):
+    """The affine map x = (code - zero_point) * scale of u8 codes."""
+
+    scale: float
+    zero_point: int
+
+
+class QuantizedLinear(nn.Module):
+    """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
+
+    Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype. The
+    arithmetic is that of `ops.linear_dynamic` without `input_qparams`, and of `ops.linear_static` with them.
+
+    Args:
+        weight: int8 (out_features, in_features).
+        weight_scale: float32 (out_features,).
+        bias: float32 (out_features,), or None.
+        input_qparams: static scale and zero point of the input; None is dynamic, a pair per row.
+        output_qparams: gives u8 codes instead of floats, for a QuantizedLinear with these `input_qparams`.
+        activation: fused into the epilogue.
+        dtype: of the output where the input is u8 codes.
+
+    >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        input_qparams: QParams | None = None,
+        output_qparams: QParams | None = None,
+        activation: Activation = Activation.NONE,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.has_bias = bias is not None
+        self.input_qparams = input_qparams
+        self.output_qparams = output_qparams
+        self.activation = activation
+        self.dtype = dtype
+        self.register_buffer("packed", ops.pack(weight, weight_scale, bias), persistent=False)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        *,
+        per_channel: bool = True,
+        input_qparams: QParams | None = None,
+        output_qparams: QParams | None = None,
+        activation: Activation = Activation.NONE,
+    ) -> "QuantizedLinear":
+        """Quantizes the weight of an nn.Linear, symmetrically: `w_int8 = rne(w / scale)`, `scale = max|w| / 127`.
+
+        Raises:
+            ValueError: in_features > 65793, a weight that is not on the CPU, not finite, or not a float.
+
+        >>> QuantizedLinear.from_float(nn.Linear(8, 4)).weight.dtype
+        torch.int8
+        """
+        weight = linear.weight.detach()
+        if weight.device.type != "cpu":
+            raise ValueError(
+                f"QuantizedLinear.from_float: the weight is on device {weight.device}, expected cpu. "
+                "Materialize the module there first (.cpu(), or load its weights)."
+            )
+        if weight.shape[1] > ops.MAX_DEPTH:
+            raise ValueError(
+                f"QuantizedLinear.from_float: in_features = {weight.shape[1]} is too deep: int32 sums of u8 x int8 "
+                f"products are exact up to {ops.MAX_DEPTH}. Leave this layer in float."
+            )
+        axis = 0 if per_channel else None
+        scale, _ = qparams.choose_qparams(weight, axis=axis)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        return cls(
+            qparams.quantize(weight, scale, axis=axis),
+            scale.expand(weight.shape[0]),
+            bias,
+            input_qparams=input_qparams,
+            output_qparams=output_qparams,
+            activation=activation,
+            dtype=weight.dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if _simulating:
+            return self._simulated(x)
+        if self.input_qparams is None:
+            return ops.linear_dynamic(x, self.packed, self.activation)
+        scale, zero_point = self.input_qparams
+        dtype = self.dtype if x.dtype == torch.uint8 else x.dtype
+        if self.output_qparams is None:
+            return ops.linear_static(x, self.packed, scale, zero_point, dtype, activation=self.activation)
+        return ops.linear_static(
+            x, self.packed, scale, zero_point, torch.uint8, *self.output_qparams, activation=self.activation
+        )
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        weight, weight_scale, bias = torch.ops.torchq.unpack(self.packed, self.in_features)
+        rows = x.float().reshape(-1, x.shape[-1])
+        if self.input_qparams is None:
+            rows = qparams.fake_quantize(rows, *_row_qparams(rows), axis=0, dtype=torch.uint8)
+        else:
+            rows = qparams.fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
+        y = nn.functional.linear(rows, qparams.dequantize(weight, weight_scale, axis=0), bias)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        if self.activation == Activation.RELU:
+            y = y.relu()
+        if self.output_qparams is not None:  # float32, whatever the model's dtype: the next layer's codes, exactly
+            return qparams.fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
+        return y.to(self.dtype if self.takes_codes else x.dtype)
+
+    # ---- Canonical tensors: what state_dict and pickle hold ---------------------------------------------------------
+
+    takes_codes = False
+    """Whether the layer before gives this one u8 codes (an instance attribute where it does)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """int8 (out_features, in_features), unpacked from the only copy: a new tensor at each access."""
+        return ops.unpack(self.packed)[0]
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """float32 (out_features,)."""
+        return ops.unpack(self.packed)[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """float32 (out_features,), or None."""
+        return ops.unpack(self.packed)[2]
+
+    def _canonical(self) -> dict[str, Tensor]:
+        weight, scale, bias = ops.unpack(self.packed)
+        tensors = {"weight": weight, "weight_scale": scale}
+        if bias is not None:
+            tensors["bias"] = bias
+        for side, pair in (("input", self.input_qparams), ("output", self.output_qparams)):
+            if pair is not None:
+                tensors[f"{side}_scale"] = torch.tensor(pair.scale)
+                tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32)
+        return tensors
+
+    def _adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Takes these canonical tensors over; the inverse of `_canonical`."""
+        self.packed = ops.pack(tensors["weight"], tensors["weight_scale"], tensors.get("bias"))
+        for side in ("input", "output"):
+            if f"{side}_scale" in tensors:
+                pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
+                setattr(self, f"{side}_qparams", pair)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + key: tensor for key, tensor in self._canonical().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = self._canonical()
+        given = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        if strict:
+            missing_keys.extend(prefix + key for key in own if key not in given)
+            for key in state_dict:
+                name = key[len(prefix) :]
+                if key.startswith(prefix) and "." not in name and name not in own:
+                    unexpected_keys.append(key)
+        wrong = [
+            key for key, tensor in given.items() if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype)
+        ]
+        for key in wrong:
+            error_msgs.append(
+                f"{prefix}{key}: expected {own[key].dtype} {tuple(own[key].shape)}, "
+                f"got {given[key].dtype} {tuple(given[key].shape)}."
+            )
+        if not wrong:
+            self._adopt({**own, **given})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
+        state["canonical"] = self._canonical()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        canonical = state.pop("canonical")
+        super().__setstate__(state)
+        self.register_buffer("packed", None, persistent=False)
+        self._adopt(canonical)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        # model.half() and friends: the weights stay int8, but the dtype given back to a float neighbour follows.
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Scheme and kernel, as `repr` shows them."""
+        scheme = "dynamic" if self.input_qparams is None else "static"
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.has_bias}"]
+        parts += [f"scheme={scheme}", f"kernel={kernels.active()}"]
+        if self.activation != Activation.NONE:
+            parts.append(f"activation={self.activation.name.lower()}")
+        if self.output_qparams is not None:
+            parts.append("out=uint8")
+        return ", ".join(parts)
+
+
+def _row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
+    if rows.shape[1] == 0:
+        return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
+    lo, hi = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+    return qparams.qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=False)

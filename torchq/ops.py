@@ -1,0 +1,212 @@
+"""The torch ops: one typed wrapper and one fake for each; schemas and kernels are in csrc/torch_ops.cpp.
+
+Weights enter `pack` once; the other ops multiply by the packed form. A packed tensor is a plain uint8 vector, derived
+from (weight, scale, bias) and never serialized. Its length tells the number of output features N once the number of
+input features K is known (csrc/gemm/gemm.h), which is how the fakes infer shapes.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from torchq import _C
+
+MAX_DEPTH = _C.MAX_DEPTH
+"""The deepest exact sum: 255 * 128 * K < 2^31 holds up to K = 65793."""
+
+_PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
+
+
+class Activation(IntEnum):
+    """The function applied to y after the bias."""
+
+    NONE = 0
+    RELU = 1
+
+
+def packed_bytes(n: int, k: int) -> int:
+    """The length in bytes of a packed (N, K) weight: header, panels, and the N encoding.
+
+    >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels, one byte less of N encoding
+    -1
+    """
+    panels = -(-n // _PANEL_COLUMNS)
+    return _HEADER + panels * _panel_bytes(k) + panels * _PANEL_COLUMNS - n
+
+
+def out_features(packed: Tensor, k: int) -> int:
+    """N of a packed tensor, from its length and K.
+
+    >>> w = torch.zeros(20, 8, dtype=torch.int8)
+    >>> out_features(pack(w, torch.ones(20)), 8)
+    20
+    """
+    panels, unused = divmod(packed.numel() - _HEADER, _panel_bytes(k))
+    return panels * _PANEL_COLUMNS - unused
+
+
+def _panel_bytes(k: int) -> int:
+    return _PANEL_META + (k + 3) // 4 * 4 * _PANEL_COLUMNS
+
+
+def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Lays int8 weights out for the kernels, with their scales and bias: uint8 (packed_bytes(N, K),).
+
+    Args:
+        weight: int8 (N, K), any values, K <= 65793.
+        scale: float32 (N,), one per output feature.
+        bias: float32 (N,), or None.
+
+    Raises:
+        RuntimeError: wrong dtype, shape or device, or K too deep.
+
+    >>> packed = pack(torch.ones(2, 3, dtype=torch.int8), torch.tensor([0.5, 1.0]))
+    >>> packed.dtype, packed.dim()
+    (torch.uint8, 1)
+    """
+    return torch.ops.torchq.pack(weight, scale, bias)  # type: ignore[no-any-return]
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exact inverse of `pack`: weight int8 (N, K), scale float32 (N,), bias float32 (N,) or None.
+
+    >>> weight = torch.tensor([[1, -2, 3]], dtype=torch.int8)
+    >>> unpack(pack(weight, torch.ones(1)))
+    (tensor([[ 1, -2,  3]], dtype=torch.int8), tensor([1.]), None)
+    """
+    k, has_bias = int(packed[16:24].view(torch.int64)), bool(packed[24:28].view(torch.int32))
+    weight, scale, bias = torch.ops.torchq.unpack(packed, k)
+    return weight, scale, bias if has_bias else None
+
+
+def gemm(a: Tensor, packed: Tensor) -> Tensor:
+    """Exact integer product `c[m, n] = Σ_k a[m, k]·w[n, k]`, int8 (..., K) -> int32 (..., N); scale and bias unused.
+
+    >>> weight = torch.tensor([[1, -2, 3], [0, 0, 127]], dtype=torch.int8)
+    >>> gemm(torch.tensor([[1, 1, -128]], dtype=torch.int8), pack(weight, torch.ones(2)))
+    tensor([[  -385, -16256]], dtype=torch.int32)
+    """
+    return torch.ops.torchq.gemm(a, packed)  # type: ignore[no-any-return]
+
+
+def linear_dynamic(x: Tensor, packed: Tensor, activation: int = Activation.NONE) -> Tensor:
+    """`y = act(dequantize(codes(x) · wᵀ) + bias)`, each row (token) of x quantized to u8 with its own scale.
+
+    `y[m, n] = act(float(Σ_k (code[m, k] - zero_point[m])·w[n, k]) * (scale[m] * w_scale[n]) + bias[n])`, codes as
+    `quantize_per_token` gives them, each float operation rounded once in float32, then rounded to x's dtype.
+
+    Args:
+        x: float32, bfloat16 or float16 (..., K). A row with NaN or infinity gives a row of NaN.
+        packed: from `pack`.
+        activation: an `Activation`.
+
+    Returns:
+        (..., N), the dtype of x.
+
+    >>> weight = torch.tensor([[127, 0], [0, 127]], dtype=torch.int8)
+    >>> packed = pack(weight, torch.full((2,), 1 / 127))
+    >>> linear_dynamic(torch.tensor([[-1.0, 1.0]]), packed, Activation.RELU).round(decimals=2)
+    tensor([[0., 1.]])
+    """
+    return torch.ops.torchq.linear_dynamic(x, packed, activation)  # type: ignore[no-any-return]
+
+
+def linear_static(
+    x: Tensor,
+    packed: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    out_dtype: torch.dtype,
+    y_scale: float = 1.0,
+    y_zero_point: int = 0,
+    activation: int = Activation.NONE,
+) -> Tensor:
+    """`linear_dynamic` with one scale and zero point for all of x, given; reads and writes floats or u8 codes.
+
+    Args:
+        x: float (..., K), quantized here by `clamp(rne(x * (1 / x_scale)) + x_zero_point, 0, 255)` (NaN gives 0, and
+            infinities saturate), or uint8: codes already.
+        packed: from `pack`.
+        x_scale: positive; rounded to float32.
+        x_zero_point: in [0, 255].
+        out_dtype: a float dtype, or uint8 for codes `clamp(rne(y * (1 / y_scale)) + y_zero_point, 0, 255)`.
+        y_scale: for uint8 output.
+        y_zero_point: for uint8 output.
+        activation: an `Activation`, applied before y is quantized.
+
+    Returns:
+        out_dtype (..., N).
+
+    >>> packed = pack(torch.tensor([[127, 0]], dtype=torch.int8), torch.tensor([1 / 127]))
+    >>> linear_static(torch.tensor([[2.0, 9.9]]), packed, 0.5, 0, torch.uint8, y_scale=0.25)
+    tensor([[8]], dtype=torch.uint8)
+    """
+    return torch.ops.torchq.linear_static(  # type: ignore[no-any-return]
+        x, packed, x_scale, x_zero_point, out_dtype, y_scale, y_zero_point, activation
+    )
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u8 codes (..., K), scale float32 (..., 1) and zero point int32 (..., 1) of each row: what `linear_dynamic` sees.
+
+    As `qparams.choose_qparams(x, dtype=torch.uint8, symmetric=False, axis=0)` for rows x, except that a row with NaN
+    or infinity has scale NaN and codes 0.
+
+    >>> quantize_per_token(torch.tensor([[0.0, 0.25, 1.0]]))[0]
+    tensor([[  0,  64, 255]], dtype=torch.uint8)
+    """
+    return torch.ops.torchq.quantize_per_token(x)  # type: ignore[no-any-return]
+
+
+# ---- Fakes: shapes and dtypes without data, for torch.compile and torch.export ------------------------------------
+
+
+def _rows_out(op: str, x: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    torch._check(
+        x.device == packed.device,
+        lambda: f"torchq::{op}: x is on {x.device}, the packed weight on {packed.device}. Move both to the CPU.",
+    )
+    return x.new_empty((*x.shape[:-1], out_features(packed, x.shape[-1])), dtype=dtype)
+
+
+@torch.library.register_fake("torchq::pack")
+def _(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return weight.new_empty((packed_bytes(*weight.shape),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torchq::unpack")
+def _(packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = out_features(packed, in_features)
+    weight = packed.new_empty((n, in_features), dtype=torch.int8)
+    return weight, packed.new_empty((n,), dtype=torch.float32), packed.new_empty((n,), dtype=torch.float32)
+
+
+@torch.library.register_fake("torchq::gemm")
+def _(a: Tensor, packed: Tensor) -> Tensor:
+    return _rows_out("gemm", a, packed, torch.int32)
+
+
+@torch.library.register_fake("torchq::linear_dynamic")
+def _(x: Tensor, packed: Tensor, activation: int = 0) -> Tensor:
+    return _rows_out("linear_dynamic", x, packed, x.dtype)
+
+
+@torch.library.register_fake("torchq::linear_static")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    out_dtype: torch.dtype,
+    y_scale: float = 1.0,
+    y_zero_point: int = 0,
+    activation: int = 0,
+) -> Tensor:
+    return _rows_out("linear_static", x, packed, out_dtype)
+
+
+@torch.library.register_fake("torchq::quantize_per_token")
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    one = (*x.shape[:-1], 1)
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(one), x.new_empty(one, dtype=torch.int32)

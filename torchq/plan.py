@@ -1,0 +1,267 @@
+"""Plan: per layer, what it becomes and why. Plain data: printable, JSON, and editable before it is applied.
+
+`make_plan` decides from the records of a calibration (or, without one, from the weights alone), by measuring each
+candidate scheme on the layer's own input sample with the real integer ops.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchq import ops
+from torchq.calibrate import Calibration, Record
+from torchq.config import QConfig
+from torchq.modules.linear import QParams, QuantizedLinear
+from torchq.qparams import sqnr_db
+
+Kind = Literal["int8 dynamic", "int8 static", "float"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer becomes.
+
+    Args:
+        kind: "int8 dynamic", "int8 static" or "float".
+        reason: why, in words and numbers.
+        per_channel: one weight scale per output channel, or one per tensor.
+        input_qparams: scale and zero point of a static layer's input.
+        observer: the observer the static range came from.
+        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB.
+        relu: the name of the nn.ReLU computed in this layer's epilogue.
+        skipped: modules between this layer and `feeds` that do nothing in eval mode.
+        feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
+    """
+
+    kind: Kind
+    reason: str
+    per_channel: bool = True
+    input_qparams: QParams | None = None
+    observer: str | None = None
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+    relu: str | None = None
+    skipped: tuple[str, ...] = ()
+    feeds: str | None = None
+
+    @property
+    def measured_db(self) -> float | None:
+        """The output SQNR of the scheme chosen, or None where nothing was measured."""
+        return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layer plans by module name, in model order.
+
+    >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
+    >>> print(plan)
+    fc: int8 dynamic (no calibration data)
+    >>> Plan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    layers: dict[str, LayerPlan]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it: dicts, lists, strings and numbers."""
+        return {name: _to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """The inverse of `to_dict`."""
+        layers = {}
+        for name, values in data.items():
+            pair = values["input_qparams"]
+            given = {**values, "input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"])}
+            layers[name] = LayerPlan(**given)
+        return cls(layers)
+
+
+def _to_json(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear of the model, subclasses too, by its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def why_float(model: nn.Module, name: str, layer: nn.Linear) -> str | None:
+    """Why a layer can't become a QuantizedLinear whatever the data, or None if it can."""
+    kind = type(layer).__name__
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        return f"{kind} has a forward of its own"
+    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
+        return f"{kind} is not initialized yet: run one batch through the model first"
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads this layer's weight without calling it"
+    if has_hooks(layer):
+        return "it has forward hooks, which a swap would drop"
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {layer.weight.dtype}; float32, bfloat16 and float16 can be quantized"
+    if not bool(layer.weight.isfinite().all()):
+        return "its weight has NaN or infinity"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to this module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def excluded(layers: Mapping[str, nn.Linear], patterns: tuple[str, ...]) -> dict[str, str]:
+    """The layers that `QConfig.exclude` names, each with the pattern that does.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [name for name in layers if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
+        if not hits:
+            known = ", ".join(repr(name) for name in list(layers)[:8])
+            raise ValueError(
+                f"torchq.convert: exclude pattern {pattern!r} matches no nn.Linear of the model. Its layers are "
+                f"{known}{', ...' if len(layers) > 8 else ''}."
+            )
+        found.update({name: pattern for name in hits if name not in found})
+    return found
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def make_plan(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    barred: Mapping[str, str],
+    calibration: Calibration | None,
+    config: QConfig,
+) -> Plan:
+    """Decides every layer: those in `barred` stay float for the reason given, the others as measured.
+
+    Raises:
+        ValueError: `activation="static"` and a layer the calibration data never reached.
+    """
+    if config.activation == "static" and calibration is not None:
+        missed = [name for name, record in calibration.records.items() if record.calls == 0]
+        if missed:
+            raise ValueError(
+                f"torchq.convert: activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
+                "Pass data that runs these layers, exclude them, or use activation='auto'."
+            )
+    plans = {}
+    for name, layer in layers.items():
+        if name in barred:
+            plans[name] = LayerPlan("float", barred[name])
+        elif calibration is None:
+            plans[name] = LayerPlan("int8 dynamic", "no calibration data", config.weight == "per_channel")
+        else:
+            plans[name] = _plan_layer(layer, calibration.records[name], config)
+    if calibration is not None:
+        _fuse(model, plans, calibration)
+    return Plan(plans)
+
+
+def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
+    per_channel = config.weight == "per_channel"
+    if record.calls == 0 and config.activation == "auto":
+        return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
+    if record.sample.seen == 0:
+        return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
+
+    ranges = {name: _static_qparams(record, name) for name in record.observers}
+    measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel)
+    observer = max(record.observers, key=lambda name: measured[name])
+    static, dynamic = measured[observer], measured["dynamic"]
+    numbers = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
+    if config.activation == "auto":
+        use_static = static >= dynamic - config.margin_db
+        reason = f"{numbers}: {'static is cheaper' if use_static else 'static would cost accuracy'}"
+    else:
+        use_static = config.activation == "static"
+        reason = f"asked for; {numbers}"
+    if (static if use_static else dynamic) < config.min_sqnr_db:
+        return LayerPlan("float", f"{numbers}: below min_sqnr_db = {config.min_sqnr_db:g}", sqnr_db=measured)
+    if not use_static:
+        return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
+    return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
+
+
+def _static_qparams(record: Record, observer: str) -> QParams:
+    scale, zero_point = record.observers[observer].qparams(dtype=torch.uint8, symmetric=False)
+    return QParams(float(scale), int(zero_point))
+
+
+@torch.no_grad()
+def measure(
+    layer: nn.Linear, rows: Tensor, ranges: Mapping[str, QParams], *, per_channel: bool = True
+) -> dict[str, float]:
+    """Output SQNR in dB of each scheme, against the float layer on the same rows (R, K), by the real integer ops.
+
+    >>> _ = torch.manual_seed(0)
+    >>> layer, rows = nn.Linear(64, 64), torch.randn(32, 64)
+    >>> sorted(measure(layer, rows, {"minmax": QParams(0.03, 128)}))
+    ['dynamic', 'minmax']
+    """
+    bias = None if layer.bias is None else layer.bias.float()
+    exact = nn.functional.linear(rows, layer.weight.float(), bias)
+    packed = QuantizedLinear.from_float(layer, per_channel=per_channel).packed
+    measured = {"dynamic": sqnr_db(exact, ops.linear_dynamic(rows, packed))}
+    for name, (scale, zero_point) in ranges.items():
+        measured[name] = sqnr_db(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
+    return measured
+
+
+# ---- Fusion: runs of Linear, ReLU, Linear in an nn.Sequential -----------------------------------------------------
+
+_IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
+
+
+def _fuse(model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration) -> None:
+    """Folds each ReLU that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
+
+    That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, so the
+    calls counted in calibration must show that these layers ran only as part of their Sequential.
+    """
+    for name, sequential in model.named_modules():
+        if type(sequential).forward is not nn.Sequential.forward:
+            continue
+        run = [(f"{name}.{key}" if name else key, child) for key, child in sequential.named_children()]
+        if len(run) == len(sequential):  # named_children leaves out repeats: a module used twice in one Sequential
+            _fuse_run(run, plans, calibration, calibration.sequential_calls.get(name, 0))
+
+
+def _fuse_run(
+    run: list[tuple[str, nn.Module]], plans: dict[str, LayerPlan], calibration: Calibration, calls: int
+) -> None:
+    def is_ours(name: str) -> bool:
+        return name in plans and plans[name].kind != "float" and calibration.records[name].calls == calls
+
+    for i, (name, _) in enumerate(run):
+        if not is_ours(name):
+            continue
+        relu, skipped, feeds = None, [], None
+        for follower, module in run[i + 1 :]:
+            if is_ours(follower):
+                both_static = plans[name].kind == plans[follower].kind == "int8 static"
+                feeds = follower if both_static else None
+                break
+            if has_hooks(module) or type(module) not in (nn.ReLU, *_IDLE):
+                break
+            if type(module) is nn.ReLU:
+                relu = relu or follower
+                skipped += [follower] if relu != follower else []  # relu(relu(x)) = relu(x)
+            else:
+                skipped.append(follower)
+        plans[name] = dataclasses.replace(plans[name], relu=relu, skipped=tuple(skipped) if feeds else (), feeds=feeds)

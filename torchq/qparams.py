@@ -1,0 +1,317 @@
+"""Scale and zero point: the one place where torchq turns floats into int8 codes and back.
+
+A tensor x is stored as codes q of 8 bits, a scale and a zero point:
+
+    x  ~  (q - zero_point) * scale          q in [qmin, qmax]: int8 [-128, 127], uint8 [0, 255]
+
+The range covered always contains 0.0, so zero is represented exactly (padding, ReLU and masks stay exact):
+
+    lo = min(x.min(), 0)    hi = max(x.max(), 0)    an empty tensor: lo = hi = 0
+
+    asymmetric  scale = hi / 255 - lo / 255     zero_point = qmin + clamp(round(-lo * (1 / scale)), 0, 255)
+    symmetric   scale = max(hi, -lo) / 127      zero_point = 0 (int8) or 128 (uint8)
+
+The textbook zero point `round(-lo / scale)` is for codes in [0, 255]. Signed codes start at -128, so theirs
+is lower by 128; forgetting that shift is the classic int8 bug.
+
+The C++ kernels repeat this arithmetic bit for bit, which is why it is spelled out: every operation is float32
+and rounded once (no fma, no double), rounding is half to even, and dividing by the scale means multiplying by
+`1 / scale`, as in torch.quantize_per_tensor. The corners:
+
+* `hi / 255 - lo / 255` divides twice so that [-3e38, 3e38] does not overflow. Restoring still can: a value
+  within half a step of the largest float32, 3.4e38, may dequantize to Inf.
+* A scale below FLT_MIN (all-zero, denormal or empty data) becomes 1: every value gets the code of the zero
+  point, and `1 / scale` stays finite.
+* A range with NaN or Inf has scale NaN, so a row of activations with NaN in it dequantizes to NaN and the
+  fault stays visible. `choose_qparams` refuses such data instead.
+
+Every function but `sqnr_db` traces under `torch.compile(fullgraph=True)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+_FLT_MIN = torch.finfo(torch.float32).tiny
+_FLT_MAX = torch.finfo(torch.float32).max
+
+
+def choose_qparams(
+    x: Tensor, *, dtype: torch.dtype = torch.int8, symmetric: bool = True, axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that cover every value of x: `qparams_from_range(min(x), max(x))`.
+
+    `dequantize(quantize(x, ...), ...)` is then within scale / 2 of x, everywhere. Carries no gradient.
+
+    Args:
+        x: any float dtype and shape; taken as float32. Empty is allowed.
+        dtype: of the codes, torch.int8 or torch.uint8.
+        symmetric: True puts 0.0 in the middle of the codes (weights); False uses all codes (activations).
+        axis: None for one pair, or i for one pair per index along dimension i (negative counts from the end).
+
+    Returns:
+        scale float32 and zero_point int32, both of shape () or [x.shape[axis]].
+
+    Raises:
+        TypeError: x is not floating point, or dtype is not int8 or uint8.
+        ValueError: axis is out of range, or x has NaN or Inf. The latter depends on data, so it is not
+            checked under torch.compile, where the scale becomes NaN.
+
+    >>> choose_qparams(torch.tensor([[-1.0, 0.5], [254.0, 2.0]]), axis=0)
+    (tensor([0.0079, 2.0000]), tensor([0, 0], dtype=torch.int32))
+    >>> choose_qparams(torch.tensor([-1.0, 1.55]), dtype=torch.uint8, symmetric=False)
+    (tensor(0.0100), tensor(100, dtype=torch.int32))
+    """
+    _check_float("choose_qparams", x)
+    lo, hi = _extremes(x.detach(), axis)
+    if not torch.compiler.is_compiling() and not (lo.isfinite() & hi.isfinite()).all():
+        bad = x.numel() - int(x.float().isfinite().sum())
+        raise ValueError(
+            f"torchq.choose_qparams: expected finite float32 values, got {bad} NaN or Inf "
+            f"among the {x.numel()} of x. Find the layer that makes them, or clean x with torch.nan_to_num()."
+        )
+    return _from_range("choose_qparams", lo, hi, dtype, symmetric)
+
+
+def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that cover [min(lo, 0), max(hi, 0)], elementwise.
+
+    The module's docstring has the formulas.
+
+    Args:
+        lo: a float tensor, taken as float32. NaN or Inf is no error here: the scale is NaN and the zero point
+            the lowest code or, if symmetric, the usual one.
+        hi: likewise, of the same shape.
+        dtype: of the codes, torch.int8 or torch.uint8.
+        symmetric: see `choose_qparams`.
+
+    Returns:
+        scale float32 and zero_point int32, of that shape.
+
+    Raises:
+        TypeError: lo or hi is not floating point, or dtype is not int8 or uint8.
+
+    >>> lo, hi = torch.tensor([0.0, -1.0]), torch.tensor([255.0, 0.0])
+    >>> qparams_from_range(lo, hi, dtype=torch.int8, symmetric=False)
+    (tensor([1.0000, 0.0039]), tensor([-128,  127], dtype=torch.int32))
+    """
+    _check_float("qparams_from_range", lo, "lo")
+    _check_float("qparams_from_range", hi, "hi")
+    return _from_range("qparams_from_range", lo, hi, dtype, symmetric)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int = 0,
+    *,
+    axis: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """Rounds floats to 8-bit codes: `q = clamp(round(x * (1 / scale)) + zero_point, qmin, qmax)`.
+
+    Rounds half to even, before it adds the zero point, and gives the codes of `torch.quantize_per_tensor`.
+    (`torch.quantize_per_channel` adds first, so its ties can come out one code apart unless zero_point is 0.)
+    Values outside the range, and Inf, saturate. NaN becomes the lowest code.
+
+    Args:
+        x: any float dtype and shape; taken as float32.
+        scale: a number, or a float tensor of shape () or, with axis, [x.shape[axis]]. A Python number is
+            checked. A tensor is not, because that would break tracing: keep it positive and not denormal.
+        zero_point: the code of 0.0: an int (checked) or an integer tensor (not checked), shaped like scale.
+        axis: the dimension a vector of scales runs along; negative counts from the end.
+        dtype: of the codes, torch.int8 or torch.uint8.
+
+    Returns:
+        `dtype`, the shape of x.
+
+    Raises:
+        TypeError: x is not floating point, dtype is not int8 or uint8, or zero_point is a float tensor.
+        ValueError: a shape, the axis, a Python scale or a Python zero point does not fit.
+
+    >>> quantize(torch.tensor([-1.0, 0.0, 0.75, 99.0]), scale=0.5)
+    tensor([ -2,   0,   2, 127], dtype=torch.int8)
+    """
+    _check_float("quantize", x)
+    qmin, qmax = _code_range("quantize", dtype)
+    scale, zero_point = _broadcastable("quantize", x, scale, zero_point, axis, dtype)
+    lowest, highest = (qmin - zero_point).float(), (qmax - zero_point).float()
+    code = x.float() * scale.reciprocal()
+    # Clamped before it is rounded: both bounds are integers, so the result is the same, and no value is ever
+    # too large for the integer type. `>` is False for NaN, which sends it to the lowest code.
+    code = torch.where(code > lowest, code, lowest).minimum(highest)
+    return (code.round() + zero_point).to(dtype)
+
+
+def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *, axis: int | None = None) -> Tensor:
+    """Turns 8-bit codes into floats: `x = (q - zero_point) * scale`, exact but for the one multiplication.
+
+    Args:
+        q: int8 or uint8, any shape.
+        scale: as given to `quantize`, and so are the others.
+        zero_point: the code of 0.0.
+        axis: the dimension a vector of scales runs along.
+
+    Returns:
+        float32, the shape of q.
+
+    Raises:
+        TypeError: q is not int8 or uint8, or zero_point is a float tensor.
+        ValueError: as `quantize`.
+
+    >>> dequantize(torch.tensor([-2, 0, 127], dtype=torch.int8), scale=0.5, zero_point=2)
+    tensor([-2.0000, -1.0000, 62.5000])
+    """
+    _code_range("dequantize", q.dtype, "q", "Make codes with torchq.quantize().")
+    scale, zero_point = _broadcastable("dequantize", q, scale, zero_point, axis, q.dtype)
+    return (q.int() - zero_point).float() * scale
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int = 0,
+    *,
+    axis: int | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """What x becomes by quantization, in float: `dequantize(quantize(x))`, cast to x's dtype.
+
+    The arguments and errors are those of `quantize`. No gradient reaches x, because the codes are integers.
+
+    >>> fake_quantize(torch.tensor([0.1, 0.3, 99.0], dtype=torch.bfloat16), scale=0.25)
+    tensor([ 0.0000,  0.2500, 31.7500], dtype=torch.bfloat16)
+    """
+    q = quantize(x, scale, zero_point, axis=axis, dtype=dtype)
+    return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
+
+
+def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
+    """How far the signal stands above the error, in decibels: `10 log10(sum(ref^2) / sum((ref - approx)^2))`.
+
+    Computed in float64. 20 dB is an error of 10 % of the signal, 40 dB of 1 %.
+
+    Args:
+        reference: any dtype and shape.
+        approximation: the same shape.
+
+    Returns:
+        inf where the error is zero (also for two all-zero or empty tensors), -inf where the reference is all
+        zero and the approximation is not, nan where NaN is involved.
+
+    Raises:
+        ValueError: the shapes differ; broadcasting would measure something else than intended.
+
+    >>> sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
+    20.0
+    """
+    if reference.shape != approximation.shape:
+        raise ValueError(
+            f"torchq.sqnr_db: expected tensors of one shape, got reference {list(reference.shape)} and "
+            f"approximation {list(approximation.shape)}. Reshape one of them."
+        )
+    reference, approximation = reference.detach().double(), approximation.detach().double()
+    signal = reference.square().sum()
+    noise = (reference - approximation).square().sum()
+    return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
+
+
+def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """min(x) and max(x), over everything or per index along axis: float32, () or [x.shape[axis]]."""
+    if axis is not None:
+        x = x.movedim(_normal_axis("choose_qparams", x, axis), 0)
+        channels = x.shape[0]
+        x = x.reshape(channels, x.numel() // max(channels, 1))
+    if x.numel() == 0:
+        zeros = torch.zeros(x.shape[:1] if axis is not None else (), device=x.device, dtype=torch.float32)
+        return zeros, zeros
+    lo, hi = torch.aminmax(x) if axis is None else torch.aminmax(x, dim=1)
+    return lo.float(), hi.float()
+
+
+def _from_range(function: str, lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
+    qmin, _ = _code_range(function, dtype)
+    lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)  # clamp keeps NaN
+    scale = torch.maximum(hi, -lo) / 127 if symmetric else hi / 255 - lo / 255
+    scale = torch.where(scale < _FLT_MIN, 1.0, scale)
+    scale = torch.where(scale.isfinite(), scale, math.nan)
+    if symmetric:
+        return scale, torch.full_like(scale, qmin + 128, dtype=torch.int32)
+    steps = (-lo * scale.reciprocal()).round().clamp(0, 255).nan_to_num(nan=0.0)
+    return scale, steps.to(torch.int32) + qmin
+
+
+def _broadcastable(
+    function: str,
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    axis: int | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Checks scale and zero point, and shapes them to broadcast against x: float32 and int32."""
+    if not isinstance(scale, Tensor) and not _FLT_MIN <= scale <= _FLT_MAX:
+        raise ValueError(
+            f"torchq.{function}: scale must be positive, finite and at least {_FLT_MIN:.3g}, got {scale}. "
+            "Choose one with torchq.choose_qparams()."
+        )
+    qmin, qmax = _CODES[dtype]
+    if isinstance(zero_point, Tensor):
+        if zero_point.is_floating_point():
+            raise TypeError(
+                f"torchq.{function}: zero_point must be an int or an integer tensor, got {zero_point.dtype}. "
+                "Round it and cast it to torch.int32."
+            )
+    elif not qmin <= zero_point <= qmax:
+        raise ValueError(
+            f"torchq.{function}: zero_point must be in [{qmin}, {qmax}] for {dtype}, got {zero_point}. "
+            "An int8 zero point is the uint8 one minus 128."
+        )
+    if axis is not None:
+        axis = _normal_axis(function, x, axis)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    zero_point = torch.as_tensor(zero_point, dtype=torch.int32, device=x.device)
+    return _along(function, "scale", scale, x, axis), _along(function, "zero_point", zero_point, x, axis)
+
+
+def _along(function: str, name: str, value: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Shapes a vector [C] to [C, 1, ..., 1], so that it runs along x's axis; leaves shape () alone."""
+    if value.dim() == 0:
+        return value
+    if axis is None:
+        raise ValueError(
+            f"torchq.{function}: without axis, {name} must be one number or have shape (), got shape "
+            f"{list(value.shape)}. Pass axis= to say which dimension of x {list(x.shape)} it runs along."
+        )
+    if value.shape != (x.shape[axis],):
+        raise ValueError(
+            f"torchq.{function}: with axis={axis}, {name} must have shape [{x.shape[axis]}] to match x "
+            f"{list(x.shape)}, got {list(value.shape)}. Pass one value per index along that axis."
+        )
+    return value.reshape(-1, *[1] * (x.dim() - axis - 1))
+
+
+def _normal_axis(function: str, x: Tensor, axis: int) -> int:
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(
+            f"torchq.{function}: axis must be one of the {x.dim()} dimensions of x {list(x.shape)}, got "
+            f"{axis}. Pass axis=None for one scale for the whole tensor."
+        )
+    return axis % x.dim()
+
+
+def _check_float(function: str, x: Tensor, name: str = "x") -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"torchq.{function}: {name} must be floating point, got {x.dtype}. Pass {name}.float().")
+
+
+def _code_range(
+    function: str, dtype: torch.dtype, name: str = "dtype", advice: str = "Pass one of these two."
+) -> tuple[int, int]:
+    if dtype not in _CODES:
+        raise TypeError(f"torchq.{function}: {name} must be torch.int8 or torch.uint8, got {dtype}. {advice}")
+    return _CODES[dtype]
