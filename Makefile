@@ -30,9 +30,9 @@ lint: $(VENV)/built
 bench-core: build/bench_core
 	build/bench_core
 
-build/bench_core: benchmarks/core.cpp $(CORE)
+build/bench_core: benchmarks/core.cpp benchmarks/peak.cpp $(CORE)
 	mkdir -p build
-	$(CXX) -std=c++17 -O3 -ffp-contract=off -w -o $@ benchmarks/core.cpp $(filter %.cpp,$(CORE))
+	$(CXX) -std=c++17 -O3 -ffp-contract=off -w -o $@ $(filter %.cpp,$^)
 
 # torch is named first and alone: a plain `torch` would bring gigabytes of CUDA (see README, Install).
 $(VENV)/installed: requirements.txt

@@ -16,49 +16,13 @@
 
 #include "../csrc/gemm/gemm.h"
 
+extern "C" double peak_of(const char* kernel);  // peak.cpp
+
 namespace {
 
 using torchq::Kernel;
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-constexpr int kPeakRounds = 400000;
-
-#if defined(__x86_64__)
-// Twelve independent accumulators outlast the latency of every CPU this runs on. R is zmm or ymm.
-#define STEP(P, R, D) P "vpdpbusd %%" R "13, %%" R "12, %%" R #D "\n\t"
-#define STEP_AVX2(P, R, D) "vpmaddwd %%ymm13, %%ymm12, %%ymm14\n\tvpaddd %%ymm14, %%ymm" #D ", %%ymm" #D "\n\t"
-#define TWELVE(S, P, R) \
-  S(P, R, 0)            \
-  S(P, R, 1)            \
-  S(P, R, 2) S(P, R, 3) S(P, R, 4) S(P, R, 5) S(P, R, 6) S(P, R, 7) S(P, R, 8) S(P, R, 9) S(P, R, 10) S(P, R, 11)
-#define PEAK(function, steps, ops_per_step)                                                                           \
-  double function() {                                                                                                 \
-    const double start = seconds();                                                                                   \
-    for (int i = 0; i < kPeakRounds; ++i)                                                                             \
-      __asm__ volatile(steps::                                                                                        \
-                           : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
-                             "xmm11", "xmm12", "xmm13", "xmm14");                                                     \
-    const double spent = seconds() - start;                                                                           \
-    __asm__ volatile("vzeroupper");                                                                                   \
-    return 12.0 * kPeakRounds * ops_per_step / spent;                                                                 \
-  }
-
-PEAK(peak_zmm, TWELVE(STEP, "", "zmm"), 128)
-PEAK(peak_evex_ymm, TWELVE(STEP, "%{evex%} ", "ymm"), 64)
-PEAK(peak_vex_ymm, TWELVE(STEP, "%{vex%} ", "ymm"), 64)
-PEAK(peak_avx2, TWELVE(STEP_AVX2, "", "ymm"), 32)
-#endif
-
-double peak_of(const std::string& kernel) {
-#if defined(__x86_64__)
-  if (kernel == "avx512_vnni") return peak_zmm();
-  if (kernel == "avx512vl_vnni") return peak_evex_ymm();
-  if (kernel == "avx_vnni") return peak_vex_ymm();
-  if (kernel == "avx2") return peak_avx2();
-#endif
-  return 0;
-}
 
 struct Shape {
   int64_t m, n, k;

@@ -1,7 +1,8 @@
 // What a kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
 //
 // A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, the tile it computes, and
-// three functions. All kernels agree bit for bit, integers and floats; `reference` is the definition.
+// three functions. All kernels agree bit for bit, integers and floats; `reference` is the definition. (Where two
+// different NaNs meet, a weight scale's and a bias's, which of them survives is open, as in IEEE 754.)
 #pragma once
 
 #include <cstdint>

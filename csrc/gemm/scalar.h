@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel.h"
+
 namespace torchq {
 
 inline float bits_to_float(uint32_t bits) {

@@ -1,0 +1,150 @@
+"""One linear layer as its user calls it, against everyone else's: latency by shape, answers checked, peers interleaved.
+
+    python -m benchmarks.linear                              # a few shapes
+    taskset -c 0 python -m benchmarks.linear --grid full     # the whole grid, one thread pinned
+    python -m benchmarks.linear --json out.json --plot out.png
+
+torchq is `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias. Every peer runs by its best API
+(benchmarks/peers.py). Times are the best of interleaved rounds; each answer is first compared with float.
+"""
+
+import argparse
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import torchq
+from benchmarks.demo import markdown
+from benchmarks.peers import Peer, available
+from benchmarks.roofline import Roofline
+from benchmarks.timing import interleaved, machine
+from torchq.qparams import sqnr_db
+
+LAYERS = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096), (64, 64)]
+LAYERS += [(1000, 2048), (127, 515)]
+GRIDS = {
+    "quick": [(m, n, k) for n, k in [(768, 768), (4096, 1024)] for m in (1, 16, 128)]
+    + [(1, 4096, 4096), (512, 4096, 4096)],
+    "full": [(m, n, k) for n, k in LAYERS for m in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)],
+}
+MIN_SQNR_DB = 20.0  # below this an answer is wrong, not quantized: 8 bits give about 40 on normal data
+
+
+def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds: int) -> dict[str, Any]:
+    """Microseconds and output SQNR of each contestant at (M, N, K)."""
+    m, n, k = shape
+    torch.manual_seed(0)
+    linear, x = nn.Linear(k, n), torch.randn(m, k)
+    exact = linear(x)
+    runs, errors = {}, {}
+    for peer in peers:
+        run = peer.make(linear, x, threads)
+        errors[peer.name] = sqnr_db(exact, run().float())
+        if errors[peer.name] < MIN_SQNR_DB:
+            raise RuntimeError(f"{peer.name} at {shape}: output SQNR {errors[peer.name]:.1f} dB, the answer is wrong")
+        runs[peer.name] = run
+    times = interleaved(runs, rounds=rounds)
+    return {"shape": shape, "us": {name: t * 1e6 for name, t in times.items()}, "sqnr_db": errors}
+
+
+def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:
+    """The fastest of these contestants, and its microseconds."""
+    times: dict[str, float] = result["us"]
+    name = min(names, key=lambda candidate: times[candidate])
+    return name, times[name]
+
+
+def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
+    """A row per shape: torchq, the best int8 peer and the best float32 of all; speed-ups of torchq over each."""
+    int8 = [peer.name for peer in peers if peer.int8 and peer.name != "torchq"]
+    float32 = [peer.name for peer in peers if not peer.int8 and "float32" in peer.name]
+    rows = [["M x N x K", "torchq", "best int8 peer", "x", "best float32", "x", "torch float32", "x"]]
+    for result in results:
+        ours = result["us"]["torchq"]
+        row = ["x".join(map(str, result["shape"])), f"{ours:.1f} us"]
+        for name, time in (best(result, int8), best(result, float32)):
+            row += [f"{name}, {time:.1f} us", f"{time / ours:.2f}"]
+        torch_time = result["us"]["torch float32"]
+        rows.append([*row, f"{torch_time:.1f} us", f"{torch_time / ours:.2f}"])
+    ratios = [best(result, int8)[1] / result["us"]["torchq"] for result in results]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    lost = sum(ratio < 1 for ratio in ratios)
+    summary = f"Against the best int8 peer of each shape: geometric mean {mean:.2f}x, least {min(ratios):.2f}x, "
+    return f"{markdown(rows)}\n\n{summary}slower at {lost} of {len(ratios)} shapes."
+
+
+def plot(results: list[dict[str, Any]], limits: dict[str, Any], path: Path) -> None:
+    """Roofline: operations a second over operations per byte of weight, torchq and the best int8 peer."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6))
+    for label, names, marker in (("torchq", ["torchq"], "o"), ("best int8 peer", limits["int8_peers"], "x")):
+        ops = [2 * math.prod(r["shape"]) for r in results]
+        rate = [o / best(r, names)[1] / 1e3 for o, r in zip(ops, results, strict=True)]
+        axes.scatter([2 * r["shape"][0] for r in results], rate, label=label, marker=marker, alpha=0.7)
+    intensity = [2.0 * 2**i for i in range(11)]
+    peak = limits["peak"] / 1e9
+    axes.plot(intensity, [peak] * len(intensity), "k-", label=f"peak {peak:.0f} Gop/s")
+    for name, bandwidth in limits["bandwidth"].items():
+        roof = [min(peak, i * bandwidth / 1e9) for i in intensity]
+        axes.plot(intensity, roof, "--", alpha=0.5, label=f"{name} {bandwidth / 1e9:.0f} GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of weight (2 M)", ylabel="Gop/s")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def limits(peers: list[Peer], threads: int) -> dict[str, Any]:
+    """The machine's limits, measured in this run; per thread, times the threads."""
+    roofline = Roofline()
+    sizes = {"L2": 512 << 10, "L3": 8 << 20, "memory": 256 << 20}
+    return {
+        "peak": roofline.peak(torchq.kernels.active()) * threads,
+        "bandwidth": {
+            name: roofline.bandwidth(size) * (threads if name == "L2" else 1) for name, size in sizes.items()
+        },
+        "int8_peers": [peer.name for peer in peers if peer.int8 and peer.name != "torchq"],
+    }
+
+
+def main() -> None:
+    """Measures the grid and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=GRIDS, default="quick")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--markdown", type=Path, help="write the table here as well")
+    parser.add_argument("--plot", type=Path, help="write a roofline plot here (needs matplotlib)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", category=UserWarning)  # the peers' own, about caching and deprecation
+
+    peers, skipped = available()
+    print("\n".join(skipped), end="\n" if skipped else "")
+    roof = limits(peers, arguments.threads)
+    results = []
+    with torch.inference_mode():
+        for shape in GRIDS[arguments.grid]:
+            results.append(measure(shape, peers, arguments.threads, arguments.rounds))
+            name, time = best(results[-1], roof["int8_peers"])
+            print(
+                f"{shape}: torchq {results[-1]['us']['torchq']:.1f} us, best int8 peer {name} {time:.1f} us", flush=True
+            )
+    bandwidth = ", ".join(f"{name} {value / 1e9:.0f} GB/s" for name, value in roof["bandwidth"].items())
+    text = f"{table(results, peers)}\n\n{machine()}; peak {roof['peak'] / 1e9:.0f} Gop/s, {bandwidth}."
+    print("\n" + text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "limits": roof, "results": results}, indent=1))
+    if arguments.markdown:
+        arguments.markdown.write_text(text + "\n")
+    if arguments.plot:
+        plot(results, roof, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""One linear layer, y = x · wᵀ + b, by everyone who can compute it on a CPU: each peer by its best API.
+
+A peer prepacks its weights and caches its session once, outside the timing. `Layer.make` gives a function of no
+arguments which computes y from an x fixed beforehand, so that engines may bind their buffers. Peers that are not
+installed are left out by `available()`, with the reason.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchq
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contestant: `make(linear, x, threads)` returns the function to time."""
+
+    name: str
+    int8: bool
+    make: Callable[[nn.Linear, Tensor, int], Run]
+    needs: tuple[str, ...] = ()
+
+
+def available() -> tuple[list[Peer], list[str]]:
+    """The peers installed here, and a line for each that is not."""
+    missing = {peer.name: [need for need in peer.needs if find_spec(need) is None] for peer in PEERS}
+    lines = [
+        f"{name}: skipped, needs {', '.join(needs)} (pip install 'torchq[bench]')"
+        for name, needs in missing.items()
+        if needs
+    ]
+    return [peer for peer in PEERS if not missing[peer.name]], lines
+
+
+def _torchq(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+    layer = torchq.QuantizedLinear.from_float(linear)
+    return lambda: layer(x)
+
+
+def _torch_float32(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+    return lambda: linear(x)
+
+
+def _torch_bfloat16(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+    layer = nn.Linear(linear.in_features, linear.out_features).bfloat16()
+    layer.load_state_dict(linear.state_dict())
+    half = x.bfloat16()
+    return lambda: layer(half)
+
+
+def _torch_dynamic(engine: str) -> Callable[[nn.Linear, Tensor, int], Run]:
+    """torch.ops.quantized.linear_dynamic; full 8-bit range, which is exact where there is VNNI."""
+
+    def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+        scale, zero_point = torchq.choose_qparams(linear.weight.detach(), axis=0)
+        weight = torch.quantize_per_channel(linear.weight.detach(), scale, zero_point, 0, torch.qint8)
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            packed = torch.ops.quantized.linear_prepack(weight, linear.bias.detach())
+        finally:
+            torch.backends.quantized.engine = previous
+        return lambda: torch.ops.quantized.linear_dynamic(x, packed, False)
+
+    return make
+
+
+def _int_mm(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+    scale, _ = torchq.choose_qparams(linear.weight.detach(), axis=0)
+    weight = torchq.quantize(linear.weight.detach(), scale, axis=0).t().contiguous()
+    bias = linear.bias.detach()
+
+    def run() -> Tensor:
+        row = x.abs().amax(dim=1, keepdim=True) / 127
+        codes = (x / row).round().to(torch.int8)
+        return torch._int_mm(codes, weight) * row * scale + bias
+
+    return run
+
+
+def _torchao(compiled: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
+    def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features))
+        model[0].load_state_dict(linear.state_dict())
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        run = torch.compile(model) if compiled else model
+        return lambda: run(x)
+
+    return make
+
+
+def _save_onnx(linear: nn.Linear, path: Path) -> None:
+    """Writes y = MatMul(x, wᵀ) + b."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", linear.in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", linear.out_features])],
+        [
+            numpy_helper.from_array(linear.weight.detach().t().contiguous().numpy(), "w"),
+            numpy_helper.from_array(linear.bias.detach().numpy(), "b"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def _onnxruntime(int8: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
+    def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+        import onnxruntime
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "linear.onnx"
+            _save_onnx(linear, path)
+            if int8:
+                quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QInt8)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        y = torch.empty(x.shape[0], linear.out_features)
+        binding = session.io_binding()  # no copies: x and y are read and written in place
+        binding.bind_input("x", "cpu", 0, "float32", list(x.shape), x.data_ptr())
+        binding.bind_output("y", "cpu", 0, "float32", list(y.shape), y.data_ptr())
+
+        def run() -> Tensor:
+            session.run_with_iobinding(binding)
+            return y
+
+        return run
+
+    return make
+
+
+def _openvino(int8: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
+    def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
+        import openvino
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "linear.onnx"
+            _save_onnx(linear, path)
+            core = openvino.Core()
+            model = core.read_model(path)
+            model.reshape({"x": list(x.shape)})
+            if int8:
+                model = _nncf_quantized(model, x)
+            settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+            settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+            request = core.compile_model(model, "CPU", settings).create_infer_request()
+        request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+        y = torch.from_numpy(request.get_output_tensor().data)
+
+        def run() -> Tensor:
+            request.infer()
+            return y
+
+        return run
+
+    return make
+
+
+def _nncf_quantized(model: Any, x: Tensor) -> Any:
+    import logging
+
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf.quantize(model, nncf.Dataset([x.numpy()]), subset_size=1, fast_bias_correction=True)
+
+
+PEERS = [
+    Peer("torchq", True, _torchq),
+    Peer("torch float32", False, _torch_float32),
+    Peer("torch bfloat16", False, _torch_bfloat16),
+    Peer("torch.ao x86", True, _torch_dynamic("x86")),
+    Peer("torch.ao onednn", True, _torch_dynamic("onednn")),
+    Peer("torch._int_mm", True, _int_mm),
+    Peer("torchao", True, _torchao(compiled=False), ("torchao",)),
+    Peer("torchao compiled", True, _torchao(compiled=True), ("torchao",)),
+    Peer("onnxruntime float32", False, _onnxruntime(int8=False), ("onnx", "onnxruntime")),
+    Peer("onnxruntime int8", True, _onnxruntime(int8=True), ("onnx", "onnxruntime")),
+    Peer("openvino float32", False, _openvino(int8=False), ("onnx", "openvino")),
+    Peer("openvino int8", True, _openvino(int8=True), ("onnx", "openvino", "nncf")),
+]

@@ -1,0 +1,125 @@
+// Packed weights: every byte where gemm.h says, back again exactly, and no stranger's bytes accepted.
+
+#include <algorithm>
+
+#include "problem.h"
+
+namespace torchq::test {
+namespace {
+
+// The packed form by its description: [colsum][scale][bias][weights P16c4], zero-padded, zeros after the last panel.
+std::vector<uint8_t> oracle_panels(const Weights& w) {
+  const int64_t panels = panel_count(w.n), groups = (w.k + 3) / 4, bytes = 192 + groups * 64;
+  std::vector<uint8_t> out(panels * bytes + 16 * panels - w.n);
+  for (int64_t n = 0; n < w.n; ++n) {
+    uint8_t* panel = out.data() + n / 16 * bytes;
+    int32_t colsum = 0;
+    for (int64_t k = 0; k < w.k; ++k) {
+      colsum += w.codes[n * w.k + k];
+      panel[192 + k / 4 * 64 + n % 16 * 4 + k % 4] = static_cast<uint8_t>(w.codes[n * w.k + k]);
+    }
+    std::memcpy(panel + n % 16 * 4, &colsum, 4);
+    std::memcpy(panel + 64 + n % 16 * 4, &w.scale[n], 4);
+    if (!w.bias.empty()) std::memcpy(panel + 128 + n % 16 * 4, &w.bias[n], 4);
+  }
+  return out;
+}
+
+void pack(const Weights& w, uint8_t* packed, const std::vector<std::pair<int64_t, int64_t>>& pieces) {
+  pack_begin(w.n, w.k, !w.bias.empty(), packed);
+  for (const auto& [begin, end] : pieces)
+    pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed, begin, end);
+}
+
+template <class T>
+bool equal(const T* a, const std::vector<T>& b) {
+  return b.empty() || std::memcmp(a, b.data(), b.size() * sizeof(T)) == 0;
+}
+
+// unpack() into memory that ends where the weights end.
+void check_unpack(const uint8_t* packed, const Weights& w) {
+  static Guarded weight_memory, scale_memory, bias_memory;
+  auto* weight = reinterpret_cast<int8_t*>(weight_memory.place(w.n * w.k, Side::end));
+  auto* scale = reinterpret_cast<float*>(scale_memory.place(w.n * 4, Side::end));
+  auto* bias = reinterpret_cast<float*>(bias_memory.place(w.n * 4, Side::end));
+  unpack(packed, weight, scale, bias);
+  check("core", equal(weight, w.codes) && equal(scale, w.scale), "unpack() gave other weights or scales");
+  check("core", equal(bias, w.bias.empty() ? std::vector<float>(w.n) : w.bias), "unpack() gave another bias");
+  std::fill(weight, weight + w.n * w.k, int8_t{85});
+  unpack(packed, weight, scale, nullptr);
+  check("core", equal(weight, w.codes), "unpack() without a bias gave other weights");
+}
+
+void check_pack(int64_t n, int64_t k, Side side) {
+  static Guarded memory;
+  const Weights w = random_weights(n, k);
+  now("pack n=%d k=%d bias=%d side=%s", static_cast<int>(n), static_cast<int>(k), !w.bias.empty(),
+      side == Side::end ? "end" : "start");
+  const int64_t panels = panel_count(n), bytes = packed_bytes(n, k);
+  check("core", bytes == 64 + panels * panel_bytes(k) + 16 * panels - n, "packed_bytes is %d", static_cast<int>(bytes));
+
+  uint8_t* packed = memory.place(bytes, side);
+  std::memset(packed, kCanary, bytes);
+  pack(w, packed, {{panels / 2, panels}, {0, panels / 2}});  // panels in any order, as threads may pack them
+  const std::vector<uint8_t> want = oracle_panels(w);
+  check("core", equal(packed + sizeof(PackedHeader), want), "the panels are not as gemm.h describes them");
+
+  const std::vector<uint8_t> aligned(packed, packed + bytes);  // the guarded one may start at any byte
+  const PackedHeader* header = packed_header(aligned.data(), bytes);
+  check("core", header && header->n == n && header->k == k && header->has_bias == !w.bias.empty(),
+        "packed_header() does not give back n, k and has_bias");
+  check_unpack(packed, w);
+}
+
+void expect_rejected(const std::vector<uint8_t>& bytes, int64_t length, const char* what) {
+  check("core", packed_header(bytes.data(), length) == nullptr, "packed_header() accepted a buffer with %s", what);
+}
+
+void test_strangers() {
+  const Weights w = random_weights(21, 10);
+  std::vector<uint8_t> good(packed_bytes(21, 10));
+  pack(w, good.data(), {{0, 2}});
+  now("packed_header of n=21 k=10");
+  const auto length = static_cast<int64_t>(good.size());
+  check("core", packed_header(good.data(), length) != nullptr, "the untouched buffer was rejected");
+
+  expect_rejected(good, 0, "no bytes");
+  expect_rejected(good, 63, "less than a header");
+  expect_rejected(good, 64, "a header only");
+  expect_rejected(good, length - 1, "one byte too few");
+  std::vector<uint8_t> longer = good;
+  longer.resize(length + 64);
+  for (int64_t more = 1; more <= 64; ++more) expect_rejected(longer, length + more, "bytes too many");
+
+  const auto damaged = [&](void (*damage)(PackedHeader&), const char* what) {
+    std::vector<uint8_t> bytes = good;
+    damage(*reinterpret_cast<PackedHeader*>(bytes.data()));
+    expect_rejected(bytes, length, what);
+  };
+  damaged([](PackedHeader& h) { h.magic ^= 1; }, "another magic");
+  damaged([](PackedHeader& h) { h.magic = 0; }, "no magic");
+  damaged([](PackedHeader& h) { h.layout = static_cast<Layout>(2); }, "an unknown layout");
+  damaged([](PackedHeader& h) { h.n = 22; }, "another n");
+  damaged([](PackedHeader& h) { h.n = -1; }, "a negative n");
+  damaged([](PackedHeader& h) { h.n = INT64_MAX; }, "an n that overflows");
+  damaged([](PackedHeader& h) { h.k = 16; }, "another k");
+  damaged([](PackedHeader& h) { h.k = -4; }, "a negative k");
+  damaged([](PackedHeader& h) { h.k = INT64_MAX; }, "a k that overflows");
+  expect_rejected(std::vector<uint8_t>(length), length, "zeros");
+
+  std::vector<uint8_t> deep(packed_bytes(1, kMaxDepth + 1));
+  pack_begin(1, kMaxDepth + 1, false, deep.data());
+  expect_rejected(deep, static_cast<int64_t>(deep.size()), "a k past kMaxDepth");
+}
+
+}  // namespace
+
+void test_pack() {
+  for (int64_t n : {0, 1, 15, 16, 17, 31, 32, 33, 48, 100})
+    for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 8, 63, 64, 65})
+      for (Side side : {Side::end, Side::start}) check_pack(n, k, side);
+  check_pack(1, kMaxDepth, Side::end);
+  test_strangers();
+}
+
+}  // namespace torchq::test

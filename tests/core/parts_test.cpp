@@ -1,0 +1,102 @@
+// Parts: they cover y exactly once, and in any order, on any thread, they give the bits of one part.
+
+#include <algorithm>
+#include <thread>
+
+#include "problem.h"
+
+namespace torchq::test {
+namespace {
+
+std::vector<Part> parts_of(const Kernel& kernel, const Problem& problem, int count) {
+  std::vector<Part> parts;
+  for (int i = 0; i < count; ++i) parts.push_back(part(kernel, problem, i, count));
+  return parts;
+}
+
+// Paints every element of y as often as a part covers it.
+void check_cover(const Kernel& kernel, const std::vector<Part>& parts, int64_t m, int64_t n) {
+  std::vector<int> painted(m * n);
+  bool inside = true;
+  for (const Part& p : parts) {
+    inside &= p.row_begin >= 0 && p.row_begin <= p.row_end && p.row_end <= m && p.panel_begin >= 0 &&
+              p.panel_begin <= p.panel_end && p.panel_end <= panel_count(n);
+    for (int64_t r = p.row_begin; inside && r < p.row_end; ++r)
+      for (int64_t c = p.panel_begin * kPanelColumns; c < std::min(p.panel_end * kPanelColumns, n); ++c)
+        ++painted[r * n + c];
+  }
+  check(kernel.name, inside, "a part lies outside y or is upside down");
+  const auto wrong = std::find_if(painted.begin(), painted.end(), [](int times) { return times != 1; });
+  const auto at = static_cast<int>(wrong - painted.begin());
+  check(kernel.name, wrong == painted.end(), "element %d of y: expected 1 part, got %d", at,
+        wrong == painted.end() ? 1 : *wrong);
+}
+
+// Two threads, each with every second part and its own scratch, into one y.
+std::vector<uint8_t> run_on_two_threads(const Kernel& kernel, Stage& stage, const Out& out, int count) {
+  const Problem p = stage.problem(out);
+  std::vector<uint8_t> region = stage.blank(out);
+  Problem into = p;
+  into.y = region.data();
+  const auto work = [&](int first) {
+    std::vector<uint8_t> scratch(scratch_bytes(kernel, into));
+    for (int i = first; i < count; i += 2) run_part(kernel, into, part(kernel, into, i, count), scratch.data());
+  };
+  std::thread other(work, 1);
+  work(0);
+  other.join();
+  return region;
+}
+
+void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kind) {
+  const Weights weights = random_weights(n, k);
+  const Rows rows = random_rows(m, k, kind);
+  const Out out{DType::f32, Activation::none, {1.0f, 0}};
+  Stage stage(rows, weights, Side::start, 2);  // at the start y has no offset: run_on_two_threads() relies on it
+  const std::vector<uint8_t> whole = stage.run(kernel, out);
+  for (int count = 1; count <= 5; ++count) {
+    now("%d parts, %s", count, describe(rows, weights, out, "random").c_str());
+    std::vector<Part> parts = parts_of(kernel, stage.problem(out), count);
+    check_cover(kernel, parts, m, n);
+    std::reverse(parts.begin(), parts.end());
+    stage.compare(kernel.name, out, stage.run(kernel, out, parts), whole);
+    std::rotate(parts.begin(), parts.begin() + count / 2, parts.end());
+    stage.compare(kernel.name, out, stage.run(kernel, out, parts), whole);
+    stage.compare(kernel.name, out, run_on_two_threads(kernel, stage, out, count), whole);
+  }
+}
+
+// How many parts a problem is worth: never more than asked for, one for little work, all for much.
+void check_counts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool large) {
+  const Weights weights{n, k, std::vector<int8_t>(n * k), std::vector<float>(n), {}};
+  const std::vector<uint8_t> packed = packed_of(weights);
+  Problem problem{};
+  problem.m = m;
+  problem.packed = packed.data();
+  for (int threads : {1, 2, 5, 64}) {
+    now("count_parts of m=%d n=%d k=%d for %d threads", static_cast<int>(m), static_cast<int>(n), static_cast<int>(k),
+        threads);
+    const int count = count_parts(kernel, problem, threads);
+    check(kernel.name, count >= 1 && count <= threads, "expected 1 .. %d, got %d", threads, count);
+    const int want = large ? std::min(threads, 5) : 1;
+    check(kernel.name, large ? count >= want : count == want, "expected %d, got %d", want, count);
+  }
+}
+
+}  // namespace
+
+void test_parts() {
+  for (const Kernel* kernel : runnable()) {
+    for (int64_t m : {0, 1, 5, 32, 33, 64, 100})  // up to 32 rows columns are split, beyond it rows
+      for (int64_t n : {0, 1, 16, 70, 200}) check_parts(*kernel, m, n, 37, {DType::f32, true});
+    check_parts(*kernel, 3, 70, 9001, {DType::bf16, true});
+    check_parts(*kernel, 70, 33, 9001, {DType::u8, false});
+    check_counts(*kernel, 0, 16, 16, false);
+    check_counts(*kernel, 1, 0, 0, false);
+    check_counts(*kernel, 6, 64, 64, false);
+    check_counts(*kernel, 16, 1024, 4096, true);
+    check_counts(*kernel, 512, 1024, 256, true);
+  }
+}
+
+}  // namespace torchq::test

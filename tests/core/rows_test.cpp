@@ -1,0 +1,187 @@
+// Row quantization, Kernel::range and Kernel::quantize: the reference kernel against the oracle, every other kernel
+// against the reference. Rows and codes lie against guard pages, so reading past a row or writing past the room that
+// kernel.h promises dies.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "oracle.h"
+
+namespace torchq::test {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
+
+Guarded x_memory, codes_memory, scratch_memory;
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+int64_t room_for(int64_t k) { return (k + 63) / 64 * 64; }
+
+// kernel.quantize() of a row in guarded memory, one int per code.
+std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zp) {
+  const int64_t bytes = room_for(k) * kernel.code_bytes;
+  uint8_t* codes = codes_memory.place(bytes, Side::end);
+  std::memset(codes, kCanary, bytes);
+  kernel.quantize(x, dtype, k, inverse, zp, codes);
+  std::vector<int> out(k);
+  for (int64_t i = 0; i < k; ++i)
+    out[i] = kernel.code_bytes == 1 ? codes[i] : reinterpret_cast<const int16_t*>(codes)[i];
+  return out;
+}
+
+void check_range(const uint8_t* x, DType dtype, int64_t k, const char* fill) {
+  RowRange want = oracle_range(x, dtype, k);
+  now("range of %d x %s, fill %s", static_cast<int>(k), name_of(dtype), fill);
+  for (const Kernel* kernel : runnable()) {
+    const RowRange got = kernel->range(x, dtype, k);
+    const bool same =
+        bits_of(got.lo) == bits_of(want.lo) && bits_of(got.hi) == bits_of(want.hi) && got.finite == want.finite;
+    check(kernel->name, same, "expected [%g, %g] finite %d, got [%g, %g] finite %d", want.lo, want.hi, want.finite,
+          got.lo, got.hi, got.finite);
+    if (kernel == &kernel_reference) want = got;
+  }
+}
+
+void check_codes(const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zero_point, const char* fill) {
+  std::vector<int> want(k);
+  for (int64_t i = 0; i < k; ++i) want[i] = oracle_code(rounded(element(x, dtype, i) * inverse), zero_point);
+  now("codes of %d x %s, inverse scale %.9g, zero point %d, fill %s", static_cast<int>(k), name_of(dtype), inverse,
+      zero_point, fill);
+  for (const Kernel* kernel : runnable()) {
+    const std::vector<int> got = codes_of(*kernel, x, dtype, k, inverse, zero_point);
+    const int64_t at = std::mismatch(want.begin(), want.end(), got.begin()).first - want.begin();
+    if (at == k)
+      check(kernel->name, true, "%s", "");
+    else
+      check(kernel->name, false, "at %d, x = %.9g: expected %d, got %d", static_cast<int>(at), element(x, dtype, at),
+            want[at], got[at]);
+    if (kernel == &kernel_reference) want = got;
+  }
+}
+
+// quantize_row(): what choose_qparams() and quantize() give, in exactly k bytes, with exactly the scratch it asks for.
+void check_row(const uint8_t* x, DType dtype, int64_t k, const char* fill) {
+  const QParams want = oracle_qparams(oracle_range(x, dtype, k));
+  const float inverse = rounded(1 / want.scale);
+  for (const Kernel* kernel : runnable()) {
+    now("quantize_row of %d x %s, fill %s", static_cast<int>(k), name_of(dtype), fill);
+    uint8_t* codes = codes_memory.place(k, Side::end);
+    uint8_t* scratch = scratch_memory.place(row_scratch_bytes(k), Side::end);
+    const QParams got = quantize_row(*kernel, x, dtype, k, codes, scratch);
+    check(kernel->name, bits_of(got.scale) == bits_of(want.scale) && got.zero_point == want.zero_point,
+          "expected scale %.9g zero point %d, got %.9g and %d", want.scale, want.zero_point, got.scale, got.zero_point);
+    int64_t at = 0;
+    while (at < k && codes[at] == oracle_code(rounded(element(x, dtype, at) * inverse), want.zero_point)) ++at;
+    check(kernel->name, at == k, "code %d of x = %.9g is wrong: %d", static_cast<int>(at),
+          at < k ? element(x, dtype, at) : 0.0f, at < k ? codes[at] : 0);
+  }
+}
+
+const uint8_t* placed(const std::vector<uint8_t>& bytes, Side side) {
+  uint8_t* x = x_memory.place(bytes.size(), side);
+  if (!bytes.empty()) std::memcpy(x, bytes.data(), bytes.size());
+  return x;
+}
+
+std::vector<uint8_t> random_bits(DType dtype, int64_t k) {
+  std::vector<uint8_t> bytes(k * element_bytes(dtype));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random_source.bits());
+  return bytes;
+}
+
+std::vector<uint8_t> random_values(DType dtype, int64_t k) {
+  std::vector<float> values(k);
+  for (float& v : values) v = random_source.uniform(-3.0f, 2.0f);
+  return encode(values, dtype);
+}
+
+// Every length that fills the unrolled loop, the vector loop and the tail differently.
+void test_lengths() {
+  const float inverses[] = {100.0f, 0.37f, 1e30f, 1e-30f, kInf, kNaN, 0.0f};
+  for (DType dtype : kFloats)
+    for (int64_t k = 0; k <= 130; ++k)
+      for (Side side : {Side::end, Side::start})
+        for (bool any_bits : {false, true}) {
+          const char* fill = any_bits ? "random bits" : "uniform(-3, 2)";
+          const uint8_t* x = placed(any_bits ? random_bits(dtype, k) : random_values(dtype, k), side);
+          check_range(x, dtype, k, fill);
+          check_codes(x, dtype, k, random_source.pick(inverses), static_cast<int32_t>(random_source.below(256)), fill);
+          check_codes(x, dtype, k, 50.0f, 128, fill);
+          check_row(x, dtype, k, fill);
+        }
+}
+
+// All 65536 bit patterns, and for float32 a sample of as many.
+void test_all_patterns() {
+  for (DType dtype : kFloats) {
+    std::vector<uint8_t> bytes = random_bits(dtype, 65536);
+    for (int i = 0; i < 65536 && dtype != DType::f32; ++i) {
+      const auto bits = static_cast<uint16_t>(i);
+      std::memcpy(&bytes[2 * i], &bits, 2);
+    }
+    const uint8_t* x = placed(bytes, Side::end);
+    for (float inverse : {1.0f, 255.0f, 0.1f, 1e6f, 1e-30f, 1e38f, kInf, kNaN, 0.0f, -1.0f})
+      for (int32_t zero_point : {0, 1, 127, 128, 255})
+        check_codes(x, dtype, 65536, inverse, zero_point, "all patterns");
+    check_range(x, dtype, 65536, "all patterns");
+    // In slices, most of which hold no NaN: the whole row always has one.
+    for (int64_t i = 0; i < 65536; i += 32)
+      check_range(x + i * element_bytes(dtype), dtype, 32, "slice of all patterns");
+  }
+}
+
+// x exactly half way between two codes, its two neighbours, and x far outside: all of the static path's rounding.
+void test_ties() {
+  for (DType dtype : kFloats)
+    for (float scale : {0.25f, 1.0f, 0.1f, 3e-3f}) {
+      std::vector<float> values = {kNaN, -kNaN, kInf, -kInf, 3e38f, -3e38f, 1e-40f, -1e-40f, 0.0f, -0.0f};
+      for (int half = -1030; half <= 1030; ++half) {
+        const float x = static_cast<float>(half) * 0.5f * scale;
+        values.insert(values.end(), {std::nextafter(x, -kInf), x, std::nextafter(x, kInf)});
+      }
+      const uint8_t* x = placed(encode(values, dtype), Side::end);
+      for (int32_t zero_point : {0, 1, 127, 128, 254, 255})
+        check_codes(x, dtype, static_cast<int64_t>(values.size()), rounded(1 / scale), zero_point, "ties");
+    }
+}
+
+// With its own scale, every value of a row comes back within half a step. 2^-12 is for float32: x * inverse is at
+// most 255, and inverse, the product and the scale are each off by 2^-24 of that, less than 2^-12 together.
+void test_round_trip() {
+  for (DType dtype : kFloats)
+    for (int trial = 0; trial < 200; ++trial) {
+      const int64_t k = random_source.between(1, 200);
+      const float size = std::ldexp(1.0f, static_cast<int>(random_source.between(-12, 12)));
+      std::vector<float> values(k);
+      for (float& v : values) v = random_source.uniform(-1.0f, 1.5f) * size;
+      const uint8_t* x = placed(encode(values, dtype), Side::end);
+      for (const Kernel* kernel : runnable()) {
+        now("round trip of %d x %s", static_cast<int>(k), name_of(dtype));
+        const QParams q = choose_qparams(kernel->range(x, dtype, k));
+        const std::vector<int> codes = codes_of(*kernel, x, dtype, k, 1 / q.scale, q.zero_point);
+        double worst = 0;
+        for (int64_t i = 0; i < k; ++i)
+          worst = std::max(worst, std::fabs((codes[i] - q.zero_point) * double{q.scale} - element(x, dtype, i)));
+        check(kernel->name, worst <= (0.5 + 0x1p-12) * q.scale, "expected at most half a step, got %g steps",
+              worst / q.scale);
+      }
+    }
+}
+
+}  // namespace
+
+void test_rows() {
+  test_lengths();
+  test_all_patterns();
+  test_ties();
+  test_round_trip();
+}
+
+}  // namespace torchq::test

@@ -1,0 +1,161 @@
+"""The GEMM core alone: it compiles without torch and Python, it allocates nothing, and it passes its own tests.
+
+The tests of the core are a C++ program, tests/core. Here it is built as shipped and under sanitizers, and run.
+"""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "csrc" / "gemm"
+PROGRAM = ROOT / "tests" / "core"
+
+PLAIN = ["-std=c++17", "-ffp-contract=off"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# g++ 12 finds uninitialized variables in its own avx512fintrin.h; it calls them _mm512_undefined_ps().
+AVX512_FALSE_ALARMS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+# What the core must not know. <atomic> is no thread: it is how the forced kernel is shared by the caller's.
+FORBIDDEN_HEADERS = {
+    *("vector", "string", "map", "memory", "functional", "iostream"),  # they allocate
+    *("thread", "mutex", "future", "condition_variable", "pthread.h", "omp.h"),
+    *("Python.h", "cstdlib", "stdlib.h"),
+}
+FORBIDDEN_FOLDERS = ("torch", "ATen", "c10", "pybind11")
+FORBIDDEN_WORDS = re.compile(r"\b(malloc|calloc|realloc|aligned_alloc|posix_memalign|free|new|pthread_\w+|omp)\b")
+FORBIDDEN_SYMBOLS = re.compile(r"\b(malloc|calloc|realloc|aligned_alloc|posix_memalign|operator new|pthread_create)\b")
+
+
+def compiler() -> list[str]:
+    """Gives $CXX, or g++; fails with what to do if there is none."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0]) is None:
+        pytest.fail(f"the core's tests need a C++17 compiler: {command[0]!r} was not found. Install g++ or set CXX.")
+    return command
+
+
+def shipped_flags() -> list[str]:
+    """Reads CXX_FLAGS from setup.py, without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CXX_FLAGS":
+            flags: list[str] = ast.literal_eval(node.value)
+            return flags
+    raise AssertionError("setup.py has no CXX_FLAGS = [...]")
+
+
+def run(command: list[str | Path]) -> str:
+    """Runs a command and returns what it printed; a failure shows command and output."""
+    # Without CPATH and its like nothing is found but what the command line names.
+    env = {k: v for k, v in os.environ.items() if k not in {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"}}
+    done = subprocess.run(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    if done.returncode != 0:
+        pytest.fail(f"{shlex.join(map(str, command))}\nexited with {done.returncode}:\n{done.stdout}", pytrace=False)
+    return done.stdout
+
+
+def compile_all(sources: list[Path], flags: list[str], folder: Path) -> list[Path]:
+    """Compiles every source into folder, as many at a time as there are processors."""
+    command = compiler()
+    # The largest first: the last one to start should not be the longest.
+    sources = sorted(sources, key=lambda source: (not source.name.startswith("kernel_avx"), source.name))
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(run, [*command, *flags, "-c", source, "-o", out])
+            for source, out in zip(sources, objects, strict=True)
+        ]
+    for job in jobs:
+        job.result()
+    return objects
+
+
+def core_sources() -> list[Path]:
+    return sorted(CORE.glob("*.cpp"))
+
+
+def forbidden(source: str) -> list[str]:
+    """Lists the headers and words of a C++ source that the core must do without; comments may name them."""
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
+    headers = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', code)
+    bad = [h for h in headers if h in FORBIDDEN_HEADERS or h.split("/")[0] in FORBIDDEN_FOLDERS]
+    return bad + FORBIDDEN_WORDS.findall(code)
+
+
+@pytest.mark.parametrize("path", sorted(CORE.iterdir()), ids=lambda path: path.name)
+def test_core_knows_no_torch_no_allocation_no_threads(path):
+    assert forbidden(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("#include <torch/csrc/stable/tensor.h>\n", ["torch/csrc/stable/tensor.h"]),
+        ("#  include <Python.h>\n", ["Python.h"]),
+        ("#include <vector>\n#include <cstdint>\n#include <mutex>\n", ["vector", "mutex"]),
+        ('#include "pybind11/pybind11.h"\n', ["pybind11/pybind11.h"]),
+        ("auto* x = new float[8];\n", ["new"]),
+        ("void* x = std::malloc(8);  // malloc\n", ["malloc"]),
+        ("#pragma omp parallel for\n", ["omp"]),
+        ("// new, malloc\n/* #include <vector>\n */ #include <atomic>\nint newest, freed;\n", []),
+    ],
+)
+def test_the_check_above_can_fail(source, found):
+    assert forbidden(source) == found
+
+
+def test_core_compiles_alone_and_calls_no_allocator(tmp_path):
+    """Without an include directory, and with warnings as errors."""
+    avx512 = [source for source in core_sources() if "avx512" in source.name]
+    others = [source for source in core_sources() if "avx512" not in source.name]
+    objects = compile_all(avx512, [*PLAIN, "-O2", *WARNINGS, *AVX512_FALSE_ALARMS], tmp_path)
+    objects += compile_all(others, [*PLAIN, "-O2", *WARNINGS], tmp_path)
+    symbols = run(["nm", "-C", "--undefined-only", *objects])
+    assert "torchq::packed_header" in symbols or "torchq::kernel_reference" in symbols, "nm listed nothing of the core"
+    assert FORBIDDEN_SYMBOLS.findall(symbols) == []
+
+
+def required_kernels() -> list[str]:
+    """Gives the kernels that TORCHQ_REQUIRED_KERNELS, a list with commas, demands: CI sets it to what it must test."""
+    names = os.environ.get("TORCHQ_REQUIRED_KERNELS", "")
+    return ["--require", names] if names else []
+
+
+@pytest.fixture(scope="module")
+def tests_of_the_core(tmp_path_factory):
+    """The test program without the core: object files."""
+    folder = tmp_path_factory.mktemp("tests")
+    return compile_all(sorted(PROGRAM.glob("*.cpp")), [*PLAIN, "-O2", *WARNINGS], folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "arguments"),
+    [(shipped_flags(), []), ([*PLAIN, "-O1", "-g1", *SANITIZERS], ["--quick"])],
+    ids=["as shipped", "sanitizers"],
+)
+def test_core_passes_its_tests(tmp_path, tests_of_the_core, flags, arguments):
+    objects = compile_all(core_sources(), flags, tmp_path)
+    program = tmp_path / "core_test"
+    run([*compiler(), *flags, *objects, *tests_of_the_core, "-o", program, "-pthread"])
+
+    output = run([program, "--seed", "1", *arguments, *required_kernels()])
+
+    print(output)
+    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", output.splitlines()[-1])
+    *runnable, active = run([program, "--list"]).splitlines()
+    assert active == f"active: {runnable[0]}"
+    assert runnable[-1] == "reference"
+    for kernel in runnable:
+        assert re.search(rf"^{kernel}: [1-9]\d* checks passed$", output, re.MULTILINE), f"{kernel} was not tested"
+    with pytest.raises(pytest.fail.Exception, match="no kernel of this name"):
+        run([program, "--list", "--require", "avx1024"])

@@ -1,0 +1,223 @@
+"""What the compiler made of the micro-kernels: accumulators in registers, one load per weight and code.
+
+An accumulator that lives on the stack gives the right answer at half the speed, so no other test sees it.
+"""
+
+import itertools
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_core import CORE, compile_all, core_sources, run, shipped_flags
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the checks read x86-64 instructions")
+
+# The instruction that multiplies, one per accumulator and group of 4 k.
+DOTS = {"avx2": "vpmaddwd", "avx_vnni": "vpdpbusd", "avx512vl_vnni": "vpdpbusd", "avx512_vnni": "vpdpbusd"}
+
+VECTOR = re.compile(r"%[xyz]mm\d+")
+FRAME_POINTER = "mov    %rsp,%rbp"
+
+
+@dataclass(frozen=True)
+class Line:
+    address: int
+    text: str
+
+    def jumps_back_to(self) -> int | None:
+        jump = re.match(r"j\w+\s+([0-9a-f]+)\b", self.text)
+        return int(jump[1], 16) if jump and int(jump[1], 16) <= self.address else None
+
+
+@dataclass(frozen=True)
+class Function:
+    name: str
+    lines: list[Line]
+
+    def dot_loops(self, dot: str) -> list[list[Line]]:
+        """Gives the innermost loops that multiply: between a backward jump and where it leads."""
+        loops = []
+        for line in self.lines:
+            start = line.jumps_back_to()
+            if start is not None:
+                body = [x for x in self.lines if start <= x.address <= line.address]
+                loops += [body] if count(dot, body) else []
+        # The epilogue, moved behind the function's end, jumps back too, over the loops: what holds a loop is not inner.
+        return [a for a in loops if not any(b is not a and set(b) < set(a) for b in loops)]
+
+    def spills(self, body: list[Line]) -> list[str]:
+        """Lists the vector loads and stores on the stack, and any other vector store: a multiply loop has none."""
+        frame = any(line.text == FRAME_POINTER for line in self.lines)  # else %rbp is a register like the others
+        stack = re.compile(r"\(%r[sb]p" if frame else r"\(%rsp")
+        vector = [line.text for line in body if VECTOR.search(line.text)]
+        return [text for text in vector if stack.search(text) or re.search(r"%[xyz]mm\d+.*\)(\{.*)?$", text)]
+
+
+def functions(disassembly: str) -> list[Function]:
+    """Splits the output of objdump -d."""
+    found: list[Function] = []
+    for text in disassembly.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.*)>:$", text):
+            found.append(Function(header[1], []))
+        elif found and (line := re.match(r"\s*([0-9a-f]+):\s+(?:\{vex\} )?(\S.*)$", text)):
+            found[-1].lines.append(Line(int(line[1], 16), line[2].strip()))
+    return found
+
+
+def count(pattern: str, body: list[Line]) -> int:
+    return sum(bool(re.search(pattern, line.text)) for line in body)
+
+
+def constants(kernel: str) -> dict[str, int]:
+    """Gives kMaxRows, kVectors and kSplit, from the kernel's file or one that it includes."""
+    text = (CORE / f"kernel_{kernel}.cpp").read_text()
+    text += "".join((CORE / name).read_text() for name in re.findall(r'#include "(\w+\.inc)"', text))
+    line = re.search(r"^constexpr int (kMaxRows = .*);$", text, re.MULTILINE)
+    assert line, f"kernel_{kernel}.cpp defines no kMaxRows"
+    return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", line[1])}
+
+
+def tiles(listing: list[Function], kernel: str) -> dict[tuple[int, int], Function]:
+    """Gives the instantiations of tile<rows, columns>."""
+    name = re.compile(rf"torchq::{kernel}::tile<(\d+), (\d+)>\(")
+    return {(int(m[1]), int(m[2])): f for f in listing if (m := name.search(f.name))}
+
+
+@pytest.fixture(scope="module")
+def listings(tmp_path_factory) -> dict[str, list[Function]]:
+    """The disassembly of every file of the core as shipped, by the file's name."""
+    folder: Path = tmp_path_factory.mktemp("objects")
+    objects = compile_all(core_sources(), shipped_flags(), folder)
+    return {o.stem: functions(run(["objdump", "-d", "-C", "--no-show-raw-insn", o])) for o in objects}
+
+
+every_kernel = pytest.mark.parametrize("kernel", DOTS)
+
+
+def test_every_x86_kernel_is_checked():
+    sources = {path.stem.removeprefix("kernel_") for path in CORE.glob("kernel_*.cpp")}
+    assert {name for name in sources if not name.startswith(("neon", "reference"))} == set(DOTS)
+
+
+@every_kernel
+def test_every_tile_has_a_multiply_loop(listings, kernel):
+    """Every number of rows, for every number of columns the kernel has; so the tests below miss none."""
+    found = tiles(listings[f"kernel_{kernel}"], kernel)
+    shape = constants(kernel)
+    columns = {c for _, c in found}
+    assert shape["kVectors"] in columns
+    assert set(found) == set(itertools.product(range(1, shape["kMaxRows"] + 1), columns))
+    without = [tile for tile, function in found.items() if not function.dot_loops(DOTS[kernel])]
+    assert without == []
+
+
+@every_kernel
+def test_accumulators_stay_in_registers(listings, kernel):
+    faults = [
+        f"{kernel} tile<{rows}, {columns}>: {text}"
+        for (rows, columns), function in tiles(listings[f"kernel_{kernel}"], kernel).items()
+        for body in function.dot_loops(DOTS[kernel])
+        for text in function.spills(body)
+    ]
+    assert not faults, "vectors on the stack inside a multiply loop:\n" + "\n".join(faults)
+
+
+@every_kernel
+def test_one_product_per_accumulator_and_group(listings, kernel):
+    """A loop may take several groups of 4 k at a time, but only whole ones."""
+    for (rows, columns), function in tiles(listings[f"kernel_{kernel}"], kernel).items():
+        accumulators = rows * columns * constants(kernel)["kSplit"]
+        for body in function.dot_loops(DOTS[kernel]):
+            products = count(DOTS[kernel], body)
+            assert products % accumulators == 0, f"tile<{rows}, {columns}>: {products} products for {accumulators}"
+
+
+@every_kernel
+def test_main_tile_loads_everything_once(listings, kernel):
+    """One broadcast per row, one load per vector of weights, no copies: for avx512_vnni 6 and 4 feed 24 products."""
+    shape = constants(kernel)
+    rows, columns = shape["kMaxRows"], shape["kVectors"]
+    loops = tiles(listings[f"kernel_{kernel}"], kernel)[rows, columns].dot_loops(DOTS[kernel])
+    assert len(loops) == 1
+    accumulators = rows * columns * shape["kSplit"]
+    groups = count(DOTS[kernel], loops[0]) // accumulators
+    broadcasts = count(r"vpbroadcast[dq]\s+.*\(", loops[0])
+    loads = count(r"\(.*\),.*%[xyz]mm", loops[0]) - broadcasts
+    copies = count(r"vmov\w+\s+%[xyz]mm\d+,%[xyz]mm\d+$", loops[0])
+    assert (broadcasts, loads, copies) == (rows * groups, columns * shape["kSplit"] * groups, 0)
+
+
+def test_avx2_never_saturates(listings):
+    """VPMADDUBSW adds two products in int16: 2 * 255 * 127 > 32767."""
+    text = [line.text for function in listings["kernel_avx2"] for line in function.lines]
+    assert any("vpmaddwd" in line for line in text)
+    assert not any("vpmaddubsw" in line for line in text)
+
+
+def test_no_avx_outside_kernels(listings):
+    """Baseline code runs on every x86-64 CPU; only the functions in a kernel's own namespace may use ymm and zmm."""
+    leaks = []
+    for stem, listing in listings.items():
+        kernel = stem.removeprefix("kernel_")
+        for function in listing:
+            own = kernel in DOTS and f"torchq::{kernel}::" in function.name
+            if not own and count(r"%[yz]mm|^v", function.lines):
+                leaks.append(f"{stem}: {function.name}")
+    assert leaks == []
+    assert any("torchq::reference::run" in function.name for function in listings["kernel_reference"])
+
+
+CLEAN = """
+0000000000000000 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)>:
+   0:\tpush   %rbp
+   1:\tmov    %rsp,%rbp
+   4:\tvmovdqa64 %zmm9,0x40(%rsp)
+   8:\tvmovdqu64 (%rax),%zmm3
+   c:\tvpbroadcastd (%rcx),%zmm2
+  10:\tvpdpbusd %zmm3,%zmm2,%zmm0
+  14:\t{vex} vpdpbusd 0x40(%rax),%zmm2,%zmm1
+  18:\tcmp    %r8,%rdx
+  1c:\tjne    8 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)+0x8>
+  20:\tvmovups %zmm0,(%rdi)
+  24:\tret
+  28:\tvmovups %zmm1,(%rdi)
+  2c:\tjmp    4 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)+0x4>
+"""
+
+
+def spills_of(disassembly: str) -> list[str]:
+    (function,) = tiles(functions(disassembly), "avx512_vnni").values()
+    return [text for body in function.dot_loops("vpdpbusd") for text in function.spills(body)]
+
+
+def test_the_reader_finds_the_inner_loop():
+    """The stores outside the loop are no fault, nor is the jump back from the epilogue, which passes over it."""
+    (function,) = tiles(functions(CLEAN), "avx512_vnni").values()
+    (body,) = function.dot_loops("vpdpbusd")
+    assert [line.address for line in body] == [0x8, 0xC, 0x10, 0x14, 0x18, 0x1C]
+    assert count("vpdpbusd", body) == 2
+    assert spills_of(CLEAN) == []
+
+
+@pytest.mark.parametrize(
+    "spill",
+    [
+        "vmovdqa64 %zmm0,0x40(%rsp)",
+        "vmovdqa64 0x40(%rsp),%zmm0",
+        "vpdpbusd -0x80(%rbp),%zmm2,%zmm1",
+        "vmovdqa %ymm0,-0x50(%rbp)",
+        "vmovdqu %ymm0,(%rsi,%rdx,4)",
+        "vmovdqu32 %zmm0,(%rsi){%k1}",
+    ],
+)
+def test_a_spill_is_found(spill):
+    assert spills_of(CLEAN.replace("cmp    %r8,%rdx", spill)) == [spill]
+
+
+def test_a_frame_pointer_that_is_none_is_no_spill():
+    load = "vmovdqu64 (%rbp),%zmm3"
+    body = CLEAN.replace("cmp    %r8,%rdx", load)
+    assert spills_of(body) == [load]
+    assert spills_of(body.replace(FRAME_POINTER, "mov    %rsi,%rbp")) == []

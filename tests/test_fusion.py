@@ -1,0 +1,272 @@
+"""Fusion: runs of Linear, ReLU, Linear in an nn.Sequential stay in u8, exactly; whatever others may see is not fused."""
+
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
+from torchq.ops import Activation
+from torchq.qparams import choose_qparams, sqnr_db
+
+AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [normal(16, 24, seed=i) for i in range(4)]
+X = normal(33, 24, seed=9)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def chain(kinds, width=24):
+    makers = {
+        "l": lambda: nn.Linear(width, width),
+        "r": nn.ReLU,
+        "R": lambda: nn.ReLU(inplace=True),
+        "d": nn.Dropout,
+        "i": nn.Identity,
+        "g": nn.GELU,
+    }
+    return nn.Sequential(*[makers[kind]() for kind in kinds]).eval()
+
+
+def layers_of(qmodel):
+    return [module for module in qmodel.modules() if isinstance(module, QuantizedLinear)]
+
+
+def flow(qmodel, x):
+    """The dtypes into and out of each QuantizedLinear, as they run."""
+    seen = []
+    for layer in layers_of(qmodel):
+        layer.register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
+    qmodel(x)
+    return seen
+
+
+def oracle(model, plan, x):
+    """The chain in plain sequence: each Linear by `ops.linear_static`, from float32 to float32; the rest as it is."""
+    y = x.float()
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            scale, _ = choose_qparams(module.weight, axis=0)
+            packed = ops.pack(quantize(module.weight, scale, axis=0), scale, module.bias.float())
+            y = ops.linear_static(y, packed, *plan.layers[name].input_qparams, torch.float32)
+        else:
+            y = module(y)
+    return y.to(x.dtype)
+
+
+def assert_close_to_float(model, qmodel, **kwargs):
+    """20 dB is an error of 10 %: int8 loses far less here (about 40 dB), a value missed or clipped twice far more."""
+    expected, actual = model(X, **kwargs), qmodel(X, **kwargs)
+    assert actual.dtype == expected.dtype
+    assert sqnr_db(expected, actual) > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kinds", ["ll", "lrl", "lRl", "lrdl", "lirdl", "ldil", "lrrl", "lrlrlr", "lrlrl"])
+def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
+    model = chain(kinds).to(dtype)
+    qmodel = convert(model, [x.to(dtype) for x in DATA], config=STATIC)
+    x = X.to(dtype)
+    assert torch.equal(qmodel(x), oracle(model, qmodel.torchq_plan, x))
+    inner = [torch.uint8] * (kinds.count("l") - 1)
+    assert flow(qmodel, x) == list(zip([dtype, *inner], [*inner, dtype], strict=True))
+    assert {type(module) for module in qmodel} <= {QuantizedLinear, nn.Identity}
+
+
+def test_the_plan_and_repr_tell_what_is_fused():
+    qmodel = convert(chain("lirdlr"), DATA, config=STATIC)
+    first, last = qmodel.torchq_plan.layers.values()
+    assert (first.relu, first.skipped, first.feeds) == ("2", ("1", "3"), "4")
+    assert (last.relu, last.skipped, last.feeds) == ("5", (), None)
+    assert (qmodel[0].output_qparams, qmodel[4].output_qparams) == (last.input_qparams, None)
+    assert (qmodel[0].takes_codes, qmodel[4].takes_codes) == (False, True)
+    assert "activation=relu, out=uint8)" in repr(qmodel[0])
+    assert repr(qmodel[4]).endswith("activation=relu)")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "config", "relus"),
+    [("lrl", DYNAMIC, ["1", None]), ("lgl", STATIC, [None, None]), ("lglr", STATIC, [None, "3"]), ("rl", STATIC, [None])],
+)
+def test_codes_are_for_static_neighbours_only_but_a_relu_is_fused_anyway(kinds, config, relus):
+    model = chain(kinds)
+    qmodel = convert(model, DATA, config=config)
+    assert [layer.relu for layer in qmodel.torchq_plan.layers.values()] == relus
+    assert set(flow(qmodel, X)) == {(torch.float32, torch.float32)}
+    assert_close_to_float(model, qmodel)
+
+
+@pytest.mark.parametrize(("excluded", "activation"), [("2", Activation.RELU), ("0", Activation.NONE)])
+def test_a_float_neighbour_gets_floats(excluded, activation):
+    model = chain("lrl")
+    qmodel = convert(model, DATA, config=QConfig(activation="static", exclude=(excluded,)))
+    (layer,) = layers_of(qmodel)
+    assert (layer.activation, layer.output_qparams, layer.takes_codes) == (activation, None, False)
+    assert type(qmodel.get_submodule(excluded)) is nn.Linear
+    assert_close_to_float(model, qmodel)
+
+
+@pytest.mark.parametrize("kinds", ["ll", "lrl"])
+def test_a_chain_agrees_with_its_simulation(kinds):
+    """The codes handed over may differ by one, where the float32 rounding of a simulated sum crosses a tie. The outputs
+    then differ by what those codes weigh, and by rounding: at most K + 8 = 32 roundings of 2^-24 on every path, of the
+    sum of all magnitudes."""
+    qmodel = convert(chain(kinds), DATA, config=STATIC)
+    first, last = layers_of(qmodel)
+    handed = []
+    first.register_forward_hook(lambda _, args, y: handed.append(y))
+    actual = qmodel(X)
+    with simulate():
+        expected = qmodel(X)
+    codes, values = handed
+    assert (codes.dtype, values.dtype) == (torch.uint8, torch.float32)
+    apart = (codes.int() - quantize(values, *last.input_qparams, dtype=torch.uint8).int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.01
+    weight = dequantize(last.weight, last.weight_scale, axis=0).abs()
+    rounding = 2 * 32 * 2.0**-24 * (values.abs() @ weight.T + last.bias.abs())
+    assert ((actual - expected).abs() <= last.input_qparams.scale * apart.float() @ weight.T + rounding).all()
+
+
+# ---- what is not fused ----
+
+
+class Around(nn.Module):
+    """A model that runs its modules as `run(model, x, rare)` says; calibration does not see the `rare` way."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x, rare=False):
+        return self.run(self, x, rare)
+
+
+def around(run, kinds="lrl", **modules):
+    return Around(run, seq=chain(kinds), **modules)
+
+
+class Overridden(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[0](x) - self[1](x))
+
+
+class Shifted(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) - 1
+
+
+def with_hook(index):
+    model = chain("lrdl")
+    model[index].register_forward_hook(lambda module, args, y: y + 1)
+    return model
+
+
+def with_forward():
+    model = chain("lrl")
+    model.forward = MethodType(lambda self, x: self[2](self[0](x).exp()), model)
+    return model
+
+
+def in_two_sequentials():
+    model = around(lambda m, x, rare: m.twin(m.seq(x)))
+    model.twin = nn.Sequential(nn.Tanh(), model.seq[0])
+    return model
+
+
+def with_an_alias():
+    model = around(lambda m, x, rare: m.alias(x) if rare else m.seq(x))
+    model.alias = model.seq[0]
+    return model
+
+
+NOT_FUSED = {
+    "hook on the ReLU": lambda: with_hook(1),
+    "hook on the Dropout": lambda: with_hook(2),
+    "children called one by one": lambda: around(lambda m, x, rare: m.seq[2](m.seq[1](m.seq[0](x)))),
+    "first Linear also called outside": lambda: around(lambda m, x, rare: m.seq(x) + m.seq[0](x)),
+    "last Linear also called outside": lambda: around(lambda m, x, rare: m.seq(x) + m.seq[2](x)),
+    "ReLU also called outside": lambda: around(lambda m, x, rare: m.seq[1](m.seq(x))),
+    "Dropout's place also called outside": lambda: around(lambda m, x, rare: m.seq[2](m.seq(x)), "lrdl"),
+    "a slice runs": lambda: around(lambda m, x, rare: m.seq[:2](x) + m.seq(x)),
+    "Linear in two Sequentials": in_two_sequentials,
+    "Sequential with a forward of its own": lambda: Overridden(*chain("lrl")),
+    "Sequential instance with a forward of its own": with_forward,
+    "ReLU subclass": lambda: nn.Sequential(nn.Linear(24, 24), Shifted(), nn.Linear(24, 24)),
+}
+
+
+@pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
+@pytest.mark.parametrize("case", NOT_FUSED)
+def test_nothing_is_fused_that_others_see(case, config):
+    model = NOT_FUSED[case]().eval()
+    qmodel = convert(model, DATA, config=config)
+    assert_close_to_float(model, qmodel)
+
+
+@pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
+def test_nothing_is_fused_that_has_another_name(config):
+    """What the data ran does not prove that nobody else runs it, if the model says so itself."""
+    model = with_an_alias()
+    qmodel = convert(model, DATA, config=config)
+    assert_close_to_float(model, qmodel)
+    assert_close_to_float(model, qmodel, rare=True)
+
+
+@pytest.mark.parametrize("config", [AUTO, DYNAMIC], ids=lambda config: config.activation)
+def test_nothing_is_fused_that_the_data_never_ran(config):
+    """0 calls of the layer in 0 calls of its Sequential prove nothing."""
+    model = around(lambda m, x, rare: m.seq[0](x) if rare else m.other(x), other=nn.Linear(24, 24))
+    qmodel = convert(model, DATA, config=config)
+    assert_close_to_float(model, qmodel, rare=True)
+
+
+def test_nothing_is_fused_without_data():
+    model = chain("lrl")
+    qmodel = convert(model)
+    assert [layer.activation for layer in layers_of(qmodel)] == [Activation.NONE] * 2
+    assert type(qmodel[1]) is nn.ReLU
+    assert_close_to_float(model, qmodel)
+
+
+@pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
+def test_one_relu_in_several_places(config):
+    act = nn.ReLU()
+    repeated = nn.Sequential(nn.Linear(24, 24), act, nn.Linear(24, 24), act, nn.Linear(24, 24))
+    apart = Around(
+        lambda m, x, rare: m.act(m.other(m.act(m.b(m.a(x))) - 1)),
+        a=nn.Sequential(nn.Linear(24, 24), act),
+        b=nn.Sequential(nn.Linear(24, 24), act),
+        other=nn.Linear(24, 24),
+        act=act,
+    )
+    for model in (repeated.eval(), apart.eval()):
+        qmodel = convert(model, DATA, config=config)
+        assert_close_to_float(model, qmodel)
+    assert type(qmodel.act) is nn.ReLU
+    assert [type(seq[1]) for seq in (apart.a, apart.b)] == [nn.ReLU] * 2
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_sequential_under_two_names_is_one(inplace):
+    model = around(lambda m, x, rare: m.again(m.seq(x)))
+    model.again = model.seq
+    expected = model(X)
+    qmodel = convert(model, DATA, config=STATIC, inplace=inplace)
+    assert qmodel.again is qmodel.seq
+    assert flow(qmodel, X) == [(torch.float32, torch.uint8), (torch.uint8, torch.float32)] * 2
+    assert sqnr_db(expected, qmodel(X)) > 20

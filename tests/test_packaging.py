@@ -1,0 +1,93 @@
+"""The build says what is missing, and the package ships what it promises."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchq
+from torchq import _C
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(tmp_path, *, path, torch_stub=None, **environment):
+    """Runs `setup.py build_ext` with this PATH, and `torch_stub` in place of torch; returns its stderr."""
+    if torch_stub is not None:
+        (tmp_path / "torch.py").write_text(torch_stub)
+    run = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "setup.py"),
+            "build_ext",
+            "--build-temp",
+            str(tmp_path),
+            "--build-lib",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env={"PATH": path, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    return run.stderr
+
+
+def test_build_without_a_compiler_says_so(tmp_path):
+    error = build(tmp_path, path=str(tmp_path))
+    assert "needs a C++17 compiler" in error
+    assert "apt-get install g++" in error
+
+
+def test_build_with_a_wrong_cxx_names_it(tmp_path):
+    error = build(tmp_path, path=os.environ["PATH"], CXX="no-such-compiler")
+    assert "'no-such-compiler' was not found" in error
+
+
+def test_build_without_torch_says_so(tmp_path):
+    error = build(tmp_path, path=os.environ["PATH"], torch_stub="raise ImportError('none')")
+    assert "building needs torch" in error
+    assert "--no-build-isolation" in error
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
+def test_build_with_an_old_torch_says_so(tmp_path, version):
+    error = build(tmp_path, path=os.environ["PATH"], torch_stub=f"__version__ = {version!r}")
+    assert f"needs torch >= 2.10 (the stable ABI), found {version}" in error
+
+
+def test_stub_declares_exactly_what_the_module_has():
+    tree = ast.parse((ROOT / "torchq" / "_C.pyi").read_text())
+    declared = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    declared |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    assert declared == {name for name in dir(_C) if not name.startswith("_")}
+
+
+def test_public_names():
+    """The whole interface, so that a new name is a decision."""
+    names = {name for name in vars(torchq) if not name.startswith("_")}
+    modules = {"calibrate", "config", "kernels", "modules", "observers", "ops", "plan", "qparams"}
+    assert names - modules == {
+        "QConfig",
+        "QuantizedLinear",
+        "choose_qparams",
+        "convert",
+        "dequantize",
+        "fake_quantize",
+        "quantize",
+        "report",
+        "simulate",
+    }
+
+
+def test_typed_marker_is_shipped():
+    assert (Path(torchq.__file__).parent / "py.typed").exists()
+
+
+def test_versions_agree():
+    assert f'version = "{torchq.__version__}"' in (ROOT / "pyproject.toml").read_text()
