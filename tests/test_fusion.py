@@ -1,4 +1,4 @@
-"""Fusion: runs of Linear, ReLU, Linear in an nn.Sequential stay in u8, exactly; whatever others may see is not fused."""
+"""Fusion: runs of Linear, ReLU, Linear in an nn.Sequential stay in u8, exactly, unless others may see inside."""
 
 from types import MethodType
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
 from torchq.ops import Activation
-from torchq.qparams import choose_qparams, sqnr_db
+from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
 
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
 
@@ -98,7 +98,12 @@ def test_the_plan_and_repr_tell_what_is_fused():
 
 @pytest.mark.parametrize(
     ("kinds", "config", "relus"),
-    [("lrl", DYNAMIC, ["1", None]), ("lgl", STATIC, [None, None]), ("lglr", STATIC, [None, "3"]), ("rl", STATIC, [None])],
+    [
+        ("lrl", DYNAMIC, ["1", None]),
+        ("lgl", STATIC, [None, None]),
+        ("lglr", STATIC, [None, "3"]),
+        ("rl", STATIC, [None]),
+    ],
 )
 def test_codes_are_for_static_neighbours_only_but_a_relu_is_fused_anyway(kinds, config, relus):
     model = chain(kinds)
@@ -122,7 +127,8 @@ def test_a_float_neighbour_gets_floats(excluded, activation):
 def test_a_chain_agrees_with_its_simulation(kinds):
     """The codes handed over may differ by one, where the float32 rounding of a simulated sum crosses a tie. The outputs
     then differ by what those codes weigh, and by rounding: at most K + 8 = 32 roundings of 2^-24 on every path, of the
-    sum of all magnitudes."""
+    sum of all magnitudes.
+    """
     qmodel = convert(chain(kinds), DATA, config=STATIC)
     first, last = layers_of(qmodel)
     handed = []
@@ -134,6 +140,7 @@ def test_a_chain_agrees_with_its_simulation(kinds):
     assert (codes.dtype, values.dtype) == (torch.uint8, torch.float32)
     apart = (codes.int() - quantize(values, *last.input_qparams, dtype=torch.uint8).int()).abs()
     assert apart.max() <= 1
+    assert torch.equal(values, fake_quantize(values, *last.input_qparams, dtype=torch.uint8))
     assert apart.float().mean() < 0.01
     weight = dequantize(last.weight, last.weight_scale, axis=0).abs()
     rounding = 2 * 32 * 2.0**-24 * (values.abs() @ weight.T + last.bias.abs())

@@ -5,6 +5,8 @@ its input rows, and how often it was called. Its size does not depend on the num
 """
 
 import inspect
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -72,9 +74,14 @@ class Record:
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
         return cls(observers, Sample(rows))
 
+    @property
+    def has_data(self) -> bool:
+        """Whether any value was seen; a layer may have been called with empty inputs only."""
+        return all(observer.count > 0 for observer in self.observers.values())
+
     def observe(self, x: Tensor) -> None:
         """Takes one call's input, (..., in_features)."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         for observer in self.observers.values():
             observer.observe(rows)
         self.sample.add(rows)
@@ -83,10 +90,13 @@ class Record:
 
 @dataclass
 class Calibration:
-    """The records, by layer name, and how often each nn.Sequential ran: what proves that its children run in order."""
+    """The records, by layer name, and how often each nn.Sequential and each of its children was called.
+
+    Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way.
+    """
 
     records: dict[str, Record]
-    sequential_calls: dict[str, int]
+    calls: Counter[str]
     batches: int = 0
 
 
@@ -119,7 +129,7 @@ def calibrate(
     """
     if not isinstance(loader, Iterable):
         raise TypeError(f"torchq.convert: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
-    calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, {})
+    calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, Counter())
     run = forward or call_with_batch
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
@@ -177,8 +187,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _recording(model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration) -> Iterator[None]:
     def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+        def hook(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if x is None or not _fits(layer, x):
+                return  # the layer itself will say what is wrong with it
             try:
                 calibration.records[name].observe(x)
             except ValueError as error:
@@ -191,18 +203,26 @@ def _recording(model: nn.Module, layers: Mapping[str, nn.Linear], calibration: C
 
     def count(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            calibration.sequential_calls[name] = calibration.sequential_calls.get(name, 0) + 1
+            calibration.calls[name] += 1
 
         return hook
 
     handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
-    handles += [
-        module.register_forward_pre_hook(count(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential)
-    ]
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Sequential) or isinstance(parent, nn.Sequential):
+            handles.append(module.register_forward_pre_hook(count(name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _fits(layer: nn.Linear, x: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and x.device.type == "cpu"
+        and x.shape[-1:] == (layer.in_features,)
+    )

@@ -1,5 +1,6 @@
 """QConfig: every choice of a conversion, checked when it is made."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,14 +45,28 @@ class QConfig:
     def __post_init__(self) -> None:
         for field, choices in (("weight", WeightScheme), ("activation", ActivationScheme), ("observer", ObserverName)):
             _check_choice(field, getattr(self, field), get_args(choices))
-        _check(0 < self.percentile <= 100, "percentile", "in (0, 100]", self.percentile)
-        _check(self.min_sqnr_db == self.min_sqnr_db, "min_sqnr_db", "a number of dB", self.min_sqnr_db)
-        _check(self.margin_db >= 0, "margin_db", "at least 0 dB", self.margin_db)
+        _check_number("percentile", self.percentile, "in (0, 100]", lambda value: 0 < value <= 100)
+        _check_number("min_sqnr_db", self.min_sqnr_db, "a number of dB", lambda value: value == value)
+        _check_number("margin_db", self.margin_db, "at least 0 dB", lambda value: value >= 0)
         _check(
             isinstance(self.sample_rows, int) and self.sample_rows >= 1, "sample_rows", "at least 1", self.sample_rows
         )
-        _check(not isinstance(self.exclude, str), "exclude", "a tuple of patterns, such as ('head',)", self.exclude)
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
+
+
+def _patterns(exclude: object) -> tuple[str, ...]:
+    patterns = tuple(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else (None,)
+    _check(
+        all(isinstance(pattern, str) for pattern in patterns),
+        "exclude",
+        "a tuple of patterns, such as ('head',)",
+        exclude,
+    )
+    return patterns
+
+
+def _check_number(field: str, value: object, expected: str, ok: Callable[[float], bool]) -> None:
+    _check(isinstance(value, (int, float)) and ok(value), field, expected, value)
 
 
 def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:

@@ -2,16 +2,20 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchq import ops
 from torchq.calibrate import Forward, calibrate
 from torchq.config import QConfig
 from torchq.modules.linear import QuantizedLinear
 from torchq.ops import Activation
-from torchq.plan import LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+
+FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def convert(
@@ -66,7 +70,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
         ValueError: the plan names a layer the model lacks, or hands codes to a layer that does not take them.
     """
     layers = find_layers(model)
-    _check_plan(plan, layers)
+    _check_plan(model, plan, layers)
     swaps = {id(layers[name]): quantize_layer(layers[name], plan, name) for name in plan.layers if _is_int8(plan, name)}
     if inplace:
         for parent in list(model.modules()):
@@ -75,11 +79,10 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     else:
         # deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights.
         model = copy.deepcopy(model, dict(swaps))
-    for layer in plan.layers.values():
-        for folded in (layer.relu, *layer.skipped):
-            if folded is not None:
-                parent_name, _, key = folded.rpartition(".")
-                model.get_submodule(parent_name)._modules[key] = nn.Identity()
+    for name, layer in plan.layers.items():
+        for folded in _folded(layer) if _is_int8(plan, name) else ():
+            parent_name, _, key = folded.rpartition(".")
+            model.get_submodule(parent_name)._modules[key] = nn.Identity()
     _leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
@@ -91,30 +94,52 @@ def quantize_layer(linear: nn.Linear, plan: Plan, name: str) -> QuantizedLinear:
     quantized = QuantizedLinear.from_float(
         linear,
         per_channel=layer.per_channel,
-        input_qparams=layer.input_qparams,
+        input_qparams=layer.input_qparams if layer.kind == "int8 static" else None,
         output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
         activation=Activation.RELU if layer.relu else Activation.NONE,
+        takes_codes=any(other.feeds == name for other in plan.layers.values()),
     )
-    quantized.takes_codes = any(other.feeds == name for other in plan.layers.values())
     return quantized.train(linear.training)
+
+
+def _folded(layer: LayerPlan) -> tuple[str, ...]:
+    """The modules that become nn.Identity because this layer does their work."""
+    return layer.skipped if layer.relu is None else (layer.relu, *layer.skipped)
 
 
 def _is_int8(plan: Plan, name: str) -> bool:
     return plan.layers[name].kind != "float"
 
 
-def _check_plan(plan: Plan, layers: dict[str, nn.Linear]) -> None:
-    def is_static(layer: LayerPlan | None) -> bool:
+def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> None:
+    """Raises ValueError for what an edit can get wrong."""
+    modules = dict(model.named_modules())
+
+    def require(ok: bool, name: str, problem: str) -> None:
+        if not ok:
+            raise ValueError(f"torchq.apply_plan: layer {name!r} {problem}.")
+
+    def is_static(name: str) -> bool:
+        layer = plan.layers.get(name)
         return layer is not None and layer.kind == "int8 static" and layer.input_qparams is not None
 
     for name, layer in plan.layers.items():
         if name not in layers:
             raise ValueError(f"torchq.apply_plan: the plan names layer {name!r}, which is no nn.Linear of the model.")
-        if layer.kind == "int8 static" and layer.input_qparams is None:
-            raise ValueError(f"torchq.apply_plan: layer {name!r} is static, but its input_qparams are None.")
-        if layer.feeds is not None and not (is_static(layer) and is_static(plan.layers.get(layer.feeds))):
-            raise ValueError(
-                f"torchq.apply_plan: layer {name!r} feeds {layer.feeds!r}, so both must be static, with input_qparams."
+        require(layer.kind in get_args(Kind), name, f"is to be {layer.kind!r}, expected one of {get_args(Kind)}")
+        if layer.kind == "int8 static":
+            require(layer.input_qparams is not None, name, "is static, but its input_qparams are None")
+        if layer.feeds is not None:
+            both = is_static(name) and is_static(layer.feeds)
+            require(both, name, f"feeds {layer.feeds!r}, so both must be static, with input_qparams")
+        if layer.input_qparams is not None:
+            scale, zero_point = layer.input_qparams
+            require(FLT_MIN <= scale <= FLT_MAX, name, f"has scale {scale}, expected a positive normal float32")
+            require(0 <= zero_point <= 255, name, f"has zero_point {zero_point}, expected one in [0, 255]")
+        for folded in _folded(layer):
+            kinds = (nn.ReLU,) if folded == layer.relu else (nn.ReLU, *IDLE)
+            require(
+                type(modules.get(folded)) in kinds, name, f"has {folded!r} folded in, which is no {kinds} of the model"
             )
 
 
@@ -136,6 +161,12 @@ def _check(
         raise TypeError(f"torchq.convert: model must be an nn.Module, got {type(model).__name__}.")
     if not isinstance(config, QConfig):
         raise TypeError(f"torchq.convert: config must be a torchq.QConfig, got {type(config).__name__}.")
+    lazy = [name for name, module in model.named_modules() if _is_lazy(module)]
+    if lazy and calib_loader is not None:
+        raise ValueError(
+            f"torchq.convert: module {lazy[0]!r} is not initialized yet, and calibration would do it behind your back. "
+            "Run one batch through the model first."
+        )
     done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if done:
         raise ValueError(f"torchq.convert: the model is already converted ({done[0]!r} is a QuantizedLinear).")
@@ -156,6 +187,10 @@ def _check(
         if reason is not None:
             barred[name] = reason
     return layers, barred
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def _check_layer(name: str, layer: nn.Linear) -> None:

@@ -62,9 +62,7 @@ class Observer:
         """
         name = type(self).__name__
         if not x.is_floating_point():
-            raise TypeError(
-                f"torchq.{name}.observe: x must be floating point, got {x.dtype}. Pass x.float()."
-            )
+            raise TypeError(f"torchq.{name}.observe: x must be floating point, got {x.dtype}. Pass x.float().")
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -186,9 +184,7 @@ class MovingAverageObserver(Observer):
     def __init__(self, momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise ValueError(
-                f"torchq.MovingAverageObserver: momentum must be in [0, 1), got {momentum}. Try 0.9."
-            )
+            raise ValueError(f"torchq.MovingAverageObserver: momentum must be in [0, 1), got {momentum}. Try 0.9.")
         self.momentum = momentum
         self.batches = 0
         self._average = (0.0, 0.0)
@@ -259,9 +255,7 @@ class Histogram(Observer):
     def __init__(self, bins: int = 2048) -> None:
         super().__init__()
         if bins < 2 or bins % 2:
-            raise ValueError(
-                f"torchq.{type(self).__name__}: bins must be even and at least 2, got {bins}. Try 2048."
-            )
+            raise ValueError(f"torchq.{type(self).__name__}: bins must be even and at least 2, got {bins}. Try 2048.")
         self.bins = bins
         self.counts = torch.zeros(bins, dtype=torch.int64)
         # The smallest limit there is. Zeros have one bin at every limit, so all-zero batches need no rule.

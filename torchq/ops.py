@@ -42,8 +42,8 @@ def out_features(packed: Tensor, k: int) -> int:
     >>> out_features(pack(w, torch.ones(20)), 8)
     20
     """
-    panels, unused = divmod(packed.numel() - _HEADER, _panel_bytes(k))
-    return panels * _PANEL_COLUMNS - unused
+    size, panel = packed.numel() - _HEADER, _panel_bytes(k)
+    return size // panel * _PANEL_COLUMNS - size % panel
 
 
 def _panel_bytes(k: int) -> int:
@@ -75,9 +75,10 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     >>> unpack(pack(weight, torch.ones(1)))
     (tensor([[ 1, -2,  3]], dtype=torch.int8), tensor([1.]), None)
     """
-    k, has_bias = int(packed[16:24].view(torch.int64)), bool(packed[24:28].view(torch.int32))
-    weight, scale, bias = torch.ops.torchq.unpack(packed, k)
-    return weight, scale, bias if has_bias else None
+    is_packed = packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() >= _HEADER
+    k = int(packed[16:24].clone().view(torch.int64)) if is_packed else -1
+    weight, scale, bias = torch.ops.torchq.unpack(packed, k)  # checks, and says what is wrong
+    return weight, scale, bias if bool(packed[24:28].clone().view(torch.int32)) else None
 
 
 def gemm(a: Tensor, packed: Tensor) -> Tensor:
@@ -162,16 +163,23 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ---- Fakes: shapes and dtypes without data, for torch.compile and torch.export ------------------------------------
 
 
-def _rows_out(op: str, x: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+def _check_devices(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
     torch._check(
-        x.device == packed.device,
-        lambda: f"torchq::{op}: x is on {x.device}, the packed weight on {packed.device}. Move both to the CPU.",
+        x.device == y.device,
+        lambda: f"torchq::{op}: {name} is on {x.device}, {other} on {y.device}. Move both to the CPU.",
     )
+
+
+def _rows_out(op: str, name: str, x: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_devices(op, name, x, "the packed weight", packed)
     return x.new_empty((*x.shape[:-1], out_features(packed, x.shape[-1])), dtype=dtype)
 
 
 @torch.library.register_fake("torchq::pack")
 def _(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check_devices("pack", "scale", scale, "weight", weight)
+    if bias is not None:
+        _check_devices("pack", "bias", bias, "weight", weight)
     return weight.new_empty((packed_bytes(*weight.shape),), dtype=torch.uint8)
 
 
@@ -184,12 +192,12 @@ def _(packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("torchq::gemm")
 def _(a: Tensor, packed: Tensor) -> Tensor:
-    return _rows_out("gemm", a, packed, torch.int32)
+    return _rows_out("gemm", "a", a, packed, torch.int32)
 
 
 @torch.library.register_fake("torchq::linear_dynamic")
 def _(x: Tensor, packed: Tensor, activation: int = 0) -> Tensor:
-    return _rows_out("linear_dynamic", x, packed, x.dtype)
+    return _rows_out("linear_dynamic", "x", x, packed, x.dtype)
 
 
 @torch.library.register_fake("torchq::linear_static")
@@ -203,10 +211,11 @@ def _(
     y_zero_point: int = 0,
     activation: int = 0,
 ) -> Tensor:
-    return _rows_out("linear_static", x, packed, out_dtype)
+    return _rows_out("linear_static", "x", x, packed, out_dtype)
 
 
 @torch.library.register_fake("torchq::quantize_per_token")
 def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     one = (*x.shape[:-1], 1)
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(one), x.new_empty(one, dtype=torch.int32)
+    codes, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(one, dtype=torch.float32)
+    return codes, scale, x.new_empty(one, dtype=torch.int32)

@@ -5,6 +5,8 @@ candidate scheme on the layer's own input sample with the real integer ops.
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -50,7 +52,9 @@ class LayerPlan:
 
     @property
     def measured_db(self) -> float | None:
-        """The output SQNR of the scheme chosen, or None where nothing was measured."""
+        """The output SQNR of the scheme chosen, or None where nothing was measured, or nothing quantized."""
+        if self.kind == "float":
+            return None
         return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
 
 
@@ -80,13 +84,19 @@ class Plan:
         layers = {}
         for name, values in data.items():
             pair = values["input_qparams"]
-            given = {**values, "input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"])}
-            layers[name] = LayerPlan(**given)
+            sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
+            given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
+            layers[name] = LayerPlan(**{**values, **given})
         return cls(layers)
 
 
-def _to_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+def _to_json(value: Any) -> Any:
+    """Tuples as lists, and what JSON has no number for, inf and nan, as strings."""
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -154,7 +164,7 @@ def make_plan(
         ValueError: `activation="static"` and a layer the calibration data never reached.
     """
     if config.activation == "static" and calibration is not None:
-        missed = [name for name, record in calibration.records.items() if record.calls == 0]
+        missed = [name for name, record in calibration.records.items() if not record.has_data]
         if missed:
             raise ValueError(
                 f"torchq.convert: activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
@@ -177,7 +187,7 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     per_channel = config.weight == "per_channel"
     if record.calls == 0 and config.activation == "auto":
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
-    if record.sample.seen == 0:
+    if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
 
     ranges = {name: _static_qparams(record, name) for name in record.observers}
@@ -185,13 +195,14 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     observer = max(record.observers, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     numbers = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
+    enough = {"static": static >= config.min_sqnr_db, "dynamic": dynamic >= config.min_sqnr_db}  # nan is not
     if config.activation == "auto":
-        use_static = static >= dynamic - config.margin_db
+        use_static = enough["static"] and static >= dynamic - config.margin_db
         reason = f"{numbers}: {'static is cheaper' if use_static else 'static would cost accuracy'}"
     else:
         use_static = config.activation == "static"
         reason = f"asked for; {numbers}"
-    if (static if use_static else dynamic) < config.min_sqnr_db:
+    if not enough["static" if use_static else "dynamic"]:
         return LayerPlan("float", f"{numbers}: below min_sqnr_db = {config.min_sqnr_db:g}", sqnr_db=measured)
     if not use_static:
         return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
@@ -225,43 +236,48 @@ def measure(
 
 # ---- Fusion: runs of Linear, ReLU, Linear in an nn.Sequential -----------------------------------------------------
 
-_IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
+IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
 
 
 def _fuse(model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration) -> None:
     """Folds each ReLU that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
 
-    That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, so the
-    calls counted in calibration must show that these layers ran only as part of their Sequential.
+    That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
+    children have no other place in the model, and if the calls counted in calibration show that they ran as its
+    children and in no other way.
     """
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, sequential in model.named_modules():
-        if type(sequential).forward is not nn.Sequential.forward:
+        calls = calibration.calls[name]
+        if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential) or calls == 0:
             continue
-        run = [(f"{name}.{key}" if name else key, child) for key, child in sequential.named_children()]
-        if len(run) == len(sequential):  # named_children leaves out repeats: a module used twice in one Sequential
-            _fuse_run(run, plans, calibration, calibration.sequential_calls.get(name, 0))
+        run: list[tuple[str, nn.Module | None]] = []
+        for key, child in sequential._modules.items():
+            path = f"{name}.{key}" if name else key
+            alone = child is not None and places[id(child)] == 1 and calibration.calls[path] == calls
+            run.append((path, child if alone else None))
+        _fuse_run(run, plans)
 
 
-def _fuse_run(
-    run: list[tuple[str, nn.Module]], plans: dict[str, LayerPlan], calibration: Calibration, calls: int
-) -> None:
-    def is_ours(name: str) -> bool:
-        return name in plans and plans[name].kind != "float" and calibration.records[name].calls == calls
+def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPlan]) -> None:
+    """One Sequential's children in order, None where others may see into one."""
 
-    for i, (name, _) in enumerate(run):
-        if not is_ours(name):
+    def is_int8(name: str, module: nn.Module | None) -> bool:
+        return module is not None and name in plans and plans[name].kind != "float"
+
+    for i, (name, layer) in enumerate(run):
+        if not is_int8(name, layer):
             continue
         relu, skipped, feeds = None, [], None
         for follower, module in run[i + 1 :]:
-            if is_ours(follower):
+            if is_int8(follower, module):
                 both_static = plans[name].kind == plans[follower].kind == "int8 static"
                 feeds = follower if both_static else None
                 break
-            if has_hooks(module) or type(module) not in (nn.ReLU, *_IDLE):
+            if module is None or has_hooks(module) or type(module) not in (nn.ReLU, *IDLE):
                 break
-            if type(module) is nn.ReLU:
-                relu = relu or follower
-                skipped += [follower] if relu != follower else []  # relu(relu(x)) = relu(x)
-            else:
+            if type(module) is nn.ReLU and relu is None:
+                relu = follower
+            else:  # idle, or a second ReLU: relu(relu(x)) = relu(x)
                 skipped.append(follower)
         plans[name] = dataclasses.replace(plans[name], relu=relu, skipped=tuple(skipped) if feeds else (), feeds=feeds)

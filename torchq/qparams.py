@@ -77,9 +77,7 @@ def choose_qparams(
     return _from_range("choose_qparams", lo, hi, dtype, symmetric)
 
 
-def qparams_from_range(
-    lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The scale and zero point that cover [min(lo, 0), max(hi, 0)], elementwise.
 
     The module's docstring has the formulas.
@@ -149,9 +147,7 @@ def quantize(
     return (code.round() + zero_point).to(dtype)
 
 
-def dequantize(
-    q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *, axis: int | None = None
-) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *, axis: int | None = None) -> Tensor:
     """Turns 8-bit codes into floats: `x = (q - zero_point) * scale`, exact but for the one multiplication.
 
     Args:
@@ -237,9 +233,7 @@ def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return lo.float(), hi.float()
 
 
-def _from_range(
-    function: str, lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def _from_range(function: str, lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
     qmin, _ = _code_range(function, dtype)
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)  # clamp keeps NaN
     scale = torch.maximum(hi, -lo) / 127 if symmetric else hi / 255 - lo / 255
@@ -312,9 +306,7 @@ def _normal_axis(function: str, x: Tensor, axis: int) -> int:
 
 def _check_float(function: str, x: Tensor, name: str = "x") -> None:
     if not x.is_floating_point():
-        raise TypeError(
-            f"torchq.{function}: {name} must be floating point, got {x.dtype}. Pass {name}.float()."
-        )
+        raise TypeError(f"torchq.{function}: {name} must be floating point, got {x.dtype}. Pass {name}.float().")
 
 
 def _code_range(

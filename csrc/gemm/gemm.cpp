@@ -131,6 +131,7 @@ QParams choose_qparams(const RowRange& range) {
 size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }
 
 QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k, uint8_t* codes, void* scratch) {
+  last.store(&kernel, std::memory_order_relaxed);
   const QParams q = choose_qparams(kernel.range(x, dtype, k));
   kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch);
   if (kernel.code_bytes == 1)

@@ -97,7 +97,7 @@ int count_parts(const Kernel& kernel, const Problem& problem, int max_threads);
 Part part(const Kernel& kernel, const Problem& problem, int index, int count);
 size_t scratch_bytes(const Kernel& kernel, const Problem& problem);
 void run_part(const Kernel& kernel, const Problem& problem, const Part& part, void* scratch);
-// The kernel of the latest run_part() in this process, or null: how a test knows what really ran.
+// The kernel of the latest run_part() or quantize_row() in this process, or null: how a test knows what really ran.
 const Kernel* last_kernel();
 
 // ---- Dispatch (dispatch.cpp) ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The packed weight is the only copy in memory. `state_dict()` and pickle hold can
 every CPU; the packed form is derived from them wherever they arrive.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from torchq import kernels, ops, qparams
 from torchq.ops import Activation
+
+# The overloads themselves: a call through the typed wrappers of torchq.ops costs 1.2 us more.
+_linear_dynamic = torch.ops.torchq.linear_dynamic.default
+_linear_static = torch.ops.torchq.linear_static.default
 
 _simulating = False
 
@@ -59,6 +64,7 @@ class QuantizedLinear(nn.Module):
         input_qparams: static scale and zero point of the input; None is dynamic, a pair per row.
         output_qparams: gives u8 codes instead of floats, for a QuantizedLinear with these `input_qparams`.
         activation: fused into the epilogue.
+        takes_codes: the layer before hands over u8 codes, in `input_qparams`; otherwise uint8 input is refused.
         dtype: of the output where the input is u8 codes.
 
     >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
@@ -76,14 +82,16 @@ class QuantizedLinear(nn.Module):
         input_qparams: QParams | None = None,
         output_qparams: QParams | None = None,
         activation: Activation = Activation.NONE,
+        takes_codes: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.has_bias = bias is not None
-        self.input_qparams = input_qparams
-        self.output_qparams = output_qparams
-        self.activation = activation
+        self.input_qparams = _float32(input_qparams)
+        self.output_qparams = _float32(output_qparams)
+        self.activation = int(activation)
+        self.takes_codes = takes_codes
         self.dtype = dtype
         self.register_buffer("packed", ops.pack(weight, weight_scale, bias), persistent=False)
 
@@ -96,6 +104,7 @@ class QuantizedLinear(nn.Module):
         input_qparams: QParams | None = None,
         output_qparams: QParams | None = None,
         activation: Activation = Activation.NONE,
+        takes_codes: bool = False,
     ) -> "QuantizedLinear":
         """Quantizes the weight of an nn.Linear, symmetrically: `w_int8 = rne(w / scale)`, `scale = max|w| / 127`.
 
@@ -126,26 +135,36 @@ class QuantizedLinear(nn.Module):
             input_qparams=input_qparams,
             output_qparams=output_qparams,
             activation=activation,
+            takes_codes=takes_codes,
             dtype=weight.dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if _simulating:
-            return self._simulated(x)
+            with torch.autocast("cpu", enabled=False):
+                return self._simulated(x)
+        packed = self._buffers["packed"]  # what self.packed finds after three failed look-ups
         if self.input_qparams is None:
-            return ops.linear_dynamic(x, self.packed, self.activation)
+            return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
         scale, zero_point = self.input_qparams
-        dtype = self.dtype if x.dtype == torch.uint8 else x.dtype
-        if self.output_qparams is None:
-            return ops.linear_static(x, self.packed, scale, zero_point, dtype, activation=self.activation)
-        return ops.linear_static(
-            x, self.packed, scale, zero_point, torch.uint8, *self.output_qparams, activation=self.activation
-        )
+        if x.dtype == torch.uint8 and not self.takes_codes:
+            raise self._not_codes()
+        if self.output_qparams is not None:
+            y_scale, y_zero_point = self.output_qparams
+            return _linear_static(  # type: ignore[no-any-return]
+                x, packed, scale, zero_point, torch.uint8, y_scale, y_zero_point, self.activation
+            )
+        dtype = self.dtype if self.takes_codes else x.dtype
+        return _linear_static(x, packed, scale, zero_point, dtype, 1.0, 0, self.activation)  # type: ignore[no-any-return]
 
     def _simulated(self, x: Tensor) -> Tensor:
         weight, weight_scale, bias = torch.ops.torchq.unpack(self.packed, self.in_features)
-        rows = x.float().reshape(-1, x.shape[-1])
+        if x.dtype == torch.uint8:
+            if not self.takes_codes or self.input_qparams is None:
+                raise self._not_codes()
+            x = qparams.dequantize(x, *self.input_qparams)
+        rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if self.input_qparams is None:
             rows = qparams.fake_quantize(rows, *_row_qparams(rows), axis=0, dtype=torch.uint8)
         else:
@@ -158,10 +177,13 @@ class QuantizedLinear(nn.Module):
             return qparams.fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
         return y.to(self.dtype if self.takes_codes else x.dtype)
 
-    # ---- Canonical tensors: what state_dict and pickle hold ---------------------------------------------------------
+    def _not_codes(self) -> TypeError:
+        return TypeError(
+            "QuantizedLinear: x must be float32, bfloat16 or float16, got uint8. Convert it first, as the float model "
+            "would need it: x.float()."
+        )
 
-    takes_codes = False
-    """Whether the layer before gives this one u8 codes (an instance attribute where it does)."""
+    # ---- Canonical tensors: what state_dict and pickle hold ---------------------------------------------------------
 
     @property
     def weight(self) -> Tensor:
@@ -185,7 +207,7 @@ class QuantizedLinear(nn.Module):
             tensors["bias"] = bias
         for side, pair in (("input", self.input_qparams), ("output", self.output_qparams)):
             if pair is not None:
-                tensors[f"{side}_scale"] = torch.tensor(pair.scale)
+                tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32)
                 tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32)
         return tensors
 
@@ -213,12 +235,13 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         own = self._canonical()
         given = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        for pair in _PAIRS:  # codes mean nothing without their scale: both or neither
+            if not all(key in given for key in pair):
+                given = {key: tensor for key, tensor in given.items() if key not in pair}
         if strict:
-            missing_keys.extend(prefix + key for key in own if key not in given)
-            for key in state_dict:
-                name = key[len(prefix) :]
-                if key.startswith(prefix) and "." not in name and name not in own:
-                    unexpected_keys.append(key)
+            missing_keys.extend(prefix + key for key in own if prefix + key not in state_dict)
+            ours = [key for key in state_dict if key.startswith(prefix)]
+            unexpected_keys.extend(key for key in ours if key[len(prefix) :] not in own)
         wrong = [
             key for key, tensor in given.items() if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype)
         ]
@@ -254,10 +277,18 @@ class QuantizedLinear(nn.Module):
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.has_bias}"]
         parts += [f"scheme={scheme}", f"kernel={kernels.active()}"]
         if self.activation != Activation.NONE:
-            parts.append(f"activation={self.activation.name.lower()}")
+            parts.append(f"activation={Activation(self.activation).name.lower()}")
         if self.output_qparams is not None:
             parts.append("out=uint8")
         return ", ".join(parts)
+
+
+_PAIRS = (("weight", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))
+
+
+def _float32(pair: QParams | None) -> QParams | None:
+    """The pair as state_dict and the kernels hold it."""
+    return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32)), int(pair.zero_point))
 
 
 def _row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,62 @@
+"""Fixtures: each kernel in turn, one seed for everything random, the number of threads."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from torchq import kernels, ops
+
+SEED = int(os.environ.get("TORCHQ_SEED", "0"))
+# The kernels this machine must run: skipping one of them is a failure. CI sets it.
+REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads
+    absent = REQUIRED - set(kernels.names())
+    if absent:
+        raise pytest.UsageError(
+            f"TORCHQ_REQUIRED_KERNELS: {', '.join(sorted(absent))} not among the compiled: {', '.join(kernels.names())}"
+        )
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread unless a test sets more, TORCHQ_SEED={SEED}",
+        f"kernels: {kernels.active()} active; runnable: {', '.join(kernels.runnable())}",
+    ]
+
+
+@pytest.fixture(params=kernels.names())
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces each kernel in turn, and proves that it ran. Yields its name.
+
+    A probe runs first, so that a test whose matrices are all empty, and which thus runs no kernel, passes too.
+    """
+    name: str = request.param
+    if name not in kernels.runnable():
+        if name in REQUIRED:
+            pytest.fail(f"this CPU cannot run {name}, which TORCHQ_REQUIRED_KERNELS asks for")
+        pytest.skip(f"this CPU cannot run {name}")
+    one = torch.ones(1, 1, dtype=torch.int8)
+    with kernels.use(name):
+        ops.gemm(one, ops.pack(one, torch.ones(1)))
+        yield name
+        assert kernels.last_used() == name, "another kernel than the forced one ran"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Random numbers from TORCHQ_SEED, which pytest shows beside a failure as captured output."""
+    print(f"TORCHQ_SEED={SEED}")
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,398 @@
+"""Calibration: every kind of loader gives the layers the same rows, in constant memory, and leaves no trace."""
+
+import sys
+from collections import UserDict, namedtuple
+from io import StringIO
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchq import QConfig
+from torchq.calibrate import Record, Sample, calibrate
+from torchq.plan import find_layers
+
+Pair = namedtuple("Pair", "image label")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, Y = normal(20, 6), torch.arange(20)
+BATCHES, LABELS = X.split(8), Y.split(8)  # 8, 8 and a ragged 4
+
+
+class Net(nn.Module):
+    """One Linear; what it is called with is what its record must hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def recorded(model, loader, config=None, **kwargs):
+    return calibrate(model, loader, find_layers(model), config or QConfig(), **kwargs)
+
+
+def assert_saw(record, rows, calls):
+    """`rows` fit the sample, so it holds all of them, in order."""
+    assert torch.equal(record.sample.rows, rows)
+    assert record.sample.seen == len(rows)
+    assert record.calls == calls
+    for observer in record.observers.values():
+        assert observer.count == rows.numel()
+        assert observer.seen == (rows.min(), rows.max())
+
+
+def state(model):
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+    switches = (torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return hooks, [module.training for module in model.modules()], switches
+
+
+# ---- loaders ----
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        BATCHES,
+        list(zip(BATCHES, LABELS, strict=True)),
+        [[x, y] for x, y in zip(BATCHES, LABELS, strict=True)],
+        [(x,) for x in BATCHES],
+        [Pair(x, y) for x, y in zip(BATCHES, LABELS, strict=True)],
+        [{"labels": y, "x": x, "idx": 0} for x, y in zip(BATCHES, LABELS, strict=True)],
+        [UserDict(x=x, labels=y) for x, y in zip(BATCHES, LABELS, strict=True)],
+        DataLoader(TensorDataset(X, Y), batch_size=8),
+        {"a": BATCHES[0], "b": BATCHES[1], "c": BATCHES[2]}.values(),
+    ],
+    ids=["tensors", "pairs", "lists", "singles", "namedtuples", "dicts", "user_dicts", "data_loader", "view"],
+)
+def test_every_kind_of_batch_reaches_the_layer_whole(loader):
+    calibration = recorded(Net(), loader)
+    assert calibration.batches == 3
+    assert_saw(calibration.records["fc"], X, calls=3)
+
+
+def test_a_generator_is_read_one_batch_at_a_time():
+    model, events = Net(), []
+    model.register_forward_hook(lambda *_: events.append("run"))
+
+    def loader():
+        for batch in BATCHES:
+            events.append("pull")
+            yield batch
+
+    assert_saw(recorded(model, loader()).records["fc"], X, calls=3)
+    assert events == ["pull", "run"] * 3
+
+
+class Many(Net):
+    """Two inputs required, one not."""
+
+    def forward(self, a, b, c=None):
+        assert c is None
+        return self.fc(a + b)
+
+
+class Keywords(Net):
+    def forward(self, **inputs):
+        assert sorted(inputs) == ["labels", "x"]
+        return self.fc(inputs["x"])
+
+
+class CallsByKeyword(Net):
+    def forward(self, x):
+        return self.fc(input=x)
+
+
+class Twice(Net):
+    def forward(self, x):
+        return self.fc(x[:4]) + self.fc(x[4:])
+
+
+def test_forwards_of_every_shape():
+    def check(model, batches, rows, calls):
+        assert_saw(recorded(model, batches).records["fc"], rows, calls)
+
+    pairs = list(zip(BATCHES, LABELS, strict=True))
+    check(Many(), [(x, 2 * x, y) for x, y in pairs], 3 * X, calls=3)
+    check(Many(), [{"b": x, "a": x, "labels": y} for x, y in pairs], 2 * X, calls=3)
+    check(Keywords(), [{"x": x, "labels": y} for x, y in pairs], X, calls=3)
+    check(CallsByKeyword(), BATCHES, X, calls=3)
+    check(Twice(), BATCHES[:2], X[:16], calls=4)
+
+
+def test_forward_decides_if_given():
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch)
+        return model(X[batch])
+
+    calibration = recorded(Net(), [slice(0, 7), slice(7, 20)], forward=forward)
+    assert seen == [slice(0, 7), slice(7, 20)]
+    assert_saw(calibration.records["fc"], X, calls=2)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 5, 6), (3, 2, 2, 6), (0, 6), (2, 0, 6)])
+def test_any_leading_dimensions(shape):
+    x = normal(*shape)
+    record = recorded(Net(), [X, x]).records["fc"]
+    assert_saw(record, torch.cat([X, x.reshape(-1, 6) if x.numel() else x.new_empty(0, 6)]), calls=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_floats_are_recorded_as_float32(dtype):
+    record = recorded(Net().to(dtype), [X.to(dtype)]).records["fc"]
+    assert record.sample.rows.dtype == torch.float32
+    assert_saw(record, X.to(dtype).float(), calls=1)
+
+
+def test_a_layer_without_input_features():
+    """K = 0 has a defined result, the bias; it has nothing to record."""
+    model = nn.Sequential(nn.Linear(6, 3))
+    model[0].weight, model[0].in_features = nn.Parameter(torch.empty(3, 0)), 0
+    record = recorded(model, [torch.empty(4, 0)]).records["0"]
+    assert (record.calls, record.observers["minmax"].count) == (1, 0)
+
+
+def test_sequentials_are_counted():
+    inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model = nn.Sequential(inner, nn.Linear(6, 6), inner)
+    idle = nn.Module()
+    idle.seq, idle.fc = nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6)
+    idle.forward = lambda x: idle.fc(idle.seq[0](x))
+    calls = recorded(model, BATCHES).calls
+    assert (calls[""], calls["0"]) == (3, 6)
+    assert recorded(idle, BATCHES).calls["seq"] == 0
+
+
+def test_the_config_chooses_the_observers():
+    def names(observer):
+        return list(recorded(Net(), BATCHES, QConfig(observer=observer)).records["fc"].observers)
+
+    assert names("auto") == ["minmax", "percentile"]
+    assert [names(name) for name in ("minmax", "moving_average", "percentile")] == [
+        ["minmax"],
+        ["moving_average"],
+        ["percentile"],
+    ]
+    observers = recorded(Net(), BATCHES, QConfig(percentile=42)).records["fc"].observers
+    assert observers["percentile"].percentile == 42
+
+
+# ---- errors ----
+
+
+def error_of(loader, model=None, **kwargs):
+    model = model or Net().train()
+    before = state(model)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        recorded(model, loader, **kwargs)
+    assert state(model) == before
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def test_errors_of_the_loader():
+    assert error_of([]).startswith("ValueError: torchq.convert: calib_loader yielded no batch. Pass a loader with data")
+    used_up = iter(BATCHES)
+    assert len(list(used_up)) == 3
+    assert "(an iterator can be used up only once)" in error_of(used_up)
+    assert error_of(7) == "TypeError: torchq.convert: calib_loader must be an iterable of batches, got int."
+    assert "must be an iterable of batches, got TensorDataset." in error_of(TensorDataset(X, Y))
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, X.numpy(), {1, 2}])
+def test_a_batch_of_an_unknown_type(batch):
+    message = error_of([X, batch])
+    assert message.startswith(f"TypeError: torchq.convert: calib_loader gave a batch of type {type(batch).__name__};")
+    assert message.endswith("Pass forward=lambda model, batch: ... to say how to call the model with it.")
+
+
+@pytest.mark.parametrize(("model", "batch", "required"), [(Net(), (), 1), (Net(), [], 1), (Many(), (X,), 2)])
+def test_a_batch_with_too_few_elements(model, batch, required):
+    assert error_of([batch], model).startswith(
+        f"ValueError: torchq.convert: {type(model).__name__}.forward requires {required} inputs, a batch of "
+        f"calib_loader has {len(batch)} elements. Pass forward=lambda model, batch: ..."
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_input_is_named_by_layer_and_batch(bad):
+    poisoned = X.clone()
+    poisoned[3, 2] = bad
+    message = error_of([X, X, poisoned], nn.ModuleDict({"net": Net()}), forward=lambda model, x: model["net"](x))
+    assert message.startswith("ValueError: torchq.convert: layer 'net.fc' got an input that is not finite in batch 2 ")
+    assert "got 1 NaN or Inf among the 120" in message
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [normal(4, 5), torch.ones(4, 6, dtype=torch.long), normal(4, 6).double(), torch.empty(4, 6, device="meta")],
+    ids=["inner size", "int64", "float64", "device"],
+)
+def test_a_batch_the_model_refuses_gives_the_models_own_error(batch):
+    """Whatever came before it: not an error of the records' insides."""
+    model = Net()
+    with pytest.raises(RuntimeError) as own:
+        model(batch)
+    for before in ([], [X]):
+        with pytest.raises(RuntimeError) as caught:
+            recorded(model, [*before, batch])
+        assert str(own.value) in str(caught.value)
+
+
+# ---- no trace ----
+
+
+class Mixed(nn.Module):
+    """Everything that behaves differently in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.head = nn.Linear(6, 2)
+        self.frozen = nn.BatchNorm1d(2)
+        self.fail_at, self.calls, self.inside = None, 0, set()
+
+    def forward(self, x):
+        _, training, switches = state(self)
+        self.inside.add((any(training), *switches))
+        if self.calls == self.fail_at:
+            raise ArithmeticError("the model's own")
+        self.calls += 1
+        return self.frozen(self.head(self.body(x)))
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("fail_at", [None, 0, 2])
+def test_the_model_is_left_as_it_was(fast_path, fail_at):
+    model = Mixed().train()
+    model.frozen.eval()
+    model.body[2].eval()
+    model.fail_at = fail_at
+    model.head.register_forward_hook(lambda *_: None)
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    try:
+        before = state(model)
+        if fail_at is None:
+            recorded(model, BATCHES)
+        else:
+            with pytest.raises(ArithmeticError, match="the model's own"):
+                recorded(model, BATCHES)
+        assert state(model) == before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+    assert model.inside == {(False, False, False, False)}  # training, fast path, gradients, inference mode
+    assert torch.equal(torch.get_rng_state(), random)
+    after = model.state_dict()  # BatchNorm's statistics among them
+    assert after.keys() == values.keys()
+    assert all(torch.equal(after[name], values[name]) for name in values)
+
+
+def test_a_loader_that_fails_midway_leaves_no_trace():
+    def loader():
+        yield X
+        raise OSError("disk")
+
+    model = Mixed()
+    before = state(model)
+    with pytest.raises(OSError, match="disk"):
+        recorded(model, loader())
+    assert state(model) == before
+
+
+# ---- constant memory ----
+
+
+def test_a_sample_keeps_every_row_with_equal_probability():
+    """2000 of 20,000: hypergeometric, so a tenth of the stream has 200 of them with a standard deviation of
+    sqrt(2000 * 0.1 * 0.9 * 18000 / 19999) = 12.7. Five of those are 64.
+    """
+    sample = Sample(2000)
+    for rows in torch.arange(20_000.0).unsqueeze(1).split(171):
+        sample.add(rows)
+    kept = sample.rows.flatten().long()
+    assert sample.seen == 20_000
+    assert len(kept.unique()) == 2000
+    tenths = torch.bincount(kept // 2000, minlength=10)
+    assert (tenths - 200).abs().max() <= 64
+
+
+def test_a_sample_depends_on_the_stream_and_not_on_its_batches():
+    def sampled(*sizes):
+        sample = Sample(10)
+        for rows in normal(300, 4).split(sizes):
+            sample.add(rows)
+        return sample.rows
+
+    assert torch.equal(sampled(300), sampled(1, 9, 40, 0, 250))
+    assert not torch.equal(sampled(300), normal(300, 4)[:10])
+
+
+def test_a_sample_copies_its_rows():
+    sample, rows = Sample(4), torch.ones(2, 3)
+    sample.add(rows)
+    rows.zero_()
+    assert torch.equal(sample.rows, torch.ones(2, 3))
+    assert Sample(4).rows.shape == (0, 0)
+
+
+def test_a_sample_is_bounded_in_bytes():
+    def capacity(features, rows=256):
+        return Record.empty(nn.Linear(features, 1), QConfig(sample_rows=rows)).sample.capacity
+
+    assert (capacity(64), capacity(64, rows=3)) == (256, 3)
+    assert capacity(2**16) == 16  # 4 MiB of float32
+    assert capacity(2**20 + 1) == 1
+
+
+def tensor_bytes(value, seen):
+    """Of every tensor that can be reached from `value`, each once."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    inside = [*inside, *vars(value).values()] if hasattr(value, "__dict__") else inside
+    return sum(tensor_bytes(item, seen) for item in inside)
+
+
+def test_memory_does_not_grow_with_the_number_of_batches():
+    def total(batches):
+        loader = (normal(50, 6, seed=i) * 10.0 ** (i % 9) for i in range(batches))
+        return tensor_bytes(recorded(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), loader), set())
+
+    # Two layers: a sample of 256 rows of 6 floats, and 2048 counts of 8 bytes.
+    assert total(3) == total(30) == 2 * (256 * 6 * 4 + 2048 * 8)
+
+
+# ---- the progress bar ----
+
+
+def test_the_progress_bar_is_for_terminals(capsys, monkeypatch):
+    def shown(progress):
+        recorded(Net(), list(BATCHES), progress=progress)
+        return capsys.readouterr()
+
+    assert shown(None) == shown(False) == ("", "")
+    out, err = shown(True)
+    assert out == ""
+    assert "torchq: calibrating" in err
+    assert "3/3" in err
+
+    terminal = StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert shown(None) == ("", "")
+    assert "3/3" in terminal.getvalue()

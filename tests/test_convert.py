@@ -1,0 +1,393 @@
+"""convert(): models of every structure come out right, and the model passed in is left as it was."""
+
+import contextlib
+import copy
+import gc
+import io
+import pickle
+import weakref
+from itertools import pairwise
+from types import MethodType
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from torchq import QConfig, QuantizedLinear, convert, simulate
+from torchq.convert import apply_plan
+from torchq.qparams import sqnr_db
+
+AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
+by_activation = pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [normal(16, 24, seed=i) for i in range(4)]
+X = normal(33, 24, seed=9)
+with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def mlp(*sizes):
+    layers = [layer for k, n in pairwise(sizes) for layer in (nn.Linear(k, n), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def snapshot(model):
+    """All that a user could find changed, bit for bit."""
+
+    def content(tensor):
+        return tensor.dtype, tensor.shape, tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    modules = [
+        (name, id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+        for name, m in model.named_modules(remove_duplicate=False)
+    ]
+    return modules, {name: (id(tensor), content(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def int8_names(qmodel):
+    return [name for name, module in qmodel.named_modules() if isinstance(module, QuantizedLinear)]
+
+
+def assert_close_to_float(model, qmodel, *args, db=25, rows=..., **kwargs):
+    """25 dB is an error of 5.6 %: int8 loses less here (30 to 45 dB), anything computed wrongly far more."""
+    args = args or (X,)
+    expected, actual = model(*args, **kwargs), qmodel(*args, **kwargs)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert sqnr_db(expected[rows], actual[rows]) > db
+
+
+# ---- structures ----
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(24, 24)
+        self.blocks = nn.ModuleList([mlp(24, 32, 24) for _ in range(2)])
+        self.heads = nn.ModuleDict({"a": nn.Linear(24, 5), "b": nn.Sequential(nn.Linear(24, 5, bias=False))})
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.heads["a"](x) - self.heads["b"](x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@with_and_without_data
+def test_nested_modules(data, inplace):
+    model = Nested().eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    qmodel = convert(copy.deepcopy(model), data, inplace=inplace)
+    assert int8_names(qmodel) == list(qmodel.torchq_plan.layers) == names
+    assert not any(isinstance(module, nn.Linear) for module in qmodel.modules())
+    assert_close_to_float(model, qmodel)
+
+
+class Shared(nn.Module):
+    """A Linear under two names, and a weight that an Embedding reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(24, 24)
+        self.b, self.tied, self.emb = self.a, nn.Linear(24, 24), nn.Embedding(24, 24)
+        self.emb.weight = self.tied.weight
+
+    def forward(self, x):
+        return self.b(self.tied(self.a(x))) + self.emb(torch.tensor(3))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@with_and_without_data
+def test_shared_layers_and_tied_weights(data, inplace):
+    model = Shared()
+    qmodel = convert(copy.deepcopy(model), data, inplace=inplace)
+    assert list(qmodel.torchq_plan.layers) == int8_names(qmodel) == ["a", "tied"]
+    assert qmodel.b is qmodel.a
+    assert torch.equal(qmodel.emb.weight, model.emb.weight)
+    assert_close_to_float(model, qmodel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_model_is_a_linear(dtype, bias):
+    linear = nn.Linear(24, 8, bias=bias).to(dtype)
+    before = snapshot(linear)
+    for data in (None, [x.to(dtype) for x in DATA]):
+        qmodel = convert(linear, data)
+        assert type(qmodel) is QuantizedLinear
+        assert_close_to_float(linear, qmodel, X.to(dtype))
+    assert snapshot(linear) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@by_activation
+def test_half_precision_models(dtype, config):
+    model = Nested().to(dtype).eval()
+    qmodel = convert(model, [x.to(dtype) for x in DATA], config=config)
+    assert_close_to_float(model, qmodel, X.to(dtype))
+
+
+class Plain(nn.Linear):
+    """Inherits forward: an nn.Linear under another name."""
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Beside(nn.Module):
+    """`target`, in its own dtype, beside a Linear that is always converted."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target, self.fc, self.dtype = target, nn.Linear(24, 8), target.weight.dtype
+
+    def forward(self, x):
+        return self.fc(x) + self.target(x.to(self.dtype)).to(x.dtype)
+
+
+@pytest.mark.parametrize("make", [Plain, nn.modules.linear.NonDynamicallyQuantizableLinear])
+@with_and_without_data
+def test_a_subclass_with_the_forward_of_linear_is_converted(make, data):
+    model = Beside(make(24, 8))
+    qmodel = convert(model, data)
+    assert int8_names(qmodel) == ["target", "fc"]
+    assert_close_to_float(model, qmodel)
+
+
+@with_and_without_data
+def test_a_parametrized_linear_is_converted_with_the_weight_it_has(data):
+    model = Beside(parametrizations.weight_norm(nn.Linear(24, 8)))
+    model.target.parametrizations.weight.original0.mul_(3)
+    before = snapshot(model)
+    qmodel = convert(model, data)
+    expected = QuantizedLinear.from_float(model.target)
+    assert torch.equal(qmodel.target.weight, expected.weight)
+    assert torch.equal(qmodel.target.weight_scale, expected.weight_scale)
+    assert not list(qmodel.parameters())
+    assert_close_to_float(model, qmodel)
+    assert snapshot(model) == before
+
+
+def hooked(register):
+    layer = nn.Linear(24, 8)
+    getattr(layer, register)(lambda module, args, *output: 2 * (output or args)[0])
+    return layer
+
+
+def patched():
+    layer = nn.Linear(24, 8)
+    layer.forward = MethodType(lambda self, x: 3 * nn.functional.linear(x, self.weight), layer)
+    return layer
+
+
+def spoilt(bad):
+    layer = nn.Linear(24, 8)
+    layer.weight[3, 5] = bad
+    return layer
+
+
+@with_and_without_data
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Doubled(24, 8), "Doubled has a forward of its own"),
+        (patched, "Linear has a forward of its own"),
+        (lambda: hooked("register_forward_hook"), "it has forward hooks, which a swap would drop"),
+        (lambda: hooked("register_forward_pre_hook"), "it has forward hooks, which a swap would drop"),
+        (lambda: nn.Linear(24, 8).double(), "its weight is torch.float64; float32, bfloat16 and float16 can be"),
+        (lambda: spoilt(torch.nan), "its weight has NaN or infinity"),
+        (lambda: spoilt(-torch.inf), "its weight has NaN or infinity"),
+    ],
+    ids=["subclass", "instance", "hook", "pre-hook", "float64", "nan", "inf"],
+)
+def test_what_stays_float_has_its_reason_and_works_as_before(make, reason, data):
+    model = Beside(make())
+    before = snapshot(model)
+    qmodel = convert(model, data)
+    layers = qmodel.torchq_plan.layers
+    assert (layers["target"].kind, layers["target"].reason[: len(reason)]) == ("float", reason)
+    assert int8_names(qmodel) == ["fc"]
+    x = X.to(model.dtype)
+    torch.testing.assert_close(qmodel.target(x), model.target(x), rtol=0, atol=0, equal_nan=True)
+    assert type(qmodel.target) is type(model.target)
+    assert snapshot(model) == before
+
+
+def test_a_lazy_linear_is_not_initialized_behind_the_users_back():
+    model = nn.Sequential(nn.LazyLinear(24), nn.Linear(24, 8))
+    layer = convert(model).torchq_plan.layers["0"]
+    assert (layer.kind, layer.reason[:27]) == ("float", "LazyLinear is not initializ")
+    with contextlib.suppress(ValueError):  # may be refused: running data through it would initialize it
+        convert(model, DATA)
+    assert type(model[0]) is nn.LazyLinear
+    assert model[0].has_uninitialized_params()
+
+
+# ---- attention, whose modules read weights without calling the layers ----
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mha, self.fc = nn.MultiheadAttention(24, 4, batch_first=True), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.fc(self.mha(x, x, x)[0])
+
+
+@with_and_without_data
+def test_multihead_attention_keeps_its_float_projection(data):
+    model, x = Attention().eval(), X.reshape(3, 11, 24)
+    qmodel = convert(model, data and [batch.reshape(2, 8, 24) for batch in data])
+    projection = qmodel.torchq_plan.layers["mha.out_proj"]
+    assert (projection.kind, projection.reason[:27]) == ("float", "nn.MultiheadAttention reads")
+    assert int8_names(qmodel) == ["fc"]
+    assert_close_to_float(model, qmodel, x)
+    assert_close_to_float(model.train(), qmodel.train(), x)  # the path without torch's fused attention
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@with_and_without_data
+def test_transformer_encoder(data, inplace, norm_first, grad):
+    """In eval mode without gradients torch runs fused kernels, which read float weights: not on a converted model."""
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, norm_first=norm_first)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval(), X.reshape(3, 11, 24)
+    mask = torch.arange(11) >= torch.tensor([[11], [7], [4]])
+    qmodel = convert(copy.deepcopy(model), data and [batch.reshape(2, 8, 24) for batch in data], inplace=inplace)
+    assert int8_names(qmodel) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    with torch.set_grad_enabled(grad):
+        assert_close_to_float(model, qmodel, x)
+        assert_close_to_float(model, qmodel, x, src_key_padding_mask=mask, rows=~mask)
+
+
+# ---- the model passed in ----
+
+
+@pytest.mark.parametrize(("data", "config"), [(None, AUTO), (DATA, AUTO), (DATA, STATIC), (DATA, DYNAMIC)])
+def test_the_model_passed_in_is_left_as_it_was(data, config):
+    model = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), mlp(24, 16, 8), nn.Dropout()).train()
+    model[0].eval()
+    model[1].eval()
+    before, expected = snapshot(model), copy.deepcopy(model).eval()(X)
+    qmodel = convert(model, data, config=config)
+    assert snapshot(model) == before
+    assert torch.equal(copy.deepcopy(model).eval()(X), expected)
+    flags = [(name, module.training) for name, module in model.named_modules()]
+    assert [(name, module.training) for name, module in qmodel.named_modules()] == flags
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in qmodel.parameters()}
+
+
+@with_and_without_data
+def test_inplace_swaps_and_frees_the_float_weights(data):
+    model = Nested().eval()
+    before = copy.deepcopy(model)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    assert convert(model, data, inplace=True) is model
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
+    assert_close_to_float(before, model)
+
+
+@pytest.mark.parametrize("failing", [1, 7])
+def test_inplace_that_fails_swaps_nothing(monkeypatch, failing):
+    """Here at the first and at the last of the seven layers. See test_bad_input.py for all that fails before."""
+    from_float, calls = QuantizedLinear.from_float, []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == failing:
+            raise MemoryError
+        return from_float(*args, **kwargs)
+
+    model = Nested().eval()
+    before = snapshot(model)
+    monkeypatch.setattr(QuantizedLinear, "from_float", fails)
+    with pytest.raises(MemoryError):
+        convert(model, inplace=True)
+    assert snapshot(model) == before
+
+
+# ---- the converted model ----
+
+
+@by_activation
+def test_copies_and_files_of_a_converted_model(config):
+    model = Nested().eval()
+    qmodel = convert(model, DATA, config=config)
+    expected, state = qmodel(X), qmodel.state_dict()
+    for again in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        assert torch.equal(again(X), expected)
+        assert again.torchq_plan == qmodel.torchq_plan
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other = apply_plan(Nested().eval(), qmodel.torchq_plan)
+    assert not torch.equal(other(X), expected)
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert torch.equal(other(X), expected)
+    assert {key for key in state if key.startswith("stem.")} >= {"stem.weight", "stem.weight_scale", "stem.bias"}
+    assert state["stem.weight"].dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
+@by_activation
+def test_compiled_is_exact(config):
+    torch.compiler.reset()
+    qmodel = convert(mlp(24, 32, 32, 8), DATA, config=config)
+    compiled = torch.compile(qmodel, fullgraph=True)
+    for rows in (33, 5):
+        assert torch.equal(compiled(X[:rows]), qmodel(X[:rows]))
+
+
+# ---- a task ----
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """An MLP trained on 1347 of the digits of scikit-learn, and the other 450."""
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1347], order[1347:]
+    torch.manual_seed(0)
+    model = mlp(64, 256, 256, 10).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with torch.enable_grad():
+        for _ in range(120):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[train]), y[train]).backward()
+            optimizer.step()
+    return model.eval(), x[train].split(100), x[test], y[test]
+
+
+@by_activation
+@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
+def test_digits_lose_less_than_a_point(digits, config, weight):
+    model, batches, x, y = digits
+    qmodel = convert(model, batches, config=QConfig(activation=config.activation, weight=weight))
+    assert int8_names(qmodel) == ["0", "2", "4"]
+    accuracy, quantized = ((m(x).argmax(1) == y).double().mean().item() for m in (model, qmodel))
+    assert accuracy > 0.95
+    assert quantized > accuracy - 0.01
+    with simulate():
+        simulated = qmodel(x).argmax(1)
+    assert torch.equal(simulated, qmodel(x).argmax(1))

@@ -1,0 +1,228 @@
+"""Choosing a kernel: the table, forcing by use() and by TORCHQ_KERNEL, what is refused. last_used() proves it."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchq import QuantizedLinear, kernels, ops
+
+PACKED = ops.pack(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))
+X = torch.ones(2, 5)
+CALLS = {
+    "gemm": lambda: ops.gemm(X.char(), PACKED),
+    "linear_dynamic": lambda: ops.linear_dynamic(X, PACKED),
+    "linear_static": lambda: ops.linear_static(X, PACKED, 1.0, 0, torch.float32),
+    "linear_static, codes": lambda: ops.linear_static(X.byte(), PACKED, 1.0, 0, torch.uint8),
+    "quantize_per_token": lambda: ops.quantize_per_token(X),
+    "QuantizedLinear": lambda: QuantizedLinear(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))(X),
+}
+
+
+def another(name):
+    """A runnable kernel other than this one, or None."""
+    return next((other for other in kernels.runnable() if other != name), None)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Replaces what the compiled part says of its kernels."""
+
+    def replace(*rows, features=("avx2",)):
+        monkeypatch.setattr(kernels._C, "table", lambda: [SimpleNamespace(**row) for row in rows])
+        monkeypatch.setattr(kernels._C, "cpu_features", lambda: list(features))
+
+    return replace
+
+
+REFERENCE = {"name": "reference", "needs": [], "tile": (1, 16, 4), "runnable": True}
+FAST = {"name": "avx512_vnni", "needs": ["avx512_vnni", "avx2"], "tile": (6, 64, 4), "runnable": False}
+
+
+def test_the_table():
+    """Every build has `reference`, last, for any CPU; a name stands once; tiles are whole panels of 16 x 4."""
+    names, runnable = kernels.names(), kernels.runnable()
+    assert names[-1] == runnable[-1] == "reference"
+    assert len(set(names)) == len(names)
+    assert runnable == [name for name in names if name in runnable]
+    for name in names:
+        rows, columns, depth = kernels.tile(name)
+        assert rows >= 1
+        assert (columns % 16, depth) == (0, 4)
+    assert kernels.tile("reference") == (1, 16, 4)
+
+
+@pytest.mark.skipif(kernels.ENVIRONMENT_VARIABLE in os.environ, reason="TORCHQ_KERNEL forces a kernel")
+def test_the_best_runnable_kernel_is_active():
+    assert kernels.active() == kernels.runnable()[0]
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_forced_kernel_is_the_one_that_runs(kernel, call):
+    """Another kernel runs first, so that last_used() must change."""
+    if other := another(kernel):
+        with kernels.use(other):
+            CALLS["gemm"]()
+        assert kernels.last_used() == other
+    assert kernels.active() == kernel
+    call()
+    assert kernels.last_used() == kernel
+
+
+def test_empty_matrices_and_packing_run_no_kernel(kernel):
+    if not (other := another(kernel)):
+        pytest.skip("needs two runnable kernels")
+    with kernels.use(other):
+        CALLS["gemm"]()
+    ops.linear_dynamic(X[:0], PACKED)
+    ops.gemm(X.char(), ops.pack(torch.ones(0, 5, dtype=torch.int8), torch.ones(0)))
+    ops.unpack(PACKED)
+    assert kernels.last_used() == other
+    CALLS["gemm"]()  # leaves last_used() as the fixture wants it
+
+
+def test_nested_use_restores(kernel):
+    before = kernels.active()
+    with kernels.use("reference"):
+        with kernels.use(kernel):
+            assert kernels.active() == kernel
+            with kernels.use("reference"):
+                assert kernels.active() == "reference"
+            assert kernels.active() == kernel
+        assert kernels.active() == "reference"
+    assert kernels.active() == before == kernel
+
+
+def test_use_restores_after_an_exception():
+    before = kernels.active()
+    with pytest.raises(KeyError), kernels.use("reference"):
+        raise KeyError
+    assert kernels.active() == before
+    with kernels.use("reference"):
+        with pytest.raises(ValueError, match="is not a kernel"), kernels.use("nonsense"):
+            pass
+        assert kernels.active() == "reference"
+    assert kernels.active() == before
+
+
+def test_use_gives_the_automatic_choice_back(kernel):
+    """Not the kernel that happened to be active: nothing is forced after the outermost block."""
+    forced = kernels._C.forced()
+    kernels._C.force(None)
+    try:
+        with kernels.use("reference"):
+            assert kernels._C.forced() == "reference"
+        assert kernels._C.forced() is None
+        assert kernels.active() == kernels.runnable()[0]
+    finally:
+        kernels._C.force(forced)
+
+
+def test_use_reaches_all_threads(kernel):
+    seen = []
+
+    def work():
+        CALLS["linear_dynamic"]()
+        seen.append((kernels.active(), kernels.last_used()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(kernel, kernel)]
+
+
+@pytest.mark.parametrize("name", ["avx512", "AVX2", "", "reference ", "référence"])
+@pytest.mark.parametrize("function", ["use", "tile"])
+def test_an_unknown_name(function, name):
+    compiled = ", ".join(kernels.names())
+    message = f"kernels.{function}(): {name!r} is not a kernel. Compiled in: {compiled}."
+    with pytest.raises(ValueError, match="is not a kernel") as error:
+        call(function, name)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("function", ["use", "tile"])
+def test_a_kernel_that_is_not_compiled_in(table, function):
+    table(REFERENCE)
+    message = r"^kernels\.\w+\(\): kernel 'avx2' is not compiled into this build .* Compiled in: reference\.$"
+    with pytest.raises(ValueError, match=message):
+        call(function, "avx2")
+
+
+def test_a_kernel_that_this_cpu_cannot_run(table):
+    """The message names the features it lacks, and only those; nothing is forced."""
+    before = kernels.active()
+    table(FAST, REFERENCE, features=["avx2"])
+    message = (
+        r"^kernels\.use\(\): this CPU lacks avx512_vnni, which kernel 'avx512_vnni' needs\. It can run: reference\.$"
+    )
+    with pytest.raises(RuntimeError, match=message), kernels.use("avx512_vnni"):
+        pass
+    assert kernels.active() == before
+    assert kernels.tile("avx512_vnni") == (6, 64, 4)
+    assert (kernels.names(), kernels.runnable()) == (["avx512_vnni", "reference"], ["reference"])
+
+
+def test_every_real_kernel_that_cannot_run_is_refused():
+    for name in set(kernels.names()) - set(kernels.runnable()):
+        with pytest.raises(RuntimeError, match=rf"this CPU lacks .*, which kernel '{name}' needs"), kernels.use(name):
+            pass
+        with pytest.raises(ValueError, match="cannot run here"):  # nor by the compiled part alone
+            kernels._C.force(name)
+
+
+def call(function, name):
+    if function == "tile":
+        return kernels.tile(name)
+    with kernels.use(name):
+        return None
+
+
+def python(code, **environment):
+    """A fresh interpreter: (exit code, output, the last line of its errors)."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
+
+
+SHOW = """
+import torch, torchq
+one = torch.ones(1, 1, dtype=torch.int8)
+before = torchq.kernels.last_used()
+torchq.ops.gemm(one, torchq.ops.pack(one, torch.ones(1)))
+with torchq.kernels.use(torchq.kernels.runnable()[0]):
+    inside = torchq.kernels.active()
+print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
+"""
+
+
+@pytest.mark.parametrize("forced", sorted({"", kernels.runnable()[-1], kernels.runnable()[-2:][0]}))
+def test_the_environment_variable_forces_a_kernel(forced):
+    """From the start, and again after use(); empty is as if unset."""
+    best = kernels.runnable()[0]
+    expected = forced or best
+    assert python(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}", "")
+
+
+def test_a_bad_environment_variable_fails_at_import():
+    """With the variable's name in the message."""
+    compiled = ", ".join(kernels.names())
+    code, output, error = python("import torchq; print('imported')", TORCHQ_KERNEL="avxvnni")
+    assert (code, output) == (1, "")
+    assert error == f"ValueError: TORCHQ_KERNEL: 'avxvnni' is not a kernel. Compiled in: {compiled}."
+
+
+def test_an_environment_variable_this_cpu_cannot_obey_fails_at_import():
+    """Never a silent fallback."""
+    impossible = [name for name in kernels.names() if name not in kernels.runnable()]
+    if not impossible:
+        pytest.skip("this CPU runs every kernel")
+    code, output, error = python("import torchq; print('imported')", TORCHQ_KERNEL=impossible[0])
+    assert (code, output) == (1, "")
+    assert error.startswith("RuntimeError: TORCHQ_KERNEL: this CPU lacks ")
+    assert f"kernel {impossible[0]!r}" in error

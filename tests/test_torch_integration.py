@@ -1,0 +1,204 @@
+"""What PyTorch may do with the ops and the module: opcheck, compile, export, autograd modes, autocast."""
+
+import io
+from contextlib import nullcontext
+
+import pytest
+import torch
+from reference import assert_identical, random_float, random_int8, random_weight
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from torchq import QuantizedLinear, simulate
+from torchq.modules.linear import QParams
+from torchq.ops import Activation
+
+K = 37
+INPUT, HIDDEN = QParams(0.03, 90), QParams(0.02, 0)
+pytestmark = [  # torch.compile and torch.export use parts of torch that torch itself has deprecated
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+SCHEMES = ["dynamic", "static", "chain"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def build(scheme, generator):
+    """A model of QuantizedLinear layers: (..., K) -> (..., 21)."""
+    first, second = random_weight(33, K, generator), random_weight(21, 33, generator)
+    relu = Activation.RELU
+    if scheme == "dynamic":
+        layers = QuantizedLinear(*first, activation=relu), QuantizedLinear(*second)
+    elif scheme == "static":
+        layers = QuantizedLinear(*first, input_qparams=INPUT), QuantizedLinear(*second, input_qparams=HIDDEN)
+    else:
+        layers = (
+            QuantizedLinear(*first, input_qparams=INPUT, output_qparams=HIDDEN, activation=relu),
+            QuantizedLinear(*second, input_qparams=HIDDEN),
+        )
+        layers[1].takes_codes = True
+    return nn.Sequential(*layers).eval()
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    weight, scale, bias = random_weight(21, K, generator)
+    packed = torch.ops.torchq.pack(weight, scale, bias)
+    x = random_float(2, 3, K, generator=generator)
+    transposed = random_float(K, 5, generator=generator).t()
+    codes = torch.randint(0, 256, (4, K), dtype=torch.uint8, generator=generator)
+    for args in ((weight, scale, bias), (weight, scale), (weight.t().contiguous().t(), scale), (weight[:, :0], scale)):
+        yield "pack", args
+    yield "pack", (weight[:16], scale[:16], bias[:16])
+    yield "unpack", (packed, K)
+    yield "unpack", (torch.ops.torchq.pack(weight[:16], scale[:16]), K)
+    for a in (random_int8(4, K, generator=generator), random_int8(K, 4, generator=generator).t()):
+        yield "gemm", (a, packed)
+    for v in (x, x.bfloat16(), x.half(), transposed, x[0, 0], x[:0]):
+        yield "linear_dynamic", (v, packed, 1)
+        yield "quantize_per_token", (v,)
+    for v in (x, x.bfloat16(), codes):
+        for out_dtype in (torch.float32, torch.float16, torch.uint8):
+            yield "linear_static", (v, packed, 0.05, 100, out_dtype, 0.1, 80, 1)
+    yield "linear_static", (transposed, packed, 0.05, 100, torch.float32)
+
+
+@pytest.mark.parametrize(("op", "args"), [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())])
+def test_opcheck(op, args):
+    """Schema, fake (static and dynamic shapes) and what the op really does agree."""
+    result = torch.library.opcheck(getattr(torch.ops.torchq, op), args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fake_tensors_tell_the_shape_and_dtype(generator, scheme):
+    model = build(scheme, generator)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        y = model(torch.empty(2, 9, K, dtype=torch.bfloat16))
+    # a layer that takes codes gives its own dtype, float32 here
+    assert (y.shape, y.dtype) == ((2, 9, 21), torch.float32 if scheme == "chain" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiled_equals_eager(generator, scheme):
+    """In one graph each, integer and simulated; simulate() is noticed by what was compiled before."""
+    model = build(scheme, generator)
+    x = random_float(2, 9, K, generator=generator)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mode in (nullcontext, simulate, nullcontext):
+        with mode():
+            assert_identical(compiled(x), model(x), mode.__name__)
+    with simulate():
+        simulated = model(x)
+    assert not torch.equal(simulated, model(x))  # two computations were compared, not one
+
+
+@pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
+def test_inductor_equals_eager(generator, mode):
+    """The default backend, which fuses the float operations of simulate() into C++ of its own."""
+    model = build("chain", generator)
+    x = random_float(9, K, generator=generator)
+    with mode():
+        assert_identical(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_compiled_graph_serves_every_batch_size(generator, scheme, mode):
+    model = build(scheme, generator)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with mode():
+        compiled(random_float(5, K, generator=generator))
+        graphs = counter.frame_count
+        for batch in (2, 3, 7, 65):
+            x = random_float(batch, K, generator=generator)
+            assert_identical(compiled(x), model(x), f"{batch=}")
+    assert counter.frame_count == graphs
+
+
+def test_a_graph_with_a_symbolic_weight(generator):
+    """The packed weight as an argument: its length is symbolic, and N still comes out."""
+
+    def multiply(x, packed):
+        y = torch.ops.torchq.linear_dynamic(x, packed)
+        return y, torch.ops.torchq.unpack(packed, x.shape[-1])[0]
+
+    compiled = torch.compile(multiply, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, k in ((21, 37), (33, 40), (16, 5)):
+        weight, scale, bias = random_weight(n, k, generator)
+        x, packed = random_float(3, k, generator=generator), torch.ops.torchq.pack(weight, scale, bias)
+        for actual, expected in zip(compiled(x, packed), multiply(x, packed), strict=True):
+            assert_identical(actual, expected, f"{n=} {k=}")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_export_round_trip(generator, scheme, strict):
+    """Saved, loaded and decomposed, for any batch size; the weights travel packed."""
+    model = build(scheme, generator)
+    batch = torch.export.Dim("batch", min=2)
+    example = (random_float(4, 3, K, generator=generator),)
+    exported = torch.export.export(model, example, dynamic_shapes=({0: batch},), strict=strict)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for size in (2, 5, 64):
+        x = random_float(size, 3, K, generator=generator)
+        for program in (exported, loaded, loaded.run_decompositions()):
+            assert_identical(program.module()(x), model(x), f"{size=}")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autograd_modes_change_nothing(generator, scheme):
+    model = build(scheme, generator)
+    x = random_float(9, K, generator=generator)
+    expected = model(x)
+    assert not expected.requires_grad
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            assert_identical(model(x), expected, mode.__name__)
+    with torch.inference_mode():
+        made_inside = x.clone()
+        assert model(made_inside).is_inference()
+    with torch.no_grad():
+        assert_identical(model(made_inside), expected, "an inference tensor, used outside")
+    assert_identical(model.train()(x), expected, "train()")
+
+
+@pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_input_that_requires_grad_is_computed(generator, scheme, mode):
+    model = build(scheme, generator)
+    x = random_float(9, K, generator=generator)
+    with mode():
+        assert_identical(model(x.clone().requires_grad_()).detach(), model(x))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autocast_does_not_reach_inside(generator, scheme, mode):
+    """On or off, to either dtype: codes are made from what arrives, and simulate() tells their error there too."""
+    model = build(scheme, generator)
+    x = random_float(9, K, generator=generator)
+    with mode():
+        expected = model(x)
+        for dtype, enabled in ((torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)):
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                assert_identical(model(x), expected, f"{dtype=} {enabled=}")
+
+
+def test_after_a_float_layer_under_autocast(generator):
+    """The float layer gives bfloat16, and then so do the quantized ones."""
+    model = nn.Sequential(nn.Linear(K, K), *build("dynamic", generator))
+    x = random_float(9, K, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert_identical(model(x), model[1:](model[0](x)))
+        assert model(x).dtype == torch.bfloat16
