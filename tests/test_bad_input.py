@@ -1,5 +1,7 @@
 """Bad input: each kind gets an error that says what is wrong, where, and what to do, and the model is as before."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -229,6 +231,15 @@ def test_convert_refuses_and_leaves_the_model_untouched(case, inplace):
         convert(model, inplace=inplace, **arguments())
     assert snapshot(model) == before
     assert error in (OSError, ArithmeticError, RuntimeError) or str(caught.value).startswith(("torchq.", "QConfig: "))
+
+
+def test_a_model_that_cannot_be_copied_can_be_converted_in_place():
+    model = Model()
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"this Model cannot be copied \(TypeError: .*lock.*\). Pass inplace=True"):
+        convert(model)
+    assert type(model.head) is nn.Linear
+    assert convert(model, inplace=True) is model
 
 
 def test_what_is_no_model():

@@ -20,6 +20,7 @@ from torchq.ops import Activation
 N, K = 33, 50
 INPUT, OUTPUT = QParams(0.046875, 100), QParams(0.03125, 37)  # float32 has these scales exactly
 ATTRIBUTES = ["in_features", "out_features", "has_bias", "input_qparams", "output_qparams", "activation", "dtype"]
+ATTRIBUTES += ["takes_codes", "training"]
 VARIANTS = {
     "dynamic": {},
     "static": {"input_qparams": INPUT},
@@ -150,8 +151,7 @@ def test_simulated_codes_are_at_most_one_code_apart(kernel, generator):
 def test_a_chain_passes_codes_and_ends_in_the_dtype_of_the_model(generator, dtype):
     """Equal to the two ops in turn; .half() and .bfloat16() reach the second layer, which sees codes only."""
     first = layer_of(generator, **VARIANTS["codes out"])
-    second = QuantizedLinear(*random_weight(7, N, generator), input_qparams=OUTPUT)
-    second.takes_codes = True
+    second = QuantizedLinear(*random_weight(7, N, generator), input_qparams=OUTPUT, takes_codes=True)
     chain = nn.Sequential(first, second).to(dtype)
     x = random_float(3, 4, K, generator=generator).to(dtype)
     codes = ops.linear_static(x, first.packed, *INPUT, torch.uint8, *OUTPUT, activation=Activation.RELU)
@@ -345,11 +345,9 @@ def saved(value):
 @variants
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_are_equal_and_independent(generator, duplicate, kwargs):
-    layer, x = layer_of(generator, **kwargs).eval(), random_float(4, K, generator=generator)
-    layer.takes_codes = True
+    layer, x = layer_of(generator, takes_codes=True, **kwargs).eval(), random_float(4, K, generator=generator)
     twin = duplicate(layer)
     assert_same_layer(twin, layer, x)
-    assert (twin.training, twin.takes_codes) == (False, True)
     y = layer(x)
     state = {key: t + 1 if key == "bias" else t for key, t in twin.state_dict().items()}
     twin.load_state_dict(state)

@@ -275,6 +275,7 @@ def test_a_packed_weight_may_lie_at_any_address(kernel, generator):
     memory = torch.zeros(packed.numel() + 1, dtype=torch.uint8)
     memory[1:] = packed
     assert_identical(ops.linear_dynamic(x, memory[1:]), ops.linear_dynamic(x, packed))
+    assert_identical(ops.unpack(memory[1:])[0], ops.unpack(packed)[0])
 
 
 # From 2 * 2^21 multiply-adds on, two threads share the work: up to 32 rows by columns, above by rows.

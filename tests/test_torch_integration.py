@@ -40,9 +40,8 @@ def build(scheme, generator):
     else:
         layers = (
             QuantizedLinear(*first, input_qparams=INPUT, output_qparams=HIDDEN, activation=relu),
-            QuantizedLinear(*second, input_qparams=HIDDEN),
+            QuantizedLinear(*second, input_qparams=HIDDEN, takes_codes=True),
         )
-        layers[1].takes_codes = True
     return nn.Sequential(*layers).eval()
 
 

@@ -42,7 +42,7 @@ def convert(
         The converted model. `torchq_plan`, an attribute of it, says of every Linear what it became and why.
 
     Raises:
-        TypeError: `model` is not a module, or a batch is of a type it can't be called with.
+        TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
             that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
             batches; NaN or infinity in a layer's input.
@@ -77,8 +77,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             for key, child in parent._modules.items():
                 parent._modules[key] = swaps.get(id(child), child)
     else:
-        # deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights.
-        model = copy.deepcopy(model, dict(swaps))
+        model = _copy(model, swaps)
     for name, layer in plan.layers.items():
         for folded in _folded(layer) if _is_int8(plan, name) else ():
             parent_name, _, key = folded.rpartition(".")
@@ -86,6 +85,17 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     _leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
+
+
+def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
+    """deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights."""
+    try:
+        return copy.deepcopy(model, dict(swaps))
+    except Exception as error:
+        raise TypeError(
+            f"torchq.convert: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
+            "inplace=True to convert it as it is."
+        ) from error
 
 
 def quantize_layer(linear: nn.Linear, plan: Plan, name: str) -> QuantizedLinear:
@@ -169,11 +179,17 @@ def _check(
         )
     done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if done:
-        raise ValueError(f"torchq.convert: the model is already converted ({done[0]!r} is a QuantizedLinear).")
+        raise ValueError(
+            f"torchq.convert: the model is already converted ({done[0]!r} is a QuantizedLinear). "
+            "Convert the float model."
+        )
     layers = find_layers(model)
     if not layers:
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        raise ValueError(f"torchq.convert: the model has no nn.Linear to convert. Its modules are: {kinds}.")
+        raise ValueError(
+            f"torchq.convert: the model has no nn.Linear to convert. Its modules are: {kinds}. "
+            "Convolutions, recurrent layers and embeddings are not supported."
+        )
     if inplace and isinstance(model, nn.Linear):
         raise ValueError("torchq.convert: inplace=True can't replace the model itself, an nn.Linear. Leave it out.")
     if config.activation == "static" and calib_loader is None:

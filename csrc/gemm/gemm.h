@@ -61,7 +61,8 @@ struct QParams {
 
 // Scale and zero point for a row with this range, so that 0.0 is exact:
 //   scale = hi / 255 - lo / 255,  zero_point = clamp(rne(-lo * (1 / scale)), 0, 255)
-// A row whose scale would be below FLT_MIN (zeros, say) gets scale 1; a row with NaN or infinity gets scale NaN, so its outputs are NaN.
+// A row whose scale would be below FLT_MIN (zeros, say) gets scale 1. A row with NaN or infinity gets scale NaN, so its
+// outputs are NaN.
 QParams choose_qparams(const RowRange& range);
 
 // Quantizes one row, x [k] of dtype f32 / bf16 / f16, with its own scale and zero point, into k bytes.
