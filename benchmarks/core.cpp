@@ -1,6 +1,7 @@
 // Percent of peak, per kernel: the GEMM core alone, one thread, no torch.
 //
-//   make bench-core        builds this with the core and runs it
+//   make bench-core                             builds this with the core and runs it
+//   build/bench_core 9 16x4096x1024 avx2        rounds, one shape, one kernel
 //
 // The peak of a kernel is its multiply instruction (with what it cannot do without) on registers only, measured in
 // the same run and interleaved with the GEMM, so that clock changes fall on both. 1 multiply-add counts as 2
@@ -80,34 +81,37 @@ class Layer {
   std::vector<float> x_, y_;
 };
 
+void print(const Kernel& kernel, const Shape& s, int rounds) {
+  Layer layer(kernel, s);
+  double peak = 0, gemm = 0, whole = 0;
+  for (int r = 0; r < rounds; ++r) {
+    peak = std::max(peak, peak_of(kernel.name));
+    gemm = std::max(gemm, layer.rate(true));
+    whole = std::max(whole, layer.rate(false));
+  }
+  char name[64];
+  std::snprintf(name, sizeof(name), "%dx%dx%d", int(s.m), int(s.n), int(s.k));
+  std::printf("%-14s %-16s %12.1f %12.1f %8.1f%% %8.1f%%\n", kernel.name, name, peak / 1e9, gemm / 1e9,
+              100 * gemm / peak, 100 * whole / peak);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 7;
-  const Shape shapes[] = {{512, 4096, 4096}, {128, 768, 768}, {128, 3072, 768}, {64, 1024, 1024},
-                          {16, 1024, 1024},  {4, 1024, 1024}, {1, 768, 768},    {1, 4096, 4096}};
+  std::vector<Shape> shapes = {{512, 4096, 4096}, {128, 768, 768}, {128, 3072, 768}, {64, 1024, 1024}, {16, 4096, 1024},
+                               {16, 1024, 1024},  {4, 1024, 1024}, {1, 768, 768},    {1, 4096, 4096}};
+  int m, n, k;
+  if (argc > 2 && std::sscanf(argv[2], "%dx%dx%d", &m, &n, &k) == 3) shapes = {{m, n, k}};
   std::printf("%-14s %-16s %12s %12s %9s %9s\n", "kernel", "M x N x K", "peak Gop/s", "gemm Gop/s", "gemm %",
               "layer %");
   for (int i = 0; i < torchq::kernel_count(); ++i) {
     const Kernel& kernel = torchq::kernel_at(i);
-    if (!torchq::can_run(kernel)) {
+    if (argc > 3 && std::strcmp(kernel.name, argv[3]) != 0) continue;
+    if (!torchq::can_run(kernel))
       std::printf("%-14s this CPU cannot run it\n", kernel.name);
-      continue;
-    }
-    if (peak_of(kernel.name) == 0) continue;
-    for (const Shape& s : shapes) {
-      Layer layer(kernel, s);
-      double peak = 0, gemm = 0, whole = 0;
-      for (int r = 0; r < rounds; ++r) {
-        peak = std::max(peak, peak_of(kernel.name));
-        gemm = std::max(gemm, layer.rate(true));
-        whole = std::max(whole, layer.rate(false));
-      }
-      char name[32];
-      std::snprintf(name, sizeof(name), "%dx%dx%d", int(s.m), int(s.n), int(s.k));
-      std::printf("%-14s %-16s %12.1f %12.1f %8.1f%% %8.1f%%\n", kernel.name, name, peak / 1e9, gemm / 1e9,
-                  100 * gemm / peak, 100 * whole / peak);
-      std::fflush(stdout);
-    }
+    else if (peak_of(kernel.name) > 0)
+      for (const Shape& s : shapes) print(kernel, s, rounds);
   }
 }

@@ -88,7 +88,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
 
 
 def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
-    """deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights."""
+    """Deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights."""
     try:
         return copy.deepcopy(model, dict(swaps))
     except Exception as error:
