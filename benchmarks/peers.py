@@ -5,6 +5,8 @@ arguments which computes y from an x fixed beforehand, so that engines may bind 
 installed are left out by `available()`, with the reason.
 """
 
+import contextlib
+import io
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,7 +180,8 @@ def _nncf_quantized(model: Any, x: Tensor) -> Any:
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf.quantize(model, nncf.Dataset([x.numpy()]), subset_size=1, fast_bias_correction=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(model, nncf.Dataset([x.numpy()]), subset_size=1, fast_bias_correction=True)
 
 
 PEERS = [
