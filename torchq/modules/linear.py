@@ -109,7 +109,8 @@ class QuantizedLinear(nn.Module):
         """Quantizes the weight of an nn.Linear, symmetrically: `w_int8 = rne(w / scale)`, `scale = max|w| / 127`.
 
         Raises:
-            ValueError: in_features > 65793, a weight that is not on the CPU, not finite, or not a float.
+            ValueError: in_features > 65793, or a weight that is not on the CPU or not finite.
+            TypeError: a weight that is not a float.
 
         >>> QuantizedLinear.from_float(nn.Linear(8, 4)).weight.dtype
         torch.int8
