@@ -151,7 +151,8 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
 }
 
 torchq::Activation activation_of(const char* op, int64_t activation) {
-  CHECK(activation == 0 || activation == 1, op, ": activation must be 0 (none) or 1 (relu), got ", activation, '.');
+  CHECK(activation >= 0 && activation < torchq::kActivations, op,
+        ": activation must be 0 (none), 1 (relu), 2 (gelu), 3 (gelu_tanh) or 4 (silu), got ", activation, '.');
   return static_cast<torchq::Activation>(activation);
 }
 

@@ -35,7 +35,7 @@ def chain(kinds, width=24):
         "R": lambda: nn.ReLU(inplace=True),
         "d": nn.Dropout,
         "i": nn.Identity,
-        "g": nn.GELU,
+        "t": nn.Tanh,
     }
     return nn.Sequential(*[makers[kind]() for kind in kinds]).eval()
 
@@ -88,8 +88,8 @@ def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
 def test_the_plan_and_repr_tell_what_is_fused():
     qmodel = convert(chain("lirdlr"), DATA, config=STATIC)
     first, last = qmodel.torchq_plan.layers.values()
-    assert (first.relu, first.skipped, first.feeds) == ("2", ("1", "3"), "4")
-    assert (last.relu, last.skipped, last.feeds) == ("5", (), None)
+    assert (first.activation, first.skipped, first.feeds) == ("2", ("1", "3"), "4")
+    assert (last.activation, last.skipped, last.feeds) == ("5", (), None)
     assert (qmodel[0].output_qparams, qmodel[4].output_qparams) == (last.input_qparams, None)
     assert (qmodel[0].takes_codes, qmodel[4].takes_codes) == (False, True)
     assert "activation=relu, out=uint8)" in repr(qmodel[0])
@@ -100,15 +100,15 @@ def test_the_plan_and_repr_tell_what_is_fused():
     ("kinds", "config", "relus"),
     [
         ("lrl", DYNAMIC, ["1", None]),
-        ("lgl", STATIC, [None, None]),
-        ("lglr", STATIC, [None, "3"]),
+        ("ltl", STATIC, [None, None]),
+        ("ltlr", STATIC, [None, "3"]),
         ("rl", STATIC, [None]),
     ],
 )
 def test_codes_are_for_static_neighbours_only_but_a_relu_is_fused_anyway(kinds, config, relus):
     model = chain(kinds)
     qmodel = convert(model, DATA, config=config)
-    assert [layer.relu for layer in qmodel.torchq_plan.layers.values()] == relus
+    assert [layer.activation for layer in qmodel.torchq_plan.layers.values()] == relus
     assert set(flow(qmodel, X)) == {(torch.float32, torch.float32)}
     assert_close_to_float(model, qmodel)
 

@@ -358,7 +358,7 @@ REFUSED = [
     (r"linear_dynamic: x must be float32, .* got uint8", lambda: ops.linear_dynamic(X.byte(), PACKED)),
     (r"linear_dynamic: .* packed for 5 .*, but x has 6", lambda: ops.linear_dynamic(torch.ones(2, 6), PACKED)),
     (r"linear_dynamic: x must have at least one dimension", lambda: ops.linear_dynamic(torch.tensor(1.0), PACKED)),
-    (r"linear_dynamic: activation must be 0 .* got 2", lambda: ops.linear_dynamic(X, PACKED, 2)),
+    (r"linear_dynamic: activation must be 0 .* got 5", lambda: ops.linear_dynamic(X, PACKED, 5)),
     (r"linear_dynamic: activation must be 0 .* got -1", lambda: ops.linear_dynamic(X, PACKED, -1)),
     (r"linear_static: x must be .*, got float64", lambda: ops.linear_static(X.double(), PACKED, 1.0, 0, f32)),
     (r"linear_static: x must be .*, got int8", lambda: ops.linear_static(X.char(), PACKED, 1.0, 0, f32)),

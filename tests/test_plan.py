@@ -295,7 +295,7 @@ def test_a_layer_edited_to_float_keeps_its_relu():
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(64, 8), nn.ReLU()).eval(), even()
     plan = convert(model, [data]).torchq_plan
-    assert plan.layers["0"].relu == "1"
+    assert plan.layers["0"].activation == "1"
     assert torch.equal(apply_plan(model, edited(plan, "0", kind="float"))(data), model(data))
 
 
@@ -311,9 +311,9 @@ def test_a_layer_edited_to_float_keeps_its_relu():
         ("0", {"kind": "int4", "feeds": None}, "layer '0'.*'int4'"),
         ("0", {"input_qparams": QParams(0.0, 0)}, r"layer '0'.*scale"),
         ("0", {"input_qparams": QParams(0.1, 256)}, r"layer '0'.*zero_point"),
-        ("0", {"relu": "nope"}, "layer '0'.*'nope'"),
-        ("0", {"relu": "no.pe"}, "layer '0'.*'no.pe'"),
-        ("0", {"relu": "2"}, "layer '0'.*'2'"),
+        ("0", {"activation": "nope"}, "layer '0'.*'nope'"),
+        ("0", {"activation": "no.pe"}, "layer '0'.*'no.pe'"),
+        ("0", {"activation": "2"}, "layer '0'.*'2'"),
         ("0", {"skipped": ("nope",)}, "layer '0'.*'nope'"),
         ("0", {"skipped": ("2",)}, "layer '0'.*'2'"),
     ],

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torchq import ops
 from torchq.calibrate import Forward, calibrate
 from torchq.config import QConfig
-from torchq.modules.linear import QuantizedLinear
+from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
 
@@ -71,7 +71,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     """
     layers = find_layers(model)
     _check_plan(model, plan, layers)
-    swaps = {id(layers[name]): quantize_layer(layers[name], plan, name) for name in plan.layers if _is_int8(plan, name)}
+    swaps = {id(layers[name]): quantize_layer(model, plan, name) for name in plan.layers if _is_int8(plan, name)}
     if inplace:
         for parent in list(model.modules()):
             for key, child in parent._modules.items():
@@ -98,15 +98,15 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
         ) from error
 
 
-def quantize_layer(linear: nn.Linear, plan: Plan, name: str) -> QuantizedLinear:
-    """The QuantizedLinear that `plan` makes of this layer."""
-    layer = plan.layers[name]
+def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
+    """The QuantizedLinear that `plan` makes of this layer of `model`."""
+    layer, linear = plan.layers[name], cast(nn.Linear, model.get_submodule(name))
     quantized = QuantizedLinear.from_float(
         linear,
         per_channel=layer.per_channel,
         input_qparams=layer.input_qparams if layer.kind == "int8 static" else None,
         output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
-        activation=Activation.RELU if layer.relu else Activation.NONE,
+        activation=activation_of(model.get_submodule(layer.activation) if layer.activation else None),
         takes_codes=any(other.feeds == name for other in plan.layers.values()),
     )
     return quantized.train(linear.training)
@@ -114,7 +114,7 @@ def quantize_layer(linear: nn.Linear, plan: Plan, name: str) -> QuantizedLinear:
 
 def _folded(layer: LayerPlan) -> tuple[str, ...]:
     """The modules that become nn.Identity because this layer does their work."""
-    return layer.skipped if layer.relu is None else (layer.relu, *layer.skipped)
+    return layer.skipped if layer.activation is None else (layer.activation, *layer.skipped)
 
 
 def _is_int8(plan: Plan, name: str) -> bool:
@@ -147,10 +147,10 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> N
             require(FLT_MIN <= scale <= FLT_MAX, name, f"has scale {scale}, expected a positive normal float32")
             require(0 <= zero_point <= 255, name, f"has zero_point {zero_point}, expected one in [0, 255]")
         for folded in _folded(layer):
-            kinds = (nn.ReLU,) if folded == layer.relu else (nn.ReLU, *IDLE)
-            require(
-                type(modules.get(folded)) in kinds, name, f"has {folded!r} folded in, which is no {kinds} of the model"
-            )
+            module = modules.get(folded)
+            idle = folded != layer.activation and type(module) in (nn.ReLU, *IDLE)
+            foldable = idle or activation_of(module) != Activation.NONE
+            require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
 
 
 def _leave_fast_path(model: nn.Module) -> None:

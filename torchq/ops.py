@@ -19,10 +19,16 @@ _PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
 
 
 class Activation(IntEnum):
-    """The function applied to y after the bias."""
+    """The function applied to y after the bias; formulas and errors in csrc/gemm/activations.inc.
+
+    GELU_TANH is torch's `gelu(approximate="tanh")`, SILU is `x * sigmoid(x)`.
+    """
 
     NONE = 0
     RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
 
 
 def packed_bytes(n: int, k: int) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchq import ops
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
-from torchq.modules.linear import QParams, QuantizedLinear
+from torchq.modules.linear import QParams, QuantizedLinear, activation_of
+from torchq.ops import Activation
 from torchq.qparams import sqnr_db
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
@@ -35,7 +36,7 @@ class LayerPlan:
         input_qparams: scale and zero point of a static layer's input.
         observer: the observer the static range came from.
         sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB.
-        relu: the name of the nn.ReLU computed in this layer's epilogue.
+        activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that do nothing in eval mode.
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
     """
@@ -46,7 +47,7 @@ class LayerPlan:
     input_qparams: QParams | None = None
     observer: str | None = None
     sqnr_db: dict[str, float] = field(default_factory=dict)
-    relu: str | None = None
+    activation: str | None = None
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
 
@@ -234,13 +235,13 @@ def measure(
     return measured
 
 
-# ---- Fusion: runs of Linear, ReLU, Linear in an nn.Sequential -----------------------------------------------------
+# ---- Fusion: runs of Linear, activation, Linear in an nn.Sequential ----------------------------------------------
 
 IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
 
 
 def _fuse(model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration) -> None:
-    """Folds each ReLU that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
+    """Folds each activation that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
 
     That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
     children have no other place in the model, and if the calls counted in calibration show that they ran as its
@@ -268,16 +269,20 @@ def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPla
     for i, (name, layer) in enumerate(run):
         if not is_int8(name, layer):
             continue
-        relu, skipped, feeds = None, [], None
+        activation, skipped, feeds = None, [], None
+        kind = Activation.NONE
         for follower, module in run[i + 1 :]:
             if is_int8(follower, module):
                 both_static = plans[name].kind == plans[follower].kind == "int8 static"
                 feeds = follower if both_static else None
                 break
-            if module is None or has_hooks(module) or type(module) not in (nn.ReLU, *IDLE):
+            if module is None or has_hooks(module):
                 break
-            if type(module) is nn.ReLU and relu is None:
-                relu = follower
-            else:  # idle, or a second ReLU: relu(relu(x)) = relu(x)
+            if kind == Activation.NONE and activation_of(module) != Activation.NONE:
+                activation, kind = follower, activation_of(module)
+            elif type(module) in IDLE or kind == activation_of(module) == Activation.RELU:  # relu(relu(x)) = relu(x)
                 skipped.append(follower)
-        plans[name] = dataclasses.replace(plans[name], relu=relu, skipped=tuple(skipped) if feeds else (), feeds=feeds)
+            else:
+                break
+        skipped = skipped if feeds else []
+        plans[name] = dataclasses.replace(plans[name], activation=activation, skipped=tuple(skipped), feeds=feeds)

@@ -40,8 +40,9 @@ constexpr int64_t element_bytes(DType d) {
   return d == DType::f32 || d == DType::i32 ? 4 : d == DType::bf16 || d == DType::f16 ? 2 : 1;
 }
 
-// The function applied to y after the bias.
-enum class Activation : int { none, relu };
+// The function applied to y after the bias; activations.inc has the formulas.
+enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
+constexpr int kActivations = 5;
 
 // How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k.
 enum class Layout : uint32_t { p16c4 = 1 };

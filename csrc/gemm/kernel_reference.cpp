@@ -8,6 +8,10 @@
 namespace torchq {
 namespace reference {
 
+#include "vec1.inc"
+
+#include "activations.inc"
+
 template <class T>
 RowRange range(const T* x, int64_t k) {
   RowRange r{0.0f, 0.0f, true};
@@ -50,7 +54,8 @@ void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
   void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
   float y = static_cast<float>(acc) * (b.scale[r] * scale);
   y = y + bias;
-  if (b.activation == Activation::relu) y = y < 0.0f ? 0.0f : y;
+  if (b.activation == Activation::relu) y = max(0.0f, y);
+  if (b.activation > Activation::relu) y = activate(b.activation, y);
   switch (b.out_dtype) {
     case DType::f32: static_cast<float*>(row)[c] = y; break;
     case DType::bf16: static_cast<Bf16*>(row)[c] = to_bf16(y); break;

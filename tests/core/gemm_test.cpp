@@ -26,6 +26,19 @@ float float_of(uint32_t bits) {
 // Alternates from problem to problem: which end of the buffers is guarded, and the gap between rows.
 int64_t problems = 0;
 
+// GELU and SiLU have one source for all kernels, so no oracle here: tests/test_activations.py knows their values.
+template <class Outputs>
+void compare_curves(const char* fill, const Rows& rows, const Weights& weights, const Outputs& outputs, Stage& stage,
+                    QParams y_qparams) {
+  for (DType dtype : outputs)
+    for (Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+      const Out out{dtype, activation, y_qparams};
+      now("%s", describe(rows, weights, out, fill).c_str());
+      const std::vector<uint8_t> want = stage.run(kernel_reference, out);
+      for (const Kernel* kernel : runnable()) stage.compare(kernel->name, out, stage.run(*kernel, out), want);
+    }
+}
+
 template <class Outputs>
 void check_problem(const char* fill, const Rows& rows, const Weights& weights, const Outputs& outputs) {
   const Sums sums = oracle_sums(rows, weights);
@@ -44,6 +57,7 @@ void check_problem(const char* fill, const Rows& rows, const Weights& weights, c
         if (kernel == &kernel_reference) want = got;  // from here on kernels are compared with the reference
       }
     }
+  if (problems % 5 == 0) compare_curves(fill, rows, weights, outputs, stage, y_qparams);
 }
 
 void check_problem(const char* fill, const Rows& rows, const Weights& weights) {

@@ -87,11 +87,12 @@ std::vector<uint8_t> packed_of(const Weights& w) {
 }
 
 std::string describe(const Rows& rows, const Weights& weights, const Out& out, const char* fill) {
+  static const char* const kNames[] = {"", " relu", " gelu", " gelu_tanh", " silu"};
   char text[256];
   std::snprintf(text, sizeof(text), "m=%d n=%d k=%d x=%s %s zp=%d y=%s%s bias=%s fill=%s", static_cast<int>(rows.m),
                 static_cast<int>(weights.n), static_cast<int>(rows.k), name_of(rows.dtype),
                 rows.per_token ? "per token" : "static", rows.per_token ? -1 : rows.q.zero_point, name_of(out.dtype),
-                out.activation == Activation::relu ? " relu" : "", weights.bias.empty() ? "no" : "yes", fill);
+                kNames[static_cast<int>(out.activation)], weights.bias.empty() ? "no" : "yes", fill);
   return text;
 }
 

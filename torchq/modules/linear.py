@@ -5,8 +5,9 @@ every CPU; the packed form is derived from them wherever they arrive.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -172,8 +173,7 @@ class QuantizedLinear(nn.Module):
             rows = qparams.fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
         y = nn.functional.linear(rows, qparams.dequantize(weight, weight_scale, axis=0), bias)
         y = y.reshape(*x.shape[:-1], self.out_features)
-        if self.activation == Activation.RELU:
-            y = y.relu()
+        y = _FUNCTIONS[Activation(self.activation)](y)
         if self.output_qparams is not None:  # float32, whatever the model's dtype: the next layer's codes, exactly
             return qparams.fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
         return y.to(self.dtype if self.takes_codes else x.dtype)
@@ -282,6 +282,28 @@ class QuantizedLinear(nn.Module):
         if self.output_qparams is not None:
             parts.append("out=uint8")
         return ", ".join(parts)
+
+
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.NONE: lambda y: y,
+    Activation.RELU: nn.functional.relu,
+    Activation.GELU: nn.functional.gelu,
+    Activation.GELU_TANH: partial(nn.functional.gelu, approximate="tanh"),
+    Activation.SILU: nn.functional.silu,
+}
+
+
+def activation_of(module: nn.Module | None) -> Activation:
+    """What a layer can compute in its epilogue in place of this module; NONE if it can't, or for no module.
+
+    >>> activation_of(nn.GELU(approximate="tanh"))
+    <Activation.GELU_TANH: 3>
+    """
+    if type(module) is nn.GELU:
+        return Activation.GELU if module.approximate == "none" else Activation.GELU_TANH
+    if type(module) is nn.SiLU:
+        return Activation.SILU
+    return Activation.RELU if type(module) is nn.ReLU else Activation.NONE
 
 
 _PAIRS = (("weight", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))
