@@ -23,7 +23,7 @@ namespace torchq {
 namespace {
 
 constexpr int64_t kCodesBudget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
-constexpr int64_t kMinPartWork = 1 << 21;     // multiply-adds that pay for waking one more thread (about 10 us)
+constexpr int64_t kMinPartWork = 1 << 20;     // multiply-adds that pay for waking one more thread (about 5 us)
 constexpr int64_t kSplitColumnsUpTo = 32;     // rows up to which every thread quantizes them all and takes columns
 
 std::atomic<const Kernel*> last{nullptr};
@@ -143,7 +143,8 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
 
 int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
-  const int64_t work = p.m * header.n * header.k / kMinPartWork;
+  // One row reads a weight for each multiply-add, which takes as long as two.
+  const int64_t work = std::max<int64_t>(p.m, 2) * header.n * header.k / kMinPartWork;
   const int64_t pieces = p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, kernel.tile.n)
                                                   : ceil_div(p.m, kernel.tile.m);
   return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
@@ -151,11 +152,7 @@ int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
 
 Part part(const Kernel& kernel, const Problem& p, int index, int count) {
   const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
-  if (p.m > kSplitColumnsUpTo) {
-    const int64_t tiles = ceil_div(p.m, kernel.tile.m);
-    const auto row = [&](int64_t i) { return std::min(piece(tiles, i, count) * kernel.tile.m, p.m); };
-    return {row(index), row(index + 1), 0, panels};
-  }
+  if (p.m > kSplitColumnsUpTo) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
   const int64_t group = std::max<int64_t>(kernel.tile.n / kPanelColumns, 1), groups = ceil_div(panels, group);
   const auto panel = [&](int64_t i) { return std::min(piece(groups, i, count) * group, panels); };
   return {0, p.m, panel(index), panel(index + 1)};
