@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -67,14 +68,15 @@ std::string shape_of(const Tensor& t) {
   return out.str();
 }
 
+constexpr int64_t kMaxDims = 64;  // torch's own limit; shapes stay off the heap
+
 Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
-  std::vector<int64_t> strides(dims);
-  int64_t stride = 1;
+  int64_t strides[kMaxDims], stride = 1;
   for (int64_t i = dims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
   AtenTensorHandle handle;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -134,9 +136,9 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
                 ScalarType y_type, DType y_dtype, Problem problem) {
   const torchq::PackedHeader& header = header_of(op, packed);
   const Rows rows = rows_of(op, argument, x, header.k);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = header.n;
-  Tensor y = empty(sizes.data(), sizes.size(), y_type);
+  int64_t sizes[kMaxDims];
+  *(std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1) = header.n;
+  Tensor y = empty(sizes, x.dim(), y_type);
   if (rows.count == 0 || header.n == 0) return y;
   problem.m = rows.count;
   problem.x = rows.x.const_data_ptr();
@@ -171,7 +173,7 @@ Problem plain_problem() {
 
 // ---- The ops ----------------------------------------------------------------------------------------------------
 
-Tensor pack(Tensor weight, Tensor scale, std::optional<Tensor> bias) {
+Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
   const char* op = "torchq::pack";
   check_cpu(op, "weight", weight);
   CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char, op, ": weight must be int8 (N, K), got ",
@@ -199,7 +201,7 @@ Tensor pack(Tensor weight, Tensor scale, std::optional<Tensor> bias) {
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack(Tensor packed, int64_t in_features) {
+std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features) {
   const char* op = "torchq::unpack";
   const torchq::PackedHeader& header = header_of(op, packed);
   CHECK(header.k == in_features, op, ": the weight was packed for ", header.k,
@@ -211,14 +213,14 @@ std::tuple<Tensor, Tensor, Tensor> unpack(Tensor packed, int64_t in_features) {
   return {weight, scale, bias};
 }
 
-Tensor gemm(Tensor a, Tensor packed) {
+Tensor gemm(const Tensor& a, const Tensor& packed) {
   const char* op = "torchq::gemm";
   CHECK(a.scalar_type() == ScalarType::Char, op, ": a must be int8, got ", name_of(a.scalar_type()),
         ". Quantize it first with torchq.quantize().");
   return multiply(op, "a", a, DType::i8, packed, ScalarType::Int, DType::i32, plain_problem());
 }
 
-Tensor linear_dynamic(Tensor x, Tensor packed, int64_t activation) {
+Tensor linear_dynamic(const Tensor& x, const Tensor& packed, int64_t activation) {
   const char* op = "torchq::linear_dynamic";
   const ScalarType type = x.scalar_type();
   const std::optional<DType> dtype = float_dtype(type);
@@ -229,7 +231,7 @@ Tensor linear_dynamic(Tensor x, Tensor packed, int64_t activation) {
   return multiply(op, "x", x, *dtype, packed, type, *dtype, p);
 }
 
-Tensor linear_static(Tensor x, Tensor packed, double x_scale, int64_t x_zero_point, ScalarType out_dtype,
+Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int64_t x_zero_point, ScalarType out_dtype,
                      double y_scale, int64_t y_zero_point, int64_t activation) {
   const char* op = "torchq::linear_static";
   const bool codes_in = x.scalar_type() == ScalarType::Byte, codes_out = out_dtype == ScalarType::Byte;
@@ -246,18 +248,18 @@ Tensor linear_static(Tensor x, Tensor packed, double x_scale, int64_t x_zero_poi
   return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, p);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_per_token(Tensor x) {
+std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   const char* op = "torchq::quantize_per_token";
   const std::optional<DType> dtype = float_dtype(x.scalar_type());
   CHECK(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(x.scalar_type()), '.');
   CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar.");
   const int64_t k = x.size(x.dim() - 1);
   const Rows rows = rows_of(op, "x", x, k);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  Tensor codes = empty(sizes.data(), sizes.size(), ScalarType::Byte);
-  sizes.back() = 1;
-  Tensor scale = empty(sizes.data(), sizes.size(), ScalarType::Float);
-  Tensor zero_point = empty(sizes.data(), sizes.size(), ScalarType::Int);
+  int64_t sizes[kMaxDims];
+  int64_t* last = std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1;
+  Tensor codes = empty(sizes, x.dim(), ScalarType::Byte);
+  *last = 1;
+  Tensor scale = empty(sizes, x.dim(), ScalarType::Float), zero_point = empty(sizes, x.dim(), ScalarType::Int);
   const torchq::Kernel& kernel = torchq::active_kernel();
   std::vector<uint8_t> scratch(torchq::row_scratch_bytes(k));
   const auto* from = static_cast<const uint8_t*>(rows.x.const_data_ptr());

@@ -1,0 +1,299 @@
+"""How torchq's costs grow: with rows and columns, with size, with threads, and with the model that is converted.
+
+    taskset -c 0 python -m benchmarks.scaling tails growth   # one thread, pinned
+    python -m benchmarks.scaling threads                     # needs two idle cores
+    taskset -c 0 python -m benchmarks.scaling convert --rounds 3
+
+* tails: one more row, or column, should cost about its share. A step is time(n + 1) / time(n); more than 1.25 is a
+  cliff, unless the step starts a panel of 16 columns and the panels themselves grow by more.
+* growth: time / (M N K) at M = N = K should be flat.
+* threads: two should never be slower than one (they are, by whole time slices, where another process has the core).
+* convert: packing, conversion, and its peak memory, in fresh processes.
+
+Times are the best of interleaved rounds, of `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias.
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import torchq
+from benchmarks.demo import markdown
+from benchmarks.timing import interleaved, machine
+from torchq import kernels, ops
+from torchq.modules.linear import QuantizedLinear
+
+Shape = tuple[int, int, int]  # M, N, K
+PARTS = ("tails", "growth", "threads", "convert")
+PANEL, ALLOWED_STEP = 16, 1.25  # columns that lie together in memory, the last panel padded
+ROW_LAYERS = [(768, 768), (1024, 1024)]
+COLUMNS = [(16, n, 768) for n in (*range(1, 201), *range(250, 261), *range(500, 521))]
+THREAD_LAYERS = [(768, 768), (4096, 1024), (4096, 4096)]
+THREAD_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+WIDTH, HIDDEN, BLOCKS = 2048, 8192, 3
+WEIGHTS = BLOCKS * 2 * WIDTH * HIDDEN  # 100.7 million
+LOADER = (4, 64)  # batches, rows of each
+
+
+def layer_call(shape: Shape, layers: dict[tuple[int, int], QuantizedLinear]) -> Callable[[], object]:
+    """A call of the layer at (M, N, K); layers of the same (N, K) are shared, so that caches see one weight."""
+    m, n, k = shape
+    if (n, k) not in layers:
+        layers[n, k] = QuantizedLinear.from_float(nn.Linear(k, n))
+    return partial(layers[n, k], torch.randn(m, k))
+
+
+def measure(shapes: Iterable[Shape], rounds: int, seconds: float) -> dict[Shape, float]:
+    """Seconds a call takes at each shape, interleaved."""
+    layers: dict[tuple[int, int], QuantizedLinear] = {}
+    by_name = {str(shape): shape for shape in shapes}
+    calls = {name: layer_call(shape, layers) for name, shape in by_name.items()}
+    return {by_name[name]: t for name, t in interleaved(calls, rounds=rounds, seconds=seconds).items()}
+
+
+def picoseconds(shape: Shape, seconds: float) -> float:
+    """Time per multiply-add, of the unpadded problem."""
+    return seconds / math.prod(shape) * 1e12
+
+
+class Sweep(NamedTuple):
+    """Times along one dimension of the problem: axis 0 is M, 1 is N."""
+
+    name: str
+    axis: int
+    times: dict[Shape, float]
+
+    def steps(self) -> list[tuple[Shape, Shape]]:
+        """Neighbours that are one row, or one column, apart."""
+        pairs = itertools.pairwise(sorted(self.times))
+        return [(a, b) for a, b in pairs if b[self.axis] == a[self.axis] + 1]
+
+    def allowed(self, before: Shape, after: Shape) -> float:
+        """The most this step may cost: 1.25, or what the padded work grows by where that is more."""
+        if self.axis == 0:
+            return ALLOWED_STEP
+        return max(ALLOWED_STEP, math.ceil(after[1] / PANEL) / math.ceil(before[1] / PANEL))
+
+
+def row_sizes(tile_rows: int) -> list[int]:
+    """M = 1..33, and the neighbours of each multiple of the tile's rows up to 130."""
+    near = {multiple + d for multiple in range(tile_rows, 131, tile_rows) for d in (-1, 0, 1)}
+    return sorted({*range(1, 34), *near} - {0})
+
+
+def tails(rounds: int) -> list[Sweep]:
+    """The sweeps over M and over N."""
+    sizes = row_sizes(kernels.tile(kernels.active())[0])
+    sweeps = [
+        Sweep(f"M at N = {n}, K = {k}", 0, measure([(m, n, k) for m in sizes], rounds, 0.004)) for n, k in ROW_LAYERS
+    ]
+    return [*sweeps, Sweep("N at M = 16, K = 768", 1, measure(COLUMNS, rounds, 0.004))]
+
+
+def tails_table(sweeps: list[Sweep], rounds: int, worst: int = 4) -> str:
+    """For each sweep its worst steps, each timed once more as a pair, which other work on the machine disturbs less."""
+    rows = [["sweep", "step", "us", "ps per multiply-add", "ratio", "allowed", ""]]
+    for sweep in sweeps:
+        excess = {(a, b): sweep.times[b] / sweep.times[a] / sweep.allowed(a, b) for a, b in sweep.steps()}
+        for a, b in sorted(excess, key=lambda pair: -excess[pair])[:worst]:
+            again = measure([a, b], 3 * rounds, 0.01)
+            ratio, limit = again[b] / again[a], sweep.allowed(a, b)
+            cells = [f"{a[sweep.axis]} -> {b[sweep.axis]}", f"{again[a] * 1e6:.1f} -> {again[b] * 1e6:.1f}"]
+            cells += [f"{picoseconds(a, again[a]):.2f} -> {picoseconds(b, again[b]):.2f}", f"{ratio:.2f}"]
+            rows.append([sweep.name, *cells, f"{limit:.2f}", "CLIFF" if ratio > limit else "ok"])
+    return markdown(rows)
+
+
+def tails_profile(sweeps: list[Sweep]) -> str:
+    """Time per multiply-add at a few sizes of each sweep."""
+    sizes = (1, 2, 4, 6, 7, 8, 16, 17, 32, 33, 64, 65, 128, 129)
+    rows = [["ps per multiply-add", *map(str, sizes)]]
+    for sweep in sweeps:
+        cost = {shape[sweep.axis]: picoseconds(shape, t) for shape, t in sweep.times.items()}
+        rows.append([sweep.name, *(f"{cost[size]:.2f}" if size in cost else "-" for size in sizes)])
+    return markdown(rows)
+
+
+def plot(sweeps: list[Sweep], path: Path) -> None:
+    """Microseconds, and picoseconds per multiply-add, along each sweep."""
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(len(sweeps), 2, figsize=(12, 4 * len(sweeps)), squeeze=False)
+    for sweep, (left, right) in zip(sweeps, grid, strict=True):
+        shapes = sorted(sweep.times)
+        sizes = [shape[sweep.axis] for shape in shapes]
+        left.plot(sizes, [sweep.times[shape] * 1e6 for shape in shapes], ".-")
+        right.plot(sizes, [picoseconds(shape, sweep.times[shape]) for shape in shapes], ".-")
+        left.set(xlabel=sweep.name, ylabel="us")
+        right.set(xlabel=sweep.name, ylabel="ps per multiply-add", yscale="log")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def growth_table(rounds: int, *, full: bool) -> str:
+    """Time per multiply-add at M = N = K."""
+    sizes = [64 << i for i in range(8 if full else 7)]
+    times = measure([(size, size, size) for size in sizes], rounds, 0.02)
+    costs = {shape: picoseconds(shape, t) for shape, t in times.items()}
+    rows = [["M = N = K", "time", "Gop/s", "ps per multiply-add", "over the least"]]
+    for shape, cost in costs.items():
+        cells = [f"{times[shape] * 1e6:.1f} us", f"{2e3 / cost:.0f}", f"{cost:.2f}"]
+        rows.append([str(shape[0]), *cells, f"{cost / min(costs.values()):.2f}"])
+    return markdown(rows)
+
+
+def wait_for_idle(seconds: float = 2.0) -> None:
+    """Returns when all cores have been idle for a tenth of a second, or after `seconds`."""
+    deadline = time.perf_counter() + seconds
+    busy = math.inf
+    while busy > 0.1 and time.perf_counter() < deadline:
+        before = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
+        time.sleep(0.1)
+        after = [int(field) for field in Path("/proc/stat").read_text().split()[1:9]]
+        spent = [b - a for a, b in zip(before, after, strict=True)]
+        busy = 1 - (spent[3] + spent[4]) / max(1, sum(spent))
+
+
+def threads_table(rounds: int) -> str:
+    """One thread's time and the speed-up of two, thread counts interleaved."""
+    rows = [["N x K", *(f"M = {m}" for m in THREAD_ROWS)]]
+    slower = []
+    for n, k in THREAD_LAYERS:
+        layers: dict[tuple[int, int], QuantizedLinear] = {}
+        calls = {str(m): layer_call((m, n, k), layers) for m in THREAD_ROWS}
+        best = {threads: dict.fromkeys(calls, math.inf) for threads in (1, 2)}
+        for _ in range(rounds):
+            wait_for_idle()
+            for threads, times in best.items():
+                torch.set_num_threads(threads)
+                latest = interleaved(calls, rounds=1, seconds=0.005)
+                times.update({m: min(t, latest[m]) for m, t in times.items()})
+        ratios = {m: best[1][m] / best[2][m] for m in calls}
+        slower += [f"{m}x{n}x{k}" for m, ratio in ratios.items() if ratio < 0.97]  # 3 %: noise
+        rows.append([f"{n} x {k}", *(f"{best[1][m] * 1e6:.0f} us, {ratio:.2f}x" for m, ratio in ratios.items())])
+    return f"{markdown(rows)}\n\nSlower with two threads: {', '.join(slower) or 'none'}."
+
+
+class Conversion(NamedTuple):
+    """One conversion in a process of its own: seconds, and bytes beyond what the process held without a model."""
+
+    seconds: float
+    forward_seconds: float  # the float model alone over the same loader
+    before: int
+    peak: int
+    after: int
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, or VmHWM, the most it had."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+@torch.no_grad()
+def convert_once(threads: int, *, loader: bool, inplace: bool) -> Conversion:
+    """Converts the model of about 100 million weights; small ones first, so that libraries are loaded."""
+    torch.set_num_threads(threads)
+    torchq.convert(nn.Sequential(nn.Linear(64, 64)), [torch.randn(8, 64)] if loader else None)
+    batches = [torch.randn(LOADER[1], WIDTH) for _ in range(LOADER[0])] if loader else None
+    empty = resident("VmRSS")
+    blocks = [nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(BLOCKS)]
+    model = nn.Sequential(*blocks)
+    start = time.perf_counter()
+    for batch in batches or []:
+        model(batch)
+    forward_seconds = time.perf_counter() - start
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
+    start = time.perf_counter()
+    converted = torchq.convert(model, batches, inplace=inplace)
+    seconds, peak = time.perf_counter() - start, resident("VmHWM")
+    del model, blocks
+    after = resident("VmRSS")
+    del converted
+    return Conversion(seconds, forward_seconds, before - empty, peak - empty, after - empty)
+
+
+def convert_table(rounds: int) -> str:
+    """Seconds, and memory as a multiple of the float model's bytes; the best of rounds, each in a fresh process."""
+    layer_bytes, model_bytes = 4 * WIDTH * HIDDEN, 4 * WEIGHTS
+    runs: dict[tuple[bool, bool], list[Conversion]] = {(a, b): [] for a in (False, True) for b in (False, True)}
+    for _ in range(rounds):
+        for (loader, inplace), results in runs.items():
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                job = pool.submit(convert_once, torch.get_num_threads(), loader=loader, inplace=inplace)
+                results.append(job.result())
+    rows = [["loader", "inplace", "convert", "ns per weight", "float forward", "before", "peak", "after", "extra"]]
+    for (loader, inplace), results in runs.items():
+        seconds = min(r.seconds for r in results)
+        peak, before = min(r.peak for r in results), min(r.before for r in results)
+        rows.append(
+            [f"{LOADER[0]} x {LOADER[1]} rows" if loader else "none", str(inplace), f"{seconds:.2f} s"]
+            + [f"{seconds / WEIGHTS * 1e9:.1f}", f"{min(r.forward_seconds for r in results):.2f} s"]
+            + [f"{size / model_bytes:.2f}x" for size in (before, peak, min(r.after for r in results))]
+            + [f"{(peak - before) / layer_bytes:.2f} layers"]
+        )
+    note = (
+        f"{WEIGHTS / 1e6:.1f} million weights, {len(runs)} fresh processes a round; before, peak and after are "
+        f"resident bytes over the float model's {model_bytes >> 20} MiB (after: with the float model released), extra "
+        f"is peak - before over the largest layer's {layer_bytes >> 20} MiB in float."
+    )
+    return f"{markdown(rows)}\n\n{note}"
+
+
+def pack_table(rounds: int) -> str:
+    """Time of ops.pack per byte of int8 weight, against a plain copy of these bytes."""
+    rows = [["N x K", "pack", "ns per byte", "GB/s", "clone() of the same"]]
+    for n, k in [(768, 768), (4096, 1024), (4096, 4096), (HIDDEN, WIDTH), (WIDTH, HIDDEN), (1000, 515)]:
+        weight, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.ones(n)
+        times = interleaved({"pack": partial(ops.pack, weight, scale), "clone": weight.clone}, rounds=rounds)
+        cost = times["pack"] / weight.numel() * 1e9
+        clone = f"{times['clone'] / weight.numel() * 1e9:.3f} ns per byte"
+        rows.append([f"{n} x {k}", f"{times['pack'] * 1e3:.2f} ms", f"{cost:.3f}", f"{1 / cost:.1f}", clone])
+    return markdown(rows)
+
+
+def main() -> None:
+    """Measures the parts asked for and prints their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of tails, growth and convert")
+    parser.add_argument("--full", action="store_true", help="growth: up to 8192")
+    parser.add_argument("--plot", type=Path, help="tails: write the sweeps here (needs matplotlib)")
+    arguments = parser.parse_args()
+    parts, rounds = arguments.parts or PARTS, arguments.rounds
+    if not set(parts) <= set(PARTS):
+        parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(parts)}")
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+
+    with torch.inference_mode():
+        if "tails" in parts:
+            sweeps = tails(rounds)
+            print(f"## Tails\n\n{tails_profile(sweeps)}\n\n{tails_table(sweeps, rounds)}\n", flush=True)
+            if arguments.plot:
+                plot(sweeps, arguments.plot)
+        if "growth" in parts:
+            print(f"## Growth\n\n{growth_table(rounds, full=arguments.full)}\n", flush=True)
+        if "threads" in parts:
+            print(f"## Threads\n\n{threads_table(rounds)}\n", flush=True)
+            torch.set_num_threads(arguments.threads)
+        if "convert" in parts:
+            print(f"## Packing\n\n{pack_table(rounds)}\n", flush=True)
+    if "convert" in parts:  # out of inference_mode, as a user converts
+        print(f"## Convert\n\n{convert_table(rounds)}\n", flush=True)
+    print(f"{machine()}. Best of {rounds} interleaved rounds.")
+
+
+if __name__ == "__main__":
+    main()
