@@ -118,7 +118,7 @@ def why_float(model: nn.Module, name: str, layer: nn.Linear) -> str | None:
         return "it has forward hooks, which a swap would drop"
     if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {layer.weight.dtype}; float32, bfloat16 and float16 can be quantized"
-    if not bool(layer.weight.isfinite().all()):
+    if layer.weight.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(layer.weight.detach())):
         return "its weight has NaN or infinity"
     return None
 

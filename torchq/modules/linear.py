@@ -131,7 +131,7 @@ class QuantizedLinear(nn.Module):
         scale, _ = qparams.choose_qparams(weight, axis=axis)
         bias = None if linear.bias is None else linear.bias.detach().float()
         return cls(
-            qparams.quantize(weight, scale, axis=axis),
+            _quantized_rows(weight, scale, axis),
             scale.expand(weight.shape[0]),
             bias,
             input_qparams=input_qparams,
@@ -307,6 +307,19 @@ def activation_of(module: nn.Module | None) -> Activation:
 
 
 _PAIRS = (("weight", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))
+
+
+def _quantized_rows(weight: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """`qparams.quantize`, a block of rows at a time: float temporaries stay in cache, and small beside the layer."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        codes[block] = qparams.quantize(weight[block], scale if axis is None else scale[block], axis=axis)
+    return codes
+
+
+_BLOCK_VALUES = 1 << 18  # 1 MiB of float32
 
 
 def _float32(pair: QParams | None) -> QParams | None:
