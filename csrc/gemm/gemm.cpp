@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -25,6 +24,8 @@ namespace {
 constexpr int64_t kCodesBudget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
 constexpr int64_t kMinPartWork = 1 << 20;     // multiply-adds that pay for waking one more thread (about 5 us)
 constexpr int64_t kSplitColumnsUpTo = 32;     // rows up to which every thread quantizes them all and takes columns
+
+constexpr float kRoundsToInteger = 0x1.8p23f;  // above it floats are integers: x + this - this is rne(x), and no call
 
 std::atomic<const Kernel*> last{nullptr};
 
@@ -98,7 +99,7 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
     const auto* x = static_cast<const uint8_t*>(p.x) + (row + r) * p.x_stride;
     uint8_t* codes = s.codes + r * stride;
     // The last group of 4 k may be partly filled. Its weights are zero, its codes must only be readable.
-    std::memset(codes + k / 4 * 4 * kernel.code_bytes, 0, k % 4 ? 4 * kernel.code_bytes : 0);
+    if (k % 4) std::memset(codes + k / 4 * 4 * kernel.code_bytes, 0, 4 * kernel.code_bytes);
     const QParams q = load_row(kernel, p, x, k, codes);
     s.scale[r] = q.scale;
     s.zero_point[r] = q.zero_point;
@@ -124,8 +125,8 @@ QParams choose_qparams(const RowRange& range) {
   if (!range.finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
   float scale = range.hi / 255.0f - range.lo / 255.0f;
   if (!(scale >= FLT_MIN)) scale = 1.0f;
-  const float zero_point = std::nearbyint(-range.lo * (1.0f / scale));
-  return {scale, static_cast<int32_t>(std::min(std::max(zero_point, 0.0f), 255.0f))};
+  const float zero_point = std::min(std::max(-range.lo * (1.0f / scale), 0.0f), 255.0f);
+  return {scale, static_cast<int32_t>((zero_point + kRoundsToInteger) - kRoundsToInteger)};
 }
 
 size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }
