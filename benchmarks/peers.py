@@ -1,14 +1,14 @@
 """One linear layer, y = x · wᵀ + b, by everyone who can compute it on a CPU: each peer by its best API.
 
-A peer prepacks its weights and caches its session once, outside the timing. `Layer.make` gives a function of no
+A peer prepacks its weights and caches its session once, outside the timing. `Peer.make` gives a function of no
 arguments which computes y from an x fixed beforehand, so that engines may bind their buffers. Peers that are not
-installed are left out by `available()`, with the reason.
+installed are left out by `available()`, with the reason. benchmarks/mlp.py runs chains of layers on the same pieces.
 """
 
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,23 +24,24 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A contestant: `make(linear, x, threads)` returns the function to time."""
+    """A contestant: `make(linear, x, threads)` returns the function to time; mlp.py's takes its chain for `linear`."""
 
     name: str
     int8: bool
-    make: Callable[[nn.Linear, Tensor, int], Run]
+    make: Callable[[Any, Tensor, int], Run]
     needs: tuple[str, ...] = ()
 
 
-def available() -> tuple[list[Peer], list[str]]:
-    """The peers installed here, and a line for each that is not."""
-    missing = {peer.name: [need for need in peer.needs if find_spec(need) is None] for peer in PEERS}
+def available(peers: Sequence[Peer] | None = None) -> tuple[list[Peer], list[str]]:
+    """Those of the peers (default: all for one linear layer) installed here, and a line for each that is not."""
+    peers = PEERS if peers is None else peers
+    missing = {peer.name: [need for need in peer.needs if find_spec(need) is None] for peer in peers}
     lines = [
         f"{name}: skipped, needs {', '.join(needs)} (pip install 'torchq[bench]')"
         for name, needs in missing.items()
         if needs
     ]
-    return [peer for peer in PEERS if not missing[peer.name]], lines
+    return [peer for peer in peers if not missing[peer.name]], lines
 
 
 def _torchq(linear: nn.Linear, x: Tensor, threads: int) -> Run:
@@ -102,86 +103,119 @@ def _torchao(compiled: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
     return make
 
 
-def _save_onnx(linear: nn.Linear, path: Path) -> None:
-    """Writes y = MatMul(x, wᵀ) + b."""
+def save_onnx(model: nn.Sequential, path: Path, *, gemm: bool = False) -> None:
+    """Writes a chain of nn.Linear and nn.ReLU from "x" to "y": a Gemm for each Linear, or MatMul(x, wᵀ) + b."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
+    nodes, weights, source = [], [], "x"
+    for i, layer in enumerate(model):
+        target = "y" if i == len(model) - 1 else f"y{i}"
+        if isinstance(layer, nn.Linear):
+            w, b = f"w{i}", f"b{i}"
+            weights.append(numpy_helper.from_array(layer.weight.detach().t().contiguous().numpy(), w))
+            weights.append(numpy_helper.from_array(layer.bias.detach().numpy(), b))
+            if gemm:
+                nodes.append(helper.make_node("Gemm", [source, w, b], [target]))
+            else:
+                nodes.append(helper.make_node("MatMul", [source, w], [f"xw{i}"]))
+                nodes.append(helper.make_node("Add", [f"xw{i}", b], [target]))
+        elif isinstance(layer, nn.ReLU):
+            nodes.append(helper.make_node("Relu", [source], [target]))
+        else:
+            raise TypeError(f"save_onnx: expected nn.Linear or nn.ReLU, got {type(layer).__name__}")
+        source = target
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])],
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", linear.in_features])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", linear.out_features])],
-        [
-            numpy_helper.from_array(linear.weight.detach().t().contiguous().numpy(), "w"),
-            numpy_helper.from_array(linear.bias.detach().numpy(), "b"),
-        ],
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", linears[0].in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", linears[-1].out_features])],
+        weights,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
+def onnxruntime_run(path: Path, x: Tensor, outputs: int, threads: int) -> Run:
+    """A session on the graph at `path`, its "x" bound to x and its "y" to a tensor (M, outputs)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    y = torch.empty(x.shape[0], outputs)
+    binding = session.io_binding()  # no copies: x and y are read and written in place
+    binding.bind_input("x", "cpu", 0, "float32", list(x.shape), x.data_ptr())
+    binding.bind_output("y", "cpu", 0, "float32", list(y.shape), y.data_ptr())
+
+    def run() -> Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return run
+
+
+def openvino_run(model: Any, x: Tensor, threads: int) -> Run:
+    """An infer request on an OpenVINO model, for the shape of x and bound to it."""
+    import openvino
+
+    model.reshape({"x": list(x.shape)})
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+    y = torch.from_numpy(request.get_output_tensor().data)
+
+    def run() -> Tensor:
+        request.infer()
+        return y
+
+    return run
+
+
+def openvino_model(model: nn.Sequential) -> Any:
+    """A chain of nn.Linear and nn.ReLU as OpenVINO reads it."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "chain.onnx"
+        save_onnx(model, path)
+        return openvino.Core().read_model(path)
+
+
+def nncf_quantized(model: Any, batches: Sequence[Tensor], **options: Any) -> Any:
+    """An OpenVINO model in int8, calibrated on these batches."""
+    import logging
+
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    dataset = nncf.Dataset([batch.numpy() for batch in batches])
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(model, dataset, subset_size=len(batches), fast_bias_correction=True, **options)
+
+
 def _onnxruntime(int8: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
     def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
-        import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "linear.onnx"
-            _save_onnx(linear, path)
+            save_onnx(nn.Sequential(linear), path)
             if int8:
                 quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QInt8)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        y = torch.empty(x.shape[0], linear.out_features)
-        binding = session.io_binding()  # no copies: x and y are read and written in place
-        binding.bind_input("x", "cpu", 0, "float32", list(x.shape), x.data_ptr())
-        binding.bind_output("y", "cpu", 0, "float32", list(y.shape), y.data_ptr())
-
-        def run() -> Tensor:
-            session.run_with_iobinding(binding)
-            return y
-
-        return run
+            return onnxruntime_run(path, x, linear.out_features, threads)
 
     return make
 
 
 def _openvino(int8: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
     def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
-        import openvino
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "linear.onnx"
-            _save_onnx(linear, path)
-            core = openvino.Core()
-            model = core.read_model(path)
-            model.reshape({"x": list(x.shape)})
-            if int8:
-                model = _nncf_quantized(model, x)
-            settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-            settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
-            request = core.compile_model(model, "CPU", settings).create_infer_request()
-        request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
-        y = torch.from_numpy(request.get_output_tensor().data)
-
-        def run() -> Tensor:
-            request.infer()
-            return y
-
-        return run
+        model = openvino_model(nn.Sequential(linear))
+        model.reshape({"x": list(x.shape)})
+        return openvino_run(nncf_quantized(model, [x]) if int8 else model, x, threads)
 
     return make
-
-
-def _nncf_quantized(model: Any, x: Tensor) -> Any:
-    import logging
-
-    import nncf
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(model, nncf.Dataset([x.numpy()]), subset_size=1, fast_bias_correction=True)
 
 
 PEERS = [

@@ -199,7 +199,7 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     enough = {"static": static >= config.min_sqnr_db, "dynamic": dynamic >= config.min_sqnr_db}  # nan is not
     if config.activation == "auto":
         use_static = enough["static"] and static >= dynamic - config.margin_db
-        reason = f"{numbers}: {'static is cheaper' if use_static else 'static would cost accuracy'}"
+        reason = f"{numbers}: {'static costs no accuracy' if use_static else 'static would cost accuracy'}"
     else:
         use_static = config.activation == "static"
         reason = f"asked for; {numbers}"

@@ -1,0 +1,236 @@
+"""A chain of linear layers, 784-1024-1024-10 with ReLU, static int8 against everyone else's: latency by batch size.
+
+    taskset -c 0 python -m benchmarks.mlp
+    python -m benchmarks.mlp --threads 2 --json out.json --markdown out.md
+
+torchq static hands u8 codes from layer to layer. Every engine calibrates on the same batches and runs by its best API
+(benchmarks/peers.py); where it has several settings, all are timed and the fastest at each batch size counts. Times are
+the best of interleaved rounds; each answer is first compared with float.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import torchq
+from benchmarks.demo import digits, markdown
+from benchmarks.peers import (
+    Peer,
+    Run,
+    available,
+    nncf_quantized,
+    onnxruntime_run,
+    openvino_model,
+    openvino_run,
+    save_onnx,
+)
+from benchmarks.timing import interleaved, machine
+from torchq.config import ActivationScheme
+from torchq.qparams import sqnr_db
+
+BATCHES = (1, 16, 128)
+SIDE, WIDTH, CLASSES = 28, 1024, 10
+OURS = "torchq static"
+MIN_SQNR_DB = 15.0  # below this an answer is wrong, not quantized: static 8 bits give about 30 here
+
+
+class Chain(NamedTuple):
+    """The float model, and the batches that everyone calibrates on."""
+
+    model: nn.Sequential
+    batches: Sequence[Tensor]
+
+
+def mlp() -> Chain:
+    """The model with torch's own initial weights, and half of the training digits."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(SIDE * SIDE, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES)]
+    return Chain(nn.Sequential(*layers).eval(), enlarged(digits()[0].tensors[0][:640]).split(64))
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """(R, 64) digits of 8 x 8 as (R, 784), 28 x 28."""
+    grown = nn.functional.interpolate(images.view(-1, 1, 8, 8), size=(SIDE, SIDE), mode="bilinear")
+    return grown.flatten(1).contiguous()
+
+
+# ---- Contestants ----------------------------------------------------------------------------------------------------
+
+
+def _torchq(scheme: ActivationScheme) -> Callable[[Chain, Tensor, int], Run]:
+    def make(chain: Chain, x: Tensor, threads: int) -> Run:
+        qmodel = torchq.convert(chain.model, chain.batches, config=torchq.QConfig(activation=scheme))
+        return lambda: qmodel(x)
+
+    return make
+
+
+def _torch_float32(chain: Chain, x: Tensor, threads: int) -> Run:
+    return lambda: chain.model(x)
+
+
+def _onnxruntime(gemm: bool, quantize: Callable[[Chain, Path], None]) -> Callable[[Chain, Tensor, int], Run]:
+    """The graph in Gemm or MatMul and Add, which `quantize` then changes in place."""
+
+    def make(chain: Chain, x: Tensor, threads: int) -> Run:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "mlp.onnx"
+            save_onnx(chain.model, path, gemm=gemm)
+            quantize(chain, path)
+            return onnxruntime_run(path, x, CLASSES, threads)
+
+    return make
+
+
+def _as_it_is(chain: Chain, path: Path) -> None:
+    pass
+
+
+def _dynamic(chain: Chain, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def _static(op: str, form: str, output: str) -> Callable[[Chain, Path], None]:
+    """Per-channel int8 weights, asymmetric u8 activations, min-max calibration."""
+
+    def quantize(chain: Chain, path: Path) -> None:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.feeds: Iterator[dict[str, Any]] = iter([{"x": batch.numpy()} for batch in chain.batches])
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self.feeds, None)
+
+        quantize_static(
+            path,
+            path,
+            Reader(),
+            quant_format=QuantFormat[form],
+            op_types_to_quantize=[op, "Relu"],  # not Add: it fuses with a MatMul only in float
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            # What feeds a layer is quantized all the same: "float" spares the model's last output only.
+            extra_options={"OpTypesToExcludeOutputQuantization": [op] if output == "float" else []},
+        )
+
+    return quantize
+
+
+def _openvino_float32(chain: Chain, x: Tensor, threads: int) -> Run:
+    return openvino_run(openvino_model(chain.model), x, threads)
+
+
+def _openvino_static(preset: str) -> Callable[[Chain, Tensor, int], Run]:
+    """NNCF post-training quantization; activations symmetric ("PERFORMANCE") or asymmetric ("MIXED")."""
+
+    def make(chain: Chain, x: Tensor, threads: int) -> Run:
+        import nncf
+
+        chosen = nncf.QuantizationPreset[preset]
+        return openvino_run(nncf_quantized(openvino_model(chain.model), chain.batches, preset=chosen), x, threads)
+
+    return make
+
+
+OPS, ONNXRUNTIME, OPENVINO = ("Gemm", "MatMul"), ("onnx", "onnxruntime"), ("onnx", "openvino")
+CONTESTANTS = [  # "contestant: setting"; the fastest setting of each counts
+    Peer(OURS, True, _torchq("static")),
+    Peer("torchq auto", True, _torchq("auto")),
+    Peer("torchq dynamic", True, _torchq("dynamic")),
+    *(
+        Peer(
+            f"onnxruntime static: {form} {op}, {output} output",
+            True,
+            _onnxruntime(op == "Gemm", _static(op, form, output)),
+            ONNXRUNTIME,
+        )
+        for form, op, output in product(("QDQ", "QOperator"), OPS, ("float", "u8"))
+    ),
+    *(Peer(f"onnxruntime dynamic: {op}", True, _onnxruntime(op == "Gemm", _dynamic), ONNXRUNTIME) for op in OPS),
+    *(
+        Peer(f"openvino static: {preset}", True, _openvino_static(preset), (*OPENVINO, "nncf"))
+        for preset in ("PERFORMANCE", "MIXED")
+    ),
+    *(Peer(f"onnxruntime float32: {op}", False, _onnxruntime(op == "Gemm", _as_it_is), ONNXRUNTIME) for op in OPS),
+    Peer("openvino float32", False, _openvino_float32, OPENVINO),
+    Peer("torch float32", False, _torch_float32),
+]
+
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(chain: Chain, x: Tensor, contestants: list[Peer], threads: int, rounds: int) -> dict[str, Any]:
+    """Microseconds and output SQNR of each contestant on x."""
+    exact = chain.model(x)
+    runs, errors = {}, {}
+    for contestant in contestants:
+        run = contestant.make(chain, x, threads)
+        errors[contestant.name] = sqnr_db(exact, run())
+        if errors[contestant.name] < MIN_SQNR_DB:
+            found = f"output SQNR {errors[contestant.name]:.1f} dB, the answer is wrong"
+            raise RuntimeError(f"{contestant.name} at batch {len(x)}: {found}")
+        runs[contestant.name] = run
+    times = interleaved(runs, rounds=rounds)
+    return {"batch": len(x), "us": {name: t * 1e6 for name, t in times.items()}, "sqnr_db": errors}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A row per batch size, a column per contestant, the output SQNR below; then the ratios over the best peers."""
+    settings: dict[str, list[str]] = {}
+    for name in results[0]["us"]:
+        settings.setdefault(name.partition(":")[0], []).append(name)
+    rows, ratios, errors = [["us", *settings]], [], dict.fromkeys(settings, float("inf"))
+    for r in results:
+        best = {name: min(choices, key=lambda choice: r["us"][choice]) for name, choices in settings.items()}
+        rows.append([f"batch {r['batch']}", *(f"{r['us'][choice]:.1f}" for choice in best.values())])
+        errors = {name: min(errors[name], r["sqnr_db"][choice]) for name, choice in best.items()}
+        peer = min((c for c in best.values() if not c.startswith("torchq")), key=lambda choice: r["us"][choice])
+        ratios.append(f"batch {r['batch']}: {r['us'][peer] / r['us'][OURS]:.2f}x ({peer})")
+    rows.append(["least SQNR", *("-" if error > 100 else f"{error:.1f} dB" for error in errors.values())])
+    return f"{markdown(rows)}\n\n{OURS} over the best peer: {'; '.join(ratios)}."
+
+
+def main() -> None:
+    """Measures each batch size and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--markdown", type=Path, help="write the table here as well")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", category=UserWarning)  # the peers' own, about caching and deprecation
+    logging.disable(logging.WARNING)  # ONNX Runtime's advice to pre-process: there is nothing to infer or fold here
+
+    contestants, skipped = available(CONTESTANTS)
+    print("\n".join(skipped), end="\n" if skipped else "")
+    chain, test = mlp(), enlarged(digits()[1].tensors[0])
+    results = []
+    with torch.inference_mode():
+        for batch in BATCHES:
+            results.append(measure(chain, test[:batch].clone(), contestants, arguments.threads, arguments.rounds))
+    text = f"{table(results)}\n\n{machine()}."
+    print("\n" + text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+    if arguments.markdown:
+        arguments.markdown.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
