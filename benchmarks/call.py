@@ -1,4 +1,4 @@
-"""What one call costs before any arithmetic: a 1 x 1 layer, taken apart from the outside in.
+"""What one call costs before any arithmetic: a 1 x 1 layer, taken apart.
 
 taskset -c 0 python -m benchmarks.call
 """
@@ -12,17 +12,24 @@ from benchmarks.timing import interleaved, machine
 
 
 def steps() -> dict[str, float]:
-    """Seconds of each step on (1, 1) inputs; a later step is a part of an earlier one."""
+    """Seconds of each step on (1, 1) inputs."""
     linear, x = nn.Linear(1, 1), torch.ones(1, 1)
     layer = torchq.QuantizedLinear.from_float(linear)
-    packed, op = layer.packed, torch.ops.torchq.linear_dynamic.default
+    packed, dynamic, static = (
+        layer.packed,
+        torch.ops.torchq.linear_dynamic.default,
+        torch.ops.torchq.linear_static.default,
+    )
+    identity = nn.Identity()
     return interleaved(
         {
             "nn.Linear, the whole call": lambda: linear(x),
             "F.linear alone": lambda: nn.functional.linear(x, linear.weight, linear.bias),
             "QuantizedLinear, the whole call": lambda: layer(x),
             "its forward, without nn.Module's __call__": lambda: layer.forward(x),
-            "the op alone": lambda: op(x, packed),
+            "its op alone, linear_dynamic": lambda: dynamic(x, packed, 0),
+            "linear_static, with its eight arguments": lambda: static(x, packed, 0.05, 3, torch.float32, 1.0, 0, 0),
+            "nn.Identity": lambda: identity(x),
             "torch.empty(1, 1), for scale": lambda: torch.empty(1, 1),
         },
         rounds=31,

@@ -64,9 +64,7 @@ int64_t block_rows(const Kernel& kernel, const Problem& p, int64_t k) {
   return std::min(round_up(p.m, kernel.tile.m), rows_per_block(kernel, k));
 }
 
-int64_t ragged_bytes(const Kernel& kernel) {
-  return int64_t{kernel.tile.m} * round_up(kernel.tile.n, kPanelColumns) * 4;
-}
+int64_t ragged_bytes(const Kernel& kernel) { return int64_t{kernel.tile.m} * kernel.tile.n * 4; }
 
 Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
@@ -154,7 +152,7 @@ int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
 Part part(const Kernel& kernel, const Problem& p, int index, int count) {
   const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
   if (p.m > kSplitColumnsUpTo) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
-  const int64_t group = std::max<int64_t>(kernel.tile.n / kPanelColumns, 1), groups = ceil_div(panels, group);
+  const int64_t group = kernel.tile.n / kPanelColumns, groups = ceil_div(panels, group);
   const auto panel = [&](int64_t i) { return std::min(piece(groups, i, count) * group, panels); };
   return {0, p.m, panel(index), panel(index + 1)};
 }
@@ -168,7 +166,7 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   last.store(&kernel, std::memory_order_relaxed);
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
-  const int64_t group = std::max<int64_t>(kernel.tile.n / kPanelColumns, 1);
+  const int64_t group = kernel.tile.n / kPanelColumns;
   const int64_t max_rows = block_rows(kernel, p, k);
   const Scratch s = carve(kernel, max_rows, k, memory);
   const auto* panels = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader);

@@ -50,7 +50,7 @@ enum class Layout : uint32_t { p16c4 = 1 };
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kPanelMeta = 3 * kPanelColumns * 4;  // [colsum i32 x16][scale f32 x16][bias f32 x16]
 
-// The largest block one run() computes (rows, columns), and how many k lie together in a panel.
+// The largest block one run() computes (rows, columns: whole panels), and how many k lie together in a panel.
 struct Tile {
   int m, n, k;
 };
@@ -72,7 +72,7 @@ struct RowRange {
 // out always has room for `panels` whole panels per row; gemm.cpp redirects the ragged last one.
 struct Block {
   int m;                      // rows, 1 .. tile.m
-  int panels;                 // panels of 16 columns, 1 .. tile.n / 16 (at least 1)
+  int panels;                 // panels of 16 columns, 1 .. tile.n / 16
   int64_t k_groups;           // ceil(K / 4)
   const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups
   int64_t codes_stride;       // bytes
