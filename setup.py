@@ -20,7 +20,7 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of
 
 # One line per kernel.
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni"]
-SOURCES = ["csrc/torch_ops.cpp", "csrc/module.cpp"] + [
+SOURCES = ["csrc/torch_ops.cpp", "csrc/direct.cpp", "csrc/module.cpp"] + [
     f"csrc/gemm/{name}.cpp" for name in ["dispatch", "gemm", "pack", *(f"kernel_{k}" for k in KERNELS)]
 ]
 

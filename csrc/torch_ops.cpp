@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "gemm/gemm.h"
+#include "run.h"
 
 namespace {
 
@@ -116,21 +116,6 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
   return {torch::stable::contiguous(x), count, k};
 }
 
-void run(const Problem& problem) {
-  const torchq::Kernel& kernel = torchq::active_kernel();
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const int parts = threads > 1 ? torchq::count_parts(kernel, problem, threads) : 1;
-  const auto work = [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<uint8_t> scratch;
-    const size_t bytes = torchq::scratch_bytes(kernel, problem);
-    if (scratch.size() < bytes) scratch.resize(bytes);
-    for (int64_t i = begin; i < end; ++i)
-      torchq::run_part(kernel, problem, torchq::part(kernel, problem, static_cast<int>(i), parts), scratch.data());
-  };
-  if (parts == 1) return work(0, 1);
-  torch::stable::parallel_for(0, parts, 1, work);
-}
-
 // The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, Problem problem) {
@@ -148,7 +133,7 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   problem.y = y.mutable_data_ptr();
   problem.y_dtype = y_dtype;
   problem.y_stride = header.n * torchq::element_bytes(y_dtype);
-  run(problem);
+  torchq::run(problem);
   return y;
 }
 
@@ -274,6 +259,23 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 }
 
 }  // namespace
+
+constexpr int kMaxThreads = 1 << 16;  // more than torch has
+
+void torchq::run(const Problem& problem) {
+  const Kernel& kernel = active_kernel();
+  int parts = count_parts(kernel, problem, kMaxThreads);
+  if (parts > 1) parts = std::min(parts, static_cast<int>(torch::stable::get_num_threads()));
+  const auto work = [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<uint8_t> scratch;
+    const size_t bytes = scratch_bytes(kernel, problem);
+    if (scratch.size() < bytes) scratch.resize(bytes);
+    for (int64_t i = begin; i < end; ++i)
+      run_part(kernel, problem, part(kernel, problem, static_cast<int>(i), parts), scratch.data());
+  };
+  if (parts == 1) return work(0, 1);
+  torch::stable::parallel_for(0, parts, 1, work);
+}
 
 STABLE_TORCH_LIBRARY(torchq, m) {
   m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");

@@ -1,3 +1,5 @@
+from torch import Tensor, dtype, nn
+
 MAX_DEPTH: int
 
 class Kernel:
@@ -17,3 +19,17 @@ def active() -> str: ...
 def forced() -> str | None: ...
 def force(name: str | None) -> None: ...
 def last_used() -> str | None: ...
+def linear_dynamic(x: Tensor, packed: Tensor, activation: int, /) -> Tensor: ...
+def linear_static(
+    x: Tensor,
+    packed: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    out_dtype: dtype | None,
+    y_scale: float,
+    y_zero_point: int,
+    activation: int,
+    takes_codes: bool,
+    /,
+) -> Tensor: ...
+def is_plain(module: nn.Module, cls: type[nn.Module], /) -> bool: ...

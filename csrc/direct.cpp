@@ -1,0 +1,258 @@
+// torchq._C.linear_dynamic and linear_static: the ops of the same names, called without torch's dispatcher.
+//
+// A call through torch.ops costs 2 to 4 us of argument parsing, dispatch and boxing before any arithmetic, more than a
+// layer of 64 x 64 takes. These read a torch.Tensor where it lies, through DLPack's exchange table, a C struct that
+// torch publishes for this purpose: no torch header of unstable ABI, no reference counted, no shape copied.
+//
+// They serve plain eager calls on plain tensors. For all else (subclasses, modes, transforms, tracing, gradients, the
+// profiler, any argument the op would refuse) they return NotImplemented and the caller takes the op, which then does
+// it or says what is wrong. So there are no messages here, and nothing is decided here that the op decides otherwise.
+
+#include "direct.h"
+
+#include <cfloat>
+#include <string>
+
+#include "dlpack.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace torchq {
+namespace {
+
+constexpr int64_t kKeepGilBelow = 1 << 18;  // multiply-adds, about 2 us: less than giving the GIL away is worth
+
+// What plain eager means, as Python objects that live as long as the process.
+struct Torch {
+  const dlpack::Exchange* exchange;
+  PyTypeObject* tensor;
+  PyObject* unusual[3];            // functions: modes and tracing at work; falsy if none
+  PyObject *profiler, *profiling;  // the profiler's globals, and the name of its flag there
+  PyObject* requires_grad;         // a name
+  PyObject* dtypes[4];             // in the order of kDTypes
+} torch_;
+
+// What can stand between the call of an nn.Module and its forward().
+struct NnModule {
+  PyObject* own_hooks[4];     // names of attributes: dicts, empty without hooks
+  PyObject* replacements[2];  // names of attributes: something else called in forward's place, if there
+  PyObject* global_hooks[4];  // dicts
+} nn_module;
+
+struct DTypePair {
+  DType ours;
+  dlpack::DataType dl;
+};
+constexpr DTypePair kDTypes[] = {{DType::f32, {dlpack::kFloat, 32, 1}},
+                                 {DType::u8, {dlpack::kUInt, 8, 1}},
+                                 {DType::bf16, {dlpack::kBfloat, 16, 1}},
+                                 {DType::f16, {dlpack::kFloat, 16, 1}}};
+
+const DTypePair* find(const dlpack::DataType& type) {
+  for (const DTypePair& p : kDTypes)
+    if (p.dl.code == type.code && p.dl.bits == type.bits && type.lanes == 1) return &p;
+  return nullptr;
+}
+
+const DTypePair* find(PyObject* torch_dtype) {
+  for (int i = 0; i < 4; ++i)
+    if (torch_.dtypes[i] == torch_dtype) return &kDTypes[i];
+  return nullptr;
+}
+
+// Whether a call gave a false value; its result is released.
+bool falsy(PyObject* result) {
+  const bool yes = result && PyObject_Not(result) == 1;
+  Py_XDECREF(result);
+  return yes;
+}
+
+bool plain_eager() {
+  for (PyObject* f : torch_.unusual)
+    if (!falsy(PyObject_CallNoArgs(f))) return false;
+  return PyDict_GetItem(torch_.profiler, torch_.profiling) == Py_False;
+}
+
+// The tensor as it lies in memory, if it is a dense one on the CPU. (Inside a transform such as vmap, a wrapped tensor
+// has no memory to show, and a plain one is what it seems.)
+bool view(PyObject* object, dlpack::Tensor* out) {
+  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu;
+}
+
+const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8_t*>(t.data) + t.byte_offset; }
+
+// Exactly, even where a dimension of size 1 leaves the stride open: DLPack does not tell torch's lazily negated tensors
+// (the imaginary part of a conjugate) from others, but they have every stride doubled.
+bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim; i-- > 0; expected *= t.shape[i])
+    if (t.strides[i] != expected) return false;
+  return true;
+}
+
+// A new torch.Tensor of x's leading dimensions and n columns, and where its data lies. Null with a Python error set.
+PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype, void** data) {
+  int64_t shape[64];
+  for (int i = 0; i + 1 < x.ndim; ++i) shape[i] = x.shape[i];
+  shape[x.ndim - 1] = n;
+  dlpack::Tensor prototype = x;
+  prototype.shape = shape;
+  prototype.dtype = dtype.dl;
+  dlpack::ManagedTensor* managed;
+  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  if (torch_.exchange->allocate(&prototype, &managed, nullptr, set_error)) return nullptr;
+  *data = const_cast<uint8_t*>(data_of(managed->tensor));
+  void* y;
+  if (torch_.exchange->import_tensor(managed, &y)) return nullptr;
+  return static_cast<PyObject*>(y);
+}
+
+// problem holds the op's parameters. Null with no error set: not a case for us.
+PyObject* multiply(PyObject* x_object, PyObject* packed_object, const DTypePair* y_dtype, bool takes_codes,
+                   Problem problem) {
+  dlpack::Tensor x, packed;
+  if (!torch_.exchange || !plain_eager() || !view(x_object, &x) || !view(packed_object, &packed)) return nullptr;
+  const DTypePair* x_dtype = find(x.dtype);
+  const PackedHeader* header = packed.ndim == 1 && is_contiguous(packed) && find(packed.dtype) == &kDTypes[1]
+                                   ? packed_header(data_of(packed), packed.shape[0])
+                                   : nullptr;
+  if (!x_dtype || !header || (x_dtype->ours == DType::u8 && !takes_codes)) return nullptr;
+  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != header->k || !is_contiguous(x)) return nullptr;
+  if (!falsy(PyObject_GetAttr(x_object, torch_.requires_grad))) return nullptr;
+  problem.m = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) problem.m *= x.shape[i];
+  if (problem.m == 0 || header->n == 0) return nullptr;
+  if (!y_dtype) y_dtype = x_dtype;
+
+  PyObject* y = new_output(x, header->n, *y_dtype, &problem.y);
+  if (!y) return nullptr;
+  problem.x = data_of(x);
+  problem.x_dtype = x_dtype->ours;
+  problem.x_stride = header->k * element_bytes(x_dtype->ours);
+  problem.packed = header;
+  problem.y_dtype = y_dtype->ours;
+  problem.y_stride = header->n * element_bytes(y_dtype->ours);
+  if (problem.m * header->n * header->k < kKeepGilBelow) {
+    run(problem);
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    run(problem);
+    Py_END_ALLOW_THREADS;
+  }
+  return y;
+}
+
+// y, or NotImplemented for null: whatever went wrong on the way, the op meets it again and says it.
+PyObject* or_not_implemented(PyObject* y) {
+  if (y) return y;
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
+}
+
+bool read(PyObject* value, int64_t limit, int32_t* out) {
+  if (!PyLong_CheckExact(value)) return false;
+  const long number = PyLong_AsLong(value);
+  *out = static_cast<int32_t>(number);
+  return number >= 0 && number <= limit;
+}
+
+bool read(PyObject* value, float* out) {
+  if (!PyFloat_CheckExact(value)) return false;
+  const double number = PyFloat_AS_DOUBLE(value);
+  *out = static_cast<float>(number);
+  return number >= FLT_MIN && number <= FLT_MAX;
+}
+
+bool read(PyObject* value, Activation* out) {
+  int32_t number;
+  if (!read(value, kActivations - 1, &number)) return false;
+  *out = static_cast<Activation>(number);
+  return true;
+}
+
+// (x, packed, activation)
+PyObject* linear_dynamic(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Problem p{};
+  p.x_qparams = p.y_qparams = {1.0f, 0};
+  p.per_token = true;
+  const bool ok = count == 3 && read(args[2], &p.activation);
+  return or_not_implemented(ok ? multiply(args[0], args[1], nullptr, false, p) : nullptr);
+}
+
+// (x, packed, x_scale, x_zero_point, out_dtype, y_scale, y_zero_point, activation, takes_codes): the op's arguments,
+// out_dtype None being x's own, and whether x may be uint8.
+PyObject* linear_static(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  Problem p{};
+  const bool ok = count == 9 && read(args[2], &p.x_qparams.scale) && read(args[3], 255, &p.x_qparams.zero_point) &&
+                  read(args[5], &p.y_qparams.scale) && read(args[6], 255, &p.y_qparams.zero_point) &&
+                  read(args[7], &p.activation);
+  const DTypePair* y_dtype = ok ? find(args[4]) : nullptr;
+  const bool typed = ok && (y_dtype || args[4] == Py_None);
+  return or_not_implemented(typed ? multiply(args[0], args[1], y_dtype, args[8] == Py_True, p) : nullptr);
+}
+
+// (module, cls): whether a call of module is nothing but cls.forward(): type(module) is cls, no hook on it or on all
+// modules, no forward of its own, not compiled. What nn.Module.__call__ asks, for a tenth of its 0.7 us.
+PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2 || reinterpret_cast<PyObject*>(Py_TYPE(args[0])) != args[1]) Py_RETURN_FALSE;
+  PyObject** state = _PyObject_GetDictPtr(args[0]);
+  if (!state || !*state) Py_RETURN_FALSE;
+  for (PyObject* name : nn_module.own_hooks) {
+    PyObject* hooks = PyDict_GetItem(*state, name);
+    if (!hooks || PyObject_IsTrue(hooks)) Py_RETURN_FALSE;
+  }
+  for (PyObject* name : nn_module.replacements) {
+    PyObject* replacement = PyDict_GetItem(*state, name);
+    if (replacement && replacement != Py_None) Py_RETURN_FALSE;
+  }
+  for (PyObject* hooks : nn_module.global_hooks)
+    if (PyObject_IsTrue(hooks)) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"linear_dynamic", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_dynamic)), METH_FASTCALL,
+     "linear_dynamic(x, packed, activation): the op of this name, or NotImplemented where only the op will do."},
+    {"linear_static", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_static)), METH_FASTCALL,
+     "linear_static(x, packed, x_scale, x_zero_point, out_dtype, y_scale, y_zero_point, activation, takes_codes): "
+     "the op of this name, or NotImplemented where only the op will do. out_dtype None is x's own; takes_codes says "
+     "whether x may be uint8."},
+    {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
+     "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyObject* forever(py::object object) { return object.release().ptr(); }
+
+}  // namespace
+
+void add_direct_calls(py::module_& module) {
+  const char* hooks[] = {"_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"};
+  const py::module_ nn = py::module_::import("torch.nn.modules.module");
+  for (int i = 0; i < 4; ++i) {
+    nn_module.own_hooks[i] = forever(py::str(hooks[i]));
+    nn_module.global_hooks[i] = forever(nn.attr((std::string("_global") + hooks[i]).c_str()));
+  }
+  nn_module.replacements[0] = forever(py::str("_compiled_call_impl"));
+  nn_module.replacements[1] = forever(py::str("forward"));
+  PyModule_AddFunctions(module.ptr(), methods);
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
+  if (exchange->version.major != dlpack::kMajorVersion || !exchange->view) return;
+
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
+  torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
+  torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
+  torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
+  torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
+  torch_.profiling = forever(py::str("_is_profiler_enabled"));
+  torch_.requires_grad = forever(py::str("requires_grad"));
+  const char* names[] = {"float32", "uint8", "bfloat16", "float16"};
+  for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(names[i]));
+  torch_.exchange = exchange;
+}
+
+}  // namespace torchq
