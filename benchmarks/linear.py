@@ -115,6 +115,7 @@ def main() -> None:
     """Measures the grid and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="quick")
+    parser.add_argument("--layers", nargs="+", metavar="NxK", help="only these of the grid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -130,6 +131,8 @@ def main() -> None:
     results = []
     with torch.inference_mode():
         for shape in GRIDS[arguments.grid]:
+            if arguments.layers and f"{shape[1]}x{shape[2]}" not in arguments.layers:
+                continue
             results.append(measure(shape, peers, arguments.threads, arguments.rounds))
             name, time = best(results[-1], roof["int8_peers"])
             print(
