@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <sstream>
@@ -116,6 +120,21 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
   return {torch::stable::contiguous(x), count, k};
 }
 
+// Bytes from which huge pages pay. Weights are read at every call: from two huge pages on, of which one surely lies
+// within. An output is written once: from where glibc no longer recycles freed memory but maps fresh pages each time.
+constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
+
+// Asks for huge pages under a fresh buffer, where the system has them: fewer page faults when it is first written, and
+// fewer TLB misses when it is read again and again.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;  // madvise wants whole pages, and looks for huge ones within them itself
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
+
 // The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, Problem problem) {
@@ -177,6 +196,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
+  if (packed.numel() >= kHugeWeights) prefer_huge_pages(packed.mutable_data_ptr(), packed.numel());
   torchq::pack_begin(n, k, bias.has_value(), packed.mutable_data_ptr());
   torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
     torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
@@ -263,6 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 constexpr int kMaxThreads = 1 << 16;  // more than torch has
 
 void torchq::run(const Problem& problem) {
+  if (problem.m * problem.y_stride > kHugeOutput) prefer_huge_pages(problem.y, problem.m * problem.y_stride);
   const Kernel& kernel = active_kernel();
   int parts = count_parts(kernel, problem, kMaxThreads);
   if (parts > 1) parts = std::min(parts, static_cast<int>(torch::stable::get_num_threads()));

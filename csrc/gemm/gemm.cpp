@@ -203,22 +203,22 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   b.out_inv_scale = 1.0f / p.y_qparams.scale;
   b.out_zero_point = p.y_qparams.zero_point;
 
-  // Tiles are balanced over all rows and blocks over all tiles: a last block of few rows would read every panel for
-  // them.
+  // Tiles are balanced over all rows, the larger ones first, and blocks over all tiles: a last block of few rows would
+  // read every panel for them.
   const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, kernel.tile.m);
+  const int64_t rows_each = all_rows / tiles, larger = all_rows % tiles;
+  const auto row_of = [&](int64_t tile) { return part.row_begin + tile * rows_each + std::min(tile, larger); };
   const int64_t blocks = ceil_div(tiles * kernel.tile.m, max_rows);
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = piece(tiles, block, blocks), last = piece(tiles, block + 1, blocks);
-    const auto row_of = [&](int64_t tile) { return part.row_begin + piece(all_rows, tile, tiles); };
-    const int64_t row = row_of(first);
-    load_rows(kernel, p, row, row_of(last) - row, k, s);
+    const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
+    load_rows(kernel, p, row, row_of(end) - row, k, s);
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
       b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
       b.panel = panels + panel * b.panel_stride;
       const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
-      for (int64_t t = first; t < last; ++t) {
+      for (int64_t t = first; t < end; ++t) {
         const int64_t r = row_of(t) - row;
-        b.m = static_cast<int>(row_of(t + 1) - row - r);
+        b.m = static_cast<int>(rows_each + (t < larger));
         b.codes = s.codes + r * b.codes_stride;
         b.scale = s.scale + r;
         b.zero_point = s.zero_point + r;
