@@ -1,12 +1,13 @@
-// torchq._C.linear_dynamic and linear_static: the ops of the same names, called without torch's dispatcher.
+// torchq._C.call_linear: the call of a QuantizedLinear, without nn.Module's and the dispatcher's parts of it.
 //
-// A call through torch.ops costs 2 to 4 us of argument parsing, dispatch and boxing before any arithmetic, more than a
-// layer of 64 x 64 takes. These read a torch.Tensor where it lies, through DLPack's exchange table, a C struct that
-// torch publishes for this purpose: no torch header of unstable ABI, no reference counted, no shape copied.
+// Those cost 0.7 us and 1.5 to 3 us before any arithmetic, more than a layer of 64 x 64 takes. Here the module's state
+// is read from its dict, and a torch.Tensor where it lies, through DLPack's exchange table, a C struct that torch
+// publishes for this purpose: no torch header of unstable ABI, no reference counted, no shape copied.
 //
-// They serve plain eager calls on plain tensors. For all else (subclasses, modes, transforms, tracing, gradients, the
-// profiler, any argument the op would refuse) they return NotImplemented and the caller takes the op, which then does
-// it or says what is wrong. So there are no messages here, and nothing is decided here that the op decides otherwise.
+// It serves plain eager calls on plain tensors. For all else (hooks, subclasses, modes, transforms, tracing, gradients,
+// the profiler, any argument the op would refuse) it returns NotImplemented, and the caller goes the long way, which
+// then does it or says what is wrong. So there are no messages here, and nothing is decided here that forward() or the
+// op decides otherwise.
 
 #include "direct.h"
 
@@ -40,6 +41,11 @@ struct NnModule {
   PyObject* global_hooks[4];  // dicts
 } nn_module;
 
+// Names of a QuantizedLinear's attributes.
+struct Names {
+  PyObject *buffers, *packed, *input_qparams, *output_qparams, *activation, *takes_codes, *dtype;
+} names;
+
 struct DTypePair {
   DType ours;
   dlpack::DataType dl;
@@ -71,7 +77,7 @@ bool falsy(PyObject* result) {
 bool plain_eager() {
   for (PyObject* f : torch_.unusual)
     if (!falsy(PyObject_CallNoArgs(f))) return false;
-  return PyDict_GetItem(torch_.profiler, torch_.profiling) == Py_False;
+  return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
 // The tensor as it lies in memory, if it is a dense one on the CPU. (Inside a transform such as vmap, a wrapped tensor
@@ -108,23 +114,31 @@ PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype,
   return static_cast<PyObject*>(y);
 }
 
-// problem holds the op's parameters. Null with no error set: not a case for us.
-PyObject* multiply(PyObject* x_object, PyObject* packed_object, const DTypePair* y_dtype, bool takes_codes,
-                   Problem problem) {
+// What a layer's state says of its product.
+struct Layer {
+  PyObject* packed;
+  const DTypePair* y_dtype;  // null: as x
+  bool takes_codes;
+  Problem problem;
+};
+
+// Null with no error set: not a case for us.
+PyObject* multiply(PyObject* x_object, const Layer& layer) {
   dlpack::Tensor x, packed;
-  if (!torch_.exchange || !plain_eager() || !view(x_object, &x) || !view(packed_object, &packed)) return nullptr;
+  if (!torch_.exchange || !plain_eager() || !view(x_object, &x) || !view(layer.packed, &packed)) return nullptr;
   const DTypePair* x_dtype = find(x.dtype);
   const PackedHeader* header = packed.ndim == 1 && is_contiguous(packed) && find(packed.dtype) == &kDTypes[1]
                                    ? packed_header(data_of(packed), packed.shape[0])
                                    : nullptr;
-  if (!x_dtype || !header || (x_dtype->ours == DType::u8 && !takes_codes)) return nullptr;
+  if (!x_dtype || !header || (x_dtype->ours == DType::u8 && !layer.takes_codes)) return nullptr;
   if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != header->k || !is_contiguous(x)) return nullptr;
   if (!falsy(PyObject_GetAttr(x_object, torch_.requires_grad))) return nullptr;
+  Problem problem = layer.problem;
   problem.m = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) problem.m *= x.shape[i];
   if (problem.m == 0 || header->n == 0) return nullptr;
-  if (!y_dtype) y_dtype = x_dtype;
 
+  const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
   PyObject* y = new_output(x, header->n, *y_dtype, &problem.y);
   if (!y) return nullptr;
   problem.x = data_of(x);
@@ -151,7 +165,7 @@ PyObject* or_not_implemented(PyObject* y) {
 }
 
 bool read(PyObject* value, int64_t limit, int32_t* out) {
-  if (!PyLong_CheckExact(value)) return false;
+  if (!value || !PyLong_Check(value)) return false;
   const long number = PyLong_AsLong(value);
   *out = static_cast<int32_t>(number);
   return number >= 0 && number <= limit;
@@ -164,65 +178,70 @@ bool read(PyObject* value, float* out) {
   return number >= FLT_MIN && number <= FLT_MAX;
 }
 
-bool read(PyObject* value, Activation* out) {
-  int32_t number;
-  if (!read(value, kActivations - 1, &number)) return false;
-  *out = static_cast<Activation>(number);
-  return true;
+// A pair (scale, zero_point).
+bool read(PyObject* value, QParams* out) {
+  return value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2 &&
+         read(PyTuple_GET_ITEM(value, 0), &out->scale) && read(PyTuple_GET_ITEM(value, 1), 255, &out->zero_point);
 }
 
-// (x, packed, activation)
-PyObject* linear_dynamic(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Problem p{};
+// The attributes of a QuantizedLinear, as its forward() uses them.
+bool read(PyObject* state, Layer* out) {
+  const auto get = [&](PyObject* name) { return PyDict_GetItemWithError(state, name); };
+  PyObject *buffers = get(names.buffers), *input = get(names.input_qparams), *output = get(names.output_qparams);
+  int32_t activation;
+  if (!buffers || !input || !output || !read(get(names.activation), kActivations - 1, &activation)) return false;
+  out->packed = PyDict_GetItemWithError(buffers, names.packed);
+  Problem& p = out->problem;
+  p.activation = static_cast<Activation>(activation);
   p.x_qparams = p.y_qparams = {1.0f, 0};
-  p.per_token = true;
-  const bool ok = count == 3 && read(args[2], &p.activation);
-  return or_not_implemented(ok ? multiply(args[0], args[1], nullptr, false, p) : nullptr);
+  p.per_token = input == Py_None;
+  if (!out->packed || p.per_token) return out->packed;
+  out->takes_codes = get(names.takes_codes) == Py_True;
+  if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
+  if (output != Py_None) out->y_dtype = &kDTypes[1];
+  return read(input, &p.x_qparams) && (output == Py_None || read(output, &p.y_qparams));
 }
 
-// (x, packed, x_scale, x_zero_point, out_dtype, y_scale, y_zero_point, activation, takes_codes): the op's arguments,
-// out_dtype None being x's own, and whether x may be uint8.
-PyObject* linear_static(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  Problem p{};
-  const bool ok = count == 9 && read(args[2], &p.x_qparams.scale) && read(args[3], 255, &p.x_qparams.zero_point) &&
-                  read(args[5], &p.y_qparams.scale) && read(args[6], 255, &p.y_qparams.zero_point) &&
-                  read(args[7], &p.activation);
-  const DTypePair* y_dtype = ok ? find(args[4]) : nullptr;
-  const bool typed = ok && (y_dtype || args[4] == Py_None);
-  return or_not_implemented(typed ? multiply(args[0], args[1], y_dtype, args[8] == Py_True, p) : nullptr);
-}
-
-// (module, cls): whether a call of module is nothing but cls.forward(): type(module) is cls, no hook on it or on all
-// modules, no forward of its own, not compiled. What nn.Module.__call__ asks, for a tenth of its 0.7 us.
-PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 2 || reinterpret_cast<PyObject*>(Py_TYPE(args[0])) != args[1]) Py_RETURN_FALSE;
-  PyObject** state = _PyObject_GetDictPtr(args[0]);
-  if (!state || !*state) Py_RETURN_FALSE;
+// The state of a module whose call is nothing but cls.forward(): its type is cls, no hook on it or on all modules, no
+// forward of its own, not compiled. What nn.Module.__call__ asks, for a tenth of its 0.7 us. Else null.
+PyObject* plain_state(PyObject* module, PyObject* cls) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
+  PyObject** state = _PyObject_GetDictPtr(module);
+  if (!state || !*state) return nullptr;
   for (PyObject* name : nn_module.own_hooks) {
-    PyObject* hooks = PyDict_GetItem(*state, name);
-    if (!hooks || PyObject_IsTrue(hooks)) Py_RETURN_FALSE;
+    PyObject* hooks = PyDict_GetItemWithError(*state, name);
+    if (!hooks || PyObject_IsTrue(hooks)) return nullptr;
   }
   for (PyObject* name : nn_module.replacements) {
-    PyObject* replacement = PyDict_GetItem(*state, name);
-    if (replacement && replacement != Py_None) Py_RETURN_FALSE;
+    PyObject* replacement = PyDict_GetItemWithError(*state, name);
+    if (replacement && replacement != Py_None) return nullptr;
   }
   for (PyObject* hooks : nn_module.global_hooks)
-    if (PyObject_IsTrue(hooks)) Py_RETURN_FALSE;
-  Py_RETURN_TRUE;
+    if (PyObject_IsTrue(hooks)) return nullptr;
+  return *state;
+}
+
+PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
+}
+
+PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+  Layer layer{};
+  return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : nullptr);
 }
 
 PyMethodDef methods[] = {
-    {"linear_dynamic", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_dynamic)), METH_FASTCALL,
-     "linear_dynamic(x, packed, activation): the op of this name, or NotImplemented where only the op will do."},
-    {"linear_static", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_static)), METH_FASTCALL,
-     "linear_static(x, packed, x_scale, x_zero_point, out_dtype, y_scale, y_zero_point, activation, takes_codes): "
-     "the op of this name, or NotImplemented where only the op will do. out_dtype None is x's own; takes_codes says "
-     "whether x may be uint8."},
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
+     "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
+     "nn.Module.__call__ and the op will do."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyObject* forever(py::object object) { return object.release().ptr(); }
+
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
 }  // namespace
 
@@ -230,11 +249,13 @@ void add_direct_calls(py::module_& module) {
   const char* hooks[] = {"_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"};
   const py::module_ nn = py::module_::import("torch.nn.modules.module");
   for (int i = 0; i < 4; ++i) {
-    nn_module.own_hooks[i] = forever(py::str(hooks[i]));
+    nn_module.own_hooks[i] = name(hooks[i]);
     nn_module.global_hooks[i] = forever(nn.attr((std::string("_global") + hooks[i]).c_str()));
   }
-  nn_module.replacements[0] = forever(py::str("_compiled_call_impl"));
-  nn_module.replacements[1] = forever(py::str("forward"));
+  nn_module.replacements[0] = name("_compiled_call_impl");
+  nn_module.replacements[1] = name("forward");
+  names = {name("_buffers"),   name("packed"),      name("input_qparams"), name("output_qparams"),
+           name("activation"), name("takes_codes"), name("dtype")};
   PyModule_AddFunctions(module.ptr(), methods);
   const py::module_ torch = py::module_::import("torch");
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
@@ -248,10 +269,10 @@ void add_direct_calls(py::module_& module) {
   torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
   torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
-  torch_.profiling = forever(py::str("_is_profiler_enabled"));
-  torch_.requires_grad = forever(py::str("requires_grad"));
-  const char* names[] = {"float32", "uint8", "bfloat16", "float16"};
-  for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(names[i]));
+  torch_.profiling = name("_is_profiler_enabled");
+  torch_.requires_grad = name("requires_grad");
+  const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
+  for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
   torch_.exchange = exchange;
 }
 

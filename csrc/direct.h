@@ -4,7 +4,7 @@
 
 namespace torchq {
 
-// Adds linear_dynamic and linear_static to torchq._C; direct.cpp says what they are.
+// Adds call_linear and is_plain to torchq._C; direct.cpp says what they are.
 void add_direct_calls(pybind11::module_& module);
 
 }  // namespace torchq

@@ -1,4 +1,4 @@
-"""The direct calls: the ops' own bits where they serve, NotImplemented where they do not, and no hook passed over."""
+"""The direct call: the op's own bits where it serves, NotImplemented where it does not, and no hook passed over."""
 
 import copy
 import gc
@@ -31,12 +31,16 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
 
 
+def direct(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    return _C.call_linear(layer, QuantizedLinear, x)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [0, 1, 4])
 def test_dynamic_is_the_op(layer, shape, dtype, activation):
-    x = torch.randn(shape).to(dtype)
-    assert same(_C.linear_dynamic(x, layer.packed, activation), op_dynamic(x, layer.packed, activation))
+    x, layer.activation = torch.randn(shape).to(dtype), activation
+    assert same(direct(layer, x), op_dynamic(x, layer.packed, activation))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,13 +48,18 @@ def test_dynamic_is_the_op(layer, shape, dtype, activation):
 @pytest.mark.parametrize("y_dtype", [*DTYPES, torch.uint8])
 def test_static_is_the_op(layer, shape, x_dtype, y_dtype):
     x = (torch.rand(shape) * 200).to(x_dtype)
-    y = _C.linear_static(x, layer.packed, 0.02, 7, y_dtype, 0.5, 120, 1, True)
-    assert same(y, op_static(x, layer.packed, 0.02, 7, y_dtype, 0.5, 120, 1))
+    layer.input_qparams, layer.activation, layer.takes_codes = QParams(0.02, 7), 1, True
+    if y_dtype == torch.uint8:
+        layer.output_qparams = QParams(0.5, 120)
+    else:
+        layer.dtype = y_dtype
+    assert same(direct(layer, x), op_static(x, layer.packed, 0.02, 7, y_dtype, 0.5, 120, 1))
 
 
-def test_without_out_dtype_y_is_as_x(layer):
-    x = torch.randn(2, 20, dtype=torch.float16)
-    assert _C.linear_static(x, layer.packed, 0.02, 7, None, 1.0, 0, 0, False).dtype == torch.float16
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_that_takes_no_codes_answers_in_the_dtype_of_x(layer, dtype):
+    x, layer.input_qparams = torch.randn(2, 20).to(dtype), QParams(0.02, 7)
+    assert same(direct(layer, x), op_static(x, layer.packed, 0.02, 7, dtype))
 
 
 class Marked(Tensor):
@@ -82,27 +91,43 @@ def refused() -> dict[str, object]:
 
 @pytest.mark.parametrize("case", refused())
 def test_what_needs_the_op_is_left_to_it(layer, case):
-    assert _C.linear_dynamic(refused()[case], layer.packed, 0) is NotImplemented
+    assert direct(layer, refused()[case]) is NotImplemented
 
 
-@pytest.mark.parametrize("packed", [torch.zeros(8, dtype=torch.uint8), torch.zeros(99), None], ids=str)
-def test_packed_that_is_none(packed):
-    assert _C.linear_dynamic(torch.ones(1, 20), packed, 0) is NotImplemented
+BAD = {
+    "packed": [torch.zeros(8, dtype=torch.uint8), torch.zeros(99), None, "x"],
+    "activation": [-1, 5, None, 1 << 70, 1.0],
+    "input_qparams": [QParams(s, 3) for s in (0.0, -1.0, float("nan"), float("inf"), 1)]
+    + [QParams(0.5, z) for z in (-1, 256, 1.0)]
+    + [(0.5,), 0.5],
+    "output_qparams": [QParams(0.0, 3), QParams(float("nan"), 3), QParams(0.5, 256), (0.5,)],
+    "dtype": [torch.int8, None],
+}
 
 
-def test_arguments_the_op_refuses(layer):
-    x, p, u8 = torch.randn(2, 20), layer.packed, torch.uint8
-    good = (0.5, 3, u8, 0.5, 3, 0, False)
-    assert _C.linear_static(x, p, *good) is not NotImplemented
-    bad = {0: [0.0, -1.0, float("nan"), float("inf"), 1], 1: [-1, 256, 1.0], 2: [torch.int8, "x"]}
-    bad |= {3: [0.0, float("nan")], 4: [256, 1 << 70], 5: [-1, 5, None]}
-    for place, values in bad.items():
-        for value in values:
-            arguments = [*good[:place], value, *good[place + 1 :]]
-            assert _C.linear_static(x, p, *arguments) is NotImplemented, (place, value)
-    assert _C.linear_static(x, p) is NotImplemented
-    assert _C.linear_dynamic(x, p, 5) is NotImplemented
-    assert _C.linear_static(x.to(u8), p, *good) is NotImplemented  # codes, without takes_codes
+@pytest.mark.parametrize("attribute", BAD)
+def test_attributes_that_make_no_sense(layer, attribute):
+    x = torch.randn(2, 20)
+    layer.input_qparams, layer.takes_codes = QParams(0.5, 3), True
+    assert direct(layer, x) is not NotImplemented
+    for value in BAD[attribute]:
+        (layer._buffers if attribute == "packed" else layer.__dict__)[attribute] = value
+        assert direct(layer, x) is NotImplemented, value
+
+
+def test_arguments_that_make_no_sense(layer):
+    assert _C.call_linear() is NotImplemented
+    assert _C.call_linear(object(), object, torch.ones(2, 20)) is NotImplemented
+    assert _C.call_linear(nn.Linear(20, 9), nn.Linear, torch.ones(2, 20)) is NotImplemented
+    assert not _C.is_plain(object(), object)
+
+
+def test_codes_only_where_they_are_expected(layer):
+    codes = torch.zeros(2, 20, dtype=torch.uint8)
+    layer.input_qparams, layer.output_qparams = QParams(0.5, 3), QParams(0.5, 3)
+    assert direct(layer, codes) is NotImplemented
+    layer.takes_codes = True
+    assert direct(layer, codes).dtype == torch.uint8
 
 
 def test_the_op_says_what_is_wrong(layer):
@@ -212,7 +237,6 @@ def test_a_forward_of_its_own_runs(layer):
     assert torch.equal(doubled(x), 2 * y)
     layer.forward = lambda x: "patched"
     assert layer(x) == "patched"
-    assert not _C.is_plain(object(), object)
 
 
 def test_compiled_modules_stay_compiled(layer):
@@ -240,7 +264,7 @@ def test_results_are_theirs_alone_and_freed(layer):
     before = tracemalloc.get_traced_memory()[0]
     for _ in range(1000):
         layer(x)
-        _C.linear_dynamic(None, None, 0)
+        direct(layer, None)
     assert tracemalloc.get_traced_memory()[0] - before < 20_000  # one leaked tensor object is 80 bytes
     tracemalloc.stop()
 
