@@ -116,8 +116,14 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
   return {torch::stable::contiguous(x), count, k};
 }
 
-void run(const Problem& problem) {
+const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
+
+void run(const char* op, const Problem& problem) {
   const torchq::Kernel& kernel = torchq::active_kernel();
+  const torchq::Layout layout = static_cast<const torchq::PackedHeader*>(problem.packed)->layout;
+  CHECK(torchq::reads(kernel, layout), op, ": the weight was packed in layout ", name_of(layout),
+        " while another kernel was active; the kernel active now, ", kernel.name, ", reads ", name_of(kernel.layout),
+        ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int parts = threads > 1 ? torchq::count_parts(kernel, problem, threads) : 1;
   const auto work = [&](int64_t begin, int64_t end) {
@@ -148,7 +154,7 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   problem.y = y.mutable_data_ptr();
   problem.y_dtype = y_dtype;
   problem.y_stride = header.n * torchq::element_bytes(y_dtype);
-  run(problem);
+  run(op, problem);
   return y;
 }
 
@@ -192,7 +198,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
-  torchq::pack_begin(n, k, bias.has_value(), packed.mutable_data_ptr());
+  torchq::pack_begin(torchq::active_kernel().layout, n, k, bias.has_value(), packed.mutable_data_ptr());
   torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
     torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
                         b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, packed.mutable_data_ptr(), begin,

@@ -46,10 +46,21 @@ int64_t rows_per_block(const Kernel& kernel, int64_t k) {
   return std::max<int64_t>(fit / kernel.tile.m, 1) * kernel.tile.m;
 }
 
-// Codes that arrive ready made: copied, moved from int8 to u8, or widened, to what the kernel reads.
+// Codes that arrive ready made: copied, moved from int8 to u8 or back, or widened, to what the kernel reads.
 template <class Code>
 void load_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
   for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
+}
+
+// Where the scratch holds rows [0, row] and code k of that row, k a multiple of 8: Kernel::rows_together.
+uint8_t* code_at(const Kernel& kernel, uint8_t* codes, int64_t row, int64_t k, int64_t stride) {
+  if (kernel.rows_together == 1) return codes + row * stride + k * kernel.code_bytes;
+  return codes + row / 2 * 2 * stride + row % 2 * 8 + k * 2;
+}
+
+// Every 8 codes to the even one of 8 bytes.
+void load_paired_codes(const uint8_t* x, uint8_t flip, int64_t k, uint8_t* codes) {
+  for (int64_t i = 0; i < k; i += 8) load_codes(x + i, flip, std::min<int64_t>(k - i, 8), codes + 2 * i);
 }
 
 // One thread's buffers, carved from the caller's scratch.
@@ -79,8 +90,10 @@ Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
 QParams load_row(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t k, void* codes) {
   if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) {
     const bool is_signed = p.x_dtype == DType::i8;
-    const uint8_t flip = is_signed ? 0x80 : 0;
-    if (kernel.code_bytes == 1)
+    const uint8_t flip = is_signed != (kernel.code_shift == 128) ? 0x80 : 0;
+    if (kernel.rows_together == 2)
+      load_paired_codes(x, flip, k, static_cast<uint8_t*>(codes));
+    else if (kernel.code_bytes == 1)
       load_codes(x, flip, k, static_cast<uint8_t*>(codes));
     else
       load_codes(x, flip, k, static_cast<int16_t*>(codes));
@@ -95,12 +108,11 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
   const int64_t stride = codes_stride(k, kernel.code_bytes);
   for (int64_t r = 0; r < rows; ++r) {
     const auto* x = static_cast<const uint8_t*>(p.x) + (row + r) * p.x_stride;
-    uint8_t* codes = s.codes + r * stride;
-    // The last group of 4 k may be partly filled. Its weights are zero, its codes must only be readable.
-    if (k % 4) std::memset(codes + k / 4 * 4 * kernel.code_bytes, 0, 4 * kernel.code_bytes);
-    const QParams q = load_row(kernel, p, x, k, codes);
+    // The last group may be partly filled. Its weights are zero, its codes must only be readable.
+    if (k % 8) std::memset(code_at(kernel, s.codes, r, k / 8 * 8, stride), 0, 8 * kernel.code_bytes);
+    const QParams q = load_row(kernel, p, x, k, code_at(kernel, s.codes, r, 0, stride));
     s.scale[r] = q.scale;
-    s.zero_point[r] = q.zero_point;
+    s.zero_point[r] = q.zero_point - kernel.code_shift;
   }
 }
 
@@ -133,8 +145,12 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
   last.store(&kernel, std::memory_order_relaxed);
   const QParams q = choose_qparams(kernel.range(x, dtype, k));
   kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch);
-  if (kernel.code_bytes == 1)
-    std::memcpy(codes, scratch, k);
+  auto* from = static_cast<uint8_t*>(scratch);
+  const uint8_t flip = kernel.code_shift == 128 ? 0x80 : 0;
+  if (kernel.rows_together == 2)
+    for (int64_t i = 0; i < k; ++i) codes[i] = code_at(kernel, from, 0, i / 8 * 8, 0)[i % 8] ^ flip;
+  else if (kernel.code_bytes == 1)
+    load_codes(from, flip, k, codes);
   else
     for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(static_cast<const int16_t*>(scratch)[i]);
   return q;
@@ -172,7 +188,8 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   const auto* panels = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader);
 
   Block b{};
-  b.k_groups = ceil_div(k, 4);
+  b.layout = header.layout;
+  b.k_groups = ceil_div(k, layout_depth(header.layout));
   b.codes_stride = codes_stride(k, kernel.code_bytes);
   b.panel_stride = panel_bytes(k);
   b.out_dtype = p.y_dtype;
@@ -182,14 +199,15 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
 
   for (int64_t row = part.row_begin; row < part.row_end; row += max_rows) {
     const int64_t rows = std::min(max_rows, part.row_end - row), tiles = ceil_div(rows, kernel.tile.m);
+    const int64_t together = kernel.rows_together, units = ceil_div(rows, together);
     load_rows(kernel, p, row, rows, k, s);
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
       b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
       b.panel = panels + panel * b.panel_stride;
       const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t r = piece(rows, t, tiles);
-        b.m = static_cast<int>(piece(rows, t + 1, tiles) - r);
+        const int64_t r = piece(units, t, tiles) * together;
+        b.m = static_cast<int>(std::min(piece(units, t + 1, tiles) * together, rows) - r);
         b.codes = s.codes + r * b.codes_stride;
         b.scale = s.scale + r;
         b.zero_point = s.zero_point + r;

@@ -29,6 +29,8 @@ void test_dispatch() {
     check("core", names.insert(kernel.name).second, "the name is taken twice");
     check("core", find_kernel(kernel.name) == &kernel, "find_kernel() finds another row");
     check("core", is_kernel_name(kernel.name), "is_kernel_name() does not know it");
+    check("core", reads(kernel, kernel.layout) && layout_depth(kernel.layout) == kernel.tile.k, "its layout is amiss");
+    check("core", reads(kernel_reference, kernel.layout), "the reference does not read its layout");
     check("core", can_run(kernel) == ((kernel.needs & ~cpu_features()) == 0), "can_run() contradicts cpu_features()");
     if (!can_run(kernel)) continue;
     if (!best) best = &kernel;
