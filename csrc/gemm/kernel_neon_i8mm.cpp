@@ -31,7 +31,7 @@ namespace neon_i8mm {
 using Code = uint8_t;
 constexpr uint8_t kFlip = 0;
 constexpr int64_t kRun = 16;
-#define TORCHQ_QUANTIZE "quantize_neon.inc"
+#define TORCHQ_ROWS "rows_neon.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
