@@ -119,11 +119,13 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
 const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
 
 void run(const char* op, const Problem& problem) {
-  const torchq::Kernel& kernel = torchq::active_kernel();
   const torchq::Layout layout = static_cast<const torchq::PackedHeader*>(problem.packed)->layout;
-  CHECK(torchq::reads(kernel, layout), op, ": the weight was packed in layout ", name_of(layout),
-        " while another kernel was active; the kernel active now, ", kernel.name, ", reads ", name_of(kernel.layout),
+  const torchq::Kernel* reader = torchq::kernel_for(layout);
+  CHECK(reader, op, ": the weight was packed in layout ", name_of(layout),
+        " while another kernel was active; the kernel active now, ", torchq::active_kernel().name, ", reads ",
+        name_of(torchq::active_kernel().layout),
         ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
+  const torchq::Kernel& kernel = *reader;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int parts = threads > 1 ? torchq::count_parts(kernel, problem, threads) : 1;
   const auto work = [&](int64_t begin, int64_t end) {

@@ -175,6 +175,27 @@ def test_weights_in_another_layout_are_refused(kernel):
     assert ops.gemm(a, mine).tolist() == [[281, -12746]]
 
 
+def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
+    """A program exported elsewhere brings packed weights along. `reference` is too slow to be taken unasked."""
+    forced = kernels._C.forced()
+    weight, scale = torch.tensor([[1, -2, 3], [4, 5, -128]], dtype=torch.int8), torch.ones(2)
+    a = torch.tensor([[1, 10, 100]], dtype=torch.int8)
+    kernels._C.force(None)
+    try:
+        depths = {kernels.tile(name)[2] for name in kernels.runnable() if name != "reference"}
+        for name in kernels.runnable():
+            with kernels.use(name):
+                packed = ops.pack(weight, scale)
+            assert ops.gemm(a, packed).tolist() == [[281, -12746]]
+            readers = [k for k in kernels.runnable() if kernels.tile(k)[2] == kernels.tile(name)[2]]
+            assert kernels.last_used() == readers[0]
+        if depths == {4}:
+            with pytest.raises(RuntimeError, match="packed in layout P16c8 while another kernel was active"):
+                ops.gemm(a, in_layout(packed, 2))
+    finally:
+        kernels._C.force(forced)
+
+
 def test_repacking_is_what_the_message_says(kernel):
     """Weights packed under any kernel serve any other after unpack and pack, a layer after a deepcopy, and `reference`
     as they are."""

@@ -122,6 +122,13 @@ const Kernel& active_kernel() {
   return kernel ? *kernel : automatic;
 }
 
+const Kernel* kernel_for(Layout layout) {
+  if (reads(active_kernel(), layout)) return &active_kernel();
+  for (int i = 0; i < kKernelCount && !forced_kernel(); ++i)
+    if (can_run(at(i)) && at(i).layout == layout && &at(i) != &kernel_reference) return &at(i);
+  return nullptr;
+}
+
 void force_kernel(const Kernel* kernel) { forced.store(kernel, std::memory_order_relaxed); }
 
 const Kernel* forced_kernel() { return forced.load(std::memory_order_relaxed); }

@@ -119,6 +119,9 @@ bool reads(const Kernel& kernel, Layout layout);
 
 // The kernel the ops use: the best this CPU can run, unless one was forced.
 const Kernel& active_kernel();
+// The kernel to multiply by weights in this layout: the active one if it reads it, else, unless one was forced, the best
+// other. Null if there is none; `reference`, a hundred times slower, is not taken unasked.
+const Kernel* kernel_for(Layout layout);
 // Forces a kernel (it must be one this CPU can run); null gives the choice back.
 void force_kernel(const Kernel* kernel);
 const Kernel* forced_kernel();

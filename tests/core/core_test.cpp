@@ -38,8 +38,13 @@ void test_dispatch() {
     force_kernel(&kernel);
     check("core", &active_kernel() == &kernel && forced_kernel() == &kernel, "forced, but %s is active",
           active_kernel().name);
+    check("core", kernel_for(kernel.layout) == &kernel, "forced, but it is not taken for its layout");
+    const Layout other = kernel.layout == Layout::p16c8 ? Layout::p16c4 : Layout::p16c8;
+    check("core", (kernel_for(other) == nullptr) == !reads(kernel, other), "forced, but another kernel is taken");
     force_kernel(nullptr);
     check("core", &active_kernel() == best && !forced_kernel(), "the choice was not given back");
+    const Kernel* reader = kernel_for(kernel.layout);
+    check("core", reader && reads(*reader, kernel.layout), "nothing is taken for its layout");
   }
 }
 
