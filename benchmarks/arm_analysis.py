@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +194,7 @@ def tile_rows(m: int, together: int, tile: int = 6) -> list[int]:
     """The rows of each tile that m rows are cut into: run_part() of gemm.cpp."""
     units, tiles = -(-m // together), -(-m // tile)
     starts = [units * t // tiles * together for t in range(tiles + 1)]
-    return [min(end, m) - start for start, end in zip(starts, starts[1:], strict=False)]
+    return [min(end, m) - start for start, end in pairwise(starts)]
 
 
 def expected_per_mac(loops: list[Loop], m: int) -> float:

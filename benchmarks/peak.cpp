@@ -94,8 +94,8 @@ extern "C" double read_bandwidth(const void* data, int64_t bytes) {
     for (const char *x = static_cast<const char*>(data), *end = x + bytes; x < end; x += 256)
       __asm__ volatile(
           "ldp q0, q1, [%0]\n\tldp q2, q3, [%0, #32]\n\tldp q4, q5, [%0, #64]\n\tldp q6, q7, [%0, #96]\n\t"
-          "ldp q0, q1, [%0, #128]\n\tldp q2, q3, [%0, #160]\n\tldp q4, q5, [%0, #192]\n\tldp q6, q7, [%0, #224]" ::
-              "r"(x)
+          "ldp q0, q1, [%0, #128]\n\tldp q2, q3, [%0, #160]\n\tldp q4, q5, [%0, #192]\n\tldp q6, q7, [%0, #224]" ::"r"(
+              x)
           : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7");
   return static_cast<double>(bytes) * passes / (seconds() - start);
 #else

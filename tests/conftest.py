@@ -13,6 +13,10 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
 
+# Those cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
+collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
     torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads

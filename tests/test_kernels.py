@@ -51,7 +51,7 @@ FAST = {"name": "avx512_vnni", "needs": ["avx512_vnni", "avx2"], "tile": (6, 64,
 
 
 def test_the_table():
-    """Every build has `reference`, last, for any CPU; a name stands once; tiles are whole panels of 16 x 4 or 16 x 8."""
+    """Every build has `reference`, last, for any CPU; a name stands once; tiles are panels of 16 x 4 or 16 x 8."""
     names, runnable = kernels.names(), kernels.runnable()
     assert names[-1] == runnable[-1] == "reference"
     assert len(set(names)) == len(names)
@@ -197,8 +197,7 @@ def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
 
 
 def test_repacking_is_what_the_message_says(kernel):
-    """Weights packed under any kernel serve any other after unpack and pack, a layer after a deepcopy, and `reference`
-    as they are."""
+    """Weights packed under any kernel serve any other after unpack and pack, a layer after a deepcopy."""
     weight = torch.arange(-60, 60, dtype=torch.int8).reshape(5, 24)
     x = torch.linspace(-1, 1, 72).reshape(3, 24)
     expected = QuantizedLinear(weight, torch.ones(5))(x)

@@ -32,7 +32,8 @@ const Kernel* const kKernels[] = {
 #if TORCHQ_HAS_I8MM
     &kernel_neon_i8mm,
 #endif
-    &kernel_neon_dotprod, &kernel_neon,
+    &kernel_neon_dotprod,
+    &kernel_neon,
 #endif
     &kernel_reference,
 };

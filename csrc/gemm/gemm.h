@@ -23,11 +23,11 @@ constexpr int64_t kMaxDepth = 65793;
 //
 //   [header, 64 bytes][panel 0][panel 1]...[N encoding]
 //
-// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each group
-// of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout to
-// whole groups of 8, so that the length does not depend on the kernel the weights are packed for. The bytes after the
-// last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known, so shapes
-// can be inferred without reading it.
+// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each
+// group of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout
+// to whole groups of 8, so that the length does not depend on the kernel the weights are packed for. The bytes after
+// the last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known, so
+// shapes can be inferred without reading it.
 
 struct PackedHeader {
   uint32_t magic;
@@ -119,8 +119,8 @@ bool reads(const Kernel& kernel, Layout layout);
 
 // The kernel the ops use: the best this CPU can run, unless one was forced.
 const Kernel& active_kernel();
-// The kernel to multiply by weights in this layout: the active one if it reads it, else, unless one was forced, the best
-// other. Null if there is none; `reference`, a hundred times slower, is not taken unasked.
+// The kernel to multiply by weights in this layout: the active one if it reads it, else, unless one was forced, the
+// best other. Null if there is none; `reference`, a hundred times slower, is not taken unasked.
 const Kernel* kernel_for(Layout layout);
 // Forces a kernel (it must be one this CPU can run); null gives the choice back.
 void force_kernel(const Kernel* kernel);

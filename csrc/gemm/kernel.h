@@ -117,8 +117,8 @@ struct Kernel {
   void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes);
   void (*run)(const Block& block);
 
-  // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point is
-  // shifted alike, which changes no sum.
+  // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point
+  // is shifted alike, which changes no sum.
   int32_t code_shift = 0;
   // 1, or 2 where the multiplier takes two rows at once: the codes of rows 2i and 2i + 1 lie in turns of 8 bytes, from
   // where row 2i starts. quantize() writes every other 8 bytes, and tiles start at even rows.

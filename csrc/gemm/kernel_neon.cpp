@@ -60,8 +60,8 @@ void run(const Block& b) {
 
 }  // namespace neon
 
-const Kernel kernel_neon = {"neon",      kAsimd,         Layout::p16c4, {neon::kMaxRows, 16, 4}, 1,
-                            neon::range, neon::quantize, neon::run,     128};
+const Kernel kernel_neon = {"neon",    kAsimd, Layout::p16c4, {neon::kMaxRows, 16, 4}, 1, neon::range, neon::quantize,
+                            neon::run, 128};
 
 }  // namespace torchq
 

@@ -23,13 +23,14 @@ CXX = "aarch64-linux-gnu-g++"
 CPUS = {"cortex-a53": "neon", "neoverse-n1": "neon_dotprod", "max": "neon_i8mm"}
 """qemu's CPU models, and the kernel that dispatch must choose there: no SDOT, SDOT but no USMMLA, both."""
 
-# The last release whose aarch64 wheel on PyPI is a CPU build. Its imports need LSE atomics, which cortex-a53 lacks: there
-# only the core is tested, and with torch the neon kernel is forced instead.
+# The last release whose aarch64 wheel on PyPI is a CPU build. It needs LSE atomics, which cortex-a53 lacks: there only
+# the core is tested, and with torch the neon kernel is forced instead.
 TORCH = "torch==2.10.0"
 # What the tests and torch need, at the versions of requirements.txt where it names them.
 PINNED = ["numpy", "tqdm", "safetensors", "setuptools", "pybind11", "pytest", "hypothesis", "scikit-learn"]
 OTHERS = ["filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "iniconfig"]
-OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals", "cloudpickle"]
+OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals"]
+OTHERS += ["cloudpickle"]
 
 NEEDED = {
     CXX: "g++-aarch64-linux-gnu",
@@ -89,7 +90,7 @@ def make_debian() -> None:
     command = ["mmdebstrap", "-q", "--arch=arm64", "--variant=extract", f"--include={packages}", "bookworm", DEBIAN]
     run(command)
     # Found before this machine's own by -L: torch reads which CPU it runs on.
-    entry = "processor\t: {}\nFeatures\t: fp asimd atomics fphp asimdhp asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
+    entry = "processor\t: {}\nFeatures\t: fp asimd atomics asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
     (DEBIAN / "proc").mkdir(exist_ok=True)
     (DEBIAN / "proc" / "cpuinfo").write_text(entry.format(0) + entry.format(1))
     run([sys.executable, "-m", "compileall", "-q", DEBIAN / "usr/lib/python3.11"])

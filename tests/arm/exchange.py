@@ -1,4 +1,4 @@
-"""Saves quantized models with inputs and outputs, or loads them and demands the same bits: one side x86-64, one aarch64.
+"""Saves quantized models with inputs and outputs, or loads them and demands the same bits; x86-64 to aarch64 and back.
 
 python tests/arm/exchange.py save|check FOLDER
 """
@@ -32,8 +32,9 @@ def network(generator: torch.Generator) -> nn.Sequential:
 
 def assert_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     """Equal, and zeros of the same sign."""
+    assert actual.dtype == expected.dtype, what
     same = torch.equal(actual, expected) and torch.equal(actual.signbit(), expected.signbit())
-    assert same and actual.dtype == expected.dtype, f"{what}: other bits than where the model was saved"
+    assert same, f"{what}: other bits than where the model was saved"
 
 
 def save(folder: Path) -> None:

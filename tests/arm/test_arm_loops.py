@@ -40,8 +40,8 @@ def test_an_iteration_is_whole_groups(loops, kernel):
         assert loop.macs % (rows * columns * depth) == 0, f"{kernel}, {loop.rows} rows"
 
 
-# Of the loop of a full tile: the least share of instructions that multiply, the least multiply-adds per loaded byte, and
-# the loads of an iteration. neon multiplies by two instructions, SMULL and SADALP, and loads every group's codes.
+# Of the loop of a full tile: the least share of instructions that multiply, the least multiply-adds per loaded byte,
+# and the loads of an iteration. neon multiplies by two instructions, SMULL and SADALP, and loads every group's codes.
 MAIN = {"neon": (0.69, 3.4, 10), "neon_dotprod": (0.84, 4.3, 14), "neon_i8mm": (0.73, 4.3, 11)}
 
 
@@ -65,9 +65,9 @@ def test_one_row_loads_little_more_than_its_weights(loops, kernel, most):
 
 # ---- Whole layers, instructions executed ----------------------------------------------------------------------------
 
-# How far a layer may exceed its own multiply loops: 10 % where they dominate. Those of SDOT and USMMLA are so short, 0.074
-# and 0.042 instructions per multiply-add, that the 2.9 of quantizing an input and the 4.4 of finishing an output are more
-# than that at K = 768. The measured values, a little below these, are in docs/arm.md.
+# How far a layer may exceed its own multiply loops: 10 % where they dominate. Those of SDOT and USMMLA are so short,
+# 0.074 and 0.042 instructions per multiply-add, that the 2.9 of quantizing an input and the 4.4 of finishing an output
+# are more than that at K = 768. The measured values, a little below these, are in docs/arm.md.
 LIMITS = {
     ("neon", (16, 768, 768)): 0.10,
     ("neon", (128, 3072, 768)): 0.10,

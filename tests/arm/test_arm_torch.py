@@ -61,8 +61,13 @@ def test_a_model_moves_between_architectures(tmp_path):
     exchange = TESTS / "arm" / "exchange.py"
 
     def on_this_machine(*arguments):
-        done = subprocess.run([sys.executable, exchange, *arguments], cwd=ROOT, capture_output=True, text=True,
-                              env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+        done = subprocess.run(
+            [sys.executable, exchange, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -53,8 +53,8 @@ void check_unpack(const uint8_t* packed, const Weights& w) {
 void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
   static Guarded memory;
   const Weights w = random_weights(n, k);
-  now("pack layout=%d n=%d k=%d bias=%d side=%s", static_cast<int>(layout), static_cast<int>(n), static_cast<int>(k), !w.bias.empty(),
-      side == Side::end ? "end" : "start");
+  now("pack layout=%d n=%d k=%d bias=%d side=%s", static_cast<int>(layout), static_cast<int>(n), static_cast<int>(k),
+      !w.bias.empty(), side == Side::end ? "end" : "start");
   const int64_t panels = panel_count(n), bytes = packed_bytes(n, k);
   check("core", bytes == 64 + panels * panel_bytes(k) + 16 * panels - n, "packed_bytes is %d", static_cast<int>(bytes));
 
@@ -66,8 +66,8 @@ void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
 
   const std::vector<uint8_t> aligned(packed, packed + bytes);  // the guarded one may start at any byte
   const PackedHeader* header = packed_header(aligned.data(), bytes);
-  check("core", header && header->n == n && header->k == k && header->has_bias == !w.bias.empty() &&
-            header->layout == layout,
+  check("core",
+        header && header->n == n && header->k == k && header->has_bias == !w.bias.empty() && header->layout == layout,
         "packed_header() does not give back layout, n, k and has_bias");
   check_unpack(packed, w);
 }
