@@ -9,28 +9,30 @@ from torch import nn
 import torchq
 from benchmarks.demo import markdown
 from benchmarks.timing import interleaved, machine
+from torchq import _C
+from torchq.modules.folded import Folded
 
 
 def steps() -> dict[str, float]:
     """Seconds of each step on (1, 1) inputs."""
     linear, x = nn.Linear(1, 1), torch.ones(1, 1)
     layer = torchq.QuantizedLinear.from_float(linear)
-    packed, dynamic, static = (
-        layer.packed,
-        torch.ops.torchq.linear_dynamic.default,
-        torch.ops.torchq.linear_static.default,
-    )
-    identity = nn.Identity()
+    dynamic, static = torch.ops.torchq.linear_dynamic.default, torch.ops.torchq.linear_static.default
+    packed, identity, folded = layer.packed, nn.Identity(), Folded()
+    direct, is_plain = _C.call_linear, _C.is_plain
     return interleaved(
         {
             "nn.Linear, the whole call": lambda: linear(x),
             "F.linear alone": lambda: nn.functional.linear(x, linear.weight, linear.bias),
             "QuantizedLinear, the whole call": lambda: layer(x),
-            "its forward, without nn.Module's __call__": lambda: layer.forward(x),
-            "its op alone, linear_dynamic": lambda: dynamic(x, packed, 0),
-            "linear_static, with its eight arguments": lambda: static(x, packed, 0.05, 3, torch.float32, 1.0, 0, 0),
+            "its direct call alone": lambda: direct(layer, torchq.QuantizedLinear, x),
+            "of that, asking whether something hooks in": lambda: is_plain(layer, torchq.QuantizedLinear),
+            "of that, a new tensor: no more than torch.empty(1, 1)": lambda: torch.empty(1, 1),
+            "the long way: nn.Module's __call__, forward(), the op": lambda: nn.Module.__call__(layer, x),
+            "of that, the op, linear_dynamic": lambda: dynamic(x, packed, 0),
+            "or linear_static, with its eight arguments": lambda: static(x, packed, 0.05, 3, torch.float32, 1.0, 0, 0),
             "nn.Identity": lambda: identity(x),
-            "torch.empty(1, 1), for scale": lambda: torch.empty(1, 1),
+            "Folded": lambda: folded(x),
         },
         rounds=31,
     )

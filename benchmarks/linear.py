@@ -11,6 +11,7 @@ torchq is `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias. E
 import argparse
 import json
 import math
+import statistics
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds
     return {"shape": shape, "us": {name: t * 1e6 for name, t in times.items()}, "sqnr_db": errors}
 
 
+def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline: Roofline, threads: int) -> float:
+    """Microseconds below which nobody can be here: making the output tensor, and multiplying or reading the weights.
+
+    The latter at the measured register-only peak and read bandwidth. Each thread reads its share of the weights, again
+    and again, from the nearest cache that holds it.
+    """
+    m, n, k = shape
+    multiply = 2 * m * n * k / machine_limits["peak"]
+    read = n * k / (threads * roofline.bandwidth(n * k // threads))
+    return 1e6 * (machine_limits["new_tensor"] + max(multiply, read))
+
+
 def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:
     """The fastest of these contestants, and its microseconds."""
     times: dict[str, float] = result["us"]
@@ -60,22 +73,37 @@ def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:
 
 
 def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
-    """A row per shape: torchq, the best int8 peer and the best float32 of all; speed-ups of torchq over each."""
+    """A row per shape: torchq, the best int8 peer and the best float32 of all; speed-ups of torchq over each.
+
+    Also the limit, the share of it that torchq reaches, and the speed-up over the peer that the limit allows.
+    """
     int8 = [peer.name for peer in peers if peer.int8 and peer.name != "torchq"]
     float32 = [peer.name for peer in peers if not peer.int8 and "float32" in peer.name]
-    rows = [["M x N x K", "torchq", "best int8 peer", "x", "best float32", "x", "torch float32", "x"]]
+    header = ["M x N x K", "torchq", "best int8 peer", "x", "best float32", "x", "torch float32", "x"]
+    rows = [[*header, "limit", "reached", "x at limit"]]
     for result in results:
         ours = result["us"]["torchq"]
         row = ["x".join(map(str, result["shape"])), f"{ours:.1f} us"]
         for name, time in (best(result, int8), best(result, float32)):
             row += [f"{name}, {time:.1f} us", f"{time / ours:.2f}"]
         torch_time = result["us"]["torch float32"]
-        rows.append([*row, f"{torch_time:.1f} us", f"{torch_time / ours:.2f}"])
-    ratios = [best(result, int8)[1] / result["us"]["torchq"] for result in results]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    lost = sum(ratio < 1 for ratio in ratios)
-    summary = f"Against the best int8 peer of each shape: geometric mean {mean:.2f}x, least {min(ratios):.2f}x, "
-    return f"{markdown(rows)}\n\n{summary}slower at {lost} of {len(ratios)} shapes."
+        bound = result["limit_us"]
+        row += [f"{torch_time:.1f} us", f"{torch_time / ours:.2f}"]
+        rows.append([*row, f"{bound:.1f} us", f"{bound / ours:.0%}", f"{best(result, int8)[1] / bound:.2f}"])
+    return f"{markdown(rows)}\n\n{summary(results, int8)}"
+
+
+def summary(results: list[dict[str, Any]], int8: list[str]) -> str:
+    """Torchq against the best int8 peer of each shape, and what the machine's limits would allow."""
+    peer = [best(result, int8)[1] for result in results]
+    ratios = [time / result["us"]["torchq"] for time, result in zip(peer, results, strict=True)]
+    ceilings = [time / result["limit_us"] for time, result in zip(peer, results, strict=True)]
+    return (
+        f"Against the best int8 peer of each shape: geometric mean {statistics.geometric_mean(ratios):.2f}x, least "
+        f"{min(ratios):.2f}x, slower at {sum(ratio < 1 for ratio in ratios)} of {len(ratios)} shapes, below 1.05x at "
+        f"{sum(ratio < 1.05 for ratio in ratios)}. At the machine's limits it would be "
+        f"{statistics.geometric_mean(ceilings):.2f}x, least {min(ceilings):.2f}x."
+    )
 
 
 def plot(results: list[dict[str, Any]], limits: dict[str, Any], path: Path) -> None:
@@ -98,15 +126,15 @@ def plot(results: list[dict[str, Any]], limits: dict[str, Any], path: Path) -> N
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def limits(peers: list[Peer], threads: int) -> dict[str, Any]:
+def limits(peers: list[Peer], roofline: Roofline, threads: int) -> dict[str, Any]:
     """The machine's limits, measured in this run; per thread, times the threads."""
-    roofline = Roofline()
     sizes = {"L2": 512 << 10, "L3": 8 << 20, "memory": 256 << 20}
     return {
         "peak": roofline.peak(torchq.kernels.active()) * threads,
         "bandwidth": {
             name: roofline.bandwidth(size) * (threads if name == "L2" else 1) for name, size in sizes.items()
         },
+        "new_tensor": interleaved({"empty": lambda: torch.empty(1, 1)})["empty"],
         "int8_peers": [peer.name for peer in peers if peer.int8 and peer.name != "torchq"],
     }
 
@@ -115,6 +143,7 @@ def main() -> None:
     """Measures the grid and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="quick")
+    parser.add_argument("--layers", nargs="+", metavar="NxK", help="only these of the grid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -126,11 +155,15 @@ def main() -> None:
 
     peers, skipped = available()
     print("\n".join(skipped), end="\n" if skipped else "")
-    roof = limits(peers, arguments.threads)
+    roofline = Roofline()
+    roof = limits(peers, roofline, arguments.threads)
     results = []
     with torch.inference_mode():
         for shape in GRIDS[arguments.grid]:
+            if arguments.layers and f"{shape[1]}x{shape[2]}" not in arguments.layers:
+                continue
             results.append(measure(shape, peers, arguments.threads, arguments.rounds))
+            results[-1]["limit_us"] = limit(shape, roof, roofline, arguments.threads)
             name, time = best(results[-1], roof["int8_peers"])
             print(
                 f"{shape}: torchq {results[-1]['us']['torchq']:.1f} us, best int8 peer {name} {time:.1f} us", flush=True

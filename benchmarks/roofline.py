@@ -1,6 +1,8 @@
 """The machine's limits, measured: int8 operations a second on registers, and bytes a second from cache and memory."""
 
+import contextlib
 import ctypes
+import mmap
 import os
 import subprocess
 from pathlib import Path
@@ -36,5 +38,14 @@ class Roofline:
 
     def bandwidth(self, size: int, rounds: int = 3) -> float:
         """Bytes a second of reading `size` bytes again and again; best of `rounds`."""
-        data = torch.zeros(max(256, size // 256 * 256), dtype=torch.uint8)
+        data = _pages(max(256, size // 256 * 256))
         return max(float(self._library.read_bandwidth(data.data_ptr(), data.numel())) for _ in range(rounds))
+
+
+def _pages(size: int) -> torch.Tensor:
+    """Written memory of this size, in huge pages where the system has them, as torchq's weights are."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

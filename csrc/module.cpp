@@ -1,5 +1,5 @@
-// torchq._C: CPU features, the kernel table, forcing a kernel. No torch here; importing it also registers the ops of
-// torch_ops.cpp, which live in the same library.
+// torchq._C: CPU features, the kernel table, forcing a kernel, and the direct calls of direct.cpp. Importing it also
+// registers the ops of torch_ops.cpp, which live in the same library.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "direct.h"
 #include "gemm/gemm.h"
 
 namespace py = pybind11;
@@ -73,4 +74,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
   m.def("force", &force, py::arg("name").none(true), "Forces a kernel; None gives the choice back.");
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel of the latest op call.");
+  torchq::add_direct_calls(m);
 }

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <sstream>
@@ -12,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "gemm/gemm.h"
+#include "run.h"
 
 namespace {
 
@@ -116,27 +120,29 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
   return {torch::stable::contiguous(x), count, k};
 }
 
+// Bytes from which huge pages pay. Weights are read at every call: from two huge pages on, of which one surely lies
+// within. An output is written once: from where glibc no longer recycles freed memory but maps fresh pages each time.
+constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
+
+// Asks for huge pages under a fresh buffer, where the system has them: fewer page faults when it is first written, and
+// fewer TLB misses when it is read again and again.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;  // madvise wants whole pages, and looks for huge ones within them itself
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
+
 const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
 
-void run(const char* op, const Problem& problem) {
-  const torchq::Layout layout = static_cast<const torchq::PackedHeader*>(problem.packed)->layout;
-  const torchq::Kernel* reader = torchq::kernel_for(layout);
-  CHECK(reader, op, ": the weight was packed in layout ", name_of(layout),
-        " while another kernel was active; the kernel active now, ", torchq::active_kernel().name, ", reads ",
-        name_of(torchq::active_kernel().layout),
+const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
+  const torchq::Kernel *kernel = torchq::kernel_for(layout), &active = torchq::active_kernel();
+  CHECK(kernel, op, ": the weight was packed in layout ", name_of(layout),
+        " while another kernel was active; the kernel active now, ", active.name, ", reads ", name_of(active.layout),
         ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
-  const torchq::Kernel& kernel = *reader;
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const int parts = threads > 1 ? torchq::count_parts(kernel, problem, threads) : 1;
-  const auto work = [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<uint8_t> scratch;
-    const size_t bytes = torchq::scratch_bytes(kernel, problem);
-    if (scratch.size() < bytes) scratch.resize(bytes);
-    for (int64_t i = begin; i < end; ++i)
-      torchq::run_part(kernel, problem, torchq::part(kernel, problem, static_cast<int>(i), parts), scratch.data());
-  };
-  if (parts == 1) return work(0, 1);
-  torch::stable::parallel_for(0, parts, 1, work);
+  return *kernel;
 }
 
 // The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
@@ -156,7 +162,7 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   problem.y = y.mutable_data_ptr();
   problem.y_dtype = y_dtype;
   problem.y_stride = header.n * torchq::element_bytes(y_dtype);
-  run(op, problem);
+  torchq::run(kernel_for(op, header.layout), problem);
   return y;
 }
 
@@ -200,6 +206,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
+  if (packed.numel() >= kHugeWeights) prefer_huge_pages(packed.mutable_data_ptr(), packed.numel());
   torchq::pack_begin(torchq::active_kernel().layout, n, k, bias.has_value(), packed.mutable_data_ptr());
   torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
     torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
@@ -282,6 +289,23 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 }
 
 }  // namespace
+
+constexpr int kMaxThreads = 1 << 16;  // more than torch has
+
+void torchq::run(const Kernel& kernel, const Problem& problem) {
+  if (problem.m * problem.y_stride > kHugeOutput) prefer_huge_pages(problem.y, problem.m * problem.y_stride);
+  int parts = count_parts(kernel, problem, kMaxThreads);
+  if (parts > 1) parts = std::min(parts, static_cast<int>(torch::stable::get_num_threads()));
+  const auto work = [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<uint8_t> scratch;
+    const size_t bytes = scratch_bytes(kernel, problem);
+    if (scratch.size() < bytes) scratch.resize(bytes);
+    for (int64_t i = begin; i < end; ++i)
+      run_part(kernel, problem, part(kernel, problem, static_cast<int>(i), parts), scratch.data());
+  };
+  if (parts == 1) return work(0, 1);
+  torch::stable::parallel_for(0, parts, 1, work);
+}
 
 STABLE_TORCH_LIBRARY(torchq, m) {
   m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");

@@ -6,6 +6,7 @@ from reference import assert_identical
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert, kernels, ops, simulate
+from torchq.modules.folded import Folded
 from torchq.ops import Activation
 
 EXACT = {
@@ -96,7 +97,7 @@ def test_convert_folds_it(activation, scheme):
     plan = qmodel.torchq_plan.layers["0"]
     assert (plan.activation, plan.feeds) == ("1", "3" if scheme == "static" else None)
     assert type(qmodel[0]) is QuantizedLinear
-    assert type(qmodel[1]) is nn.Identity
+    assert type(qmodel[1]) is Folded
     assert qmodel[0].activation == activation
     assert (qmodel[0](x).dtype == torch.uint8) == (scheme == "static")
     with simulate(), torch.no_grad():
@@ -110,4 +111,4 @@ def test_two_curves_are_not_one():
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.GELU(), nn.SiLU(), nn.Linear(8, 8)).eval()
     qmodel = convert(model, [torch.randn(16, 8, generator=torch.Generator().manual_seed(0))])
     assert qmodel.torchq_plan.layers["0"].activation == "1"
-    assert [type(module) for module in qmodel[1:4]] == [nn.Identity, nn.GELU, nn.SiLU]
+    assert [type(module) for module in qmodel[1:4]] == [Folded, nn.GELU, nn.SiLU]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
+from torchq.modules.folded import Folded
 from torchq.ops import Activation
 from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
 
@@ -82,7 +83,7 @@ def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
     assert torch.equal(qmodel(x), oracle(model, qmodel.torchq_plan, x))
     inner = [torch.uint8] * (kinds.count("l") - 1)
     assert flow(qmodel, x) == list(zip([dtype, *inner], [*inner, dtype], strict=True))
-    assert {type(module) for module in qmodel} <= {QuantizedLinear, nn.Identity}
+    assert {type(module) for module in qmodel} <= {QuantizedLinear, Folded}
 
 
 def test_the_plan_and_repr_tell_what_is_fused():

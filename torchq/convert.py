@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torchq import ops
 from torchq.calibrate import Forward, calibrate
 from torchq.config import QConfig
+from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
@@ -81,7 +82,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     for name, layer in plan.layers.items():
         for folded in _folded(layer) if _is_int8(plan, name) else ():
             parent_name, _, key = folded.rpartition(".")
-            model.get_submodule(parent_name)._modules[key] = nn.Identity()
+            model.get_submodule(parent_name)._modules[key] = Folded()
     _leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
@@ -113,7 +114,7 @@ def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
 
 
 def _folded(layer: LayerPlan) -> tuple[str, ...]:
-    """The modules that become nn.Identity because this layer does their work."""
+    """The modules that become Folded because this layer does their work."""
     return layer.skipped if layer.activation is None else (layer.activation, *layer.skipped)
 
 

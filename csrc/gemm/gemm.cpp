@@ -25,6 +25,9 @@ constexpr int64_t kCodesBudget = 512 * 1024;  // bytes of quantized rows kept in
 constexpr int64_t kMinPartWork = 1 << 20;     // multiply-adds that pay for waking one more thread (about 5 us)
 constexpr int64_t kSplitColumnsUpTo = 32;     // rows up to which every thread quantizes them all and takes columns
 
+constexpr int64_t kRowsTogether = 32;     // rows quantized together, one step of all after the other ...
+constexpr int64_t kRowsInL1 = 16 * 1024;  // ... if their x, read twice, stays in L1: bytes
+
 constexpr float kRoundsToInteger = 0x1.8p23f;  // above it floats are integers: x + this - this is rne(x), and no call
 
 std::atomic<const Kernel*> last{nullptr};
@@ -87,32 +90,53 @@ Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
   return s;
 }
 
-QParams load_row(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t k, void* codes) {
-  if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) {
-    const bool is_signed = p.x_dtype == DType::i8;
-    const uint8_t flip = is_signed != (kernel.code_shift == 128) ? 0x80 : 0;
+// Codes that arrive ready made.
+void copy_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t rows, int64_t k, const Scratch& s) {
+  const bool is_signed = p.x_dtype == DType::i8;
+  const uint8_t flip = is_signed != (kernel.code_shift == 128) ? 0x80 : 0;
+  for (int64_t r = 0; r < rows; ++r, x += p.x_stride) {
+    uint8_t* codes = code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes));
     if (kernel.rows_together == 2)
-      load_paired_codes(x, flip, k, static_cast<uint8_t*>(codes));
+      load_paired_codes(x, flip, k, codes);
     else if (kernel.code_bytes == 1)
-      load_codes(x, flip, k, static_cast<uint8_t*>(codes));
+      load_codes(x, flip, k, codes);
     else
-      load_codes(x, flip, k, static_cast<int16_t*>(codes));
-    return {p.x_qparams.scale, p.x_qparams.zero_point + (is_signed ? 128 : 0)};
+      load_codes(x, flip, k, reinterpret_cast<int16_t*>(codes));
+    s.scale[r] = p.x_qparams.scale;
+    s.zero_point[r] = p.x_qparams.zero_point + (is_signed ? 128 : 0) - kernel.code_shift;
   }
-  const QParams q = p.per_token ? choose_qparams(kernel.range(x, p.x_dtype, k)) : p.x_qparams;
-  kernel.quantize(x, p.x_dtype, k, 1.0f / q.scale, q.zero_point, codes);
-  return q;
 }
 
-void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows, int64_t k, const Scratch& s) {
-  const int64_t stride = codes_stride(k, kernel.code_bytes);
+// Range, scale, codes: each for all rows before the next, so that the divisions of one row do not wait for the range
+// of the same row. At K = 64 that is a third of the time.
+void quantize_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t rows, int64_t k,
+                   const Scratch& s) {
+  RowRange ranges[kRowsTogether];
+  for (int64_t r = 0; p.per_token && r < rows; ++r) ranges[r] = kernel.range(x + r * p.x_stride, p.x_dtype, k);
   for (int64_t r = 0; r < rows; ++r) {
-    const auto* x = static_cast<const uint8_t*>(p.x) + (row + r) * p.x_stride;
-    // The last group may be partly filled. Its weights are zero, its codes must only be readable.
-    if (k % 8) std::memset(code_at(kernel, s.codes, r, k / 8 * 8, stride), 0, 8 * kernel.code_bytes);
-    const QParams q = load_row(kernel, p, x, k, code_at(kernel, s.codes, r, 0, stride));
+    const QParams q = p.per_token ? choose_qparams(ranges[r]) : p.x_qparams;
     s.scale[r] = q.scale;
-    s.zero_point[r] = q.zero_point - kernel.code_shift;
+    s.zero_point[r] = q.zero_point;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    kernel.quantize(x + r * p.x_stride, p.x_dtype, k, 1.0f / s.scale[r], s.zero_point[r],
+                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes)));
+    s.zero_point[r] -= kernel.code_shift;
+  }
+}
+
+void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows, int64_t k, const Scratch& all) {
+  const auto* x = static_cast<const uint8_t*>(p.x) + row * p.x_stride;
+  const int64_t stride = codes_stride(k, kernel.code_bytes);
+  // The last group may be partly filled. Its weights are zero, its codes must only be readable.
+  for (int64_t r = 0; k % 8 && r < rows; ++r)
+    std::memset(code_at(kernel, all.codes, r, k / 8 * 8, stride), 0, 8 * kernel.code_bytes);
+  if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) return copy_rows(kernel, p, x, rows, k, all);
+  const int64_t fit = kRowsInL1 / std::max<int64_t>(k * element_bytes(p.x_dtype), 1);
+  const int64_t step = round_up(std::min(std::max<int64_t>(fit, 1), kRowsTogether), kernel.rows_together);
+  for (int64_t r = 0; r < rows; r += step) {
+    const Scratch s{all.codes + r * stride, nullptr, all.scale + r, all.zero_point + r};
+    quantize_rows(kernel, p, x + r * p.x_stride, std::min(step, rows - r), k, s);
   }
 }
 
@@ -132,10 +156,11 @@ void run_tile(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
 const Kernel* last_kernel() { return last.load(std::memory_order_relaxed); }
 
 QParams choose_qparams(const RowRange& range) {
-  if (!range.finite) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  // No branches: the data would decide them. NaN comes out of max(0, NaN) as 0.
   float scale = range.hi / 255.0f - range.lo / 255.0f;
-  if (!(scale >= FLT_MIN)) scale = 1.0f;
-  const float zero_point = std::min(std::max(-range.lo * (1.0f / scale), 0.0f), 255.0f);
+  scale = scale >= FLT_MIN ? scale : 1.0f;
+  scale = range.finite ? scale : std::numeric_limits<float>::quiet_NaN();
+  const float zero_point = std::min(std::max(0.0f, -range.lo * (1.0f / scale)), 255.0f);
   return {scale, static_cast<int32_t>((zero_point + kRoundsToInteger) - kRoundsToInteger)};
 }
 
@@ -180,6 +205,7 @@ size_t scratch_bytes(const Kernel& kernel, const Problem& p) {
 
 void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* memory) {
   last.store(&kernel, std::memory_order_relaxed);
+  if (part.row_begin == part.row_end) return;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
   const int64_t group = kernel.tile.n / kPanelColumns;
@@ -197,17 +223,25 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   b.out_inv_scale = 1.0f / p.y_qparams.scale;
   b.out_zero_point = p.y_qparams.zero_point;
 
-  for (int64_t row = part.row_begin; row < part.row_end; row += max_rows) {
-    const int64_t rows = std::min(max_rows, part.row_end - row), tiles = ceil_div(rows, kernel.tile.m);
-    const int64_t together = kernel.rows_together, units = ceil_div(rows, together);
-    load_rows(kernel, p, row, rows, k, s);
+  // Tiles are balanced over all rows, the larger ones first, and blocks over all tiles: a last block of few rows would
+  // read every panel for them.
+  const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, kernel.tile.m);
+  const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
+  const int64_t each = units / tiles, larger = units % tiles;
+  const auto row_of = [&](int64_t tile) {
+    return std::min(part.row_begin + (tile * each + std::min(tile, larger)) * together, part.row_end);
+  };
+  const int64_t blocks = ceil_div(tiles * kernel.tile.m, max_rows);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
+    load_rows(kernel, p, row, row_of(end) - row, k, s);
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
       b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
       b.panel = panels + panel * b.panel_stride;
       const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t r = piece(units, t, tiles) * together;
-        b.m = static_cast<int>(std::min(piece(units, t + 1, tiles) * together, rows) - r);
+      for (int64_t t = first; t < end; ++t) {
+        const int64_t r = row_of(t) - row;
+        b.m = static_cast<int>(row_of(t + 1) - row_of(t));
         b.codes = s.codes + r * b.codes_stride;
         b.scale = s.scale + r;
         b.zero_point = s.zero_point + r;

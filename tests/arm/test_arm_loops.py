@@ -94,8 +94,8 @@ def test_layers_are_little_more_than_their_loops(loops, built, kernel, layer):
 
 
 def test_rows_are_cut_as_in_gemm_cpp():
-    assert tile_rows(16, 1) == [5, 5, 6]
-    assert tile_rows(16, 2) == [4, 6, 6]
+    assert tile_rows(16, 1) == [6, 5, 5]
+    assert tile_rows(16, 2) == [6, 6, 4]
     assert tile_rows(7, 2) == [4, 3]
     assert tile_rows(1, 2) == [1]
 

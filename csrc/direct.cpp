@@ -1,0 +1,280 @@
+// torchq._C.call_linear: the call of a QuantizedLinear, without nn.Module's and the dispatcher's parts of it.
+//
+// Those cost 0.7 us and 1.5 to 3 us before any arithmetic, more than a layer of 64 x 64 takes. Here the module's state
+// is read from its dict, and a torch.Tensor where it lies, through DLPack's exchange table, a C struct that torch
+// publishes for this purpose: no torch header of unstable ABI, no reference counted, no shape copied.
+//
+// It serves plain eager calls on plain tensors. For all else (hooks, subclasses, modes, transforms, tracing, gradients,
+// the profiler, any argument the op would refuse) it returns NotImplemented, and the caller goes the long way, which
+// then does it or says what is wrong. So there are no messages here, and nothing is decided here that forward() or the
+// op decides otherwise.
+
+#include "direct.h"
+
+#include <cfloat>
+#include <string>
+
+#include "dlpack.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace torchq {
+namespace {
+
+constexpr int64_t kKeepGilBelow = 1 << 18;  // multiply-adds, about 2 us: less than giving the GIL away is worth
+
+// What plain eager means, as Python objects that live as long as the process.
+struct Torch {
+  const dlpack::Exchange* exchange;
+  PyTypeObject* tensor;
+  PyObject* unusual[3];            // functions: modes and tracing at work; falsy if none
+  PyObject *profiler, *profiling;  // the profiler's globals, and the name of its flag there
+  PyObject* requires_grad;         // a name
+  PyObject* dtypes[4];             // in the order of kDTypes
+} torch_;
+
+// What can stand between the call of an nn.Module and its forward().
+struct NnModule {
+  PyObject* own_hooks[4];     // names of attributes: dicts, empty without hooks
+  PyObject* replacements[2];  // names of attributes: something else called in forward's place, if there
+  PyObject* global_hooks[4];  // dicts
+} nn_module;
+
+// Names of a QuantizedLinear's attributes.
+struct Names {
+  PyObject *buffers, *packed, *input_qparams, *output_qparams, *activation, *takes_codes, *dtype;
+} names;
+
+struct DTypePair {
+  DType ours;
+  dlpack::DataType dl;
+};
+constexpr DTypePair kDTypes[] = {{DType::f32, {dlpack::kFloat, 32, 1}},
+                                 {DType::u8, {dlpack::kUInt, 8, 1}},
+                                 {DType::bf16, {dlpack::kBfloat, 16, 1}},
+                                 {DType::f16, {dlpack::kFloat, 16, 1}}};
+
+const DTypePair* find(const dlpack::DataType& type) {
+  for (const DTypePair& p : kDTypes)
+    if (p.dl.code == type.code && p.dl.bits == type.bits && type.lanes == 1) return &p;
+  return nullptr;
+}
+
+const DTypePair* find(PyObject* torch_dtype) {
+  for (int i = 0; i < 4; ++i)
+    if (torch_.dtypes[i] == torch_dtype) return &kDTypes[i];
+  return nullptr;
+}
+
+// Whether a call gave a false value; its result is released.
+bool falsy(PyObject* result) {
+  const bool yes = result && PyObject_Not(result) == 1;
+  Py_XDECREF(result);
+  return yes;
+}
+
+bool plain_eager() {
+  for (PyObject* f : torch_.unusual)
+    if (!falsy(PyObject_CallNoArgs(f))) return false;
+  return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
+}
+
+// The tensor as it lies in memory, if it is a dense one on the CPU. (Inside a transform such as vmap, a wrapped tensor
+// has no memory to show, and a plain one is what it seems.)
+bool view(PyObject* object, dlpack::Tensor* out) {
+  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu;
+}
+
+const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8_t*>(t.data) + t.byte_offset; }
+
+// Exactly, even where a dimension of size 1 leaves the stride open: DLPack does not tell torch's lazily negated tensors
+// (the imaginary part of a conjugate) from others, but they have every stride doubled.
+bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim; i-- > 0; expected *= t.shape[i])
+    if (t.strides[i] != expected) return false;
+  return true;
+}
+
+// A new torch.Tensor of x's leading dimensions and n columns, and where its data lies. Null with a Python error set.
+PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype, void** data) {
+  int64_t shape[64];
+  for (int i = 0; i + 1 < x.ndim; ++i) shape[i] = x.shape[i];
+  shape[x.ndim - 1] = n;
+  dlpack::Tensor prototype = x;
+  prototype.shape = shape;
+  prototype.dtype = dtype.dl;
+  dlpack::ManagedTensor* managed;
+  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  if (torch_.exchange->allocate(&prototype, &managed, nullptr, set_error)) return nullptr;
+  *data = const_cast<uint8_t*>(data_of(managed->tensor));
+  void* y;
+  if (torch_.exchange->import_tensor(managed, &y)) return nullptr;
+  return static_cast<PyObject*>(y);
+}
+
+// What a layer's state says of its product.
+struct Layer {
+  PyObject* packed;
+  const DTypePair* y_dtype;  // null: as x
+  bool takes_codes;
+  Problem problem;
+};
+
+// Null with no error set: not a case for us.
+PyObject* multiply(PyObject* x_object, const Layer& layer) {
+  dlpack::Tensor x, packed;
+  if (!torch_.exchange || !plain_eager() || !view(x_object, &x) || !view(layer.packed, &packed)) return nullptr;
+  const DTypePair* x_dtype = find(x.dtype);
+  const PackedHeader* header = packed.ndim == 1 && is_contiguous(packed) && find(packed.dtype) == &kDTypes[1]
+                                   ? packed_header(data_of(packed), packed.shape[0])
+                                   : nullptr;
+  if (!x_dtype || !header || (x_dtype->ours == DType::u8 && !layer.takes_codes)) return nullptr;
+  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != header->k || !is_contiguous(x)) return nullptr;
+  if (!falsy(PyObject_GetAttr(x_object, torch_.requires_grad))) return nullptr;
+  Problem problem = layer.problem;
+  problem.m = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) problem.m *= x.shape[i];
+  const Kernel* kernel = kernel_for(header->layout);
+  if (problem.m == 0 || header->n == 0 || !kernel) return nullptr;
+
+  const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
+  PyObject* y = new_output(x, header->n, *y_dtype, &problem.y);
+  if (!y) return nullptr;
+  problem.x = data_of(x);
+  problem.x_dtype = x_dtype->ours;
+  problem.x_stride = header->k * element_bytes(x_dtype->ours);
+  problem.packed = header;
+  problem.y_dtype = y_dtype->ours;
+  problem.y_stride = header->n * element_bytes(y_dtype->ours);
+  if (problem.m * header->n * header->k < kKeepGilBelow) {
+    run(*kernel, problem);
+  } else {
+    Py_BEGIN_ALLOW_THREADS;
+    run(*kernel, problem);
+    Py_END_ALLOW_THREADS;
+  }
+  return y;
+}
+
+// y, or NotImplemented for null: whatever went wrong on the way, the op meets it again and says it.
+PyObject* or_not_implemented(PyObject* y) {
+  if (y) return y;
+  PyErr_Clear();
+  Py_RETURN_NOTIMPLEMENTED;
+}
+
+bool read(PyObject* value, int64_t limit, int32_t* out) {
+  if (!value || !PyLong_Check(value)) return false;
+  const long number = PyLong_AsLong(value);
+  *out = static_cast<int32_t>(number);
+  return number >= 0 && number <= limit;
+}
+
+bool read(PyObject* value, float* out) {
+  if (!PyFloat_CheckExact(value)) return false;
+  const double number = PyFloat_AS_DOUBLE(value);
+  *out = static_cast<float>(number);
+  return number >= FLT_MIN && number <= FLT_MAX;
+}
+
+// A pair (scale, zero_point).
+bool read(PyObject* value, QParams* out) {
+  return value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2 &&
+         read(PyTuple_GET_ITEM(value, 0), &out->scale) && read(PyTuple_GET_ITEM(value, 1), 255, &out->zero_point);
+}
+
+// The attributes of a QuantizedLinear, as its forward() uses them.
+bool read(PyObject* state, Layer* out) {
+  const auto get = [&](PyObject* name) { return PyDict_GetItemWithError(state, name); };
+  PyObject *buffers = get(names.buffers), *input = get(names.input_qparams), *output = get(names.output_qparams);
+  int32_t activation;
+  if (!buffers || !input || !output || !read(get(names.activation), kActivations - 1, &activation)) return false;
+  out->packed = PyDict_GetItemWithError(buffers, names.packed);
+  Problem& p = out->problem;
+  p.activation = static_cast<Activation>(activation);
+  p.x_qparams = p.y_qparams = {1.0f, 0};
+  p.per_token = input == Py_None;
+  if (!out->packed || p.per_token) return out->packed;
+  out->takes_codes = get(names.takes_codes) == Py_True;
+  if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
+  if (output != Py_None) out->y_dtype = &kDTypes[1];
+  return read(input, &p.x_qparams) && (output == Py_None || read(output, &p.y_qparams));
+}
+
+// The state of a module whose call is nothing but cls.forward(): its type is cls, no hook on it or on all modules, no
+// forward of its own, not compiled. What nn.Module.__call__ asks, for a tenth of its 0.7 us. Else null.
+PyObject* plain_state(PyObject* module, PyObject* cls) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
+  PyObject** state = _PyObject_GetDictPtr(module);
+  if (!state || !*state) return nullptr;
+  for (PyObject* name : nn_module.own_hooks) {
+    PyObject* hooks = PyDict_GetItemWithError(*state, name);
+    if (!hooks || PyObject_IsTrue(hooks)) return nullptr;
+  }
+  for (PyObject* name : nn_module.replacements) {
+    PyObject* replacement = PyDict_GetItemWithError(*state, name);
+    if (replacement && replacement != Py_None) return nullptr;
+  }
+  for (PyObject* hooks : nn_module.global_hooks)
+    if (PyObject_IsTrue(hooks)) return nullptr;
+  return *state;
+}
+
+PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
+}
+
+PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+  Layer layer{};
+  return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : nullptr);
+}
+
+PyMethodDef methods[] = {
+    {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
+     "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
+     "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
+     "nn.Module.__call__ and the op will do."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyObject* forever(py::object object) { return object.release().ptr(); }
+
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+}  // namespace
+
+void add_direct_calls(py::module_& module) {
+  const char* hooks[] = {"_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"};
+  const py::module_ nn = py::module_::import("torch.nn.modules.module");
+  for (int i = 0; i < 4; ++i) {
+    nn_module.own_hooks[i] = name(hooks[i]);
+    nn_module.global_hooks[i] = forever(nn.attr((std::string("_global") + hooks[i]).c_str()));
+  }
+  nn_module.replacements[0] = name("_compiled_call_impl");
+  nn_module.replacements[1] = name("forward");
+  names = {name("_buffers"),   name("packed"),      name("input_qparams"), name("output_qparams"),
+           name("activation"), name("takes_codes"), name("dtype")};
+  PyModule_AddFunctions(module.ptr(), methods);
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
+  if (exchange->version.major != dlpack::kMajorVersion || !exchange->view) return;
+
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
+  torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
+  torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
+  torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
+  torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
+  torch_.profiling = name("_is_profiler_enabled");
+  torch_.requires_grad = name("requires_grad");
+  const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
+  for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
+  torch_.exchange = exchange;
+}
+
+}  // namespace torchq

@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace torchq {
+
+// Adds call_linear and is_plain to torchq._C; direct.cpp says what they are.
+void add_direct_calls(pybind11::module_& module);
+
+}  // namespace torchq
