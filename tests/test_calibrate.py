@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchq import QConfig
 from torchq.calibrate import Record, Sample, calibrate
+from torchq.observers import OBSERVERS, Histogram, make_observer
 from torchq.plan import find_layers
 
 Pair = namedtuple("Pair", "image label")
@@ -177,14 +178,24 @@ def test_the_config_chooses_the_observers():
     def names(observer):
         return list(recorded(Net(), BATCHES, QConfig(observer=observer)).records["fc"].observers)
 
-    assert names("auto") == ["minmax", "percentile"]
-    assert [names(name) for name in ("minmax", "moving_average", "percentile")] == [
-        ["minmax"],
-        ["moving_average"],
-        ["percentile"],
-    ]
+    assert names("auto") == ["minmax", "percentile", "mse", "entropy"]
+    assert [names(name) for name in OBSERVERS] == [[name] for name in OBSERVERS]
     observers = recorded(Net(), BATCHES, QConfig(percentile=42)).records["fc"].observers
     assert observers["percentile"].percentile == 42
+
+
+def test_automatic_observers_share_one_histogram(monkeypatch):
+    """Each batch is binned once, and every observer has what it would have seen alone."""
+    updates = []
+    update = Histogram._update
+    monkeypatch.setattr(Histogram, "_update", lambda self, *args: updates.append(self) or update(self, *args))
+    observers = recorded(Net(), BATCHES).records["fc"].observers
+    assert len(updates) == len(BATCHES)
+    for name, observer in observers.items():
+        alone = make_observer(name)
+        for batch in BATCHES:
+            alone.observe(batch)
+        assert observer.range() == alone.range()
 
 
 # ---- errors ----
@@ -373,8 +384,8 @@ def test_memory_does_not_grow_with_the_number_of_batches():
         loader = (normal(50, 6, seed=i) * 10.0 ** (i % 9) for i in range(batches))
         return tensor_bytes(recorded(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), loader), set())
 
-    # Two layers: a sample of 256 rows of 6 floats, and 2048 counts of 8 bytes.
-    assert total(3) == total(30) == 2 * (256 * 6 * 4 + 2048 * 8)
+    # Two layers: a sample of 256 rows of 6 floats, 2048 counts of 8 bytes, and lo, hi, exponent and zeros.
+    assert total(3) == total(30) == 2 * (256 * 6 * 4 + 2048 * 8 + 2 * 4 + 2 * 8)
 
 
 # ---- the progress bar ----

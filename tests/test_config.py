@@ -53,7 +53,7 @@ def test_observer_names_are_the_observers():
         ("weight", None, "one of 'per_channel', 'per_tensor', got None"),
         ("activation", "Static", "one of 'auto', 'static', 'dynamic', got 'Static'"),
         ("activation", True, "one of 'auto', 'static', 'dynamic', got True"),
-        ("observer", "max", "one of 'auto', 'minmax', 'moving_average', 'percentile', got 'max'"),
+        ("observer", "max", "one of 'auto', 'minmax', 'moving_average', 'percentile', 'mse', 'entropy', got 'max'"),
         ("percentile", 0, r"in \(0, 100\], got 0"),
         ("percentile", -1.0, r"in \(0, 100\], got -1.0"),
         ("percentile", 100.1, r"in \(0, 100\], got 100.1"),

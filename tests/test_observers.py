@@ -1,4 +1,4 @@
-"""Observers: their ranges, exact merging, constant memory, and where clipping wins and where it loses."""
+"""Observers: what all have in common, exact merging, constant memory, channels, and errors."""
 
 import io
 import itertools
@@ -11,19 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchq import observers
 from torchq.observers import (
     OBSERVERS,
+    EntropyObserver,
     Histogram,
     MinMaxObserver,
     MovingAverageObserver,
+    MSEObserver,
     PercentileObserver,
+    histogram,
     make_observer,
 )
-from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
+from torchq.qparams import choose_qparams
 
 FLT_MAX = torch.finfo(torch.float32).max
-CLASSES = [MinMaxObserver, MovingAverageObserver, Histogram, PercentileObserver]
+HISTOGRAMS = [Histogram, PercentileObserver, MSEObserver, EntropyObserver]
+CLASSES = [MinMaxObserver, MovingAverageObserver, *HISTOGRAMS]
 
 every_class = pytest.mark.parametrize("cls", CLASSES)
 repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=150)
@@ -132,7 +135,7 @@ def test_merging_with_nothing_changes_nothing(cls):
     assert same_state(observer, reference)
 
 
-@pytest.mark.parametrize("cls", [MinMaxObserver, Histogram, PercentileObserver])
+@pytest.mark.parametrize("cls", [MinMaxObserver, *HISTOGRAMS])
 @repeatable
 @given(batches_of_floats, st.randoms(use_true_random=False))
 def test_merge_is_exact_in_every_order(cls, batches, random):
@@ -173,41 +176,54 @@ def direct_counts(x, bins, exponent):
     """Every value binned on its own, in Python's float64: the power of two makes the product exact."""
     counts = [0] * bins
     for value in x.tolist():
-        counts[math.floor(value * 2.0**-exponent * (bins // 2)) + bins // 2] += 1
+        magnitude = math.floor(abs(value) * 2.0**-exponent * (bins // 2))
+        counts[bins // 2 - 1 - magnitude if value < 0 else bins // 2 + magnitude] += 1
     return torch.tensor(counts)
 
 
-@pytest.mark.parametrize("bins", [2, 4, 6, 64, 2048])
-@pytest.mark.parametrize("spread", [1e-44, 1e-38, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("bins", [2, 4, 64, 2048])
+@pytest.mark.parametrize("spread", [1e-32, 1e-3, 1.0, 1e30])
 def test_histogram_counts_like_direct_binning(bins, spread):
     x = (normal(300).double() * spread).float()
     histogram = observed(Histogram(bins), *x.split(7))
-    assert 2.0 ** (histogram.exponent - 1) <= x.abs().max() < 2.0**histogram.exponent
-    assert torch.equal(histogram.counts, direct_counts(x, bins, histogram.exponent))
+    exponent = histogram.exponent.item()
+    assert 2.0 ** (exponent - 1) <= x.abs().max() < 2.0**exponent
+    assert torch.equal(histogram.counts, direct_counts(x, bins, exponent))
 
 
 def test_values_on_the_edges_of_bins():
-    """An edge belongs to the bin above it, the float just below it does not, whatever the limit."""
-    edges = torch.arange(-8, 8).float() / 8
-    below = torch.from_numpy(np.nextafter(edges.numpy(), np.float32(-2), dtype=np.float32))
-    below[0] = 0.5  # -1 is the lower limit, nothing is below it
-    x = torch.cat([edges, below])[1:]  # without -1, whose magnitude would double the limit
+    """An edge belongs to the bin away from zero, the float just inside it does not, whatever the limit."""
+    edges = torch.arange(-7, 8).float() / 8
+    inside = torch.from_numpy(np.nextafter(edges.numpy(), np.float32(0), dtype=np.float32))
+    x = torch.cat([edges, inside])
     histogram = observed(Histogram(16), x)
     assert histogram.exponent == 0
-    assert histogram.counts.tolist() == [1] + [2] * 11 + [3] + [2] * 2 + [1]
+    assert histogram.counts.tolist() == [1, *[2] * 6, 1, 3, *[2] * 6, 1]
     for limit in (1.0, 2.0, 4.0, 1e4, FLT_MAX):
         observed(histogram, [limit])
         x = torch.cat([x, torch.tensor([limit])])
-        assert torch.equal(histogram.counts, direct_counts(x, 16, histogram.exponent))
+        assert torch.equal(histogram.counts, direct_counts(x, 16, histogram.exponent.item()))
 
 
 def test_extreme_exponents():
-    smallest = 2.0**-149
-    histogram = observed(Histogram(8), [smallest, -smallest, 0.0])
-    assert (histogram.exponent, histogram.counts.tolist()) == (-148, [0, 0, 1, 0, 1, 0, 1, 0])
-    observed(histogram, [FLT_MAX, -FLT_MAX])  # 276 doublings at once
-    assert (histogram.exponent, histogram.counts.tolist()) == (128, [1, 0, 0, 1, 2, 0, 0, 1])
+    """Bins are at least FLT_MIN wide; subnormals lie beside zero, each on its side."""
+    smallest, flt_min = 2.0**-149, 2.0**-126
+    histogram = observed(Histogram(8), [smallest, -smallest, 0.0, flt_min, -flt_min])
+    assert (histogram.exponent, histogram.counts.tolist()) == (-124, [0, 0, 1, 1, 2, 1, 0, 0])
+    assert histogram.edges().tolist() == [k * flt_min for k in range(-4, 5)]
+    observed(histogram, [FLT_MAX, -FLT_MAX, -smallest])  # 252 doublings at once
+    assert (histogram.exponent, histogram.counts.tolist()) == (128, [1, 0, 0, 3, 3, 0, 0, 1])
     assert histogram.edges().isfinite().all()
+
+
+def test_exact_zeros_are_counted():
+    histogram = observed(Histogram(8), [0.0, -0.0, 2.0**-149, -1.0], torch.zeros(3))
+    other = observed(Histogram(8), [0.0, 1e9])
+    histogram.merge(other)
+    assert (histogram.zeros, histogram.count) == (6, 9)
+    columns = Histogram(8, channels=2)
+    columns.observe(torch.tensor([[0.0, 1.0], [0.0, 0.0], [3.0, -1.0]]))
+    assert columns.zeros.tolist() == [2, 1]
 
 
 def test_zeros_before_anything_else():
@@ -220,90 +236,52 @@ def test_zeros_before_anything_else():
 
 def test_large_tensors_are_binned_in_chunks(monkeypatch):
     whole = observed(Histogram(), normal(1000))
-    monkeypatch.setattr(observers, "_CHUNK", 7)
+    monkeypatch.setattr(histogram, "_CHUNK", 7)
+    assert same_state(observed(Histogram(bins=64), normal(1000)), observed(Histogram(bins=64), *normal(1000).split(1)))
     assert same_state(observed(Histogram(), normal(1000)), whole)
 
 
-# ---- percentile ----
+# ---- channels ----
 
 
-def test_percentile_100_is_min_max():
-    for seed in range(20):
-        x = normal(37, seed=seed) * 10.0 ** (seed - 10) + seed % 3 - 1
-        assert observed(PercentileObserver(100), x).range() == observed(MinMaxObserver(), x).range()
+@every_class
+def test_channels_are_observers_side_by_side(cls, monkeypatch):
+    """Each channel has what an observer without channels has of it, over ranges that differ by 10^20."""
+    monkeypatch.setattr(histogram, "_CHUNK", 7)
+    bins = {} if cls in (MinMaxObserver, MovingAverageObserver) else {"bins": 256}
+    factors = torch.tensor([1e-10, 0.0, 1.0, -3e4, 1e10])
+    batches = [normal(2, 300, 5, seed=i) * 7.0**i * factors for i in range(3)]
+    batches[0][..., 2].relu_()
+    together = cls(**bins, channels=5)
+    halves = [cls(**bins, channels=5) for _ in range(2)]
+    for i, batch in enumerate(batches):
+        together.observe(batch)
+        halves[i > 0].observe(batch)
+    alone = [observed(cls(**bins), *(batch[..., c] for batch in batches)) for c in range(5)]
+    assert together.count == 1800
+    for value, expected in ((together.range(), "range"), (together.seen, "seen"), (together.qparams(), "qparams")):
+        each = [getattr(observer, expected) for observer in alone]
+        for side in range(2):
+            one_by_one = [(item if expected == "seen" else item())[side] for item in each]
+            assert torch.equal(value[side], torch.stack(one_by_one))
+    if cls is not MovingAverageObserver:  # the one whose merge is not exact
+        halves[0].merge(halves[1])
+        assert same_state(halves[0], together)
 
 
-def test_percentile_by_hand():
-    """Bins of width 1 over [-8, 8), ten values each in four of them, spread evenly inside."""
-    x = torch.cat([torch.arange(10) / 10 + start for start in (-7.0, -3.0, 2.0, 7.0)])
-    for percentile, expected in [(50, (-3.0, 3.0)), (75, (-6.5, 7.5)), (95, (-6.9, 7.9))]:
-        lo, hi = observed(PercentileObserver(percentile, bins=16), x).range()
-        assert (lo, hi) == pytest.approx(expected, rel=1e-12)
-    # Never wider than the values, though their bins are.
-    assert observed(PercentileObserver(99.999, bins=16), x).range() == pytest.approx((-7.0, 7.9), abs=1e-3)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_values_on_one_side_lose_only_their_far_end(sign):
-    x = sign * torch.cat([torch.zeros(500), torch.linspace(0, 1, 480), torch.full([20], 7.0)])
-    lo, hi = sorted(sign * end for end in observed(PercentileObserver(98), x).range())
-    # All 2 % at the far end: the 20 sevens and nothing else, to one bin of 8 / 1024.
-    assert (lo, hi) == pytest.approx((0.0, 1.0), abs=8 / 1024)
-    assert observed(PercentileObserver(98.1), x).range()[(sign + 1) // 2] == pytest.approx(sign * 7.0, abs=0.01)
-
-
-@pytest.mark.parametrize("count", [1000, 7000, 65_000, 129_000, 130_000])
-@pytest.mark.parametrize("percentile", [99, 99.9])
-def test_a_percentile_means_its_decimal_value(count, percentile):
-    """99.9 % of 1000 are 999: the one outlier is out, in spite of 99.9 being no binary number."""
-    outliers = round(count * (100 - percentile) / 100)
-    x = torch.cat([torch.linspace(0, 1, count - outliers), torch.full([outliers], 5.0)])
-    assert observed(PercentileObserver(percentile), x).range()[1] <= 1 + 8 / 1024
-
-
-@repeatable
-@given(batches_of_floats, st.sampled_from([50, 90, 99, 99.9, 100]))
-def test_percentile_keeps_its_share(batches, percentile):
-    """To within the bins that the two ends of the range lie in."""
-    x = torch.tensor([value for batch in batches for value in batch] + [1.0])
-    observer = observed(PercentileObserver(percentile), x)
-    lo, hi = observer.range()
-    assert min(x.min().item(), 0) <= lo <= 0 <= hi <= max(x.max().item(), 0)
-    width = 2.0**observer.exponent / 1024
-    inside = (x.double() >= lo - width) & (x.double() <= hi + width)
-    assert inside.sum() >= math.floor(len(x) * percentile / 100)
-
-
-def clip_and_minmax_db(x, measured_on, percentile=99.9):
-    """SQNR of static uint8 with the percentile's range and with the min-max range."""
-    results = []
-    for name in ("percentile", "minmax"):
-        pair = observed(make_observer(name, percentile=percentile), x).qparams()
-        results.append(sqnr_db(measured_on, fake_quantize(measured_on, *pair, dtype=torch.uint8)))
-    return results
-
-
-def test_clipping_wins_where_outliers_are_rare_and_do_not_matter():
-    bulk = normal(100_000)
-    x = torch.cat([bulk, torch.tensor([60.0, -60.0, 100.0, -100.0])])
-    clipped, minmax = clip_and_minmax_db(x, measured_on=bulk)
-    # Steps of 200 / 255 against about 7 / 255: 20 log10(200 / 7) = 29 dB, less what clipping 0.1 % costs.
-    assert clipped > minmax + 10
-
-
-def test_clipping_loses_where_the_outliers_are_the_signal():
-    """Outlier channels, as transformers have them: 4 of 768 hold most of the energy."""
-    x = normal(128, 768, seed=1)
-    x[:, :4] *= 60
-    clipped, minmax = clip_and_minmax_db(x, measured_on=x, percentile=99.8)
-    assert minmax > clipped + 10
-
-
-def test_clipping_loses_on_heavy_tails():
-    """Student's t with 2 degrees of freedom: a fixed share of the values has most of the energy."""
-    x = normal(50_000, seed=2) / (normal(2, 50_000, seed=3).square().mean(0)).sqrt()
-    clipped, minmax = clip_and_minmax_db(x, measured_on=x)
-    assert minmax > clipped + 3
+@every_class
+def test_wrong_channels(cls):
+    observer = cls(channels=3)
+    with pytest.raises(ValueError, match=r"the last dimension of x must be the 3 channels, got shape \[3, 4\]. Move"):
+        observer.observe(normal(3, 4))
+    with pytest.raises(ValueError, match="merge: expected the settings"):
+        observer.merge(cls(channels=4))
+    with pytest.raises(ValueError, match="load_state_dict: expected the shapes"):
+        observer.load_state_dict(cls().state_dict())
+    with pytest.raises(ValueError, match="got 1 NaN or Inf among the 3"):
+        observer.observe(torch.tensor([0.0, math.nan, 1.0]))
+    observer.observe(torch.empty(0, 3))
+    assert same_state(observer, cls(channels=3))
 
 
 # ---- names and errors ----
@@ -315,6 +293,8 @@ def test_observers_by_name():
         "minmax": MinMaxObserver,
         "moving_average": MovingAverageObserver,
         "percentile": PercentileObserver,
+        "mse": MSEObserver,
+        "entropy": EntropyObserver,
     }
     assert made["percentile"].percentile == 98
     assert make_observer("percentile").percentile == 99.9
@@ -359,21 +339,23 @@ def test_wrong_arguments(cls):
         (lambda: PercentileObserver(0), r"percentile must be in \(0, 100\], got 0. It is in percent"),
         (lambda: PercentileObserver(100.1), r"percentile must be in \(0, 100\], got 100.1"),
         (lambda: PercentileObserver(math.nan), r"percentile must be in \(0, 100\], got nan"),
-        (lambda: Histogram(0), "torchq.Histogram: bins must be even and at least 2, got 0"),
-        (lambda: PercentileObserver(bins=7), "torchq.PercentileObserver: bins must be even .* got 7"),
-        (lambda: make_observer("max"), "one of minmax, moving_average, percentile, got 'max'"),
+        (lambda: Histogram(0), "torchq.Histogram: bins must be a power of two and at least 2, got 0"),
+        (lambda: MinMaxObserver(channels=0), r"MinMaxObserver: channels must be None or at least 1, got 0"),
+        (lambda: EntropyObserver(128), "torchq.EntropyObserver: bins must be at least 256, got 128"),
+        (lambda: PercentileObserver(bins=7), "torchq.PercentileObserver: bins must be a power of two .* got 7"),
+        (lambda: make_observer("max"), "one of minmax, moving_average, percentile, mse, entropy, got 'max'"),
         (
             lambda: PercentileObserver(99).merge(PercentileObserver(98)),
             r"merge: .*99.0\}, got .*98.0\}. Make",
         ),
         (
-            lambda: PercentileObserver(bins=8).merge(PercentileObserver(bins=6)),
+            lambda: PercentileObserver(bins=8).merge(PercentileObserver(bins=4)),
             "merge: expected the settings",
         ),
-        (lambda: Histogram(8).merge(Histogram(6)), r"merge: expected the settings .*8\}, got .*6\}"),
+        (lambda: Histogram(8).merge(Histogram(4)), r"merge: expected the settings .*8\}, got .*4\}"),
         (
-            lambda: Histogram(8).load_state_dict(Histogram(6).state_dict()),
-            r"expected .*\(8,\).* got .*\(6,\)",
+            lambda: Histogram(8).load_state_dict(Histogram(4).state_dict()),
+            r"expected .*\(8,\).* got .*\(4,\)",
         ),
     ],
 )

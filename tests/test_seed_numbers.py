@@ -147,7 +147,7 @@ def test_the_automatic_observer_takes_the_better_one():
         convert(layer, [data], config=QConfig(activation="static")).torchq_plan.layers[""].observer
         for layer, data in ((linear, wanted), (ignoring, ignored))
     ]
-    assert chosen == ["minmax", "percentile"]
+    assert chosen == ["mse", "percentile"]
 
 
 def test_the_documentation_says_when_clipping_loses():

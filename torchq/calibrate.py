@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchq.config import QConfig
-from torchq.observers import Observer, make_observer
+from torchq.observers import Histogram, Observer, make_observer, share
 
 SAMPLE_BYTES = 4 * 2**20
 """The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
@@ -60,30 +60,45 @@ class Sample:
 
 @dataclass
 class Record:
-    """What calibration saw of one layer."""
+    """What calibration saw of one layer.
 
-    observers: dict[str, Observer]
+    Args:
+        seen: all values of its input: one histogram for all observers if `config.observer` is "auto", or the one asked
+            for.
+        sample: some rows of its input.
+        config: which observers.
+        calls: how often it was called.
+    """
+
+    seen: Observer
     sample: Sample
+    config: QConfig
     calls: int = 0
 
     @classmethod
     def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
         """A record that has seen nothing, for the observers `config` asks for."""
-        names = ("minmax", "percentile") if config.observer == "auto" else (config.observer,)
-        observers = {name: make_observer(name, percentile=config.percentile) for name in names}
+        name = config.observer
+        seen = Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
-        return cls(observers, Sample(rows))
+        return cls(seen, Sample(rows), config)
+
+    @property
+    def observers(self) -> dict[str, Observer]:
+        """The observers that `config` asks for, by name, as of now."""
+        if isinstance(self.seen, Histogram) and self.config.observer == "auto":
+            return share(self.seen, percentile=self.config.percentile)
+        return {self.config.observer: self.seen}
 
     @property
     def has_data(self) -> bool:
         """Whether any value was seen; a layer may have been called with empty inputs only."""
-        return all(observer.count > 0 for observer in self.observers.values())
+        return self.seen.count > 0
 
     def observe(self, x: Tensor) -> None:
         """Takes one call's input, (..., in_features)."""
         rows = x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        for observer in self.observers.values():
-            observer.observe(rows)
+        self.seen.observe(rows)
         self.sample.add(rows)
         self.calls += 1
 

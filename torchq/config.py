@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 WeightScheme = Literal["per_channel", "per_tensor"]
 ActivationScheme = Literal["auto", "static", "dynamic"]
-ObserverName = Literal["auto", "minmax", "moving_average", "percentile"]
+ObserverName = Literal["auto", "minmax", "moving_average", "percentile", "mse", "entropy"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class QConfig:
         weight: int8 weights with one scale per output channel, or one per tensor.
         activation: "dynamic": a scale and zero point per row (token), computed at run time. "static": one pair per
             layer, from calibration. "auto": per layer, static where it costs no more than `margin_db` of output SQNR.
-        observer: what turns calibration data into a static range. "auto": min-max or percentile, whichever gives the
-            layer's output the higher SQNR.
+        observer: what turns calibration data into a static range (see `torchq.observers`). "auto": min-max, percentile,
+            MSE or entropy, whichever gives the layer's output the highest SQNR.
         percentile: the share of values, in %, that the percentile observer keeps inside the range.
         min_sqnr_db: a layer whose output SQNR on its calibration sample is below this stays in float.
         margin_db: how much output SQNR static may lose against dynamic and still be chosen.

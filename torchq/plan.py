@@ -19,6 +19,7 @@ from torchq import ops
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
 from torchq.modules.linear import QParams, QuantizedLinear, activation_of
+from torchq.observers import Observer
 from torchq.ops import Activation
 from torchq.qparams import sqnr_db
 
@@ -191,9 +192,9 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
 
-    ranges = {name: _static_qparams(record, name) for name in record.observers}
+    ranges = {name: _static_qparams(observer) for name, observer in record.observers.items()}
     measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel)
-    observer = max(record.observers, key=lambda name: measured[name])
+    observer = max(ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     numbers = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
     enough = {"static": static >= config.min_sqnr_db, "dynamic": dynamic >= config.min_sqnr_db}  # nan is not
@@ -210,8 +211,8 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
 
 
-def _static_qparams(record: Record, observer: str) -> QParams:
-    scale, zero_point = record.observers[observer].qparams(dtype=torch.uint8, symmetric=False)
+def _static_qparams(observer: Observer) -> QParams:
+    scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
     return QParams(float(scale), int(zero_point))
 
 

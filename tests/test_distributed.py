@@ -1,0 +1,90 @@
+"""Observers of several processes, added up: torch.distributed with gloo, and by hand on the tensors of their states."""
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from torchq.observers import (
+    EntropyObserver,
+    Histogram,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MSEObserver,
+    PercentileObserver,
+)
+
+MAKERS = [
+    MinMaxObserver,
+    MovingAverageObserver,
+    Histogram,
+    PercentileObserver,
+    MSEObserver,
+    EntropyObserver,
+    lambda: MinMaxObserver(channels=4),
+    lambda: Histogram(256, channels=4),
+]
+RANKS = 2
+
+
+def batch(rank):
+    """Of another magnitude in each process, so that the limits differ."""
+    return 10.0 ** (3 * rank) * torch.randn(50, 4, generator=torch.Generator().manual_seed(rank))
+
+
+def merged():
+    observers = [make() for make in MAKERS]
+    for observer, make in zip(observers, MAKERS, strict=True):
+        for rank in range(RANKS):
+            part = make()
+            part.observe(batch(rank))
+            observer.merge(part)
+    return [observer.state_dict() for observer in observers]
+
+
+def run(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    states = []
+    for make in MAKERS:
+        observer = make()
+        observer.observe(batch(rank))
+        observer.all_reduce()
+        states.append(observer.state_dict())
+    idle = MinMaxObserver()  # the data of one process may never reach a layer
+    if rank == 1:
+        idle.observe(batch(rank))
+    idle.all_reduce()
+    torch.save([*states, idle.state_dict()], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch was built without gloo")
+def test_all_reduce_over_two_processes(tmp_path):
+    """Every rank ends with what one process would have merged."""
+    multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=RANKS)
+    expected = merged()
+    only = MinMaxObserver()
+    only.observe(batch(1))
+    expected.append(only.state_dict())
+    for rank in range(RANKS):
+        for actual, wanted in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+            assert actual.keys() == wanted.keys()
+            assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
+
+
+def test_states_add_up_by_hand():
+    """For a reduction of one's own: min-max is MIN of lo, MAX of hi, SUM of count, in tensors of equal shapes."""
+    parts, whole = [], MinMaxObserver(channels=4)
+    for rank in range(RANKS):
+        part = MinMaxObserver(channels=4)
+        part.observe(batch(rank))
+        parts.append(part.state_dict())
+        whole.observe(batch(rank))
+    reduced = {
+        "count": sum(part["count"] for part in parts),
+        "lo": torch.stack([part["lo"] for part in parts]).amin(0),
+        "hi": torch.stack([part["hi"] for part in parts]).amax(0),
+    }
+    loaded = MinMaxObserver(channels=4)
+    loaded.load_state_dict(reduced)
+    assert loaded.count == whole.count
+    assert all(torch.equal(a, b) for a, b in zip(loaded.range(), whole.range(), strict=True))
