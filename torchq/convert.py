@@ -15,6 +15,7 @@ from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+from torchq.smoothing import Smoothing, can_scale, scaled_linear, scaled_parameters, scales_around
 
 FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -68,10 +69,12 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
 
     Raises:
-        ValueError: the plan names a layer the model lacks, or hands codes to a layer that does not take them.
+        ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
+            what it can't, or by halves.
     """
     layers = find_layers(model)
     _check_plan(model, plan, layers)
+    rescaled = _rescaled(model, plan)
     swaps = {id(layers[name]): quantize_layer(model, plan, name) for name in plan.layers if _is_int8(plan, name)}
     if inplace:
         for parent in list(model.modules()):
@@ -79,6 +82,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
                 parent._modules[key] = swaps.get(id(child), child)
     else:
         model = _copy(model, swaps)
+    for name, parameters in rescaled.items():
+        model.get_submodule(name)._parameters.update(parameters)
     for name, layer in plan.layers.items():
         for folded in _folded(layer) if _is_int8(plan, name) else ():
             parent_name, _, key = folded.rpartition(".")
@@ -99,11 +104,27 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
         ) from error
 
 
+def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
+    """New parameters for what stays float and has a smoothing folded in: norms, and layers edited to float."""
+    touched = {name: None for source, s in plan.smoothings.items() for name in (source, *s.layers)}
+    new = {}
+    for name in touched:
+        if name not in plan.layers or not _is_int8(plan, name):
+            old = model.get_submodule(name)._parameters
+            values = scaled_parameters(model, plan.smoothings, name)
+            new[name] = {
+                key: nn.Parameter(value, requires_grad=cast(nn.Parameter, old[key]).requires_grad)
+                for key, value in values.items()
+            }
+    return new
+
+
 def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
     """The QuantizedLinear that `plan` makes of this layer of `model`."""
     layer, linear = plan.layers[name], cast(nn.Linear, model.get_submodule(name))
+    into, out = scales_around(plan.smoothings, name)
     quantized = QuantizedLinear.from_float(
-        linear,
+        linear if into is None and out is None else scaled_linear(linear, into=into, out=out),
         per_channel=layer.per_channel,
         input_qparams=layer.input_qparams if layer.kind == "int8 static" else None,
         output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
@@ -152,6 +173,32 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> N
             idle = folded != layer.activation and type(module) in (nn.ReLU, *IDLE)
             foldable = idle or activation_of(module) != Activation.NONE
             require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
+        smoothing = plan.smoothings.get(layer.smoothed or "")
+        require(
+            layer.smoothed is None or (smoothing is not None and name in smoothing.layers),
+            name,
+            f"expects its input smoothed in {layer.smoothed!r}, but plan.smoothings has none for it there. To undo a "
+            "smoothing, make its layers dynamic too, with smoothed=None",
+        )
+    for source, smoothing in plan.smoothings.items():
+        _check_smoothing(modules, plan, source, smoothing)
+
+
+def _check_smoothing(modules: dict[str, nn.Module], plan: Plan, source: str, smoothing: Smoothing) -> None:
+    def require(ok: bool, problem: str) -> None:
+        if not ok:
+            raise ValueError(f"torchq.apply_plan: the smoothing of {source!r} {problem}.")
+
+    module = modules.get(source)
+    require(can_scale(module), "is for no LayerNorm, RMSNorm or Linear with a weight of the model")
+    count = len(cast(torch.Tensor, cast(nn.Module, module).weight))
+    require(len(smoothing.scales) == count, f"has {len(smoothing.scales)} scales, expected {count}")
+    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in smoothing.scales)
+    require(positive, "has a scale that is not a positive normal float32")
+    for name in smoothing.layers:
+        takes = name in plan.layers and cast(nn.Linear, modules[name]).in_features == count
+        require(takes, f"names {name!r}, which is no layer of the plan with {count} inputs")
+        require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")
 
 
 def _leave_fast_path(model: nn.Module) -> None:
