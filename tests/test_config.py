@@ -21,6 +21,7 @@ def test_defaults():
         "margin_db": 1.0,
         "sample_rows": 256,
         "smoothing": "auto",
+        "rounding": "nearest",
         "exclude": (),
     }
 

@@ -23,6 +23,9 @@ from torchq.observers import Observer, make_observer
 SAMPLE_BYTES = 4 * 2**20
 """The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
 
+MAX_GRAM_DEPTH = 4096
+"""The most inputs of a layer for which XᵀX is kept: 64 MiB of float32, and seconds of rounding."""
+
 Forward = Callable[[nn.Module, Any], object]
 
 
@@ -68,6 +71,8 @@ class Record:
     calls: int = 0
     extremes: Tensor | None = None
     """The smallest and the largest value of each input channel, (2, K)."""
+    gram: Tensor | None = None
+    """XᵀX of all rows seen, float32 (K, K); None unless weights are to be rounded by it."""
 
     @classmethod
     def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
@@ -75,7 +80,9 @@ class Record:
         names = ("minmax", "percentile") if config.observer == "auto" else (config.observer,)
         observers = {name: make_observer(name, percentile=config.percentile) for name in names}
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
-        return cls(observers, Sample(rows))
+        wanted = config.rounding != "nearest" and layer.in_features <= MAX_GRAM_DEPTH
+        gram = torch.zeros(layer.in_features, layer.in_features) if wanted else None
+        return cls(observers, Sample(rows), gram=gram)
 
     @property
     def has_data(self) -> bool:
@@ -89,6 +96,8 @@ class Record:
             observer.observe(rows)
         self.sample.add(rows)
         self.calls += 1
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
         if len(rows) > 0:
             lo, hi = torch.aminmax(rows, dim=0)
             if self.extremes is not None:

@@ -1,7 +1,7 @@
 """convert(): calibrate -> plan -> swap. All or nothing: the model passed in is never left half changed."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+from torchq.rounding import Rounded, round_weights
 from torchq.smoothing import Smoothing, can_scale, scaled_linear, scaled_parameters, scales_around
 
 FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -62,20 +63,31 @@ def convert(
     if calib_loader is not None:
         calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
     plan = make_plan(model, layers, barred, calibration, config)
-    return apply_plan(model, plan, inplace=inplace)
+    rounded: dict[str, Rounded] = {}
+    if calibration is not None and config.rounding != "nearest":
+        plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
+    return apply_plan(model, plan, inplace=inplace, rounded=rounded)
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, inplace: bool = False, rounded: Mapping[str, Rounded] | None = None
+) -> nn.Module:
     """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
+
+    `rounded` holds the weights of the layers with `rounding="gptq"`, from `rounding.round_weights`: a plan is too small
+    for them.
 
     Raises:
         ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
             what it can't, or by halves.
     """
     layers = find_layers(model)
-    _check_plan(model, plan, layers)
+    rounded = rounded or {}
+    _check_plan(model, plan, layers, rounded)
     rescaled = _rescaled(model, plan)
-    swaps = {id(layers[name]): quantize_layer(model, plan, name) for name in plan.layers if _is_int8(plan, name)}
+    swaps = {
+        id(layers[name]): quantize_layer(model, plan, name, rounded) for name in plan.layers if _is_int8(plan, name)
+    }
     if inplace:
         for parent in list(model.modules()):
             for key, child in parent._modules.items():
@@ -119,8 +131,10 @@ def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]
     return new
 
 
-def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
-    """The QuantizedLinear that `plan` makes of this layer of `model`."""
+def quantize_layer(
+    model: nn.Module, plan: Plan, name: str, rounded: Mapping[str, Rounded] | None = None
+) -> QuantizedLinear:
+    """The QuantizedLinear that `plan` makes of this layer of `model`; `rounded` as in `apply_plan`."""
     layer, linear = plan.layers[name], cast(nn.Linear, model.get_submodule(name))
     into, out = scales_around(plan.smoothings, name)
     quantized = QuantizedLinear.from_float(
@@ -131,6 +145,8 @@ def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
         activation=activation_of(model.get_submodule(layer.activation) if layer.activation else None),
         takes_codes=any(other.feeds == name for other in plan.layers.values()),
     )
+    if layer.rounding == "gptq" and rounded:
+        quantized.replace_weight(rounded[name].weight, rounded[name].scale, rounded[name].bias)
     return quantized.train(linear.training)
 
 
@@ -143,7 +159,7 @@ def _is_int8(plan: Plan, name: str) -> bool:
     return plan.layers[name].kind != "float"
 
 
-def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> None:
+def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear], rounded: Mapping[str, Rounded]) -> None:
     """Raises ValueError for what an edit can get wrong."""
     modules = dict(model.named_modules())
 
@@ -161,6 +177,12 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> N
         require(layer.kind in get_args(Kind), name, f"is to be {layer.kind!r}, expected one of {get_args(Kind)}")
         if layer.kind == "int8 static":
             require(layer.input_qparams is not None, name, "is static, but its input_qparams are None")
+        has_weight = layer.kind == "float" or layer.rounding == "nearest" or name in rounded
+        require(
+            has_weight,
+            name,
+            "has rounding='gptq', whose weights no plan holds: convert again, or take rounding='nearest'",
+        )
         if layer.feeds is not None:
             both = is_static(name) and is_static(layer.feeds)
             require(both, name, f"feeds {layer.feeds!r}, so both must be static, with input_qparams")

@@ -42,6 +42,7 @@ class LayerPlan:
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
         smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
             `sqnr_db` are those of the divided input.
+        rounding: how the weights are rounded: "nearest", or "gptq" with calibration data, which a plan does not hold.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class LayerPlan:
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
     smoothed: str | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
 
     @property
     def measured_db(self) -> float | None:
