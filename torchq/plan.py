@@ -294,17 +294,23 @@ def _cheapest(
 
     None, which leaves all as it was, where the best of them gains no static layer and less than MIN_GAIN_DB.
     """
-    options: dict[float | None, dict[str, LayerPlan]] = {None: before}
-    options.update(after)
-    int8 = {alpha: sum(plan.kind != "float" for plan in plans.values()) for alpha, plans in options.items()}
-    static = {alpha: sum(plan.kind == "int8 static" for plan in plans.values()) for alpha, plans in options.items()}
-    db = {alpha: _mean_db(plans) for alpha, plans in options.items()}
-    able = [alpha for alpha in options if int8[alpha] == max(int8.values()) and not math.isnan(db[alpha])]
-    near = [alpha for alpha in able if db[alpha] >= max(db[other] for other in able) - margin_db]
-    best = max(near, key=lambda alpha: (static[alpha], db[alpha]), default=None)
-    if None in near and static[None] == static[best] and db[None] >= db[best] - MIN_GAIN_DB:
+    options: list[tuple[float | None, dict[str, LayerPlan]]] = [(None, before), *after.items()]
+    most = max(_count(plans, "int8") for _, plans in options)
+    able = {
+        alpha: (_count(plans, "int8 static"), _mean_db(plans))
+        for alpha, plans in options
+        if _count(plans, "int8") == most and not math.isnan(_mean_db(plans))
+    }
+    top = max((db for _, db in able.values()), default=0.0)
+    near = {alpha: ranked for alpha, ranked in able.items() if ranked[1] >= top - margin_db}
+    best = max(near, key=lambda alpha: near[alpha], default=None)
+    if None in near and near[None][0] == near[best][0] and near[None][1] >= near[best][1] - MIN_GAIN_DB:
         return None
     return best
+
+
+def _count(plans: Mapping[str, LayerPlan], kind: str) -> int:
+    return sum(plan.kind.startswith(kind) for plan in plans.values())
 
 
 def _mean_db(plans: Mapping[str, LayerPlan]) -> float:

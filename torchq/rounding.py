@@ -1,8 +1,8 @@
 """Weight rounding beyond nearest: GPTQ (arXiv 2210.17323), and bias correction.
 
-Rounding each weight to the nearest code is best for the weight, not for the output. The error of an output is
-`e·x` for the weight error e of its row, so what counts is `eᵀ H e` with `H = XᵀX` of the calibration inputs. GPTQ rounds
-one input channel after the other, and takes each error back in the channels still to come, as far as the inputs'
+Rounding each weight to the nearest code is best for the weight, not for the output. The error of an output is `e·x`
+for the weight error e of its row, so what counts is `eᵀ H e` with `H = XᵀX` of the calibration inputs. GPTQ rounds one
+input channel after the other, and takes each error back in the channels still to come, as far as the inputs'
 correlation allows:
 
     e_j = (w_j - q_j) / U_jj        w_i -= e_j · U_ji for i > j        U upper triangular, UᵀU = (H + d·I)⁻¹
@@ -83,7 +83,8 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     diagonal = gram.diagonal()
     damping = _DAMPING * float(diagonal.mean()) or 1.0  # all zero: the identity
     lower = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor
 
 
 def round_weights(
