@@ -340,3 +340,12 @@ def test_calibration_leaves_no_hooks():
     model = Block()
     readers(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_in_place_gives_the_same():
+    model = Block()
+    expected = convert(model, DATA)(X)
+    smooth = convert(model, DATA, inplace=True)
+    assert smooth is model
+    assert smooth.torchq_plan.smoothings
+    assert torch.equal(smooth(X), expected)

@@ -1,6 +1,7 @@
 """convert(): calibrate -> plan -> swap. All or nothing: the model passed in is never left half changed."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
@@ -38,7 +39,8 @@ def convert(
             is dynamic.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
-        inplace: swap the layers of `model` itself and return it. Nothing is swapped if anything fails.
+        inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
+            Everything is checked before the first swap.
         progress: a progress bar over the batches; None shows it on a terminal only.
 
     Returns:
@@ -66,6 +68,7 @@ def convert(
     rounded: dict[str, Rounded] = {}
     if calibration is not None and config.rounding != "nearest":
         plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
+    del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
     return apply_plan(model, plan, inplace=inplace, rounded=rounded)
 
 
@@ -81,28 +84,54 @@ def apply_plan(
         ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
             what it can't, or by halves.
     """
-    layers = find_layers(model)
     rounded = rounded or {}
-    _check_plan(model, plan, layers, rounded)
-    rescaled = _rescaled(model, plan)
-    swaps = {
-        id(layers[name]): quantize_layer(model, plan, name, rounded) for name in plan.layers if _is_int8(plan, name)
-    }
-    if inplace:
-        for parent in list(model.modules()):
-            for key, child in parent._modules.items():
-                parent._modules[key] = swaps.get(id(child), child)
-    else:
-        model = _copy(model, swaps)
-    for name, parameters in rescaled.items():
-        model.get_submodule(name)._parameters.update(parameters)
-    for name, layer in plan.layers.items():
-        for folded in _folded(layer) if _is_int8(plan, name) else ():
-            parent_name, _, key = folded.rpartition(".")
-            model.get_submodule(parent_name)._modules[key] = Folded()
-    _leave_fast_path(model)
+    _check_plan(model, plan, find_layers(model), rounded)
+    names = [name for name in plan.layers if _is_int8(plan, name)]
+    try:
+        if inplace:
+            _smooth(model, plan)
+            _swap(model, dataclasses.replace(plan, smoothings={}), names, rounded)
+        else:
+            rescaled = _rescaled(model, plan)
+            swaps = {id(model.get_submodule(name)): quantize_layer(model, plan, name, rounded) for name in names}
+            model = _copy(model, swaps)
+            _replace(model, rescaled)
+            for name in names:
+                _fold(model, plan.layers[name])
+    finally:
+        _leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
+
+
+def _swap(model: nn.Module, plan: Plan, names: list[str], rounded: Mapping[str, Rounded]) -> None:
+    """In place, one layer after the other, so that each float weight can be freed before the next int8 one is made.
+
+    The last comes first: a layer takes floats as well as codes, so the model is right after each step, and stays so if
+    memory runs out before the next.
+    """
+    places = _places(model)
+    for name in reversed(names):
+        quantized = quantize_layer(model, plan, name, rounded)
+        for children, key in places[id(model.get_submodule(name))]:
+            children[key] = quantized
+        _fold(model, plan.layers[name])
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
+    """Where each module hangs, by its id: the dict of children and the key there."""
+    places: dict[int, list[tuple[dict[str, nn.Module | None], str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent._modules, key))
+    return places
+
+
+def _fold(model: nn.Module, layer: LayerPlan) -> None:
+    """Puts Folded in the place of the modules whose work this layer does."""
+    for name in _folded(layer):
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = Folded()
 
 
 def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
@@ -119,16 +148,23 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
 def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
     """New parameters for what stays float and has a smoothing folded in: norms, and layers edited to float."""
     touched = {name: None for source, s in plan.smoothings.items() for name in (source, *s.layers)}
-    new = {}
-    for name in touched:
-        if name not in plan.layers or not _is_int8(plan, name):
-            old = model.get_submodule(name)._parameters
-            values = scaled_parameters(model, plan.smoothings, name)
-            new[name] = {
-                key: nn.Parameter(value, requires_grad=cast(nn.Parameter, old[key]).requires_grad)
-                for key, value in values.items()
-            }
-    return new
+    return {
+        name: scaled_parameters(model, plan.smoothings, name)
+        for name in touched
+        if name not in plan.layers or not _is_int8(plan, name)
+    }
+
+
+def _replace(model: nn.Module, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    for name, values in parameters.items():
+        model.get_submodule(name)._parameters.update(values)
+
+
+def _smooth(model: nn.Module, plan: Plan) -> None:
+    """Folds the smoothings into the float model itself, one after the other: its function is the same after each."""
+    for source, smoothing in plan.smoothings.items():
+        alone = {source: smoothing}
+        _replace(model, {name: scaled_parameters(model, alone, name) for name in (source, *smoothing.layers)})
 
 
 def quantize_layer(
@@ -151,7 +187,6 @@ def quantize_layer(
 
 
 def _folded(layer: LayerPlan) -> tuple[str, ...]:
-    """The modules that become Folded because this layer does their work."""
     return layer.skipped if layer.activation is None else (layer.activation, *layer.skipped)
 
 

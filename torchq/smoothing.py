@@ -89,10 +89,12 @@ def scaled_linear(linear: nn.Linear, *, into: Tensor | None = None, out: Tensor 
     return scaled
 
 
-def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, Tensor]:
-    """The parameters of this module of `model`, a norm or a Linear, with all smoothings that touch it folded in."""
-    into, out = scales_around(smoothings, name)
-    return _scaled(model.get_submodule(name), into, out)
+def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, nn.Parameter]:
+    """New parameters of this module of `model`, a norm or a Linear, with all smoothings that touch it folded in."""
+    module = model.get_submodule(name)
+    trained = {key for key, value in module._parameters.items() if value is not None and value.requires_grad}
+    values = _scaled(module, *scales_around(smoothings, name))
+    return {key: nn.Parameter(value, requires_grad=key in trained) for key, value in values.items()}
 
 
 def scales_around(smoothings: Mapping[str, Smoothing], name: str) -> tuple[Tensor | None, Tensor | None]:
