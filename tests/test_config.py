@@ -20,6 +20,8 @@ def test_defaults():
         "min_sqnr_db": 10.0,
         "margin_db": 1.0,
         "sample_rows": 256,
+        "smoothing": "auto",
+        "rounding": "nearest",
         "exclude": (),
     }
 

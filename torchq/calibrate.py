@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchq.config import QConfig
+from torchq.dataflow import Dataflow
 from torchq.observers import Histogram, Observer, make_observer, share
 
 SAMPLE_BYTES = 4 * 2**20
 """The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
+
+MAX_GRAM_DEPTH = 4096
+"""The most inputs of a layer for which XᵀX is kept: 64 MiB of float32, and seconds of rounding."""
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -74,6 +78,10 @@ class Record:
     sample: Sample
     config: QConfig
     calls: int = 0
+    extremes: Tensor | None = None
+    """The smallest and the largest value of each input channel, (2, K)."""
+    gram: Tensor | None = None
+    """XᵀX of all rows seen, float32 (K, K); None unless weights are to be rounded by it."""
 
     @classmethod
     def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
@@ -81,7 +89,9 @@ class Record:
         name = config.observer
         seen = Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
-        return cls(seen, Sample(rows), config)
+        wanted = config.rounding != "nearest" and layer.in_features <= MAX_GRAM_DEPTH
+        gram = torch.zeros(layer.in_features, layer.in_features) if wanted else None
+        return cls(seen, Sample(rows), config, gram=gram)
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -101,18 +111,43 @@ class Record:
         self.seen.observe(rows)
         self.sample.add(rows)
         self.calls += 1
+        if self.gram is not None:
+            self.gram.addmm_(rows.T, rows)
+        if len(rows) > 0:
+            lo, hi = torch.aminmax(rows, dim=0)
+            if self.extremes is not None:
+                lo, hi = torch.minimum(lo, self.extremes[0]), torch.maximum(hi, self.extremes[1])
+            self.extremes = torch.stack([lo, hi])
+
+    @property
+    def peak(self) -> Tensor:
+        """max|x_j| of each input channel, (K,); needs data."""
+        return torch.empty(0) if self.extremes is None else self.extremes.abs().amax(dim=0)
+
+    def smoothed(self, layer: nn.Linear, config: QConfig, scales: Tensor) -> "Record":
+        """What calibration would have seen of inputs divided by `scales` (K,).
+
+        Exact for the min-max range; the other observers see the sample instead of all rows.
+        """
+        record = Record.empty(layer, config)
+        record.observe(self.sample.rows / scales)
+        if config.observer in ("auto", "minmax") and self.extremes is not None:
+            record.seen.observe(self.extremes / scales)
+        return record
 
 
 @dataclass
 class Calibration:
     """The records, by layer name, and how often each nn.Sequential and each of its children was called.
 
-    Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way.
+    Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way. `readers` are
+    the layers that read a module's output, for each module of which it is proven that nothing else does.
     """
 
     records: dict[str, Record]
     calls: Counter[str]
     batches: int = 0
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def calibrate(
@@ -146,12 +181,16 @@ def calibrate(
         raise TypeError(f"torchq.convert: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
     calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, Counter())
     run = forward or call_with_batch
+    dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
+        stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
         stack.enter_context(_recording(model, layers, calibration))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             run(model, batch)
             calibration.batches += 1
+            dataflow.end_batch()
+    calibration.readers = dataflow.readers
     if calibration.batches == 0:
         raise ValueError(
             "torchq.convert: calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only "

@@ -1,7 +1,8 @@
 """convert(): calibrate -> plan -> swap. All or nothing: the model passed in is never left half changed."""
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, cast, get_args
 
 import torch
@@ -15,6 +16,8 @@ from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+from torchq.rounding import Rounded, round_weights
+from torchq.smoothing import Smoothing, can_scale, scaled_linear, scaled_parameters, scales_around
 
 FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -62,23 +65,37 @@ def convert(
     if calib_loader is not None:
         calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
     plan = make_plan(model, layers, barred, calibration, config)
+    rounded: dict[str, Rounded] = {}
+    if calibration is not None and config.rounding != "nearest":
+        plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
     del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
-    return apply_plan(model, plan, inplace=inplace)
+    return apply_plan(model, plan, inplace=inplace, rounded=rounded)
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, inplace: bool = False, rounded: Mapping[str, Rounded] | None = None
+) -> nn.Module:
     """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
 
+    `rounded` holds the weights of the layers with `rounding="gptq"`, from `rounding.round_weights`: a plan is too small
+    for them.
+
     Raises:
-        ValueError: the plan names a layer the model lacks, or hands codes to a layer that does not take them.
+        ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
+            what it can't, or by halves.
     """
-    _check_plan(model, plan, find_layers(model))
+    rounded = rounded or {}
+    _check_plan(model, plan, find_layers(model), rounded)
     names = [name for name in plan.layers if _is_int8(plan, name)]
     try:
         if inplace:
-            _swap(model, plan, names)
+            _smooth(model, plan)
+            _swap(model, dataclasses.replace(plan, smoothings={}), names, rounded)
         else:
-            model = _copy(model, {id(model.get_submodule(name)): quantize_layer(model, plan, name) for name in names})
+            rescaled = _rescaled(model, plan)
+            swaps = {id(model.get_submodule(name)): quantize_layer(model, plan, name, rounded) for name in names}
+            model = _copy(model, swaps)
+            _replace(model, rescaled)
             for name in names:
                 _fold(model, plan.layers[name])
     finally:
@@ -87,7 +104,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     return model
 
 
-def _swap(model: nn.Module, plan: Plan, names: list[str]) -> None:
+def _swap(model: nn.Module, plan: Plan, names: list[str], rounded: Mapping[str, Rounded]) -> None:
     """In place, one layer after the other, so that each float weight can be freed before the next int8 one is made.
 
     The last comes first: a layer takes floats as well as codes, so the model is right after each step, and stays so if
@@ -95,7 +112,7 @@ def _swap(model: nn.Module, plan: Plan, names: list[str]) -> None:
     """
     places = _places(model)
     for name in reversed(names):
-        quantized = quantize_layer(model, plan, name)
+        quantized = quantize_layer(model, plan, name, rounded)
         for children, key in places[id(model.get_submodule(name))]:
             children[key] = quantized
         _fold(model, plan.layers[name])
@@ -128,17 +145,44 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
         ) from error
 
 
-def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
-    """The QuantizedLinear that `plan` makes of this layer of `model`."""
+def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
+    """New parameters for what stays float and has a smoothing folded in: norms, and layers edited to float."""
+    touched = {name: None for source, s in plan.smoothings.items() for name in (source, *s.layers)}
+    return {
+        name: scaled_parameters(model, plan.smoothings, name)
+        for name in touched
+        if name not in plan.layers or not _is_int8(plan, name)
+    }
+
+
+def _replace(model: nn.Module, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    for name, values in parameters.items():
+        model.get_submodule(name)._parameters.update(values)
+
+
+def _smooth(model: nn.Module, plan: Plan) -> None:
+    """Folds the smoothings into the float model itself, one after the other: its function is the same after each."""
+    for source, smoothing in plan.smoothings.items():
+        alone = {source: smoothing}
+        _replace(model, {name: scaled_parameters(model, alone, name) for name in (source, *smoothing.layers)})
+
+
+def quantize_layer(
+    model: nn.Module, plan: Plan, name: str, rounded: Mapping[str, Rounded] | None = None
+) -> QuantizedLinear:
+    """The QuantizedLinear that `plan` makes of this layer of `model`; `rounded` as in `apply_plan`."""
     layer, linear = plan.layers[name], cast(nn.Linear, model.get_submodule(name))
+    into, out = scales_around(plan.smoothings, name)
     quantized = QuantizedLinear.from_float(
-        linear,
+        linear if into is None and out is None else scaled_linear(linear, into=into, out=out),
         per_channel=layer.per_channel,
         input_qparams=layer.input_qparams if layer.kind == "int8 static" else None,
         output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
         activation=activation_of(model.get_submodule(layer.activation) if layer.activation else None),
         takes_codes=any(other.feeds == name for other in plan.layers.values()),
     )
+    if layer.rounding == "gptq" and rounded:
+        quantized.replace_weight(rounded[name].weight, rounded[name].scale, rounded[name].bias)
     return quantized.train(linear.training)
 
 
@@ -150,7 +194,7 @@ def _is_int8(plan: Plan, name: str) -> bool:
     return plan.layers[name].kind != "float"
 
 
-def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> None:
+def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear], rounded: Mapping[str, Rounded]) -> None:
     """Raises ValueError for what an edit can get wrong."""
     modules = dict(model.named_modules())
 
@@ -168,6 +212,12 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> N
         require(layer.kind in get_args(Kind), name, f"is to be {layer.kind!r}, expected one of {get_args(Kind)}")
         if layer.kind == "int8 static":
             require(layer.input_qparams is not None, name, "is static, but its input_qparams are None")
+        has_weight = layer.kind == "float" or layer.rounding == "nearest" or name in rounded
+        require(
+            has_weight,
+            name,
+            "has rounding='gptq', whose weights no plan holds: convert again, or take rounding='nearest'",
+        )
         if layer.feeds is not None:
             both = is_static(name) and is_static(layer.feeds)
             require(both, name, f"feeds {layer.feeds!r}, so both must be static, with input_qparams")
@@ -180,6 +230,32 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> N
             idle = folded != layer.activation and type(module) in (nn.ReLU, *IDLE)
             foldable = idle or activation_of(module) != Activation.NONE
             require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
+        smoothing = plan.smoothings.get(layer.smoothed or "")
+        require(
+            layer.smoothed is None or (smoothing is not None and name in smoothing.layers),
+            name,
+            f"expects its input smoothed in {layer.smoothed!r}, but plan.smoothings has none for it there. To undo a "
+            "smoothing, make its layers dynamic too, with smoothed=None",
+        )
+    for source, smoothing in plan.smoothings.items():
+        _check_smoothing(modules, plan, source, smoothing)
+
+
+def _check_smoothing(modules: dict[str, nn.Module], plan: Plan, source: str, smoothing: Smoothing) -> None:
+    def require(ok: bool, problem: str) -> None:
+        if not ok:
+            raise ValueError(f"torchq.apply_plan: the smoothing of {source!r} {problem}.")
+
+    module = modules.get(source)
+    require(can_scale(module), "is for no LayerNorm, RMSNorm or Linear with a weight of the model")
+    count = len(cast(torch.Tensor, cast(nn.Module, module).weight))
+    require(len(smoothing.scales) == count, f"has {len(smoothing.scales)} scales, expected {count}")
+    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in smoothing.scales)
+    require(positive, "has a scale that is not a positive normal float32")
+    for name in smoothing.layers:
+        takes = name in plan.layers and cast(nn.Linear, modules[name]).in_features == count
+        require(takes, f"names {name!r}, which is no layer of the plan with {count} inputs")
+        require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")
 
 
 def _leave_fast_path(model: nn.Module) -> None:

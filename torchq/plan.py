@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torchq.modules.linear import QParams, QuantizedLinear, activation_of
 from torchq.observers import Observer
 from torchq.ops import Activation
 from torchq.qparams import sqnr_db
+from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
 
@@ -40,6 +41,9 @@ class LayerPlan:
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that do nothing in eval mode.
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
+        smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
+            `sqnr_db` are those of the divided input.
+        rounding: how the weights are rounded: "nearest", or "gptq" with calibration data, which a plan does not hold.
     """
 
     kind: Kind
@@ -51,6 +55,8 @@ class LayerPlan:
     activation: str | None = None
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
+    smoothed: str | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
 
     @property
     def measured_db(self) -> float | None:
@@ -62,7 +68,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layer plans by module name, in model order.
+    """The layer plans by module name, in model order, and the smoothings by the name of the module rescaled.
+
+    To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -72,24 +80,30 @@ class Plan:
     """
 
     layers: dict[str, LayerPlan]
+    smoothings: dict[str, Smoothing] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it: dicts, lists, strings and numbers."""
-        return {name: _to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        return _to_json(dataclasses.asdict(self))  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
         layers = {}
-        for name, values in data.items():
+        for name, values in data["layers"].items():
             pair = values["input_qparams"]
             sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
             given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
             layers[name] = LayerPlan(**{**values, **given})
-        return cls(layers)
+        return cls(layers, {name: _smoothing(values) for name, values in data["smoothings"].items()})
+
+
+def _smoothing(values: Mapping[str, Any]) -> Smoothing:
+    numbers = {key: float(values[key]) for key in ("alpha", "before_db", "after_db")}
+    return Smoothing(scales=tuple(values["scales"]), layers=tuple(values["layers"]), **numbers)
 
 
 def _to_json(value: Any) -> Any:
@@ -172,7 +186,8 @@ def make_plan(
                 f"torchq.convert: activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
                 "Pass data that runs these layers, exclude them, or use activation='auto'."
             )
-    plans = {}
+    plans: dict[str, LayerPlan] = {}
+    smoothings = {}
     for name, layer in layers.items():
         if name in barred:
             plans[name] = LayerPlan("float", barred[name])
@@ -181,8 +196,9 @@ def make_plan(
         else:
             plans[name] = _plan_layer(layer, calibration.records[name], config)
     if calibration is not None:
+        smoothings = _smooth(model, plans, calibration, config)
         _fuse(model, plans, calibration)
-    return Plan(plans)
+    return Plan(plans, smoothings)
 
 
 def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
@@ -234,6 +250,74 @@ def measure(
     for name, (scale, zero_point) in ranges.items():
         measured[name] = sqnr_db(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
     return measured
+
+
+# ---- Smoothing ---------------------------------------------------------------------------------------------------
+
+
+def _smooth(
+    model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration, config: QConfig
+) -> dict[str, Smoothing]:
+    """Tries every alpha on each group of layers that share an input, and replaces their plans where one pays."""
+    smoothings = {}
+    for source, readers in calibration.readers.items():
+        if isinstance(model.get_submodule(source), nn.Linear) and config.weight == "per_tensor":
+            continue  # dividing its outputs would change its own weight codes
+        group = {name: (cast(nn.Linear, model.get_submodule(name)), calibration.records[name]) for name in readers}
+        before = {name: plans[name] for name in readers}
+        if not all(plan.sqnr_db for plan in before.values()):
+            continue  # nothing was measured
+        peak = torch.stack([record.peak for _, record in group.values()]).amax(dim=0)
+        weights = [layer.weight for layer, _ in group.values()]
+        scales = {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
+        after = {
+            alpha: {
+                name: _plan_layer(scaled_linear(layer, into=s), record.smoothed(layer, config, s), config)
+                for name, (layer, record) in group.items()
+            }
+            for alpha, s in scales.items()
+        }
+        alpha = _cheapest(before, after, config.margin_db)
+        if alpha is None:
+            continue
+        old, new = _mean_db(before), _mean_db(after[alpha])
+        smoothings[source] = Smoothing(tuple(scales[alpha].tolist()), readers, alpha, old, new)
+        for name, plan in after[alpha].items():
+            reason = f"{plan.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
+            plans[name] = dataclasses.replace(plan, reason=reason, smoothed=source)
+    return smoothings
+
+
+def _cheapest(
+    before: dict[str, LayerPlan], after: Mapping[float, dict[str, LayerPlan]], margin_db: float
+) -> float | None:
+    """The alpha that pays: most int8 layers, then most static ones within `margin_db` of the best, then most SQNR.
+
+    None, which leaves all as it was, where the best of them gains no static layer and less than MIN_GAIN_DB.
+    """
+    options: list[tuple[float | None, dict[str, LayerPlan]]] = [(None, before), *after.items()]
+    most = max(_count(plans, "int8") for _, plans in options)
+    able = {
+        alpha: (_count(plans, "int8 static"), _mean_db(plans))
+        for alpha, plans in options
+        if _count(plans, "int8") == most and not math.isnan(_mean_db(plans))
+    }
+    top = max((db for _, db in able.values()), default=0.0)
+    near = {alpha: ranked for alpha, ranked in able.items() if ranked[1] >= top - margin_db}
+    best = max(near, key=lambda alpha: near[alpha], default=None)
+    if None in near and near[None][0] == near[best][0] and near[None][1] >= near[best][1] - MIN_GAIN_DB:
+        return None
+    return best
+
+
+def _count(plans: Mapping[str, LayerPlan], kind: str) -> int:
+    return sum(plan.kind.startswith(kind) for plan in plans.values())
+
+
+def _mean_db(plans: Mapping[str, LayerPlan]) -> float:
+    """Over the layers: SQNR as planned, or the best there was where a layer stays float."""
+    chosen = [plan.measured_db if plan.kind != "float" else max(plan.sqnr_db.values()) for plan in plans.values()]
+    return sum(db for db in chosen if db is not None) / len(chosen)
 
 
 # ---- Fusion: runs of Linear, activation, Linear in an nn.Sequential ----------------------------------------------

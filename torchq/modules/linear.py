@@ -142,6 +142,11 @@ class QuantizedLinear(nn.Module):
             dtype=weight.dtype,
         )
 
+    def replace_weight(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer; the arguments of the class."""
+        self.has_bias = bias is not None
+        self.packed = ops.pack(weight, weight_scale, bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         """forward(), without nn.Module's and the dispatcher's part of the call where they have nothing to do.
 

@@ -1,0 +1,189 @@
+"""GPTQ and bias correction: a smaller error on rows that were not given, nothing where there is nothing to gain."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, convert, quantize
+from torchq.convert import apply_plan
+from torchq.qparams import choose_qparams, sqnr_db
+from torchq.rounding import gptq, mean_error
+
+GPTQ, AUTO = (QConfig(rounding=name) for name in ("gptq", "auto"))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(rows, k, seed):
+    """A few directions carry most of the inputs."""
+    return normal(rows, 8, seed=seed) @ normal(8, k, seed=77) + 0.2 * normal(rows, k, seed=seed + 1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("k", [1, 3, 127, 128, 129, 300])
+def test_without_correlation_it_rounds_to_nearest(k):
+    """Bit for bit, also for a diagonal H, and across the blocks of 128 channels."""
+    weight = normal(17, k)
+    scale, _ = choose_qparams(weight, axis=0)
+    nearest = quantize(weight, scale, axis=0)
+    for gram in (torch.eye(k), torch.diag(torch.rand(k) * 100), torch.zeros(k, k)):
+        assert torch.equal(gptq(weight, scale, gram), nearest)
+
+
+@pytest.mark.parametrize("k", [32, 200])
+def test_it_lowers_the_error_on_rows_it_has_not_seen(k):
+    weight, x, held_out = normal(24, k), correlated(2000, k, 1), correlated(500, k, 3)
+    scale, _ = choose_qparams(weight, axis=0)
+    codes = gptq(weight, scale, x.T @ x)
+    nearest = quantize(weight, scale, axis=0)
+    before, after = (sqnr_db(held_out @ weight.T, held_out @ (scale[:, None] * c.float()).T) for c in (nearest, codes))
+    assert after > before + 5
+    assert codes.dtype == torch.int8
+    assert codes.min() >= -127
+    assert (codes.float() - nearest.float()).abs().max() >= 1
+
+
+def test_it_is_the_textbook_algorithm():
+    """The same codes as GPTQ without blocks, permutation undone by hand."""
+    k = 150
+    weight, x = normal(5, k), correlated(400, k, 1)
+    gram = x.T @ x
+    scale, _ = choose_qparams(weight, axis=0)
+    order = gram.diagonal().argsort(descending=True)
+    h = gram.double()[order][:, order]
+    h += 0.01 * h.diagonal().mean() * torch.eye(k)
+    w, inverse, expected = weight.double()[:, order], h.inverse(), torch.empty(5, k)
+    for j in range(k):
+        code = (w[:, j] / scale).round().clamp(-127, 127)
+        error = (w[:, j] - code * scale) / inverse[j, j]
+        w = w - torch.outer(error, inverse[j]) * (torch.arange(k) > j)
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        expected[:, order[j]] = code.float()
+    assert (gptq(weight, scale, gram).float() != expected).float().mean() < 0.01  # ties, by the rounding of the inverse
+
+
+def test_bias_correction_leaves_no_mean_error():
+    """float32: the mean of 400 rows is exact to 2^-24 of the values' size, about 10."""
+    exact, actual = normal(400, 8) * 3, normal(400, 8, seed=1) + 0.7
+    corrected = actual + mean_error(exact, actual)
+    assert (actual - exact).mean(dim=0).abs().min() > 0.3
+    assert (corrected - exact).mean(dim=0).abs().max() < 1e-5
+
+
+# ---- in convert ----
+
+
+def layer_and_data(k=64, n=32, rows=400):
+    return nn.Linear(k, n), [correlated(rows, k, seed) for seed in (1, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight"),
+    [("auto", "per_channel"), ("dynamic", "per_channel"), ("static", "per_tensor"), ("dynamic", "per_tensor")],
+)
+@pytest.mark.parametrize("rounding", ["gptq", "auto"])
+def test_convert_gains_on_new_data(activation, weight, rounding):
+    """Where the weights are a good part of the error; static ranges of 8 bits on these inputs are a larger one."""
+    linear, data = layer_and_data()
+    linear.weight[0] *= 8
+    x, config = correlated(300, 64, 99), QConfig(activation=activation, weight=weight)
+    before = convert(linear, data, config=config)
+    after = convert(linear, data, config=dataclasses.replace(config, rounding=rounding))
+    plan = after.torchq_plan.layers[""]
+    assert plan.rounding == "gptq"
+    assert "on held-out rows" in plan.reason
+    assert torch.equal(after.weight_scale, before.weight_scale)
+    assert not torch.equal(after.weight, before.weight)
+    assert sqnr_db(linear(x), after(x)) > sqnr_db(linear(x), before(x)) + 0.5
+
+
+def test_auto_leaves_weights_that_gain_nothing():
+    """Independent inputs: H is a multiple of the identity, up to noise."""
+    linear, data = nn.Linear(64, 32), [normal(4000, 64)]
+    nearest, auto = convert(linear, data), convert(linear, data, config=AUTO)
+    plan = auto.torchq_plan.layers[""]
+    assert plan.rounding == "nearest"
+    assert plan.reason.endswith("dB on held-out rows, not taken")
+    assert torch.equal(auto.weight, nearest.weight)
+    assert torch.equal(auto.bias, nearest.bias)
+
+
+@pytest.mark.parametrize("config", [GPTQ, AUTO], ids=lambda config: config.rounding)
+def test_too_few_rows_are_refused(config):
+    linear, data = nn.Linear(64, 32), [correlated(100, 64, 1)]
+    qmodel = convert(linear, data, config=config)
+    plan = qmodel.torchq_plan.layers[""]
+    assert plan.rounding == "nearest"
+    assert "50 calibration rows beside the held-out ones, gptq needs at least as many as inputs, 64" in plan.reason
+    assert torch.equal(qmodel.weight, convert(linear, data).weight)
+
+
+def test_too_deep_a_layer_is_refused(monkeypatch):
+    monkeypatch.setattr("torchq.calibrate.MAX_GRAM_DEPTH", 32)
+    linear, data = layer_and_data()
+    plan = convert(linear, data, config=GPTQ).torchq_plan.layers[""]
+    assert plan.rounding == "nearest"
+    assert "64 inputs, gptq is done up to" in plan.reason
+
+
+def test_it_is_deterministic_and_leaves_the_model():
+    linear, data = layer_and_data()
+    before = linear.weight.clone()
+    first, second = (convert(linear, data, config=GPTQ) for _ in range(2))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert first.torchq_plan == second.torchq_plan
+    assert torch.equal(linear.weight, before)
+
+
+def test_it_works_on_smoothed_inputs():
+    """H in the units of the smoothed inputs: with the unsmoothed H or rows this is far below."""
+    norm, linear, extra = nn.LayerNorm(64), nn.Linear(64, 32), nn.Linear(64, 64)
+    norm.weight[[3, 9]] *= 50
+    linear.weight[:, [3, 9]] /= 50
+    model = nn.Sequential(extra, norm, linear).eval()
+    data, x = [correlated(400, 64, seed) for seed in (1, 3)], correlated(300, 64, 99)
+    before, after = convert(model, data), convert(model, data, config=GPTQ)
+    assert after.torchq_plan.layers["2"].smoothed == "1"
+    assert sqnr_db(model(x), after(x)) > sqnr_db(model(x), before(x)) + 0.5
+
+
+def test_a_rounded_layer_hands_smoothed_outputs_on():
+    """The scales of the output go into the rounded layer's scale and bias."""
+    first, last = nn.Linear(64, 32), nn.Linear(32, 8)
+    first.weight[[1, 2]] *= 50
+    last.weight[:, [1, 2]] /= 50
+    model = nn.Sequential(first, last).eval()
+    data, x = [correlated(400, 64, seed) for seed in (1, 3)], correlated(300, 64, 99)
+    qmodel = convert(model, data, config=GPTQ)
+    assert "0" in qmodel.torchq_plan.smoothings
+    assert qmodel.torchq_plan.layers["0"].rounding == "gptq"
+    assert sqnr_db(model(x), qmodel(x)) > 35
+
+
+def test_a_plan_does_not_hold_the_weights():
+    linear, data = layer_and_data()
+    model = nn.Sequential(linear)
+    plan = convert(model, data, config=GPTQ).torchq_plan
+    with pytest.raises(ValueError, match=r"layer '0' has rounding.*convert again"):
+        apply_plan(model, plan)
+    nearest = {name: dataclasses.replace(layer, rounding="nearest") for name, layer in plan.layers.items()}
+    again = apply_plan(model, dataclasses.replace(plan, layers=nearest))
+    assert torch.equal(again(data[0]), convert(model, data)(data[0]))
+
+
+def test_it_shows_progress(capsys):
+    linear, data = layer_and_data()
+    convert(linear, data, config=GPTQ, progress=True)
+    assert "torchq: rounding" in capsys.readouterr().err

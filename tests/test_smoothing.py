@@ -1,0 +1,351 @@
+"""SmoothQuant: the float function stays, outliers cost nothing, and nothing is folded that others may see."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, QuantizedLinear, convert
+from torchq.calibrate import calibrate
+from torchq.convert import apply_plan
+from torchq.plan import LayerPlan, Plan, find_layers
+from torchq.qparams import sqnr_db
+from torchq.smoothing import Smoothing, smoothing_scales
+
+K = 32
+DATA = [torch.randn(4, 16, K, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+X = torch.randn(4, 16, K, generator=torch.Generator().manual_seed(9))
+UNSMOOTHED = QConfig(smoothing="none")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def read(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y)
+
+
+class Block(nn.Module):
+    """A norm and two Linears that read it, as `run(self, x)` says, with 3 channels of the norm 50 times as large."""
+
+    def __init__(self, run=read, norm=nn.LayerNorm, **modules):
+        super().__init__()
+        self.run = run
+        self.norm, self.a, self.b = norm(K), nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.norm.weight.uniform_(0.5, 2)
+        for parameter in self.norm.parameters():
+            parameter[[3, 7, 20]] *= 50
+        self.a.weight[:, [3, 7, 20]] /= 50
+        self.b.weight[:, [3, 7, 20]] /= 50
+        self.eval()
+
+    def forward(self, x, *args):
+        return self.run(self, x, *args)
+
+
+def readers(model, data=DATA):
+    return calibrate(model, data, find_layers(model), QConfig()).readers
+
+
+# ---- what it is for ----
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("activation", ["auto", "dynamic", "static"])
+def test_outlier_channels_cost_nothing(norm, activation):
+    """Unsmoothed, a step is 50 times as coarse for 29 of 32 channels; smoothed, all is as if there were no outliers."""
+    model = Block(norm=norm)
+    plain, smooth = (convert(model, DATA, config=QConfig(activation=activation, smoothing=s)) for s in ("none", "auto"))
+    assert sqnr_db(model(X), plain(X)) < 25
+    assert sqnr_db(model(X), smooth(X)) > 35
+    (smoothing,) = smooth.torchq_plan.smoothings.values()
+    assert (list(smooth.torchq_plan.smoothings), smoothing.layers) == (["norm"], ("a", "b"))
+    assert smoothing.after_db > smoothing.before_db + 10
+    for name in ("a", "b"):
+        plan = smooth.torchq_plan.layers[name]
+        assert plan.smoothed == "norm"
+        assert f"smoothed in 'norm', alpha {smoothing.alpha:g}" in plan.reason
+
+
+def test_a_model_without_outliers_is_left_as_it_is():
+    model = nn.Sequential(nn.LayerNorm(K), nn.Linear(K, K)).eval()
+    qmodel = convert(model, DATA, config=QConfig(activation="dynamic"))
+    assert qmodel.torchq_plan.smoothings == {}
+    assert torch.equal(qmodel[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_linear_takes_the_scales_too(inplace):
+    first, last = nn.Linear(K, K), nn.Linear(K, 8)
+    first.weight[[1, 2]] *= 50
+    last.weight[:, [1, 2]] /= 50
+    model = nn.Sequential(first, last).eval()
+    expected = model(X)
+    plain = convert(model, DATA, config=UNSMOOTHED)
+    smooth = convert(model, DATA, inplace=inplace)
+    assert smooth.torchq_plan.smoothings["0"].layers == ("1",)
+    assert sqnr_db(expected, smooth(X)) > sqnr_db(expected, plain(X)) + 10
+
+
+def test_no_linear_is_rescaled_whose_weights_have_one_scale():
+    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, 8)).eval()
+    model[0].weight[1] *= 50
+    assert convert(model, DATA, config=QConfig(weight="per_tensor")).torchq_plan.smoothings == {}
+
+
+# ---- exactness ----
+
+
+def only_smoothed(model, scales, source="norm", layers=("a", "b")):
+    plans = {
+        name: LayerPlan("float", "test", smoothed=source if name in layers else None) for name in find_layers(model)
+    }
+    smoothing = Smoothing(tuple(scales.tolist()), layers, 0.5, 0.0, 0.0)
+    return apply_plan(model, Plan(plans, {source: smoothing}))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_the_float_function_stays(norm):
+    """Two roundings of 2^-24 on each weight and on each norm output: 2^-22 relative to the sum of magnitudes."""
+    model = Block(norm=norm)
+    scales = torch.rand(K) * 10 + 0.01
+    smoothed = only_smoothed(model, scales)
+    y = model.norm(X)
+    torch.testing.assert_close(smoothed.norm(X), y / scales, rtol=1e-6, atol=1e-6)
+    bound = 2.0**-20 * (y.abs() @ (model.a.weight.abs() + model.b.weight.abs()).T + model.a.bias.abs())
+    assert ((smoothed(X) - model(X)).abs() <= bound).all()
+    assert not torch.equal(smoothed.a.weight, model.a.weight)
+    assert all(p.requires_grad for p in smoothed.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_powers_of_two_change_no_bit(dtype):
+    """And a 16-bit model gets no others."""
+    model = Block().to(dtype)
+    peak = model.norm(X.to(dtype)).float().flatten(0, 1).abs().amax(dim=0)
+    scales = smoothing_scales(peak, [model.a.weight, model.b.weight], 0.5)
+    scales = scales if dtype != torch.float32 else scales.log2().round().exp2()
+    assert torch.equal(scales.log2(), scales.log2().round())
+    smoothed = only_smoothed(model, scales)
+    assert torch.equal(smoothed(X.to(dtype)), model(X.to(dtype)))
+    assert smoothed.norm.weight.dtype == dtype
+
+
+def test_scales_follow_the_formula_and_leave_dead_channels():
+    peak, weight = torch.tensor([8.0, 2.0, 0.0, 5.0]), torch.tensor([[0.5, -2.0, 1.0, 0.0], [0.1, 1.0, 1.0, 0.0]])
+    raw = torch.tensor([8**0.75 / 0.5**0.25, 2**0.75 / 2**0.25])
+    expected = raw / raw.prod().sqrt()
+    torch.testing.assert_close(smoothing_scales(peak, [weight], 0.75), torch.tensor([*expected.tolist(), 1.0, 1.0]))
+
+
+def test_the_model_is_left_as_it_was():
+    model = Block()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    qmodel = convert(model, DATA)
+    assert qmodel.torchq_plan.smoothings
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- the plan ----
+
+
+def test_a_plan_with_smoothing_survives_json_and_applies():
+    model = Block()
+    qmodel = convert(model, DATA)
+    plan = Plan.from_dict(json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False)))
+    assert plan == qmodel.torchq_plan
+    assert torch.equal(apply_plan(model, plan)(X), qmodel(X))
+
+
+def test_converting_twice_gives_the_same():
+    model = Block()
+    first, second = (convert(model, DATA).torchq_plan for _ in range(2))
+    assert first == second
+    assert first.smoothings
+
+
+def edited(plan, smoothings=None, **changes):
+    layers = {name: dataclasses.replace(layer, **changes) for name, layer in plan.layers.items()}
+    return Plan(layers, plan.smoothings if smoothings is None else smoothings)
+
+
+def test_a_smoothing_can_be_edited_away_or_its_layers_to_float():
+    model = Block()
+    plan = convert(model, DATA).torchq_plan
+    undone = apply_plan(model, edited(plan, {}, kind="int8 dynamic", smoothed=None))
+    assert torch.equal(undone(X), convert(model, DATA, config=QConfig(activation="dynamic", smoothing="none"))(X))
+    as_float = apply_plan(model, edited(plan, kind="float"))
+    assert sqnr_db(model(X), as_float(X)) > 100
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plan: edited(plan, {}), "layer 'a' expects its input smoothed in 'norm', but"),
+        (lambda plan: edited(plan, smoothed=None), "smoothing of 'norm' names 'a', whose `smoothed` is not 'norm'"),
+        (lambda plan: edited(plan, {"norm": resmoothed(plan, scales=(1.0,))}), "has 1 scales, expected 32"),
+        (lambda plan: edited(plan, {"norm": resmoothed(plan, scales=(0.0,) * K)}), "not a positive normal float32"),
+        (lambda plan: edited(plan, {"norm": resmoothed(plan, layers=("a", "b", "c"))}), "names 'c', which is no layer"),
+        (lambda plan: edited(plan, {**plan.smoothings, "act": resmoothed(plan)}), "of 'act' is for no LayerNorm"),
+    ],
+)
+def test_a_smoothing_by_halves_is_refused(edit, message):
+    model = Block()
+    plan = convert(model, DATA).torchq_plan
+    with pytest.raises(ValueError, match=rf"^torchq\.apply_plan: .*{message}"):
+        apply_plan(model, edit(plan))
+
+
+def resmoothed(plan, **changes):
+    return dataclasses.replace(plan.smoothings["norm"], **changes)
+
+
+# ---- what is not smoothed ----
+
+
+def test_readers_are_found():
+    assert readers(Block()) == {"norm": ("a", "b")}
+
+
+class Returns(nn.Module):
+    """Returns the norm's output to a caller that feeds a Linear of its own with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Block().norm
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+def residual(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y) + y[..., :24]
+
+
+def kept(m, x):
+    y = m.norm(x)
+    m.last = y
+    return m.a(y) + m.b(y)
+
+
+def in_place(m, x):
+    y = m.norm(x)
+    z = m.a(y)
+    y.add_(1)
+    return z + m.b(y)
+
+
+def part(m, x):
+    y = m.norm(x)
+    return m.a(y)[:, :8] + m.b(y[:, :8])
+
+
+def other_input(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y) + m.a(x)
+
+
+def sometimes(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y) + (y.mean() if x[0, 0, 0] == DATA[2][0, 0, 0] else 0)
+
+
+def numpy_read(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y) + float(y.numpy().mean())
+
+
+def with_hook(on):
+    model = Block()
+    model.get_submodule(on).register_forward_hook(lambda module, args, y: y + 0)
+    return model
+
+
+def with_two_names():
+    model = Block()
+    model.again = model.norm
+    return model
+
+
+def shared_between_blocks():
+    first, second = Block(lambda m, x: m.norm(x) + x), Block()
+    first.norm = second.norm
+    return nn.Sequential(first, second)
+
+
+UNSAFE = {
+    "residual": lambda: Block(residual),
+    "returned beside": lambda: Block(lambda m, x: (lambda y: (m.a(y) + m.b(y), y))(m.norm(x))),
+    "kept as an attribute": lambda: Block(kept),
+    "changed in place": lambda: Block(in_place),
+    "read in part": lambda: Block(part),
+    "read through a view": lambda: Block(
+        lambda m, x: (lambda y: m.a(y) + m.b(y.view(-1, K)).view(4, 16, 24))(m.norm(x))
+    ),
+    "a reader has another input": lambda: Block(other_input),
+    "read otherwise in one batch": lambda: Block(sometimes),
+    "read by numpy": lambda: Block(numpy_read),
+    "read by a function": lambda: Block(
+        lambda m, x: (lambda y: m.a(y) + m.b(y) + nn.functional.softmax(y, -1).sum())(m.norm(x))
+    ),
+    "read by another module": lambda: Block(
+        lambda m, x: (lambda y: m.a(y) + m.b(y) + m.c(y))(m.norm(x)), c=nn.Conv1d(16, 16, 9)
+    ),
+    "read by a Linear's function": lambda: Block(
+        lambda m, x: (lambda y: m.a(y) + nn.functional.linear(y, m.b.weight))(m.norm(x))
+    ),
+    "an activation between": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y))(m.norm(x).relu())),
+    "hook on the norm": lambda: with_hook("norm"),
+    "hook on a reader": lambda: with_hook("a"),
+    "norm with two names": with_two_names,
+    "norm shared between blocks": shared_between_blocks,
+    "norm's weight read": lambda: Block(lambda m, x: read(m, x) + m.norm.weight.sum()),
+    "norm's forward called": lambda: Block(lambda m, x: read(m, x) + m.norm.forward(x).sum()),
+    "no weight": lambda: nn.Sequential(nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 8)),
+    "several dimensions": lambda: nn.Sequential(nn.LayerNorm((16, K)), nn.Linear(K, 8)),
+    "reader outside of the norm's owner": lambda: nn.Sequential(Returns(), nn.Linear(K, 8)),
+    "no reader": lambda: Block(lambda m, x: m.a(x) + m.norm(x).sum()),
+}
+
+
+@pytest.mark.parametrize("case", UNSAFE)
+def test_nothing_is_smoothed_that_others_see(case):
+    model = UNSAFE[case]().eval()
+    assert not any(isinstance(model.get_submodule(source), (nn.LayerNorm, nn.RMSNorm)) for source in readers(model))
+
+
+def test_an_excluded_reader_prevents_it():
+    qmodel = convert(Block(), DATA, config=QConfig(exclude=("b",)))
+    assert qmodel.torchq_plan.smoothings == {}
+    assert [type(qmodel.a), type(qmodel.b)] == [QuantizedLinear, nn.Linear]
+
+
+def test_a_norm_called_twice_for_the_same_readers_is_fine():
+    model = Block(lambda m, x: read(m, x) + read(m, -x))
+    assert readers(model) == {"norm": ("a", "b")}
+    assert sqnr_db(model(X), convert(model, DATA)(X)) > 30
+
+
+def test_calibration_leaves_no_hooks():
+    model = Block()
+    readers(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_in_place_gives_the_same():
+    model = Block()
+    expected = convert(model, DATA)(X)
+    smooth = convert(model, DATA, inplace=True)
+    assert smooth is model
+    assert smooth.torchq_plan.smoothings
+    assert torch.equal(smooth(X), expected)

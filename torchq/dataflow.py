@@ -1,0 +1,167 @@
+"""Dataflow: which layers read a module's output, and the proof that nothing else does.
+
+A module's output may be rescaled, `y -> y / s`, if every reader is a Linear whose weight takes the factor up. One
+reader nobody thought of, a residual sum or a second return value, would get wrong numbers silently. So `Dataflow`
+watches every torch operation of the calibration runs (a TorchDispatchMode), knows tensors by their storage, which every
+view shares, and gives up on an output at the first operation outside its readers that touches it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Dataflow(TorchDispatchMode):
+    """Watches runs of a model, and tells whose output is read by known layers only.
+
+    Sources are the layers themselves, and LayerNorm and RMSNorm modules with a weight over the last dimension. Taken
+    for proven is an output about which all of this was seen, in every call of every batch:
+
+    * its storage was touched by no operation outside the calls of `layers`, and those took the whole tensor as input;
+    * it was gone when the module that owns the source returned: nobody kept it or passed it on;
+    * the readers belong to that owner too, have no other place in the model, and had no other input;
+    * the source's weight was read by nobody else, and nobody listens to the source.
+
+    What it cannot see is a branch that no batch took, and operations in threads that the model starts.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        self._model = model
+        places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+        alone = {
+            name: module for name, module in model.named_modules() if places[id(module)] == 1 and _is_plain(module)
+        }
+        self._layers = dict(layers)
+        self._readable = {name for name in layers if name in alone}
+        self._sources = {name: module for name, module in alone.items() if name in layers or _is_norm(module)}
+        self._owners = {name: _owner(model, name) for name in self._sources}
+        self._weights = {
+            _key(parameter): name for name, module in self._sources.items() for parameter in module.parameters()
+        }
+        self._refused: set[str] = set()
+        self._inputs: dict[str, set[str | None]] = {}  # by layer: the sources of its inputs, None for any other input
+        self._outputs: dict[int, tuple[str, StorageWeakRef, tuple[Any, ...]]] = {}  # alive now, by storage
+        self._calls: list[set[int]] = []  # the calls under way: which storages each may touch
+
+    @property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """For each source whose readers are proven: the layers that read it, in model order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for source in self._sources:
+            readers = tuple(name for name, inputs in self._inputs.items() if source in inputs)
+            inside = f"{self._owners[source]}." if self._owners[source] else ""
+            proven = source not in self._refused and all(
+                self._inputs[name] == {source} and name in self._readable and name.startswith(inside)
+                for name in readers
+            )
+            if readers and proven:
+                found[source] = tuple(name for name in self._layers if name in readers)
+        return found
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks and the dispatch mode, for the runs inside; call `end_batch` after each."""
+        handles = []
+        for name in self._layers | self._sources:
+            module = self._model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(self._leave, name)))
+        for owner in set(self._owners.values()):
+            handles.append(self._model.get_submodule(owner).register_forward_hook(partial(self._close, owner)))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_batch(self) -> None:
+        """An output whose owner has not returned by now was not called by it."""
+        self._refused.update(source for source, _, _ in self._outputs.values())
+        self._outputs.clear()
+        self._calls.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation, and refuses the sources it touches without being a known reader."""
+        if self._sources:
+            allowed = self._calls[-1] if self._calls else set()
+            for tensor in tree_leaves((args, kwargs)):
+                key = _key(tensor)
+                if key is not None and key not in allowed:
+                    self._refuse(key)
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, key: int) -> None:
+        if key in self._outputs:
+            self._refused.add(self._outputs[key][0])
+        if key in self._weights:
+            self._refused.add(self._weights[key])
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        allowed = {key for parameter in module.parameters() if (key := _key(parameter)) is not None}
+        if name in self._layers:
+            x = args[0] if args else kwargs.get("input")
+            key = _key(x)
+            output = None if key is None else self._outputs.get(key)
+            if output is not None and _geometry(x) == output[2]:
+                self._inputs.setdefault(name, set()).add(output[0])
+                allowed.add(cast(int, key))
+            else:
+                self._inputs.setdefault(name, set()).add(None)
+        self._calls.append(allowed)
+
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        self._calls.pop()
+        key = _key(y)
+        if name in self._sources and key is not None:
+            self._outputs[key] = (name, StorageWeakRef(y.untyped_storage()), _geometry(y))
+
+    def _close(self, owner: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        """The owner returns: what its sources gave must be gone. (The weak reference keeps the address from reuse.)"""
+        for key, (source, storage, _) in list(self._outputs.items()):
+            if self._owners[source] == owner:
+                if not storage.expired():
+                    self._refused.add(source)
+                del self._outputs[key]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module runs as its class says, on a weight of its own (no parametrization), and nobody listens."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and "forward" not in vars(module) and module._parameters.get("weight") is not None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) in NORMS and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """The module whose forward calls this one: the nearest that has a forward."""
+    owner = name.rpartition(".")[0]
+    while owner and isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _key(value: Any) -> int | None:
+    """The identity of a tensor's storage; None for what has none."""
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, meta-like and other tensors without a storage
+        return None
+
+
+def _geometry(tensor: Any) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
