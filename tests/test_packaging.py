@@ -75,7 +75,8 @@ def test_stub_declares_exactly_what_the_module_has():
 def test_public_names():
     """The whole interface, so that a new name is a decision."""
     names = {name for name in vars(torchq) if not name.startswith("_")}
-    modules = {"calibrate", "config", "kernels", "modules", "observers", "ops", "plan", "qparams"}
+    modules = {"calibrate", "config", "dataflow", "kernels", "modules", "observers", "ops", "plan", "qparams"}
+    modules |= {"rounding", "smoothing"}
     assert names - modules == {
         "QConfig",
         "QuantizedLinear",
