@@ -109,7 +109,7 @@ def test_autocast_does_not_reach_inside(scheme):
 
 @by_scheme
 def test_convert_with_data_measures_and_fuses(scheme):
-    """ReLU and GELU go into the layer before, codes pass between static layers; the ranges are still the trained ones."""
+    """ReLU and GELU go into the layer before, static layers pass codes on; the ranges are still the trained ones."""
     model = step(prepared(scheme))
     qmodel = convert(model, DATA)
     plan = qmodel.torchq_plan.layers

@@ -1,4 +1,4 @@
-"""Fake quantization that trains: inference's values bit for bit, and the gradients of the formulas, written out here."""
+"""Fake quantization that trains: inference's values bit for bit, and the gradients of the formulas, written out."""
 
 import math
 
@@ -12,7 +12,7 @@ from torchq.qparams import dequantize, qparams_from_range
 
 
 def formulas(x, lo, hi, gradient):
-    """∂L/∂x, ∂L/∂lo and ∂L/∂hi by LSQ+'s ∂x̂/∂s and ∂x̂/∂z, value by value in float64, and the chain rule to lo and hi."""
+    """∂L/∂x, ∂L/∂lo and ∂L/∂hi: LSQ+'s ∂x̂/∂s and ∂x̂/∂z, value by value in float64, then the chain rule."""
     scale, zero_point = (
         float(v) for v in qparams_from_range(*torch.tensor([lo, hi]), dtype=torch.uint8, symmetric=False)
     )
@@ -55,7 +55,7 @@ def test_static_values_and_gradients(generator, lo, hi):
 
 
 def test_gradients_written_out():
-    """s = 1, z = 0: 2.25 rounds down by a quarter step, 300 is above, -5 below; 255.25 still has the code 255."""
+    """At s = 1, z = 0: 2.25 rounds down by a quarter step, 300 is above, -5 below; 255.25 still has the code 255."""
     learned = LearnedRange(0.0, 255.0)
     x = torch.tensor([2.25, 300.0, 255.25, -5.0], requires_grad=True)
     y = learned(x)
