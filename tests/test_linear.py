@@ -105,7 +105,8 @@ def bound(layer, x):
     integers: float(acc), s_x·s_w, their product: 3u·S.  simulated: dequantizing x and w, K products, K - 1 sums in
     any order, (K + 2)u·S.  Adding the bias, on both sides: 2u·(S + |b|).  One more u·S for the terms in u².
     """
-    rows = x.float().reshape(-1, K)
+    k = layer.in_features
+    rows = x.float().reshape(-1, k)
     if layer.input_qparams is None:
         codes, scale, zero_point = ops.quantize_per_token(rows)
         rows = (codes.double() - zero_point) * scale
@@ -113,7 +114,7 @@ def bound(layer, x):
         scale, zero_point = layer.input_qparams
         rows = (quantize(rows, scale, zero_point, dtype=torch.uint8).double() - zero_point) * scale
     total = rows.abs() @ (layer.weight.double() * layer.weight_scale[:, None]).abs().T
-    return 2.0**-24 * ((K + 8) * total + 2 * layer.bias.double().abs())
+    return 2.0**-24 * ((k + 8) * total + 2 * layer.bias.double().abs())
 
 
 @pytest.mark.parametrize("relu", [False, True])

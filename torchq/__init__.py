@@ -7,6 +7,8 @@ from torchq.config import QConfig as QConfig
 from torchq.convert import convert as convert
 from torchq.modules.linear import QuantizedLinear as QuantizedLinear
 from torchq.modules.linear import simulate as simulate
+from torchq.qat import freeze_ranges as freeze_ranges
+from torchq.qat import prepare_qat as prepare_qat
 from torchq.qparams import choose_qparams as choose_qparams
 from torchq.qparams import dequantize as dequantize
 from torchq.qparams import fake_quantize as fake_quantize

@@ -14,6 +14,7 @@ from torchq.calibrate import Forward, calibrate
 from torchq.config import QConfig
 from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
+from torchq.modules.qat_linear import QATLinear
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
 from torchq.rounding import Rounded, round_weights
@@ -36,7 +37,8 @@ def convert(
     Args:
         model: a trained model on the CPU, in float32, bfloat16 or float16. It is left as it was, unless `inplace`.
         calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts. Without one, every layer
-            is dynamic.
+            is dynamic. A model from `prepare_qat` keeps the schemes and ranges it was trained with, either way; data
+            lets its layers be fused and their error be measured.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
         inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
@@ -59,7 +61,14 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
-    layers, barred = _check(model, calib_loader, config, inplace)
+    layers, barred = select_layers("torchq.convert", model, calib_loader, config)
+    prepared = any(isinstance(layer, QATLinear) for layer in layers.values())
+    if inplace and isinstance(model, nn.Linear):
+        raise ValueError("torchq.convert: inplace=True can't replace the model itself, an nn.Linear. Leave it out.")
+    if config.activation == "static" and calib_loader is None and not prepared:
+        raise ValueError("torchq.convert: activation='static' needs a calib_loader to find the ranges with.")
+    if prepared:
+        barred = _unprepared(model, layers) | barred
     wanted = {name: layer for name, layer in layers.items() if name not in barred}
     calibration = None
     if calib_loader is not None:
@@ -98,8 +107,11 @@ def apply_plan(
             _replace(model, rescaled)
             for name in names:
                 _fold(model, plan.layers[name])
+        for module in model.modules():
+            if isinstance(module, QATLinear):  # one the plan leaves in float
+                module.release()
     finally:
-        _leave_fast_path(model)
+        leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
 
@@ -258,70 +270,75 @@ def _check_smoothing(modules: dict[str, nn.Module], plan: Plan, source: str, smo
         require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")
 
 
-def _leave_fast_path(model: nn.Module) -> None:
-    """Keeps torch's fused encoder kernels, which read float weights without calling the layers, off converted ones."""
+def leave_fast_path(model: nn.Module) -> None:
+    """Keeps torch's fused encoder kernels, which read weights without calling the layers, off what torchq changed."""
     for module in model.modules():
-        converted = any(isinstance(child, QuantizedLinear) for child in module.modules())
-        if isinstance(module, nn.TransformerEncoderLayer) and converted:
+        changed = any(isinstance(child, (QuantizedLinear, QATLinear)) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and changed:
             module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and converted:
+        if isinstance(module, nn.TransformerEncoder) and changed:
             module.use_nested_tensor = False
 
 
-def _check(
-    model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, inplace: bool
+def select_layers(
+    function: str, model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """All that can be wrong before any work: the model's Linear layers, and those that must stay float with reasons."""
+    """The model's Linear layers, and those that must stay float with reasons; errors are those of `function`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"torchq.convert: model must be an nn.Module, got {type(model).__name__}.")
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}.")
     if not isinstance(config, QConfig):
-        raise TypeError(f"torchq.convert: config must be a torchq.QConfig, got {type(config).__name__}.")
+        raise TypeError(f"{function}: config must be a torchq.QConfig, got {type(config).__name__}.")
     lazy = [name for name, module in model.named_modules() if _is_lazy(module)]
     if lazy and calib_loader is not None:
         raise ValueError(
-            f"torchq.convert: module {lazy[0]!r} is not initialized yet, and calibration would do it behind your back. "
+            f"{function}: module {lazy[0]!r} is not initialized yet, and calibration would do it behind your back. "
             "Run one batch through the model first."
         )
     done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if done:
         raise ValueError(
-            f"torchq.convert: the model is already converted ({done[0]!r} is a QuantizedLinear). "
-            "Convert the float model."
+            f"{function}: the model is already converted ({done[0]!r} is a QuantizedLinear). "
+            "Start from the float model."
         )
     layers = find_layers(model)
     if not layers:
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         raise ValueError(
-            f"torchq.convert: the model has no nn.Linear to convert. Its modules are: {kinds}. "
+            f"{function}: the model has no nn.Linear to convert. Its modules are: {kinds}. "
             "Convolutions, recurrent layers and embeddings are not supported."
         )
-    if inplace and isinstance(model, nn.Linear):
-        raise ValueError("torchq.convert: inplace=True can't replace the model itself, an nn.Linear. Leave it out.")
-    if config.activation == "static" and calib_loader is None:
-        raise ValueError("torchq.convert: activation='static' needs a calib_loader to find the ranges with.")
-    barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(layers, config.exclude).items()}
+    barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(function, layers, config.exclude).items()}
     for name, layer in layers.items():
         if name in barred:
             continue
-        _check_layer(name, layer)
+        _check_layer(function, name, layer)
         reason = why_float(model, name, layer)
         if reason is not None:
             barred[name] = reason
     return layers, barred
 
 
+def _unprepared(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, str]:
+    """The layers prepare_qat left in float, with its reasons where the model passed in is the one it returned."""
+    plan = getattr(model, "torchq_plan", None)
+    known = plan.layers if isinstance(plan, Plan) else {}
+    reasons = {name: layer.reason for name, layer in known.items() if layer.kind == "float"}
+    names = [name for name, layer in layers.items() if not isinstance(layer, QATLinear)]
+    return {name: reasons.get(name, "prepare_qat left it in float") for name in names}
+
+
 def _is_lazy(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
-def _check_layer(name: str, layer: nn.Linear) -> None:
+def _check_layer(function: str, name: str, layer: nn.Linear) -> None:
     if layer.weight.device.type != "cpu":
         raise ValueError(
-            f"torchq.convert: layer {name!r} is on device {layer.weight.device}, expected cpu. Move the model there "
+            f"{function}: layer {name!r} is on device {layer.weight.device}, expected cpu. Move the model there "
             "with model.cpu(), or, if its weights are not loaded yet (meta), load them first."
         )
     if layer.in_features > ops.MAX_DEPTH:
         raise ValueError(
-            f"torchq.convert: layer {name!r} has in_features = {layer.in_features}; int32 sums are exact up to "
+            f"{function}: layer {name!r} has in_features = {layer.in_features}; int32 sums are exact up to "
             f"{ops.MAX_DEPTH}. Leave it in float with QConfig(exclude=({name!r},))."
         )

@@ -19,6 +19,7 @@ from torchq import ops
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
 from torchq.modules.linear import QParams, QuantizedLinear, activation_of
+from torchq.modules.qat_linear import QATLinear
 from torchq.observers import Observer
 from torchq.ops import Activation
 from torchq.qparams import sqnr_db
@@ -123,7 +124,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def why_float(model: nn.Module, name: str, layer: nn.Linear) -> str | None:
     """Why a layer can't become a QuantizedLinear whatever the data, or None if it can."""
     kind = type(layer).__name__
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    if type(layer).forward not in (nn.Linear.forward, QATLinear.forward) or "forward" in vars(layer):
         return f"{kind} has a forward of its own"
     if isinstance(layer.weight, nn.parameter.UninitializedParameter):
         return f"{kind} is not initialized yet: run one batch through the model first"
@@ -135,6 +136,8 @@ def why_float(model: nn.Module, name: str, layer: nn.Linear) -> str | None:
         return f"its weight is {layer.weight.dtype}; float32, bfloat16 and float16 can be quantized"
     if layer.weight.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(layer.weight.detach())):
         return "its weight has NaN or infinity"
+    if isinstance(layer, QATLinear) and not layer.input_range.is_ready():
+        return "its trained range is not finite: no training batch reached it, or training diverged"
     return None
 
 
@@ -143,7 +146,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def excluded(layers: Mapping[str, nn.Linear], patterns: tuple[str, ...]) -> dict[str, str]:
+def excluded(function: str, layers: Mapping[str, nn.Linear], patterns: tuple[str, ...]) -> dict[str, str]:
     """The layers that `QConfig.exclude` names, each with the pattern that does.
 
     Raises:
@@ -155,7 +158,7 @@ def excluded(layers: Mapping[str, nn.Linear], patterns: tuple[str, ...]) -> dict
         if not hits:
             known = ", ".join(repr(name) for name in list(layers)[:8])
             raise ValueError(
-                f"torchq.convert: exclude pattern {pattern!r} matches no nn.Linear of the model. Its layers are "
+                f"{function}: exclude pattern {pattern!r} matches no nn.Linear of the model. Its layers are "
                 f"{known}{', ...' if len(layers) > 8 else ''}."
             )
         found.update({name: pattern for name in hits if name not in found})
@@ -180,7 +183,8 @@ def make_plan(
         ValueError: `activation="static"` and a layer the calibration data never reached.
     """
     if config.activation == "static" and calibration is not None:
-        missed = [name for name, record in calibration.records.items() if not record.has_data]
+        untrained = {name for name, layer in layers.items() if not isinstance(layer, QATLinear)}
+        missed = [name for name, record in calibration.records.items() if name in untrained and not record.has_data]
         if missed:
             raise ValueError(
                 f"torchq.convert: activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
@@ -191,6 +195,8 @@ def make_plan(
     for name, layer in layers.items():
         if name in barred:
             plans[name] = LayerPlan("float", barred[name])
+        elif isinstance(layer, QATLinear):
+            plans[name] = plan_trained(layer, None if calibration is None else calibration.records[name])
         elif calibration is None:
             plans[name] = LayerPlan("int8 dynamic", "no calibration data", config.weight == "per_channel")
         else:
@@ -225,6 +231,18 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     if not use_static:
         return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
     return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
+
+
+def plan_trained(layer: QATLinear, record: Record | None) -> LayerPlan:
+    """The scheme and range this layer was trained with, whatever their error on the data: training made up for it."""
+    trained, reason = layer.input_range.qparams(), f"trained, {layer.input_range.origin}"
+    measured = {}
+    if record is not None and record.has_data:
+        ranges = {} if trained is None else {"trained": trained}
+        measured = measure(layer, record.sample.rows, ranges, per_channel=layer.per_channel)
+    if trained is None:
+        return LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=measured)
+    return LayerPlan("int8 static", reason, layer.per_channel, trained, "trained", measured)
 
 
 def _static_qparams(observer: Observer) -> QParams:
@@ -263,6 +281,8 @@ def _smooth(
     for source, readers in calibration.readers.items():
         if isinstance(model.get_submodule(source), nn.Linear) and config.weight == "per_tensor":
             continue  # dividing its outputs would change its own weight codes
+        if any(isinstance(model.get_submodule(name), QATLinear) for name in (source, *readers)):
+            continue  # trained on what it has
         group = {name: (cast(nn.Linear, model.get_submodule(name)), calibration.records[name]) for name in readers}
         before = {name: plans[name] for name in readers}
         if not all(plan.sqnr_db for plan in before.values()):

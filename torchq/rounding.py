@@ -22,6 +22,7 @@ from tqdm import tqdm
 from torchq import ops
 from torchq.calibrate import MAX_GRAM_DEPTH, Calibration, Record
 from torchq.config import QConfig
+from torchq.modules.qat_linear import QATLinear
 from torchq.plan import LayerPlan, Plan
 from torchq.qparams import choose_qparams, quantize, sqnr_db
 from torchq.smoothing import scaled_linear, scales_around
@@ -92,13 +93,19 @@ def round_weights(
 ) -> tuple[Plan, dict[str, Rounded]]:
     """Rounds the int8 layers of `plan` by GPTQ and corrects their bias: always, or ("auto") where they gain by it.
 
+    Layers trained on weights rounded to nearest stay as trained.
+
     Half of a layer's sample is taken out of H and judges; the other half gives the bias correction.
 
     Returns:
         The plan, which says what was done and what it gained, and the rounded layers by name.
     """
     plans, rounded = dict(plan.layers), {}
-    names = [name for name, layer in plan.layers.items() if layer.kind != "float" and layer.sqnr_db]
+    names = [
+        name
+        for name, layer in plan.layers.items()
+        if layer.kind != "float" and layer.sqnr_db and not isinstance(model.get_submodule(name), QATLinear)
+    ]
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         layer, record = plan.layers[name], calibration.records[name]
         why_not = _why_not(record)

@@ -182,7 +182,7 @@ class QuantizedLinear(nn.Module):
             x = qparams.dequantize(x, *self.input_qparams)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if self.input_qparams is None:
-            rows = qparams.fake_quantize(rows, *_row_qparams(rows), axis=0, dtype=torch.uint8)
+            rows = qparams.fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
         else:
             rows = qparams.fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
         y = nn.functional.linear(rows, qparams.dequantize(weight, weight_scale, axis=0), bias)
@@ -341,7 +341,7 @@ def _float32(pair: QParams | None) -> QParams | None:
     return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32)), int(pair.zero_point))
 
 
-def _row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
     if rows.shape[1] == 0:
         return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)

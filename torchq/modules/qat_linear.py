@@ -1,0 +1,85 @@
+"""QATLinear: nn.Linear that trains on the values QuantizedLinear will compute with."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
+
+
+class QATLinear(nn.Linear):
+    """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: what `torchq.simulate()` gives of the converted layer.
+
+    Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype, under
+    autocast too. Weight and bias are ordinary float parameters. Gradients: torchq/modules/ranges.py.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one.
+        input_range: how the input is quantized: a LearnedRange, an ObservedRange, or (the default) PerToken.
+        per_channel: one weight scale per output feature, or one for all.
+
+    >>> QATLinear(8, 4)(torch.ones(2, 8)).requires_grad
+    True
+    """
+
+    input_range: InputRange
+    per_channel: bool
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        input_range: InputRange | None = None,
+        per_channel: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.input_range = PerToken() if input_range is None else input_range
+        self.per_channel = per_channel
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, input_range: InputRange, *, per_channel: bool = True) -> None:
+        """Turns `linear` itself into a QATLinear, so that its parameters and every reference to it stay valid.
+
+        >>> layer = nn.Linear(8, 4)
+        >>> QATLinear.adopt(layer, PerToken())
+        >>> type(layer).__name__
+        'QATLinear'
+        """
+        linear.__class__ = cls
+        linear.input_range = input_range.train(linear.training)
+        linear.per_channel = per_channel  # type: ignore[assignment]
+
+    def release(self) -> None:
+        """Turns this layer back into a plain nn.Linear: the inverse of `adopt`.
+
+        >>> layer = QATLinear(8, 4)
+        >>> layer.release()
+        >>> layer
+        Linear(in_features=8, out_features=4, bias=True)
+        """
+        del self.input_range, self.per_channel
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features).
+
+        Raises:
+            TypeError: x is not float32, bfloat16 or float16.
+            ValueError: the weight has NaN or infinity.
+        """
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self.input_range(x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+            weight = fake_quantize_weight(self.weight, per_channel=self.per_channel)
+            y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
+            return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and weight scheme, as `repr` shows them."""
+        return f"{super().extra_repr()}, weight={'per_channel' if self.per_channel else 'per_tensor'}"

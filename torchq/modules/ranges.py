@@ -1,0 +1,270 @@
+"""Fake quantization that trains: inference's values forward, straight-through gradients backward.
+
+Forward, everything here is `qparams.fake_quantize` bit for bit, so a layer trains on the arithmetic it will run with.
+Backward, the derivative of rounding, which is 0 almost everywhere, is taken as 1 (the straight-through estimator;
+Bengio, Léonard and Courville, arXiv:1308.3432).
+
+For u8 codes over a range [lo, hi], `s = (hi - lo) / 255` and `z = -lo / s`, the values are
+
+    x̂ = (clamp(round(x / s) + z, 0, 255) - z) · s
+
+LSQ (Esser et al., arXiv:1902.08153) learns the step s, LSQ+ (Bhalgat et al., arXiv:2004.09576) also the offset:
+
+    ∂x̂/∂s = round(x / s) - x / s  inside,    -z below,    255 - z above;         ∂x̂/∂z = 0 inside, -s outside
+
+Here the same is learned in the coordinates that inference derives s and z from, the two ends `lo = -z·s` and
+`hi = (255 - z)·s`. The chain rule, with z's own rounding passed straight through, gives
+
+              below      inside                         above
+    ∂x̂/∂x     0          1                              0
+    ∂x̂/∂lo    1          -(round(x / s) - x / s) / 255   0
+    ∂x̂/∂hi    0          (round(x / s) - x / s) / 255    1
+
+"Inside" are the x whose code needs no clamp, as in torch.fake_quantize_per_tensor_affine. NaN is nowhere: gradient 0.
+The range always holds 0 (`qparams_from_range`), so an end at 0 gets no gradient that would push it across.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchq import qparams
+from torchq.modules.linear import QParams, row_qparams
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gives `rounded`; the gradient goes to x as it comes."""
+
+    @staticmethod
+    def forward(x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _QuantizeInRange(torch.autograd.Function):
+    """Static u8 fake quantization over the range ends = (lo, hi): the module's formulas."""
+
+    @staticmethod
+    def forward(x: Tensor, ends: Tensor) -> Tensor:
+        return qparams.fake_quantize(x, *_codes_of(ends), dtype=torch.uint8)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, ends = ctx.saved_tensors
+        scale, zero_point = _codes_of(ends)
+        steps = x * scale.reciprocal()
+        code = steps.round() + zero_point
+        inside = (code >= 0) & (code <= 255)  # False for NaN
+        to_x = torch.where(inside, gradient, 0.0)
+        if not ctx.needs_input_grad[1]:
+            return to_x, None
+        rounding = (to_x * torch.where(inside, steps.round() - steps, 0.0)).sum() / 255
+        below, above = (torch.where(outside, gradient, 0.0).sum() for outside in (code < 0, code > 255))
+        to_lo, to_hi = below - rounding, above + rounding
+        # 0 is always in the range: an end that has come to 0 is not pushed across, where it would have no effect.
+        to_lo = torch.where((ends[0] >= 0) & (to_lo < 0), 0.0, to_lo)
+        to_hi = torch.where((ends[1] <= 0) & (to_hi > 0), 0.0, to_hi)
+        return to_x, torch.stack([to_lo, to_hi])
+
+
+def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
+    """The float32 values of `QuantizedLinear.from_float`'s weight: `ŵ = rne(w / s) · s`, `s = max|w| / 127`.
+
+    Straight through: ∂ŵ/∂w = 1, since no weight lies outside its own range; s carries no gradient.
+
+    Args:
+        weight: float (out_features, in_features).
+        per_channel: one s per row, or one for all.
+
+    Raises:
+        ValueError: the weight has NaN or infinity.
+
+    >>> w = torch.tensor([[127.0, 0.4], [1.27, 0.4]], requires_grad=True)
+    >>> fake_quantize_weight(w, per_channel=True).tolist()
+    [[127.0, 0.0], [1.2699999809265137, 0.3999999761581421]]
+    """
+    axis = 0 if per_channel else None
+    scale, _ = qparams.choose_qparams(weight, axis=axis)
+    rounded = qparams.fake_quantize(weight.detach().float(), scale, axis=axis)
+    return _StraightThrough.apply(weight.float(), rounded)  # type: ignore[no-any-return]
+
+
+class LearnedRange(nn.Module):
+    """Static fake quantization whose range is trained with the weights: LSQ+ in the coordinates of the module's table.
+
+    The parameter `ends` is (lo, hi) in units of a power of two that puts the larger start in [1, 2): a step of Adam
+    moves a range of 0.01 and one of 100 by the same share, and the gradient is `unit · (∂L/∂lo, ∂L/∂hi)`.
+
+    LSQ multiplies the gradient of s by 1 / sqrt(K · 255), so that s moves, relative to its size, as fast as the
+    weights. In these units that factor is left out: 8 bits say little about the range, and without it steps are small.
+    Measured under SGD on a three-layer network: relative to its size a range then moves 100 to 1000 times slower than
+    the weights; with LSQ's factor as fast as they, and at lr = 0.5 one for inputs in [0, 1] walked off to [0, 70].
+
+    Args:
+        lo: where the range starts, from calibration.
+        hi: likewise; lo <= 0 <= hi.
+
+    >>> learned = LearnedRange(-1.0, 3.0)
+    >>> learned.ends.tolist(), learned.range().tolist(), learned.qparams()
+    ([-0.5, 1.5], [-1.0, 3.0], QParams(scale=0.01568627543747425, zero_point=64))
+    """
+
+    origin = "learned range"
+    unit: Tensor
+
+    def __init__(self, lo: float, hi: float) -> None:
+        super().__init__()
+        magnitude = max(-lo, hi)
+        unit = 2.0 ** (math.frexp(magnitude)[1] - 1) if magnitude / 255 >= _FLT_MIN else 1.0
+        self.ends = nn.Parameter(torch.tensor([lo / unit, hi / unit], dtype=torch.float32))
+        self.register_buffer("unit", torch.tensor(unit, dtype=torch.float32))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 (..., K) -> float32 (..., K)."""
+        return _QuantizeInRange.apply(rows, self.range())  # type: ignore[no-any-return]
+
+    def range(self) -> Tensor:
+        """(lo, hi), float32 (2,)."""
+        return self.ends.float() * self.unit.float()
+
+    def qparams(self) -> QParams:
+        """Scale and zero point as inference takes them over."""
+        return _static_qparams(self.range())
+
+    def is_ready(self) -> bool:
+        """Whether the range is finite."""
+        return _is_finite(self.range())
+
+    def freeze(self) -> None:
+        """The range is trained no further."""
+        self.ends.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        """The range, as `repr` shows it."""
+        return _show(self.range())
+
+
+class ObservedRange(nn.Module):
+    """Static fake quantization over a moving average of the batches' ranges, as MovingAverageObserver keeps it.
+
+    In training each batch moves the range and is then quantized with it; in eval mode, or frozen, nothing moves. The
+    first batch sets it; before that, eval mode uses the range of the batch at hand. A batch with NaN or infinity, as
+    loss scaling makes them, moves nothing. The range is a buffer: DDP broadcasts that of rank 0 before each forward.
+
+    Args:
+        lo: where the range starts; NaN, the default, for the first batch.
+        hi: likewise.
+        momentum: how much of the range a new batch leaves, in [0, 1).
+
+    >>> observed = ObservedRange(momentum=0.75)
+    >>> for batch in (torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 9.0])):
+    ...     _ = observed(batch)
+    >>> observed.range().tolist()
+    [-1.0, 3.0]
+    """
+
+    origin = "observed range"
+    ends: Tensor
+
+    def __init__(self, lo: float = math.nan, hi: float = math.nan, *, momentum: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"torchq.ObservedRange: momentum must be in [0, 1), got {momentum}. Try 0.9.")
+        self.momentum, self.frozen = momentum, False
+        self.register_buffer("ends", torch.tensor([lo, hi], dtype=torch.float32))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 (..., K) -> float32 (..., K)."""
+        if rows.numel() == 0:
+            return rows
+        batch = torch.stack(torch.aminmax(rows.detach()))
+        if self.training and not self.frozen:
+            ends = self.range()
+            mixed = torch.where(ends.isnan(), batch, self.momentum * ends + (1 - self.momentum) * batch)
+            self.ends.copy_(torch.where(batch.isfinite().all(), mixed, ends))
+        ends = self.range()
+        return _QuantizeInRange.apply(rows, torch.where(ends.isnan(), batch, ends))  # type: ignore[no-any-return]
+
+    def range(self) -> Tensor:
+        """(lo, hi), float32 (2,); NaN before the first batch."""
+        return self.ends.float()
+
+    def qparams(self) -> QParams:
+        """Scale and zero point as inference takes them over."""
+        return _static_qparams(self.range())
+
+    def is_ready(self) -> bool:
+        """Whether a batch was seen."""
+        return _is_finite(self.range())
+
+    def freeze(self) -> None:
+        """No batch moves the range any further."""
+        self.frozen = True
+
+    def extra_repr(self) -> str:
+        """The range, as `repr` shows it."""
+        return _show(self.range())
+
+
+class PerToken(nn.Module):
+    """Dynamic fake quantization, a scale and zero point per row: nothing is trained or remembered.
+
+    Straight through, ∂x̂/∂x = 1: a row's own range covers all of it.
+
+    >>> PerToken()(torch.tensor([[0.0, 0.5, 255.0]])).tolist()
+    [[0.0, 0.0, 255.0]]
+    """
+
+    origin = "ranges per token"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 (M, K) -> float32 (M, K)."""
+        values = rows.detach()
+        rounded = qparams.fake_quantize(values, *row_qparams(values), axis=0, dtype=torch.uint8)
+        return _StraightThrough.apply(rows, rounded)  # type: ignore[no-any-return]
+
+    def qparams(self) -> None:
+        """None: inference chooses them per row."""
+
+    def is_ready(self) -> bool:
+        """Always."""
+        return True
+
+    def freeze(self) -> None:
+        """Nothing to freeze."""
+
+
+InputRange = LearnedRange | ObservedRange | PerToken
+
+_FLT_MIN = torch.finfo(torch.float32).tiny
+
+
+def _codes_of(ends: Tensor) -> tuple[Tensor, Tensor]:
+    return qparams.qparams_from_range(ends[0], ends[1], dtype=torch.uint8, symmetric=False)
+
+
+def _static_qparams(ends: Tensor) -> QParams:
+    scale, zero_point = _codes_of(ends.detach())
+    return QParams(float(scale), int(zero_point))
+
+
+def _is_finite(ends: Tensor) -> bool:
+    return bool(_codes_of(ends.detach())[0].isfinite())
+
+
+def _show(ends: Tensor) -> str:
+    lo, hi = ends.tolist() if not ends.is_meta else (math.nan, math.nan)
+    return f"{lo:.4g}, {hi:.4g}"

@@ -1,0 +1,177 @@
+"""prepare_qat(): quantization-aware training. prepare_qat -> train as ever -> convert."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchq.calibrate import Forward, Record, calibrate
+from torchq.config import QConfig
+from torchq.convert import leave_fast_path, select_layers
+from torchq.modules.linear import QParams
+from torchq.modules.qat_linear import QATLinear
+from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
+from torchq.plan import Kind, LayerPlan, Plan, measure
+
+Ranges = Literal["auto", "learned", "observed"]
+
+
+def prepare_qat(
+    model: nn.Module,
+    calib_loader: Iterable[Any] | None = None,
+    *,
+    config: QConfig | None = None,
+    ranges: Ranges = "auto",
+    forward: Forward | None = None,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Returns the model with its nn.Linear layers ready to train on int8 values; `convert` then makes them int8.
+
+    The layers taken are those that `convert` would take; each becomes a `QATLinear`, on the same parameters. Example:
+    docs/qat.md; gradients: torchq/modules/ranges.py. `torchq_plan`, an attribute of the model, says what each will be.
+
+    Args:
+        model: a model on the CPU; once prepared it may be moved anywhere to train. Left as it was, unless `inplace`.
+        calib_loader: typical batches, as for `convert`: where the static ranges start. A layer they never reach stays
+            float if its range is to be learned.
+        config: a QConfig, of which `weight`, `activation`, `exclude` and what describes the observers count. "auto"
+            is "static" here: training makes up for what a fixed range loses, and static is the faster at inference.
+        ranges: of static inputs. "learned": parameters, trained with the weights. "observed": buffers, a moving
+            average over the training batches. "auto": learned with a calib_loader, observed without.
+        forward: `forward(model, batch)`: how to run one batch of calib_loader.
+        inplace: prepare `model` itself and return it. Nothing is changed if anything fails.
+        progress: a progress bar over calib_loader; None shows it on a terminal only.
+
+    Raises:
+        TypeError: `model` is not a module or can't be copied, or a batch is of a type it can't be called with.
+        ValueError: no Linear in the model, or none that can be quantized; already prepared or converted; weights not
+            on the CPU; "learned" without a calib_loader; and as `convert` for the loader and the config.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> qat_model = prepare_qat(model, [torch.randn(16, 8)])
+    >>> qat_model(torch.randn(4, 8)).sum().backward()
+    >>> sorted(name for name, p in qat_model.named_parameters() if p.grad is not None)[:3]
+    ['0.bias', '0.input_range.ends', '0.weight']
+    """
+    config = QConfig() if config is None else config
+    layers, barred = _check(model, calib_loader, config, ranges)
+    wanted = {name: layer for name, layer in layers.items() if name not in barred}
+    if config.activation == "dynamic":
+        starts: dict[str, InputRange] = {name: PerToken() for name in wanted}
+    elif calib_loader is None:
+        starts = {name: ObservedRange() for name in wanted}
+    else:
+        calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
+        starts = _starts(wanted, calibration.records, config, ranges)
+    reasons = {name: "calib_loader never reached it" for name in wanted if name not in starts} | barred
+    if not starts:
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(f"torchq.prepare_qat: no nn.Linear of the model can be quantized; {name!r}: {reason}.")
+    if not inplace:
+        model = _copy(model)
+    for name, start in starts.items():
+        layer = cast(nn.Linear, model.get_submodule(name))
+        QATLinear.adopt(layer, start, per_channel=config.weight == "per_channel")
+    leave_fast_path(model)
+    model.torchq_plan = _plan(layers, starts, reasons, config)  # type: ignore[assignment]
+    return model
+
+
+def freeze_ranges(model: nn.Module) -> None:
+    """Fixes the input ranges of all prepared layers: learned ones are trained no further, observed ones stop moving.
+
+    Useful for the last epochs, in which the weights settle on a fixed grid. `model.eval()` fixes observed ranges too,
+    and with them what else depends on the mode.
+
+    Raises:
+        ValueError: no layer of `model` is prepared.
+
+    >>> model = prepare_qat(nn.Sequential(nn.Linear(8, 2)), [torch.randn(16, 8)])
+    >>> freeze_ranges(model)
+    >>> [name for name, p in model.named_parameters() if not p.requires_grad]
+    ['0.input_range.ends']
+    """
+    prepared = [module for module in model.modules() if isinstance(module, QATLinear)]
+    if not prepared:
+        raise ValueError("torchq.freeze_ranges: no layer of the model is a QATLinear. Call torchq.prepare_qat() first.")
+    for layer in prepared:
+        layer.input_range.freeze()
+
+
+def _check(
+    model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, ranges: str
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """All that can be wrong before any work: the model's Linear layers, and those that must stay float with reasons."""
+    if ranges not in get_args(Ranges):
+        raise ValueError(f"torchq.prepare_qat: ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
+    layers, barred = select_layers("torchq.prepare_qat", model, calib_loader, config)
+    prepared = [name for name, layer in layers.items() if isinstance(layer, QATLinear)]
+    if prepared:
+        raise ValueError(
+            f"torchq.prepare_qat: the model is already prepared ({prepared[0]!r} is a QATLinear). Train it, then call "
+            "torchq.convert()."
+        )
+    if config.activation == "dynamic" and ranges != "auto":
+        raise ValueError(f"torchq.prepare_qat: ranges={ranges!r}, but activation='dynamic' has none. Leave one out.")
+    if ranges == "learned" and calib_loader is None:
+        raise ValueError(
+            "torchq.prepare_qat: ranges='learned' needs a calib_loader, one batch or more, to start from. Pass one, or "
+            "use ranges='observed'."
+        )
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            barred.setdefault(name, "its weight is computed by a parametrization, not trained")
+    return layers, barred
+
+
+def _plan(
+    layers: Mapping[str, nn.Linear], starts: Mapping[str, InputRange], reasons: Mapping[str, str], config: QConfig
+) -> Plan:
+    """What each layer will become."""
+    plans = {}
+    for name in layers:
+        if name in starts:
+            kind: Kind = "int8 dynamic" if isinstance(starts[name], PerToken) else "int8 static"
+            plans[name] = LayerPlan(kind, f"to be trained, {starts[name].origin}", config.weight == "per_channel")
+        else:
+            plans[name] = LayerPlan("float", reasons[name])
+    return Plan(plans)
+
+
+def _starts(
+    layers: Mapping[str, nn.Linear], records: Mapping[str, Record], config: QConfig, ranges: Ranges
+) -> dict[str, InputRange]:
+    """Where the static range of each layer starts; a layer without data is missing if its range is to be learned."""
+    starts: dict[str, InputRange] = {}
+    for name, layer in layers.items():
+        if not records[name].has_data:
+            if ranges == "observed":
+                starts[name] = ObservedRange()
+            continue
+        lo, hi = _best_range(layer, records[name], per_channel=config.weight == "per_channel")
+        starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)
+    return starts
+
+
+def _best_range(layer: nn.Linear, record: Record, *, per_channel: bool) -> tuple[float, float]:
+    """The range of the observer that gives the layer's output the highest SQNR, as in make_plan."""
+    candidates = {}
+    for name, observer in record.observers.items():
+        scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
+        candidates[name] = QParams(float(scale), int(zero_point))
+    measured = measure(layer, record.sample.rows, candidates, per_channel=per_channel)
+    return record.observers[max(candidates, key=lambda name: measured[name])].range()
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(
+            f"torchq.prepare_qat: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
+            "inplace=True to prepare it as it is."
+        ) from error
