@@ -228,7 +228,7 @@ def main() -> None:
     contestants, skipped = available(chosen(arguments.contestants))
     print("\n".join(skipped), end="\n" if skipped else "")
     names = arguments.models or list(models.RECIPES)[: 1 if arguments.quick else None]
-    counts, rounds = ((4, 4), 3) if arguments.quick else ((CALIBRATION_BATCHES, TEST_BATCHES), arguments.rounds)
+    counts, rounds = ((4, 16), 3) if arguments.quick else ((CALIBRATION_BATCHES, TEST_BATCHES), arguments.rounds)
     results = []
     for task in tasks(names, *counts):
         result = measure(task, contestants, threads=arguments.threads, rounds=rounds)
