@@ -86,7 +86,7 @@ def _onnxruntime(gemm: bool, quantize: Callable[[Chain, Path], None]) -> Callabl
             path = Path(folder) / "mlp.onnx"
             save_onnx(chain.model, path, gemm=gemm)
             quantize(chain, path)
-            return onnxruntime_run(path, x, CLASSES, threads)
+            return onnxruntime_run(path, x, (len(x), CLASSES), threads)
 
     return make
 

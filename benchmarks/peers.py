@@ -2,7 +2,8 @@
 
 A peer prepacks its weights and caches its session once, outside the timing. `Peer.make` gives a function of no
 arguments which computes y from an x fixed beforehand, so that engines may bind their buffers. Peers that are not
-installed are left out by `available()`, with the reason. benchmarks/mlp.py runs chains of layers on the same pieces.
+installed are left out by `available()`, with the reason. benchmarks/mlp.py runs chains of layers on the same pieces,
+and benchmarks/accuracy_peers.py whole trained networks.
 """
 
 import contextlib
@@ -136,16 +137,16 @@ def save_onnx(model: nn.Sequential, path: Path, *, gemm: bool = False) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
-def onnxruntime_run(path: Path, x: Tensor, outputs: int, threads: int) -> Run:
-    """A session on the graph at `path`, its "x" bound to x and its "y" to a tensor (M, outputs)."""
+def onnxruntime_run(path: Path, x: Tensor, shape: Sequence[int], threads: int) -> Run:
+    """A session on the graph at `path`, its "x" bound to x and its "y" to a float32 tensor of `shape`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    y = torch.empty(x.shape[0], outputs)
+    y = torch.empty(*shape)
     binding = session.io_binding()  # no copies: x and y are read and written in place
-    binding.bind_input("x", "cpu", 0, "float32", list(x.shape), x.data_ptr())
+    binding.bind_input("x", "cpu", 0, x.numpy().dtype, list(x.shape), x.data_ptr())
     binding.bind_output("y", "cpu", 0, "float32", list(y.shape), y.data_ptr())
 
     def run() -> Tensor:
@@ -155,13 +156,13 @@ def onnxruntime_run(path: Path, x: Tensor, outputs: int, threads: int) -> Run:
     return run
 
 
-def openvino_run(model: Any, x: Tensor, threads: int) -> Run:
-    """An infer request on an OpenVINO model, for the shape of x and bound to it."""
+def openvino_run(model: Any, x: Tensor, threads: int, **options: Any) -> Run:
+    """An infer request on an OpenVINO model, for the shape of x and bound to it; `options` are the plugin's."""
     import openvino
 
     model.reshape({"x": list(x.shape)})
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
+    settings |= {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False, **options}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
     y = torch.from_numpy(request.get_output_tensor().data)
@@ -204,7 +205,7 @@ def _onnxruntime(int8: bool) -> Callable[[nn.Linear, Tensor, int], Run]:
             save_onnx(nn.Sequential(linear), path)
             if int8:
                 quantize_dynamic(path, path, per_channel=True, weight_type=QuantType.QInt8)
-            return onnxruntime_run(path, x, linear.out_features, threads)
+            return onnxruntime_run(path, x, (len(x), linear.out_features), threads)
 
     return make
 

@@ -1,0 +1,252 @@
+"""Whole trained networks in int8, by everyone who can run them on a CPU: each peer by its public API.
+
+`Peer.make(task, x, threads)` quantizes the task's model on the task's calibration batches and returns a function of no
+arguments that runs it on x, which the caller may overwrite with other inputs. Where a peer has several settings, each
+is a contestant "name: setting", and the best of them on each model counts.
+"""
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import torchq
+from benchmarks.models import Batch
+from benchmarks.peers import Peer, Run, nncf_quantized, onnxruntime_run, openvino_run
+
+
+class Task(NamedTuple):
+    """A float model, the inputs everyone calibrates on, and the questions everyone answers; batches of one shape."""
+
+    name: str
+    model: nn.Module
+    calibration: Sequence[Tensor]
+    test: Sequence[Batch]
+
+
+Make = Callable[[Task, Tensor, int], Run]
+
+
+# ---- In torch -------------------------------------------------------------------------------------------------------
+
+
+def _torchq(config: torchq.QConfig | None = None) -> Make:
+    """Without a config: what a user gets who says no further word."""
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        qmodel = torchq.convert(task.model, task.calibration, config=config)
+        return lambda: qmodel(x)
+
+    return make
+
+
+def _float32(task: Task, x: Tensor, threads: int) -> Run:
+    return lambda: task.model(x)
+
+
+def _torch_dynamic(engine: str, per_channel: bool) -> Make:
+    """torch.ao.quantization.quantize_dynamic, deprecated in torch 2.13 and still there; 7-bit activations, always."""
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        from torch.ao import quantization
+
+        qconfig = quantization.per_channel_dynamic_qconfig if per_channel else quantization.default_dynamic_qconfig
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            qmodel = quantization.quantize_dynamic(task.model, {nn.Linear: qconfig})
+        finally:
+            torch.backends.quantized.engine = previous
+        return lambda: qmodel(x)
+
+    return make
+
+
+def _torchao(task: Task, x: Tensor, threads: int) -> Run:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    qmodel = copy.deepcopy(task.model)
+    quantize_(qmodel, Int8DynamicActivationInt8WeightConfig())
+    return lambda: qmodel(x)
+
+
+# ---- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+
+def _onnxruntime(quantize: Callable[[Path, Task], None]) -> Make:
+    """The exported and pre-processed graph, which `quantize` then changes in place."""
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(_onnx(task.model, tuple(x.shape)))
+            quantize(path, task)
+            with torch.no_grad():
+                shape = task.model(x).shape
+            return onnxruntime_run(path, x, shape, threads)
+
+    return make
+
+
+@functools.lru_cache(maxsize=1)
+def _onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """The model for inputs of this shape, as torch.onnx exports it and ONNX Runtime's own pre-processing leaves it."""
+    from onnxruntime.quantization import shape_inference
+
+    dtype = torch.long if any(isinstance(module, nn.Embedding) for module in model.modules()) else torch.float32
+    with tempfile.TemporaryDirectory() as folder:
+        raw, path = Path(folder) / "raw.onnx", Path(folder) / "model.onnx"
+        example = torch.zeros(shape, dtype=dtype)
+        torch.onnx.export(
+            model,
+            (example,),
+            raw,
+            input_names=["x"],
+            output_names=["y"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        shape_inference.quant_pre_process(raw, path)
+        return path.read_bytes()
+
+
+def _dynamic(per_channel: bool) -> Callable[[Path, Task], None]:
+    def quantize(path: Path, task: Task) -> None:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(path, path, per_channel=per_channel, weight_type=QuantType.QInt8)
+
+    return quantize
+
+
+def _static(**options: Any) -> Callable[[Path, Task], None]:
+    """quantize_static with its defaults (QDQ, every op, per tensor, signed, min-max) but for `options`."""
+
+    def quantize(path: Path, task: Task) -> None:
+        from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.feeds: Iterator[dict[str, Any]] = iter([{"x": batch.numpy()} for batch in task.calibration])
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self.feeds, None)
+
+        quantize_static(path, path, Reader(), **options)
+
+    return quantize
+
+
+def _static_linear(method: str) -> Callable[[Path, Task], None]:
+    """The documented best for x86, u8 activations and per-channel int8 weights, for the linear layers alone."""
+
+    def quantize(path: Path, task: Task) -> None:
+        from onnxruntime.quantization import CalibrationMethod, QuantType
+
+        static = _static(
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod[method],
+            # Attention's products of two activations stay in float, and so does what a layer gives: more accurate.
+            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+        )
+        static(path, task)
+
+    return quantize
+
+
+# ---- OpenVINO -------------------------------------------------------------------------------------------------------
+
+
+def _openvino_model(task: Task, x: Tensor) -> Any:
+    import openvino
+
+    model = openvino.convert_model(task.model, example_input=x)
+    model.inputs[0].get_tensor().set_names({"x"})
+    return model
+
+
+def _openvino_float32(task: Task, x: Tensor, threads: int) -> Run:
+    return openvino_run(_openvino_model(task, x), x, threads)
+
+
+def _nncf(options: Callable[[], dict[str, Any]]) -> Make:
+    """nncf.quantize, calibrated on the same inputs one at a time, as NNCF asks for with transformers."""
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        singles = [row for batch in task.calibration for row in batch.split(1)]
+        return openvino_run(nncf_quantized(_openvino_model(task, x), singles, **options()), x, threads)
+
+    return make
+
+
+def _preset(name: str) -> dict[str, Any]:
+    import nncf
+
+    return {"preset": nncf.QuantizationPreset[name]}
+
+
+def _smooth(alpha: float) -> dict[str, Any]:
+    """model_type TRANSFORMER, which smooths (SmoothQuant; NNCF's own alpha is 0.95) and knows attention."""
+    import nncf
+
+    smooth = nncf.AdvancedSmoothQuantParameters(matmul=alpha)
+    return {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth),
+    }
+
+
+def _openvino_dynamic(group: int) -> Make:
+    """Weights compressed to int8 by NNCF, activations quantized at run time, a scale for every `group` of channels.
+
+    OpenVINO's path for language models: no calibration, and finer than a scale per token.
+    """
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        import nncf
+
+        compressed = nncf.compress_weights(_openvino_model(task, x), mode=nncf.CompressWeightsMode.INT8_SYM)
+        return openvino_run(compressed, x, threads, DYNAMIC_QUANTIZATION_GROUP_SIZE=group)
+
+    return make
+
+
+OURS, FLOAT = "torchq auto", "torch float32"
+ONNXRUNTIME, OPENVINO = ("onnx", "onnxscript", "onnxruntime"), ("openvino",)
+CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each counts
+    Peer(FLOAT, False, _float32),
+    Peer(OURS, True, _torchq()),
+    Peer("torchq dynamic", True, _torchq(torchq.QConfig(activation="dynamic"))),
+    Peer("torchq static", True, _torchq(torchq.QConfig(activation="static"))),
+    Peer("torch.ao dynamic: default", True, _torch_dynamic("x86", per_channel=False)),
+    Peer("torch.ao dynamic: per channel", True, _torch_dynamic("x86", per_channel=True)),
+    Peer("torch.ao dynamic: per channel, onednn", True, _torch_dynamic("onednn", per_channel=True)),
+    Peer("torchao dynamic", True, _torchao, ("torchao",)),
+    Peer("onnxruntime dynamic: default", True, _onnxruntime(_dynamic(per_channel=False)), ONNXRUNTIME),
+    Peer("onnxruntime dynamic: per channel", True, _onnxruntime(_dynamic(per_channel=True)), ONNXRUNTIME),
+    Peer("onnxruntime static: default", True, _onnxruntime(_static()), ONNXRUNTIME),
+    *(
+        Peer(f"onnxruntime static: linear u8s8, {method}", True, _onnxruntime(_static_linear(method)), ONNXRUNTIME)
+        for method in ("MinMax", "Entropy", "Percentile")
+    ),
+    *(
+        Peer(f"openvino static: {name}", True, _nncf(functools.partial(_preset, name)), (*OPENVINO, "nncf"))
+        for name in ("PERFORMANCE", "MIXED")
+    ),
+    *(
+        Peer(f"openvino static: SmoothQuant {a:g}", True, _nncf(functools.partial(_smooth, a)), (*OPENVINO, "nncf"))
+        for a in (0.95, 0.5)
+    ),
+    *(Peer(f"openvino dynamic: groups of {g}", True, _openvino_dynamic(g), (*OPENVINO, "nncf")) for g in (32, 128)),
+    Peer("onnxruntime float32", False, _onnxruntime(lambda path, task: None), ONNXRUNTIME),
+    Peer("openvino float32", False, _openvino_float32, OPENVINO),
+]
