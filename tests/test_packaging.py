@@ -76,7 +76,7 @@ def test_public_names():
     """The whole interface, so that a new name is a decision."""
     names = {name for name in vars(torchq) if not name.startswith("_")}
     modules = {"calibrate", "config", "dataflow", "kernels", "modules", "observers", "ops", "plan", "qparams"}
-    modules |= {"rounding", "smoothing"}
+    modules |= {"qat", "rounding", "smoothing"}
     assert names - modules == {
         "QConfig",
         "QuantizedLinear",
@@ -84,6 +84,8 @@ def test_public_names():
         "convert",
         "dequantize",
         "fake_quantize",
+        "freeze_ranges",
+        "prepare_qat",
         "quantize",
         "report",
         "simulate",
