@@ -93,11 +93,13 @@ class Calibration:
     """The records, by layer name, and how often each nn.Sequential and each of its children was called.
 
     Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way.
+    The first batch is kept to measure the whole model on.
     """
 
     records: dict[str, Record]
     calls: Counter[str]
     batches: int = 0
+    first_batch: Any = None
 
 
 def calibrate(
@@ -132,10 +134,11 @@ def calibrate(
     calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, Counter())
     run = forward or call_with_batch
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(_recording(model, layers, calibration))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             run(model, batch)
+            calibration.first_batch = batch if calibration.batches == 0 else calibration.first_batch
             calibration.batches += 1
     if calibration.batches == 0:
         raise ValueError(
@@ -169,7 +172,7 @@ def call_with_batch(model: nn.Module, batch: Any) -> object:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no fused attention path, which would bypass the layers' own forward."""
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()

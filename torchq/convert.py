@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchq import ops
-from torchq.calibrate import Forward, calibrate
+from torchq.budget import Evaluate, fit, make_budget
+from torchq.calibrate import Forward, calibrate, call_with_batch
 from torchq.config import QConfig
 from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
@@ -27,6 +28,8 @@ def convert(
     forward: Forward | None = None,
     inplace: bool = False,
     progress: bool | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
 ) -> nn.Module:
     """Returns the model with its nn.Linear layers in int8: the same forward, weights 4 times smaller.
 
@@ -38,6 +41,11 @@ def convert(
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
         inplace: swap the layers of `model` itself and return it. Nothing is swapped if anything fails.
         progress: a progress bar over the batches; None shows it on a terminal only.
+        evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
+            float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most
+            (torchq/budget.py); its errors pass through.
+        max_drop: the most the metric may fall below the float model's, in its own unit; 0.01 if not given. Where no
+            int8 layer fits into it, that is a warning with the numbers, and all layers stay in float.
 
     Returns:
         The converted model. `torchq_plan`, an attribute of it, says of every Linear what it became and why.
@@ -46,7 +54,7 @@ def convert(
         TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
             that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
-            batches; NaN or infinity in a layer's input.
+            batches; NaN or infinity in a layer's input; `evaluate` without data, or that returns NaN.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -55,12 +63,16 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
+    budget = make_budget(evaluate, max_drop, calib_loader)
     layers, barred = _check(model, calib_loader, config, inplace)
     wanted = {name: layer for name, layer in layers.items() if name not in barred}
     calibration = None
     if calib_loader is not None:
         calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
     plan = make_plan(model, layers, barred, calibration, config)
+    if budget is not None and calibration is not None:
+        run, batch = forward or call_with_batch, calibration.first_batch
+        plan = fit(model, plan, budget, apply=apply_plan, run=lambda candidate: run(candidate, batch))
     return apply_plan(model, plan, inplace=inplace)
 
 
@@ -95,7 +107,7 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"torchq.convert: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
-            "inplace=True to convert it as it is."
+            "inplace=True, and no evaluate, to convert it as it is."
         ) from error
 
 

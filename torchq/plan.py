@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torchq import ops
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
+from torchq.frontier import Frontier
 from torchq.modules.linear import QParams, QuantizedLinear, activation_of
 from torchq.ops import Activation
 from torchq.qparams import sqnr_db
+from torchq.stats import LayerStats, layer_stats
+from torchq.text import to_json
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
 
@@ -39,6 +42,7 @@ class LayerPlan:
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that do nothing in eval mode.
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
+        stats: what quantization did to the weight and the input, measured on the layer's input sample.
     """
 
     kind: Kind
@@ -50,6 +54,7 @@ class LayerPlan:
     activation: str | None = None
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
+    stats: LayerStats | None = None
 
     @property
     def measured_db(self) -> float | None:
@@ -61,7 +66,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layer plans by module name, in model order.
+    """The layer plans by module name, in model order; `frontier` is what the search for an accuracy budget measured.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -71,33 +76,41 @@ class Plan:
     """
 
     layers: dict[str, LayerPlan]
+    frontier: Frontier | None = None
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it: dicts, lists, strings and numbers."""
-        return {name: _to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        layers = {name: to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        return {"layers": layers, "frontier": self.frontier and self.frontier.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
         layers = {}
-        for name, values in data.items():
-            pair = values["input_qparams"]
+        for name, values in data["layers"].items():
+            pair, stats = values["input_qparams"], values["stats"] and LayerStats.from_dict(values["stats"])
             sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
             given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
-            layers[name] = LayerPlan(**{**values, **given})
-        return cls(layers)
+            layers[name] = LayerPlan(**{**values, **given, "stats": stats})
+        return cls(layers, data["frontier"] and Frontier.from_dict(data["frontier"]))
 
 
-def _to_json(value: Any) -> Any:
-    """Tuples as lists, and what JSON has no number for, inf and nan, as strings."""
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_to_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def plan_of(qmodel: nn.Module, function: str) -> Plan:
+    """The plan of a converted model, for torchq's `function` of this name.
+
+    Raises:
+        ValueError: `qmodel` did not come from `torchq.convert`.
+    """
+    plan = getattr(qmodel, "torchq_plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"torchq.{function}: this {type(qmodel).__name__} has no torchq_plan. Pass the model that torchq.convert "
+            "returned."
+        )
+    return plan
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -178,7 +191,8 @@ def make_plan(
         elif calibration is None:
             plans[name] = LayerPlan("int8 dynamic", "no calibration data", config.weight == "per_channel")
         else:
-            plans[name] = _plan_layer(layer, calibration.records[name], config)
+            chosen = _plan_layer(layer, calibration.records[name], config)
+            plans[name] = dataclasses.replace(chosen, stats=_stats(layer, chosen, calibration.records[name]))
     if calibration is not None:
         _fuse(model, plans, calibration)
     return Plan(plans)
@@ -208,6 +222,13 @@ def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     if not use_static:
         return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
     return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
+
+
+def _stats(layer: nn.Linear, plan: LayerPlan, record: Record) -> LayerStats | None:
+    if plan.kind == "float" or not record.has_data:
+        return None
+    quantized = QuantizedLinear.from_float(layer, per_channel=plan.per_channel, input_qparams=plan.input_qparams)
+    return layer_stats(layer, quantized, record.sample.rows, max(1, round(record.sample.seen / record.calls)))
 
 
 def _static_qparams(record: Record, observer: str) -> QParams:
