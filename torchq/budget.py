@@ -157,7 +157,7 @@ class _Search:
         metric = self.budget.metric(candidate, f"model with {returned} of {len(self.names)} int8 layers in float")
         with evaluating(self.model), evaluating(candidate):
             calls = {"float": partial(self.run, self.model), "int8": partial(self.run, candidate)}
-            seconds = interleaved(calls, rounds=3)
+            seconds = interleaved(calls, rounds=3, seconds=0.005)
         self.float_seconds = min(self.float_seconds, seconds["float"])
         speedup = seconds["float"] / seconds["int8"]
         self.steps[returned] = Step(returned, metric, seconds["int8"], speedup, _bytes(candidate))
