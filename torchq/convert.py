@@ -39,7 +39,8 @@ def convert(
             is dynamic.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
-        inplace: swap the layers of `model` itself and return it. Nothing is swapped if anything fails.
+        inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
+            Everything is checked before the first swap.
         progress: a progress bar over the batches; None shows it on a terminal only.
         evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
             float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most
@@ -73,6 +74,7 @@ def convert(
     if budget is not None and calibration is not None:
         run, batch = forward or call_with_batch, calibration.first_batch
         plan = fit(model, plan, budget, apply=apply_plan, run=lambda candidate: run(candidate, batch))
+    del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
     return apply_plan(model, plan, inplace=inplace)
 
 
@@ -82,22 +84,49 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     Raises:
         ValueError: the plan names a layer the model lacks, or hands codes to a layer that does not take them.
     """
-    layers = find_layers(model)
-    _check_plan(model, plan, layers)
-    swaps = {id(layers[name]): quantize_layer(model, plan, name) for name in plan.layers if _is_int8(plan, name)}
-    if inplace:
-        for parent in list(model.modules()):
-            for key, child in parent._modules.items():
-                parent._modules[key] = swaps.get(id(child), child)
-    else:
-        model = _copy(model, swaps)
-    for name, layer in plan.layers.items():
-        for folded in _folded(layer) if _is_int8(plan, name) else ():
-            parent_name, _, key = folded.rpartition(".")
-            model.get_submodule(parent_name)._modules[key] = Folded()
-    _leave_fast_path(model)
+    _check_plan(model, plan, find_layers(model))
+    names = [name for name in plan.layers if _is_int8(plan, name)]
+    try:
+        if inplace:
+            _swap(model, plan, names)
+        else:
+            model = _copy(model, {id(model.get_submodule(name)): quantize_layer(model, plan, name) for name in names})
+            for name in names:
+                _fold(model, plan.layers[name])
+    finally:
+        _leave_fast_path(model)
     model.torchq_plan = plan  # type: ignore[assignment]
     return model
+
+
+def _swap(model: nn.Module, plan: Plan, names: list[str]) -> None:
+    """In place, one layer after the other, so that each float weight can be freed before the next int8 one is made.
+
+    The last comes first: a layer takes floats as well as codes, so the model is right after each step, and stays so if
+    memory runs out before the next.
+    """
+    places = _places(model)
+    for name in reversed(names):
+        quantized = quantize_layer(model, plan, name)
+        for children, key in places[id(model.get_submodule(name))]:
+            children[key] = quantized
+        _fold(model, plan.layers[name])
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
+    """Where each module hangs, by its id: the dict of children and the key there."""
+    places: dict[int, list[tuple[dict[str, nn.Module | None], str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent._modules, key))
+    return places
+
+
+def _fold(model: nn.Module, layer: LayerPlan) -> None:
+    """Puts Folded in the place of the modules whose work this layer does."""
+    for name in _folded(layer):
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = Folded()
 
 
 def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
@@ -126,7 +155,6 @@ def quantize_layer(model: nn.Module, plan: Plan, name: str) -> QuantizedLinear:
 
 
 def _folded(layer: LayerPlan) -> tuple[str, ...]:
-    """The modules that become Folded because this layer does their work."""
     return layer.skipped if layer.activation is None else (layer.activation, *layer.skipped)
 
 

@@ -190,6 +190,9 @@ def fake_quantize(
     return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
 
 
+_PIECE = 1 << 18  # values, 2 MiB in float64
+
+
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """How far the signal stands above the error, in decibels: `10 log10(sum(ref^2) / sum((ref - approx)^2))`.
 
@@ -214,9 +217,12 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
             f"torchq.sqnr_db: expected tensors of one shape, got reference {list(reference.shape)} and "
             f"approximation {list(approximation.shape)}. Reshape one of them."
         )
-    reference, approximation = reference.detach().double(), approximation.detach().double()
-    signal = reference.square().sum()
-    noise = (reference - approximation).square().sum()
+    # A piece at a time: in float64 the temporaries of a whole output would be larger than its layer.
+    pieces = zip(*(x.detach().reshape(-1).split(_PIECE) for x in (reference, approximation)), strict=True)
+    signal, noise = torch.zeros(2, dtype=torch.float64)
+    for ref, approx in pieces:
+        signal += ref.double().square().sum()
+        noise += (ref.double() - approx.double()).square().sum()
     return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
 
 

@@ -55,7 +55,8 @@ struct Tile {
   int m, n, k;
 };
 
-// The smallest and largest of a row's values and 0; finite is false if the row holds a NaN or an infinity.
+// The smallest and largest of a row's values and 0; finite is false if the row holds a NaN or an infinity, and then lo
+// and hi mean nothing.
 struct RowRange {
   float lo, hi;
   bool finite;
