@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.calibrate import evaluating
+from torchq.calibrate import Forward, evaluating
 from torchq.frontier import Frontier, Step
 from torchq.plan import LayerPlan, Plan
 from torchq.qparams import sqnr_db
@@ -95,6 +95,30 @@ def make_budget(evaluate: Evaluate | None, max_drop: float | None, calib_loader:
     return Budget(evaluate, 0.01 if max_drop is None else max_drop)
 
 
+class FirstBatch:
+    """A `forward` that remembers the first batch it runs, so that other models can `run` it too.
+
+    >>> first = FirstBatch(lambda model, batch: model(batch))
+    >>> _ = first(nn.Identity(), torch.zeros(2)), first(nn.Identity(), torch.ones(2))
+    >>> first.run(nn.ReLU())
+    tensor([0., 0.])
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self._batches: list[Any] = []
+
+    def __call__(self, model: nn.Module, batch: Any) -> object:
+        """forward(model, batch)."""
+        if not self._batches:
+            self._batches.append(batch)
+        return self.forward(model, batch)
+
+    def run(self, model: nn.Module) -> object:
+        """forward(model, the first batch)."""
+        return self.forward(model, self._batches[0])
+
+
 def fit(model: nn.Module, plan: Plan, budget: Budget, *, apply: Apply, run: Run) -> Plan:
     """The plan with so many layers back in float that the metric drops by at most `max_drop`, and with its frontier.
 
@@ -157,7 +181,7 @@ class _Search:
         metric = self.budget.metric(candidate, f"model with {returned} of {len(self.names)} int8 layers in float")
         with evaluating(self.model), evaluating(candidate):
             calls = {"float": partial(self.run, self.model), "int8": partial(self.run, candidate)}
-            seconds = interleaved(calls, rounds=3, seconds=0.005)
+            seconds = interleaved(calls, rounds=5, seconds=0.005)
         self.float_seconds = min(self.float_seconds, seconds["float"])
         speedup = seconds["float"] / seconds["int8"]
         self.steps[returned] = Step(returned, metric, seconds["int8"], speedup, _bytes(candidate))
@@ -167,7 +191,8 @@ class _Search:
         """All that was measured, with the float model last."""
         if not self.names:  # nothing to compare it with was timed
             with evaluating(self.model):
-                self.float_seconds = interleaved({"float": partial(self.run, self.model)}, rounds=3)["float"]
+                calls = {"float": partial(self.run, self.model)}
+                self.float_seconds = interleaved(calls, rounds=5, seconds=0.005)["float"]
         last = Step(len(self.names), self.float_metric, self.float_seconds, 1.0, _bytes(self.model))
         steps = (*(self.steps[key] for key in sorted(self.steps)), last)
         chosen = [step.returned for step in steps].index(returned)

@@ -93,13 +93,11 @@ class Calibration:
     """The records, by layer name, and how often each nn.Sequential and each of its children was called.
 
     Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way.
-    The first batch is kept to measure the whole model on.
     """
 
     records: dict[str, Record]
     calls: Counter[str]
     batches: int = 0
-    first_batch: Any = None
 
 
 def calibrate(
@@ -138,7 +136,6 @@ def calibrate(
         stack.enter_context(_recording(model, layers, calibration))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             run(model, batch)
-            calibration.first_batch = batch if calibration.batches == 0 else calibration.first_batch
             calibration.batches += 1
     if calibration.batches == 0:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchq import ops
-from torchq.budget import Evaluate, fit, make_budget
+from torchq.budget import Evaluate, FirstBatch, fit, make_budget
 from torchq.calibrate import Forward, calibrate, call_with_batch
 from torchq.config import QConfig
 from torchq.modules.folded import Folded
@@ -67,13 +67,12 @@ def convert(
     budget = make_budget(evaluate, max_drop, calib_loader)
     layers, barred = _check(model, calib_loader, config, inplace)
     wanted = {name: layer for name, layer in layers.items() if name not in barred}
-    calibration = None
+    calibration, first = None, FirstBatch(forward or call_with_batch)
     if calib_loader is not None:
-        calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
+        calibration = calibrate(model, calib_loader, wanted, config, forward=first, progress=progress)
     plan = make_plan(model, layers, barred, calibration, config)
-    if budget is not None and calibration is not None:
-        run, batch = forward or call_with_batch, calibration.first_batch
-        plan = fit(model, plan, budget, apply=apply_plan, run=lambda candidate: run(candidate, batch))
+    if budget is not None:
+        plan = fit(model, plan, budget, apply=apply_plan, run=first.run)
     del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
     return apply_plan(model, plan, inplace=inplace)
 
