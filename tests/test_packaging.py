@@ -71,7 +71,8 @@ def test_stub_declares_exactly_what_the_module_has():
 def test_public_names():
     """The whole interface, so that a new name is a decision."""
     names = {name for name in vars(torchq) if not name.startswith("_")}
-    modules = {"calibrate", "config", "kernels", "modules", "observers", "ops", "plan", "qparams"}
+    modules = {"budget", "calibrate", "config", "drift", "frontier", "kernels", "modules", "observers", "ops", "plan"}
+    modules |= {"profile", "qparams", "stats", "text", "timing"}
     assert names - modules == {
         "QConfig",
         "QuantizedLinear",
@@ -79,9 +80,11 @@ def test_public_names():
         "convert",
         "dequantize",
         "fake_quantize",
+        "profile_layers",
         "quantize",
         "report",
         "simulate",
+        "watch_drift",
     }
 
 
