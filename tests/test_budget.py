@@ -1,19 +1,17 @@
 """The accuracy budget: what goes back to float, after how many evaluations, and what is promised."""
 
-import copy
 import json
 import math
-import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from torchq import QConfig, QuantizedLinear, budget, convert, report
+from torchq import QConfig, budget, convert
 from torchq.budget import return_to_float
 from torchq.convert import apply_plan
-from torchq.frontier import Frontier, Step
+from torchq.frontier import Frontier
 from torchq.plan import Plan
 from torchq.qparams import sqnr_db
 from torchq.timing import interleaved
@@ -352,7 +350,6 @@ class Wrapped(nn.Module):
 OUTPUTS = {
     "dict": lambda y: {"logits": y, "labels": y.argmax(-1)},
     "nested": lambda y: (y[:, :4], [y[:, 4:], None], 3),
-    "half": lambda y: y.bfloat16(),
 }
 
 
@@ -360,14 +357,12 @@ OUTPUTS = {
 def test_outputs_of_any_structure_tell_the_sensitivity(kind):
     model = bad_at(2)
     names = [f"model.{name}" for name in linears(model)]
-    metric = enough_floats(1)
-    qmodel = convert(Wrapped(model, OUTPUTS[kind]), DATA, config=STATIC, evaluate=metric)
+    qmodel = convert(Wrapped(model, OUTPUTS[kind]), DATA, config=STATIC, evaluate=enough_floats(1))
     measured = qmodel.torchq_plan.frontier.sensitivity_db
     assert next(iter(measured)) == names[2]
     plain = convert(model, DATA, config=STATIC, evaluate=enough_floats(1)).torchq_plan.frontier.sensitivity_db
-    if kind != "half":
-        # the same values, at most in another order, which rounds a float64 sum differently
-        assert [measured[name] for name in names] == pytest.approx([plain[name[6:]] for name in names], rel=1e-9)
+    # The same values, at most in another order, which rounds a float64 sum differently.
+    assert [measured[name] for name in names] == pytest.approx([plain[name[6:]] for name in names], rel=1e-9)
 
 
 @pytest.mark.parametrize("wrap", [lambda y: y.argmax(-1), lambda y: None], ids=["integers", "nothing"])
@@ -375,7 +370,8 @@ def test_without_floats_in_the_output_each_layer_speaks_for_itself(wrap):
     qmodel = convert(Wrapped(bad_at(2), wrap), DATA, config=STATIC, evaluate=enough_floats(1))
     plan = convert(Wrapped(bad_at(2), wrap), DATA, config=STATIC).torchq_plan
     own = {name: layer.measured_db for name, layer in plan.layers.items()}
-    assert qmodel.torchq_plan.frontier.sensitivity_db == own
+    measured = qmodel.torchq_plan.frontier.sensitivity_db
+    assert list(measured.items()) == sorted(own.items(), key=lambda item: item[1])
 
 
 class Shifty(nn.Module):
@@ -404,68 +400,3 @@ def test_a_model_that_cannot_be_copied_is_told_so():
     model.lock = (i for i in ())
     with pytest.raises(TypeError, match=r"cannot be copied .* Pass inplace=True, and no evaluate,"):
         convert(model, DATA, evaluate=lambda m: 1.0, inplace=True)
-
-
-# ---- the frontier ----
-
-
-def test_bytes_and_times_are_those_of_the_models():
-    model = bad_at(2)
-    qmodel = convert(model, DATA, config=STATIC, evaluate=minus_error(model))
-    frontier = qmodel.torchq_plan.frontier
-    for step, converted in ((frontier.steps[frontier.chosen], qmodel), (frontier.steps[-1], model)):
-        assert step.bytes == sum(t.numel() * t.element_size() for t in [*converted.parameters(), *converted.buffers()])
-    assert frontier.steps[-1].bytes == 4 * (5 * (WIDTH * WIDTH + WIDTH) + WIDTH)
-    assert [step.bytes for step in frontier.steps] == sorted(step.bytes for step in frontier.steps)
-    assert all(0 < step.seconds < 1 and step.speedup > 0 for step in frontier.steps)
-
-
-def test_shared_weights_count_once():
-    model = bad_at(None, 2)
-    model[2].weight = model[0].weight
-    frontier = convert(model, DATA, evaluate=lambda m: 1.0).torchq_plan.frontier
-    assert frontier.steps[-1].bytes == 4 * (WIDTH * WIDTH + 2 * WIDTH)
-
-
-FRONTIER = Frontier(
-    0.01, {"a": 12.0, "b": 30.0}, (Step(0, 0.9, 1e-3, 3.0, 1024), Step(1, 0.97, 2e-3, 1.5, 2**20 * 3)), 1
-)
-
-
-def test_the_report_shows_the_frontier_and_its_dict_has_it():
-    model = bad_at(2)
-    qmodel = convert(model, DATA, config=STATIC, evaluate=minus_error(model))
-    result, frontier = report(qmodel), qmodel.torchq_plan.frontier
-    assert str(result).endswith("\n\n" + str(frontier))
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["frontier"] == frontier.to_dict()
-    assert str(FRONTIER).splitlines() == [
-        "in float  metric  drop  latency  speed-up  bytes",
-        "-" * 48,
-        "0 of 1    0.9     0.07  1.0 ms   3.00x     1.0 KiB",
-        "1 of 1    0.97    0     2.0 ms   1.50x     3.00 MiB  <- taken",
-        "2 evaluations; max_drop = 0.01",
-    ]
-
-
-@pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_plot_is_an_image(tmp_path, ending):
-    pytest.importorskip("matplotlib", reason="an extra")
-    path = tmp_path / f"frontier.{ending}"
-    model = bad_at(2)
-    report(convert(model, DATA, config=STATIC, evaluate=minus_error(model))).plot(path)
-    assert path.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[ending])
-
-
-def test_a_plot_needs_a_frontier_and_matplotlib(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"^torchq.Report.plot: this model has no frontier"):
-        report(convert(bad_at(None), DATA)).plot(tmp_path / "no.png")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'torchq\[plot\]'"):
-        FRONTIER.plot(tmp_path / "no.png")
-
-
-def test_copies_of_the_model_keep_the_frontier():
-    model = bad_at(2)
-    qmodel = convert(model, DATA, config=STATIC, evaluate=minus_error(model))
-    assert copy.deepcopy(qmodel).torchq_plan == qmodel.torchq_plan
-    assert sum(isinstance(module, QuantizedLinear) for module in qmodel.modules()) == 4
