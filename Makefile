@@ -3,6 +3,7 @@
 #   make demo        train, convert, and measure a small network
 #   make test        the whole suite
 #   make lint        ruff, mypy, clang-format
+#   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python; test-arm-full: all of it
 #   make bench-core  percent of peak of every kernel this CPU runs
 #   make clean       remove what was built
 
@@ -11,15 +12,22 @@ CXX ?= g++
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(wildcard csrc/gemm/*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* benchmarks/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
 
-.PHONY: demo test lint bench-core clean
+.PHONY: demo test test-arm test-arm-full lint bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto
+
+# Each file of tests on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs.
+test-arm: $(VENV)/built
+	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadfile tests/arm
+
+test-arm-full: $(VENV)/built
+	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadfile tests/arm
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

@@ -42,7 +42,7 @@ class Layer {
     std::vector<float> scale(s.n, 1e-3f);
     packed_.resize(torchq::packed_bytes(s.n, s.k) + 64);
     void* packed = aligned(packed_);
-    torchq::pack_begin(s.n, s.k, false, packed);
+    torchq::pack_begin(kernel.layout, s.n, s.k, false, packed);
     torchq::pack_panels(weight.data(), scale.data(), nullptr, packed, 0, torchq::panel_count(s.n));
     x_.resize(s.m * s.k);
     for (auto& v : x_) v = std::normal_distribution<float>()(random);

@@ -62,7 +62,7 @@ def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline:
     m, n, k = shape
     multiply = 2 * m * n * k / machine_limits["peak"]
     read = n * k / (threads * roofline.bandwidth(n * k // threads))
-    return 1e6 * (machine_limits["new_tensor"] + max(multiply, read))
+    return float(1e6 * (machine_limits["new_tensor"] + max(multiply, read)))
 
 
 def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:

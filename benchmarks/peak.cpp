@@ -35,6 +35,26 @@ PEAK(peak_zmm, TWELVE(STEP, "", "zmm"), 128)
 PEAK(peak_evex_ymm, TWELVE(STEP, "%{evex%} ", "ymm"), 64)
 PEAK(peak_vex_ymm, TWELVE(STEP, "%{vex%} ", "ymm"), 64)
 PEAK(peak_avx2, TWELVE(STEP_AVX2, "", "ymm"), 32)
+#elif defined(__aarch64__)
+// Twenty accumulators: four pipes with a latency of 4 want 16. The smull of the step for neon is what feeds its sadalp.
+#define SDOT(D) "sdot v" #D ".4s, v30.16b, v31.4b[1]\n\t"
+#define USMMLA(D) "usmmla v" #D ".4s, v30.16b, v31.16b\n\t"
+#define SMULL(D) "smull v29.8h, v30.8b, v31.8b\n\tsadalp v" #D ".4s, v29.8h\n\t"
+#define TWENTY(S) \
+  S(0) S(1) S(2) S(3) S(4) S(5) S(6) S(7) S(8) S(9) S(10) S(11) S(12) S(13) S(14) S(15) S(16) S(17) S(18) S(19)
+#define PEAK(function, extension, step, ops_per_step)                                                                \
+  double function() {                                                                                                \
+    const double start = seconds();                                                                                  \
+    for (int i = 0; i < kPeakRounds; ++i)                                                                            \
+      __asm__ volatile(extension TWENTY(step)::                                                                      \
+                           : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", \
+                             "v14", "v15", "v16", "v17", "v18", "v19", "v29");                                       \
+    return 20.0 * kPeakRounds * ops_per_step / (seconds() - start);                                                  \
+  }
+
+PEAK(peak_sdot, ".arch armv8.2-a+dotprod\n\t", SDOT, 32)
+PEAK(peak_usmmla, ".arch armv8.2-a+i8mm\n\t", USMMLA, 64)
+PEAK(peak_smull, "", SMULL, 16)
 #endif
 
 }  // namespace
@@ -46,6 +66,10 @@ extern "C" double peak_of(const char* kernel) {
   if (!std::strcmp(kernel, "avx512vl_vnni")) return peak_evex_ymm();
   if (!std::strcmp(kernel, "avx_vnni")) return peak_vex_ymm();
   if (!std::strcmp(kernel, "avx2")) return peak_avx2();
+#elif defined(__aarch64__)
+  if (!std::strcmp(kernel, "neon_i8mm")) return peak_usmmla();
+  if (!std::strcmp(kernel, "neon_dotprod")) return peak_sdot();
+  if (!std::strcmp(kernel, "neon")) return peak_smull();
 #endif
   return 0;
 }
@@ -62,6 +86,17 @@ extern "C" double read_bandwidth(const void* data, int64_t bytes) {
           "vmovdqu 128(%0), %%ymm4\n\tvmovdqu 160(%0), %%ymm5\n\tvmovdqu 192(%0), %%ymm6\n\tvmovdqu 224(%0), %%ymm7" ::
               "r"(x)
           : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7");
+  return static_cast<double>(bytes) * passes / (seconds() - start);
+#elif defined(__aarch64__)
+  const int passes = static_cast<int>((int64_t{1} << 28) / bytes) + 1;
+  const double start = seconds();
+  for (int p = 0; p < passes; ++p)
+    for (const char *x = static_cast<const char*>(data), *end = x + bytes; x < end; x += 256)
+      __asm__ volatile(
+          "ldp q0, q1, [%0]\n\tldp q2, q3, [%0, #32]\n\tldp q4, q5, [%0, #64]\n\tldp q6, q7, [%0, #96]\n\t"
+          "ldp q0, q1, [%0, #128]\n\tldp q2, q3, [%0, #160]\n\tldp q4, q5, [%0, #192]\n\tldp q6, q7, [%0, #224]" ::"r"(
+              x)
+          : "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7");
   return static_cast<double>(bytes) * passes / (seconds() - start);
 #else
   return 0;

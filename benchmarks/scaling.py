@@ -5,7 +5,7 @@
     taskset -c 0 python -m benchmarks.scaling convert --rounds 3
 
 * tails: one more row, or column, should cost about its share. A step is time(n + 1) / time(n); more than 1.25 is a
-  cliff, unless the step starts a panel of 16 columns and the panels themselves grow by more.
+  cliff, unless the rows, or the panels of 16 columns, themselves grow by more.
 * growth: time / (M N K) at M = N = K should be flat.
 * threads: two should never be slower than one (they are, by whole time slices, where another process has the core).
 * convert: packing, conversion, and its peak memory, in fresh processes.
@@ -80,9 +80,8 @@ class Sweep(NamedTuple):
 
     def allowed(self, before: Shape, after: Shape) -> float:
         """The most this step may cost: 1.25, or what the padded work grows by where that is more."""
-        if self.axis == 0:
-            return ALLOWED_STEP
-        return max(ALLOWED_STEP, math.ceil(after[1] / PANEL) / math.ceil(before[1] / PANEL))
+        unit = PANEL if self.axis == 1 else 1
+        return max(ALLOWED_STEP, math.ceil(after[self.axis] / unit) / math.ceil(before[self.axis] / unit))
 
 
 def row_sizes(tile_rows: int) -> list[int]:

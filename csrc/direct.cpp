@@ -136,7 +136,8 @@ PyObject* multiply(PyObject* x_object, const Layer& layer) {
   Problem problem = layer.problem;
   problem.m = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) problem.m *= x.shape[i];
-  if (problem.m == 0 || header->n == 0) return nullptr;
+  const Kernel* kernel = kernel_for(header->layout);
+  if (problem.m == 0 || header->n == 0 || !kernel) return nullptr;
 
   const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
   PyObject* y = new_output(x, header->n, *y_dtype, &problem.y);
@@ -148,10 +149,10 @@ PyObject* multiply(PyObject* x_object, const Layer& layer) {
   problem.y_dtype = y_dtype->ours;
   problem.y_stride = header->n * element_bytes(y_dtype->ours);
   if (problem.m * header->n * header->k < kKeepGilBelow) {
-    run(problem);
+    run(*kernel, problem);
   } else {
     Py_BEGIN_ALLOW_THREADS;
-    run(problem);
+    run(*kernel, problem);
     Py_END_ALLOW_THREADS;
   }
   return y;

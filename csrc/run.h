@@ -5,7 +5,7 @@
 
 namespace torchq {
 
-// Computes problem.y with the active kernel, on as many of torch's threads as the problem pays for.
-void run(const Problem& problem);
+// Computes problem.y with this kernel, on as many of torch's threads as the problem pays for.
+void run(const Kernel& kernel, const Problem& problem);
 
 }  // namespace torchq

@@ -135,6 +135,16 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
+
+const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
+  const torchq::Kernel *kernel = torchq::kernel_for(layout), &active = torchq::active_kernel();
+  CHECK(kernel, op, ": the weight was packed in layout ", name_of(layout),
+        " while another kernel was active; the kernel active now, ", active.name, ", reads ", name_of(active.layout),
+        ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
+  return *kernel;
+}
+
 // The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, Problem problem) {
@@ -152,7 +162,7 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   problem.y = y.mutable_data_ptr();
   problem.y_dtype = y_dtype;
   problem.y_stride = header.n * torchq::element_bytes(y_dtype);
-  torchq::run(problem);
+  torchq::run(kernel_for(op, header.layout), problem);
   return y;
 }
 
@@ -197,7 +207,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
   if (packed.numel() >= kHugeWeights) prefer_huge_pages(packed.mutable_data_ptr(), packed.numel());
-  torchq::pack_begin(n, k, bias.has_value(), packed.mutable_data_ptr());
+  torchq::pack_begin(torchq::active_kernel().layout, n, k, bias.has_value(), packed.mutable_data_ptr());
   torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
     torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
                         b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, packed.mutable_data_ptr(), begin,
@@ -282,9 +292,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 
 constexpr int kMaxThreads = 1 << 16;  // more than torch has
 
-void torchq::run(const Problem& problem) {
+void torchq::run(const Kernel& kernel, const Problem& problem) {
   if (problem.m * problem.y_stride > kHugeOutput) prefer_huge_pages(problem.y, problem.m * problem.y_stride);
-  const Kernel& kernel = active_kernel();
   int parts = count_parts(kernel, problem, kMaxThreads);
   if (parts > 1) parts = std::min(parts, static_cast<int>(torch::stable::get_num_threads()));
   const auto work = [&](int64_t begin, int64_t end) {

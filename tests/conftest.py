@@ -13,13 +13,27 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
 
+# Those cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
+collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
     torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads
     absent = REQUIRED - set(kernels.names())
     if absent:
         raise pytest.UsageError(
             f"TORCHQ_REQUIRED_KERNELS: {', '.join(sorted(absent))} not among the compiled: {', '.join(kernels.names())}"
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/arm/emulation.py runs these tests under qemu-user, which starts child processes on the host instead."""
+    if os.environ.get("TORCHQ_EMULATED"):
+        reason = "emulated by qemu-user: the program it starts would be the host's, or not run at all"
+        for item in items:
+            if item.get_closest_marker("subprocess"):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_report_header() -> list[str]:

@@ -170,6 +170,7 @@ def test_function_modes_see_the_op(layer):
     assert op_dynamic in seen
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.10
 def test_the_profiler_sees_the_op(layer):
     with torch.profiler.profile() as profile:
         layer(torch.randn(2, 20))

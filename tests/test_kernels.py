@@ -1,5 +1,6 @@
 """Choosing a kernel: the table, forcing by use() and by TORCHQ_KERNEL, what is refused. last_used() proves it."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,13 +12,19 @@ import torch
 
 from torchq import QuantizedLinear, kernels, ops
 
-PACKED = ops.pack(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))
 X = torch.ones(2, 5)
+
+
+def packed():
+    """In the layout that the active kernel reads."""
+    return ops.pack(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))
+
+
 CALLS = {
-    "gemm": lambda: ops.gemm(X.char(), PACKED),
-    "linear_dynamic": lambda: ops.linear_dynamic(X, PACKED),
-    "linear_static": lambda: ops.linear_static(X, PACKED, 1.0, 0, torch.float32),
-    "linear_static, codes": lambda: ops.linear_static(X.byte(), PACKED, 1.0, 0, torch.uint8),
+    "gemm": lambda: ops.gemm(X.char(), packed()),
+    "linear_dynamic": lambda: ops.linear_dynamic(X, packed()),
+    "linear_static": lambda: ops.linear_static(X, packed(), 1.0, 0, torch.float32),
+    "linear_static, codes": lambda: ops.linear_static(X.byte(), packed(), 1.0, 0, torch.uint8),
     "quantize_per_token": lambda: ops.quantize_per_token(X),
     "QuantizedLinear": lambda: QuantizedLinear(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))(X),
 }
@@ -44,7 +51,7 @@ FAST = {"name": "avx512_vnni", "needs": ["avx512_vnni", "avx2"], "tile": (6, 64,
 
 
 def test_the_table():
-    """Every build has `reference`, last, for any CPU; a name stands once; tiles are whole panels of 16 x 4."""
+    """Every build has `reference`, last, for any CPU; a name stands once; tiles are panels of 16 x 4 or 16 x 8."""
     names, runnable = kernels.names(), kernels.runnable()
     assert names[-1] == runnable[-1] == "reference"
     assert len(set(names)) == len(names)
@@ -52,7 +59,8 @@ def test_the_table():
     for name in names:
         rows, columns, depth = kernels.tile(name)
         assert rows >= 1
-        assert (columns % 16, depth) == (0, 4)
+        assert columns % 16 == 0
+        assert depth in (4, 8)
     assert kernels.tile("reference") == (1, 16, 4)
 
 
@@ -78,9 +86,9 @@ def test_empty_matrices_and_packing_run_no_kernel(kernel):
         pytest.skip("needs two runnable kernels")
     with kernels.use(other):
         CALLS["gemm"]()
-    ops.linear_dynamic(X[:0], PACKED)
+    ops.linear_dynamic(X[:0], packed())
     ops.gemm(X.char(), ops.pack(torch.ones(0, 5, dtype=torch.int8), torch.ones(0)))
-    ops.unpack(PACKED)
+    ops.unpack(packed())
     assert kernels.last_used() == other
     CALLS["gemm"]()  # leaves last_used() as the fixture wants it
 
@@ -133,6 +141,73 @@ def test_use_reaches_all_threads(kernel):
     thread.start()
     thread.join()
     assert seen == [(kernel, kernel)]
+
+
+def in_layout(packed, layout):
+    """The same bytes under a header that says P16c4 (1) or P16c8 (2)."""
+    forged = packed.clone()
+    forged[4] = layout
+    return forged
+
+
+def test_weights_in_another_layout_are_refused(kernel):
+    """By every op, with what to do. `reference` reads them all: the next test."""
+    weight, scale = torch.tensor([[1, -2, 3], [4, 5, -128]], dtype=torch.int8), torch.ones(2)
+    a = torch.tensor([[1, 10, 100]], dtype=torch.int8)
+    mine = ops.pack(weight, scale)
+    own, other = (1, 2) if kernels.tile(kernel)[2] == 4 else (2, 1)
+    assert mine[4] == own
+    foreign = in_layout(mine, other)
+    if kernel == "reference":
+        return
+    calls = [
+        ("gemm", lambda: ops.gemm(a, foreign)),
+        ("linear_dynamic", lambda: ops.linear_dynamic(a.float(), foreign)),
+        ("linear_static", lambda: ops.linear_static(a.float(), foreign, 1.0, 0, torch.float32)),
+    ]
+    for op, call in calls:
+        message = (
+            rf"torchq::{op}: the weight was packed in layout P16c{4 * other} while another kernel was active; the "
+            rf"kernel active now, {kernel}, reads P16c{4 * own}\. Pack it again under this one"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert ops.gemm(a, mine).tolist() == [[281, -12746]]
+
+
+def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
+    """A program exported elsewhere brings packed weights along. `reference` is too slow to be taken unasked."""
+    forced = kernels._C.forced()
+    weight, scale = torch.tensor([[1, -2, 3], [4, 5, -128]], dtype=torch.int8), torch.ones(2)
+    a = torch.tensor([[1, 10, 100]], dtype=torch.int8)
+    kernels._C.force(None)
+    try:
+        depths = {kernels.tile(name)[2] for name in kernels.runnable() if name != "reference"}
+        for name in kernels.runnable():
+            with kernels.use(name):
+                packed = ops.pack(weight, scale)
+            assert ops.gemm(a, packed).tolist() == [[281, -12746]]
+            readers = [k for k in kernels.runnable() if kernels.tile(k)[2] == kernels.tile(name)[2]]
+            assert kernels.last_used() == readers[0]
+        if depths == {4}:
+            with pytest.raises(RuntimeError, match="packed in layout P16c8 while another kernel was active"):
+                ops.gemm(a, in_layout(packed, 2))
+    finally:
+        kernels._C.force(forced)
+
+
+def test_repacking_is_what_the_message_says(kernel):
+    """Weights packed under any kernel serve any other after unpack and pack, a layer after a deepcopy."""
+    weight = torch.arange(-60, 60, dtype=torch.int8).reshape(5, 24)
+    x = torch.linspace(-1, 1, 72).reshape(3, 24)
+    expected = QuantizedLinear(weight, torch.ones(5))(x)
+    for name in kernels.runnable():
+        with kernels.use(name):
+            packed, layer = ops.pack(weight, torch.ones(5)), QuantizedLinear(weight, torch.ones(5))
+        with kernels.use("reference"):
+            assert torch.equal(ops.linear_dynamic(x, packed), expected)
+        assert torch.equal(ops.linear_dynamic(x, ops.pack(*ops.unpack(packed))), expected)
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
 
 
 @pytest.mark.parametrize("name", ["avx512", "AVX2", "", "reference ", "référence"])
@@ -201,6 +276,7 @@ print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("forced", sorted({"", kernels.runnable()[-1], kernels.runnable()[-2:][0]}))
 def test_the_environment_variable_forces_a_kernel(forced):
     """From the start, and again after use(); empty is as if unset."""
@@ -209,6 +285,7 @@ def test_the_environment_variable_forces_a_kernel(forced):
     assert python(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}", "")
 
 
+@pytest.mark.subprocess
 def test_a_bad_environment_variable_fails_at_import():
     """With the variable's name in the message."""
     compiled = ", ".join(kernels.names())
@@ -217,6 +294,7 @@ def test_a_bad_environment_variable_fails_at_import():
     assert error == f"ValueError: TORCHQ_KERNEL: 'avxvnni' is not a kernel. Compiled in: {compiled}."
 
 
+@pytest.mark.subprocess
 def test_an_environment_variable_this_cpu_cannot_obey_fails_at_import():
     """Never a silent fallback."""
     impossible = [name for name in kernels.names() if name not in kernels.runnable()]

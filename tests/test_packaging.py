@@ -38,23 +38,27 @@ def build(tmp_path, *, path, torch_stub=None, **environment):
     return run.stderr
 
 
+@pytest.mark.subprocess
 def test_build_without_a_compiler_says_so(tmp_path):
     error = build(tmp_path, path=str(tmp_path))
     assert "needs a C++17 compiler" in error
     assert "apt-get install g++" in error
 
 
+@pytest.mark.subprocess
 def test_build_with_a_wrong_cxx_names_it(tmp_path):
     error = build(tmp_path, path=os.environ["PATH"], CXX="no-such-compiler")
     assert "'no-such-compiler' was not found" in error
 
 
+@pytest.mark.subprocess
 def test_build_without_torch_says_so(tmp_path):
     error = build(tmp_path, path=os.environ["PATH"], torch_stub="raise ImportError('none')")
     assert "building needs torch" in error
     assert "--no-build-isolation" in error
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
 def test_build_with_an_old_torch_says_so(tmp_path, version):
     error = build(tmp_path, path=os.environ["PATH"], torch_stub=f"__version__ = {version!r}")

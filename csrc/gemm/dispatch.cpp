@@ -7,6 +7,13 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace torchq {
@@ -21,12 +28,20 @@ const Kernel* const kKernels[] = {
     &kernel_avx_vnni,
 #endif
     &kernel_avx512vl_vnni, &kernel_avx2,
+#elif defined(__aarch64__)
+#if TORCHQ_HAS_I8MM
+    &kernel_neon_i8mm,
+#endif
+    &kernel_neon_dotprod,
+    &kernel_neon,
 #endif
     &kernel_reference,
 };
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 // Every name that exists, for the error of one that is not compiled in.
-const char* const kNames[] = {"avx512_vnni", "avx_vnni", "avx512vl_vnni", "avx2", "reference"};
+const char* const kNames[] = {"avx512_vnni", "avx_vnni",     "avx512vl_vnni", "avx2",
+                              "neon_i8mm",   "neon_dotprod", "neon",          "reference"};
 
 #if defined(__x86_64__)
 uint64_t xcr0() {
@@ -51,23 +66,35 @@ uint32_t detect() {
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & (1u << 4))) have |= kAvxVnni;
   return have;
 }
+#elif defined(__aarch64__)
+#include "cpu_arm.inc"
 #else
 uint32_t detect() { return 0; }
+#endif
+
+#if defined(__aarch64__) && TORCHQ_HAS_I8MM
+// On Apple's silicon USMMLA is no faster than SDOT, and by some measurements 10-25 % slower (docs/arm.md): SDOT first.
+const Kernel& at(int index) {
+  static const int first = is_apple();
+  return *kKernels[index < 2 ? index ^ first : index];
+}
+#else
+const Kernel& at(int index) { return *kKernels[index]; }
 #endif
 
 std::atomic<const Kernel*> forced{nullptr};
 
 const Kernel& best() {
-  for (const Kernel* kernel : kKernels)
-    if (can_run(*kernel)) return *kernel;
+  for (int i = 0; i < kKernelCount; ++i)
+    if (can_run(at(i))) return at(i);
   return kernel_reference;
 }
 
 }  // namespace
 
-int kernel_count() { return sizeof(kKernels) / sizeof(kKernels[0]); }
+int kernel_count() { return kKernelCount; }
 
-const Kernel& kernel_at(int index) { return *kKernels[index]; }
+const Kernel& kernel_at(int index) { return at(index); }
 
 const Kernel* find_kernel(const char* name) {
   for (const Kernel* kernel : kKernels)
@@ -88,10 +115,19 @@ uint32_t cpu_features() {
 
 bool can_run(const Kernel& kernel) { return (kernel.needs & cpu_features()) == kernel.needs; }
 
+bool reads(const Kernel& kernel, Layout layout) { return kernel.layout == layout || &kernel == &kernel_reference; }
+
 const Kernel& active_kernel() {
   static const Kernel& automatic = best();
   const Kernel* kernel = forced.load(std::memory_order_relaxed);
   return kernel ? *kernel : automatic;
+}
+
+const Kernel* kernel_for(Layout layout) {
+  if (reads(active_kernel(), layout)) return &active_kernel();
+  for (int i = 0; i < kKernelCount && !forced_kernel(); ++i)
+    if (can_run(at(i)) && at(i).layout == layout && &at(i) != &kernel_reference) return &at(i);
+  return nullptr;
 }
 
 void force_kernel(const Kernel* kernel) { forced.store(kernel, std::memory_order_relaxed); }

@@ -49,10 +49,21 @@ int64_t rows_per_block(const Kernel& kernel, int64_t k) {
   return std::max<int64_t>(fit / kernel.tile.m, 1) * kernel.tile.m;
 }
 
-// Codes that arrive ready made: copied, moved from int8 to u8, or widened, to what the kernel reads.
+// Codes that arrive ready made: copied, moved from int8 to u8 or back, or widened, to what the kernel reads.
 template <class Code>
 void load_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
   for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
+}
+
+// Where the scratch holds rows [0, row] and code k of that row, k a multiple of 8: Kernel::rows_together.
+uint8_t* code_at(const Kernel& kernel, uint8_t* codes, int64_t row, int64_t k, int64_t stride) {
+  if (kernel.rows_together == 1) return codes + row * stride + k * kernel.code_bytes;
+  return codes + row / 2 * 2 * stride + row % 2 * 8 + k * 2;
+}
+
+// Every 8 codes to the even one of 8 bytes.
+void load_paired_codes(const uint8_t* x, uint8_t flip, int64_t k, uint8_t* codes) {
+  for (int64_t i = 0; i < k; i += 8) load_codes(x + i, flip, std::min<int64_t>(k - i, 8), codes + 2 * i);
 }
 
 // One thread's buffers, carved from the caller's scratch.
@@ -82,15 +93,17 @@ Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
 // Codes that arrive ready made.
 void copy_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t rows, int64_t k, const Scratch& s) {
   const bool is_signed = p.x_dtype == DType::i8;
-  const uint8_t flip = is_signed ? 0x80 : 0;
+  const uint8_t flip = is_signed != (kernel.code_shift == 128) ? 0x80 : 0;
   for (int64_t r = 0; r < rows; ++r, x += p.x_stride) {
-    uint8_t* codes = s.codes + r * codes_stride(k, kernel.code_bytes);
-    if (kernel.code_bytes == 1)
+    uint8_t* codes = code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes));
+    if (kernel.rows_together == 2)
+      load_paired_codes(x, flip, k, codes);
+    else if (kernel.code_bytes == 1)
       load_codes(x, flip, k, codes);
     else
       load_codes(x, flip, k, reinterpret_cast<int16_t*>(codes));
     s.scale[r] = p.x_qparams.scale;
-    s.zero_point[r] = p.x_qparams.zero_point + (is_signed ? 128 : 0);
+    s.zero_point[r] = p.x_qparams.zero_point + (is_signed ? 128 : 0) - kernel.code_shift;
   }
 }
 
@@ -105,20 +118,22 @@ void quantize_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int
     s.scale[r] = q.scale;
     s.zero_point[r] = q.zero_point;
   }
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
     kernel.quantize(x + r * p.x_stride, p.x_dtype, k, 1.0f / s.scale[r], s.zero_point[r],
-                    s.codes + r * codes_stride(k, kernel.code_bytes));
+                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes)));
+    s.zero_point[r] -= kernel.code_shift;
+  }
 }
 
 void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows, int64_t k, const Scratch& all) {
   const auto* x = static_cast<const uint8_t*>(p.x) + row * p.x_stride;
   const int64_t stride = codes_stride(k, kernel.code_bytes);
-  // The last group of 4 k may be partly filled. Its weights are zero, its codes must only be readable.
-  for (int64_t r = 0; k % 4 && r < rows; ++r)
-    std::memset(all.codes + r * stride + k / 4 * 4 * kernel.code_bytes, 0, 4 * kernel.code_bytes);
+  // The last group may be partly filled. Its weights are zero, its codes must only be readable.
+  for (int64_t r = 0; k % 8 && r < rows; ++r)
+    std::memset(code_at(kernel, all.codes, r, k / 8 * 8, stride), 0, 8 * kernel.code_bytes);
   if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) return copy_rows(kernel, p, x, rows, k, all);
   const int64_t fit = kRowsInL1 / std::max<int64_t>(k * element_bytes(p.x_dtype), 1);
-  const int64_t step = std::min(std::max<int64_t>(fit, 1), kRowsTogether);
+  const int64_t step = round_up(std::min(std::max<int64_t>(fit, 1), kRowsTogether), kernel.rows_together);
   for (int64_t r = 0; r < rows; r += step) {
     const Scratch s{all.codes + r * stride, nullptr, all.scale + r, all.zero_point + r};
     quantize_rows(kernel, p, x + r * p.x_stride, std::min(step, rows - r), k, s);
@@ -155,8 +170,12 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
   last.store(&kernel, std::memory_order_relaxed);
   const QParams q = choose_qparams(kernel.range(x, dtype, k));
   kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch);
-  if (kernel.code_bytes == 1)
-    std::memcpy(codes, scratch, k);
+  auto* from = static_cast<uint8_t*>(scratch);
+  const uint8_t flip = kernel.code_shift == 128 ? 0x80 : 0;
+  if (kernel.rows_together == 2)
+    for (int64_t i = 0; i < k; ++i) codes[i] = code_at(kernel, from, 0, i / 8 * 8, 0)[i % 8] ^ flip;
+  else if (kernel.code_bytes == 1)
+    load_codes(from, flip, k, codes);
   else
     for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(static_cast<const int16_t*>(scratch)[i]);
   return q;
@@ -195,7 +214,8 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   const auto* panels = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader);
 
   Block b{};
-  b.k_groups = ceil_div(k, 4);
+  b.layout = header.layout;
+  b.k_groups = ceil_div(k, layout_depth(header.layout));
   b.codes_stride = codes_stride(k, kernel.code_bytes);
   b.panel_stride = panel_bytes(k);
   b.out_dtype = p.y_dtype;
@@ -206,8 +226,11 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   // Tiles are balanced over all rows, the larger ones first, and blocks over all tiles: a last block of few rows would
   // read every panel for them.
   const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, kernel.tile.m);
-  const int64_t rows_each = all_rows / tiles, larger = all_rows % tiles;
-  const auto row_of = [&](int64_t tile) { return part.row_begin + tile * rows_each + std::min(tile, larger); };
+  const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
+  const int64_t each = units / tiles, larger = units % tiles;
+  const auto row_of = [&](int64_t tile) {
+    return std::min(part.row_begin + (tile * each + std::min(tile, larger)) * together, part.row_end);
+  };
   const int64_t blocks = ceil_div(tiles * kernel.tile.m, max_rows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
@@ -218,7 +241,7 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
       const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
       for (int64_t t = first; t < end; ++t) {
         const int64_t r = row_of(t) - row;
-        b.m = static_cast<int>(rows_each + (t < larger));
+        b.m = static_cast<int>(row_of(t + 1) - row_of(t));
         b.codes = s.codes + r * b.codes_stride;
         b.scale = s.scale + r;
         b.zero_point = s.zero_point + r;

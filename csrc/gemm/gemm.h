@@ -23,9 +23,11 @@ constexpr int64_t kMaxDepth = 65793;
 //
 //   [header, 64 bytes][panel 0][panel 1]...[N encoding]
 //
-// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights], weights P16c4: for each group of 4 k,
-// 16 columns x 4 bytes, zero-padded. The bytes after the last panel are unused: their number, 16 * panels - N, lets
-// the length of the buffer tell N once K is known, so shapes can be inferred without reading it.
+// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each
+// group of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout
+// to whole groups of 8, so that the length does not depend on the kernel the weights are packed for. The bytes after
+// the last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known, so
+// shapes can be inferred without reading it.
 
 struct PackedHeader {
   uint32_t magic;
@@ -37,7 +39,7 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) == 64);
 
 constexpr int64_t panel_count(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
-constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 3) / 4 * 4 * kPanelColumns; }
+constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 7) / 8 * 8 * kPanelColumns; }
 constexpr int64_t packed_bytes(int64_t n, int64_t k) {
   return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + (panel_count(n) * kPanelColumns - n);
 }
@@ -45,7 +47,7 @@ constexpr int64_t packed_bytes(int64_t n, int64_t k) {
 // The header of a buffer, or null if these bytes were not written by pack_begin().
 const PackedHeader* packed_header(const void* packed, int64_t bytes);
 
-void pack_begin(int64_t n, int64_t k, bool has_bias, void* packed);
+void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed);
 // Panels [begin, end). weight (N, K) int8 row-major; scale [N]; bias [N] or null.
 void pack_panels(const int8_t* weight, const float* scale, const float* bias, void* packed, int64_t begin, int64_t end);
 // The exact inverse of pack_begin + pack_panels; bias may be null.
@@ -112,9 +114,14 @@ bool is_kernel_name(const char* name);
 
 uint32_t cpu_features();
 bool can_run(const Kernel& kernel);
+// Whether a kernel multiplies by weights packed in this layout: its own, and `reference` any.
+bool reads(const Kernel& kernel, Layout layout);
 
 // The kernel the ops use: the best this CPU can run, unless one was forced.
 const Kernel& active_kernel();
+// The kernel to multiply by weights in this layout: the active one if it reads it, else, unless one was forced, the
+// best other. Null if there is none; `reference`, a hundred times slower, is not taken unasked.
+const Kernel* kernel_for(Layout layout);
 // Forces a kernel (it must be one this CPU can run); null gives the choice back.
 void force_kernel(const Kernel* kernel);
 const Kernel* forced_kernel();

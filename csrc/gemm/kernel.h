@@ -16,6 +16,15 @@
 #endif
 #endif
 
+// USMMLA needs g++ 10 or clang 16.
+#if !defined(TORCHQ_HAS_I8MM)
+#if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#define TORCHQ_HAS_I8MM 1
+#else
+#define TORCHQ_HAS_I8MM 0
+#endif
+#endif
+
 namespace torchq {
 
 // The CPU features kernels ask for. A kernel can run where (needs & have) == needs.
@@ -23,6 +32,9 @@ enum Feature : uint32_t {
   kAvx2 = 1u << 0,        // AVX2 and F16C
   kAvxVnni = 1u << 1,     // VEX-encoded VPDPBUSD
   kAvx512Vnni = 1u << 2,  // AVX512 F, BW, DQ, VL and VNNI
+  kAsimd = 1u << 3,       // Advanced SIMD, in every armv8.0-a
+  kAsimdDp = 1u << 4,     // SDOT
+  kI8mm = 1u << 5,        // USMMLA
 };
 
 // The element types the core reads and writes.
@@ -44,8 +56,9 @@ constexpr int64_t element_bytes(DType d) {
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
 constexpr int kActivations = 5;
 
-// How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k.
-enum class Layout : uint32_t { p16c4 = 1 };
+// How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k; P16c8: 16 columns x 8.
+enum class Layout : uint32_t { p16c4 = 1, p16c8 = 2 };
+constexpr int layout_depth(Layout layout) { return layout == Layout::p16c8 ? 8 : 4; }
 
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kPanelMeta = 3 * kPanelColumns * 4;  // [colsum i32 x16][scale f32 x16][bias f32 x16]
@@ -74,7 +87,7 @@ struct RowRange {
 struct Block {
   int m;                      // rows, 1 .. tile.m
   int panels;                 // panels of 16 columns, 1 .. tile.n / 16
-  int64_t k_groups;           // ceil(K / 4)
+  int64_t k_groups;           // ceil(K / layout_depth(layout))
   const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups
   int64_t codes_stride;       // bytes
   const float* scale;         // [m]
@@ -87,6 +100,7 @@ struct Block {
   Activation activation;
   float out_inv_scale;     // u8 out only
   int32_t out_zero_point;  // u8 out only
+  Layout layout;           // of the panels. Last: after panels it makes gcc store pairs that loads then wait for
 };
 
 struct Kernel {
@@ -102,6 +116,13 @@ struct Kernel {
   // for k rounded up to 64.
   void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes);
   void (*run)(const Block& block);
+
+  // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point
+  // is shifted alike, which changes no sum.
+  int32_t code_shift = 0;
+  // 1, or 2 where the multiplier takes two rows at once: the codes of rows 2i and 2i + 1 lie in turns of 8 bytes, from
+  // where row 2i starts. quantize() writes every other 8 bytes, and tiles start at even rows.
+  int rows_together = 1;
 };
 
 extern const Kernel kernel_reference;
@@ -110,6 +131,10 @@ extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx_vnni;
 extern const Kernel kernel_avx512vl_vnni;
 extern const Kernel kernel_avx512_vnni;
+#elif defined(__aarch64__)
+extern const Kernel kernel_neon;
+extern const Kernel kernel_neon_dotprod;
+extern const Kernel kernel_neon_i8mm;
 #endif
 
 }  // namespace torchq

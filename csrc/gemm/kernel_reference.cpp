@@ -69,9 +69,11 @@ void run(const Block& b) {
   for (int r = 0; r < b.m; ++r) {
     const uint8_t* x = static_cast<const uint8_t*>(b.codes) + r * b.codes_stride;
     for (int c = 0; c < kPanelColumns; ++c) {
-      const auto* weights = reinterpret_cast<const int8_t*>(b.panel + kPanelMeta) + 4 * c;
+      const int64_t depth = layout_depth(b.layout), group = depth * kPanelColumns;
+      const auto* weights = reinterpret_cast<const int8_t*>(b.panel + kPanelMeta) + depth * c;
       int32_t acc = 0;
-      for (int64_t k = 0; k < 4 * b.k_groups; ++k) acc += (x[k] - b.zero_point[r]) * weights[k / 4 * 64 + k % 4];
+      for (int64_t k = 0; k < depth * b.k_groups; ++k)
+        acc += (x[k] - b.zero_point[r]) * weights[k / depth * group + k % depth];
       const auto* meta = reinterpret_cast<const float*>(b.panel);
       store(b, r, c, acc, meta[16 + c], meta[32 + c]);
     }

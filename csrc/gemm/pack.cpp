@@ -22,20 +22,36 @@ struct PanelMeta {
 };
 static_assert(sizeof(PanelMeta) == kPanelMeta);
 
+// A column of a panel is every 16th run of kDepth bytes. The depth is a constant for the sake of its copies.
+template <int kDepth>
+void scatter(const int8_t* row, int64_t k, uint8_t* column) {
+  const int64_t whole = k / kDepth;
+  for (int64_t g = 0; g < whole; ++g) std::memcpy(column + g * kDepth * kPanelColumns, row + g * kDepth, kDepth);
+  if (k % kDepth) std::memcpy(column + whole * kDepth * kPanelColumns, row + whole * kDepth, k % kDepth);
+}
+
+template <int kDepth>
+void gather(const uint8_t* column, int64_t k, int8_t* row) {
+  const int64_t whole = k / kDepth;
+  for (int64_t g = 0; g < whole; ++g) std::memcpy(row + g * kDepth, column + g * kDepth * kPanelColumns, kDepth);
+  if (k % kDepth) std::memcpy(row + whole * kDepth, column + whole * kDepth * kPanelColumns, k % kDepth);
+}
+
 }  // namespace
 
 const PackedHeader* packed_header(const void* packed, int64_t bytes) {
   if (bytes < static_cast<int64_t>(sizeof(PackedHeader))) return nullptr;
   const auto* header = static_cast<const PackedHeader*>(packed);
-  const bool ours = header->magic == kMagic && header->layout == Layout::p16c4 && header->n >= 0 && header->k >= 0 &&
-                    header->k <= kMaxDepth && header->n <= bytes && bytes == packed_bytes(header->n, header->k);
+  const bool known = header->layout == Layout::p16c4 || header->layout == Layout::p16c8;
+  const bool ours = header->magic == kMagic && known && header->n >= 0 && header->k >= 0 && header->k <= kMaxDepth &&
+                    header->n <= bytes && bytes == packed_bytes(header->n, header->k);
   return ours ? header : nullptr;
 }
 
-void pack_begin(int64_t n, int64_t k, bool has_bias, void* packed) {
+void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed) {
   PackedHeader header{};
   header.magic = kMagic;
-  header.layout = Layout::p16c4;
+  header.layout = layout;
   header.n = n;
   header.k = k;
   header.has_bias = has_bias;
@@ -47,7 +63,7 @@ void pack_panels(const int8_t* weight, const float* scale, const float* bias, vo
                  int64_t end) {
   PackedHeader header;
   std::memcpy(&header, packed, sizeof(header));
-  const int64_t k = header.k, whole = k / 4;
+  const int64_t k = header.k, depth = layout_depth(header.layout);
   for (int64_t p = begin; p < end; ++p) {
     uint8_t* panel = panel_at(packed, k, p);
     std::memset(panel, 0, panel_bytes(k));
@@ -56,9 +72,7 @@ void pack_panels(const int8_t* weight, const float* scale, const float* bias, vo
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t n = p * kPanelColumns + c;
       const int8_t* row = weight + n * k;
-      uint8_t* column = panel + kPanelMeta + 4 * c;
-      for (int64_t g = 0; g < whole; ++g) std::memcpy(column + 64 * g, row + 4 * g, 4);
-      if (k % 4) std::memcpy(column + 64 * whole, row + 4 * whole, k % 4);
+      (depth == 8 ? scatter<8> : scatter<4>)(row, k, panel + kPanelMeta + depth * c);
       int32_t sum = 0;
       for (int64_t i = 0; i < k; ++i) sum += row[i];
       meta.colsum[c] = sum;
@@ -72,14 +86,11 @@ void pack_panels(const int8_t* weight, const float* scale, const float* bias, vo
 void unpack(const void* packed, int8_t* weight, float* scale, float* bias) {
   PackedHeader header;
   std::memcpy(&header, packed, sizeof(header));
-  const int64_t k = header.k, whole = k / 4;
+  const int64_t k = header.k, depth = layout_depth(header.layout);
   for (int64_t n = 0; n < header.n; ++n) {
     const int64_t c = n % kPanelColumns;
     const uint8_t* panel = panel_at(const_cast<void*>(packed), k, n / kPanelColumns);
-    const uint8_t* column = panel + kPanelMeta + 4 * c;
-    int8_t* row = weight + n * k;
-    for (int64_t g = 0; g < whole; ++g) std::memcpy(row + 4 * g, column + 64 * g, 4);
-    if (k % 4) std::memcpy(row + 4 * whole, column + 64 * whole, k % 4);
+    (depth == 8 ? gather<8> : gather<4>)(panel + kPanelMeta + depth * c, k, weight + n * k);
     PanelMeta meta;
     std::memcpy(&meta, panel, sizeof(meta));
     scale[n] = meta.scale[c];

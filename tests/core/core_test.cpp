@@ -29,6 +29,8 @@ void test_dispatch() {
     check("core", names.insert(kernel.name).second, "the name is taken twice");
     check("core", find_kernel(kernel.name) == &kernel, "find_kernel() finds another row");
     check("core", is_kernel_name(kernel.name), "is_kernel_name() does not know it");
+    check("core", reads(kernel, kernel.layout) && layout_depth(kernel.layout) == kernel.tile.k, "its layout is amiss");
+    check("core", reads(kernel_reference, kernel.layout), "the reference does not read its layout");
     check("core", can_run(kernel) == ((kernel.needs & ~cpu_features()) == 0), "can_run() contradicts cpu_features()");
     if (!can_run(kernel)) continue;
     if (!best) best = &kernel;
@@ -36,8 +38,13 @@ void test_dispatch() {
     force_kernel(&kernel);
     check("core", &active_kernel() == &kernel && forced_kernel() == &kernel, "forced, but %s is active",
           active_kernel().name);
+    check("core", kernel_for(kernel.layout) == &kernel, "forced, but it is not taken for its layout");
+    const Layout other = kernel.layout == Layout::p16c8 ? Layout::p16c4 : Layout::p16c8;
+    check("core", (kernel_for(other) == nullptr) == !reads(kernel, other), "forced, but another kernel is taken");
     force_kernel(nullptr);
     check("core", &active_kernel() == best && !forced_kernel(), "the choice was not given back");
+    const Kernel* reader = kernel_for(kernel.layout);
+    check("core", reader && reads(*reader, kernel.layout), "nothing is taken for its layout");
   }
 }
 

@@ -7,16 +7,16 @@
 namespace torchq::test {
 namespace {
 
-// The packed form by its description: [colsum][scale][bias][weights P16c4], zero-padded, zeros after the last panel.
-std::vector<uint8_t> oracle_panels(const Weights& w) {
-  const int64_t panels = panel_count(w.n), groups = (w.k + 3) / 4, bytes = 192 + groups * 64;
+// The packed form by its description: [colsum][scale][bias][weights], zero-padded, zeros after the last panel.
+std::vector<uint8_t> oracle_panels(const Weights& w, Layout layout) {
+  const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 7) / 8 * 128, depth = layout == Layout::p16c8 ? 8 : 4;
   std::vector<uint8_t> out(panels * bytes + 16 * panels - w.n);
   for (int64_t n = 0; n < w.n; ++n) {
     uint8_t* panel = out.data() + n / 16 * bytes;
     int32_t colsum = 0;
     for (int64_t k = 0; k < w.k; ++k) {
       colsum += w.codes[n * w.k + k];
-      panel[192 + k / 4 * 64 + n % 16 * 4 + k % 4] = static_cast<uint8_t>(w.codes[n * w.k + k]);
+      panel[192 + k / depth * 16 * depth + n % 16 * depth + k % depth] = static_cast<uint8_t>(w.codes[n * w.k + k]);
     }
     std::memcpy(panel + n % 16 * 4, &colsum, 4);
     std::memcpy(panel + 64 + n % 16 * 4, &w.scale[n], 4);
@@ -25,8 +25,8 @@ std::vector<uint8_t> oracle_panels(const Weights& w) {
   return out;
 }
 
-void pack(const Weights& w, uint8_t* packed, const std::vector<std::pair<int64_t, int64_t>>& pieces) {
-  pack_begin(w.n, w.k, !w.bias.empty(), packed);
+void pack(Layout layout, const Weights& w, uint8_t* packed, const std::vector<std::pair<int64_t, int64_t>>& pieces) {
+  pack_begin(layout, w.n, w.k, !w.bias.empty(), packed);
   for (const auto& [begin, end] : pieces)
     pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed, begin, end);
 }
@@ -50,24 +50,25 @@ void check_unpack(const uint8_t* packed, const Weights& w) {
   check("core", equal(weight, w.codes), "unpack() without a bias gave other weights");
 }
 
-void check_pack(int64_t n, int64_t k, Side side) {
+void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
   static Guarded memory;
   const Weights w = random_weights(n, k);
-  now("pack n=%d k=%d bias=%d side=%s", static_cast<int>(n), static_cast<int>(k), !w.bias.empty(),
-      side == Side::end ? "end" : "start");
+  now("pack layout=%d n=%d k=%d bias=%d side=%s", static_cast<int>(layout), static_cast<int>(n), static_cast<int>(k),
+      !w.bias.empty(), side == Side::end ? "end" : "start");
   const int64_t panels = panel_count(n), bytes = packed_bytes(n, k);
   check("core", bytes == 64 + panels * panel_bytes(k) + 16 * panels - n, "packed_bytes is %d", static_cast<int>(bytes));
 
   uint8_t* packed = memory.place(bytes, side);
   std::memset(packed, kCanary, bytes);
-  pack(w, packed, {{panels / 2, panels}, {0, panels / 2}});  // panels in any order, as threads may pack them
-  const std::vector<uint8_t> want = oracle_panels(w);
+  pack(layout, w, packed, {{panels / 2, panels}, {0, panels / 2}});  // panels in any order, as threads may pack them
+  const std::vector<uint8_t> want = oracle_panels(w, layout);
   check("core", equal(packed + sizeof(PackedHeader), want), "the panels are not as gemm.h describes them");
 
   const std::vector<uint8_t> aligned(packed, packed + bytes);  // the guarded one may start at any byte
   const PackedHeader* header = packed_header(aligned.data(), bytes);
-  check("core", header && header->n == n && header->k == k && header->has_bias == !w.bias.empty(),
-        "packed_header() does not give back n, k and has_bias");
+  check("core",
+        header && header->n == n && header->k == k && header->has_bias == !w.bias.empty() && header->layout == layout,
+        "packed_header() does not give back layout, n, k and has_bias");
   check_unpack(packed, w);
 }
 
@@ -78,7 +79,7 @@ void expect_rejected(const std::vector<uint8_t>& bytes, int64_t length, const ch
 void test_strangers() {
   const Weights w = random_weights(21, 10);
   std::vector<uint8_t> good(packed_bytes(21, 10));
-  pack(w, good.data(), {{0, 2}});
+  pack(Layout::p16c4, w, good.data(), {{0, 2}});
   now("packed_header of n=21 k=10");
   const auto length = static_cast<int64_t>(good.size());
   check("core", packed_header(good.data(), length) != nullptr, "the untouched buffer was rejected");
@@ -98,27 +99,29 @@ void test_strangers() {
   };
   damaged([](PackedHeader& h) { h.magic ^= 1; }, "another magic");
   damaged([](PackedHeader& h) { h.magic = 0; }, "no magic");
-  damaged([](PackedHeader& h) { h.layout = static_cast<Layout>(2); }, "an unknown layout");
+  damaged([](PackedHeader& h) { h.layout = static_cast<Layout>(3); }, "an unknown layout");
   damaged([](PackedHeader& h) { h.n = 22; }, "another n");
   damaged([](PackedHeader& h) { h.n = -1; }, "a negative n");
   damaged([](PackedHeader& h) { h.n = INT64_MAX; }, "an n that overflows");
-  damaged([](PackedHeader& h) { h.k = 16; }, "another k");
+  damaged([](PackedHeader& h) { h.k = 17; }, "another k");
   damaged([](PackedHeader& h) { h.k = -4; }, "a negative k");
   damaged([](PackedHeader& h) { h.k = INT64_MAX; }, "a k that overflows");
   expect_rejected(std::vector<uint8_t>(length), length, "zeros");
 
   std::vector<uint8_t> deep(packed_bytes(1, kMaxDepth + 1));
-  pack_begin(1, kMaxDepth + 1, false, deep.data());
+  pack_begin(Layout::p16c4, 1, kMaxDepth + 1, false, deep.data());
   expect_rejected(deep, static_cast<int64_t>(deep.size()), "a k past kMaxDepth");
 }
 
 }  // namespace
 
 void test_pack() {
-  for (int64_t n : {0, 1, 15, 16, 17, 31, 32, 33, 48, 100})
-    for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 8, 63, 64, 65})
-      for (Side side : {Side::end, Side::start}) check_pack(n, k, side);
-  check_pack(1, kMaxDepth, Side::end);
+  for (Layout layout : {Layout::p16c4, Layout::p16c8}) {
+    for (int64_t n : {0, 1, 15, 16, 17, 31, 32, 33, 48, 100})
+      for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 63, 64, 65})
+        for (Side side : {Side::end, Side::start}) check_pack(layout, n, k, side);
+    check_pack(layout, 1, kMaxDepth, Side::end);
+  }
   test_strangers();
 }
 

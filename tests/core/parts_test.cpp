@@ -34,7 +34,7 @@ void check_cover(const Kernel& kernel, const std::vector<Part>& parts, int64_t m
 
 // Two threads, each with every second part and its own scratch, into one y.
 std::vector<uint8_t> run_on_two_threads(const Kernel& kernel, Stage& stage, const Out& out, int count) {
-  const Problem p = stage.problem(out);
+  const Problem p = stage.problem(out, kernel.layout);
   std::vector<uint8_t> region = stage.blank(out);
   Problem into = p;
   into.y = region.data();
@@ -69,7 +69,7 @@ void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kin
 // How many parts a problem is worth: never more than asked for, one for little work, all for much.
 void check_counts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool large) {
   const Weights weights{n, k, std::vector<int8_t>(n * k), std::vector<float>(n), {}};
-  const std::vector<uint8_t> packed = packed_of(weights);
+  const std::vector<uint8_t> packed = packed_of(weights, kernel.layout);
   Problem problem{};
   problem.m = m;
   problem.packed = packed.data();

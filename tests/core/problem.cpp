@@ -9,7 +9,7 @@ namespace {
 constexpr int32_t kZeroPoints[] = {0, 128, 255, 3, 200};
 
 // One of each for the whole program: mapping memory for every problem would take longer than computing it.
-Guarded x_memory, packed_memory, y_memory, scratch_memory;
+Guarded x_memory, packed_memory[2], y_memory, scratch_memory;
 
 std::string number(const uint8_t* at, DType dtype) {
   char text[64];
@@ -77,9 +77,9 @@ QParams output_qparams(const Sums& sums, const Weights& weights) {
   return {scale, random_source.pick(kZeroPoints)};
 }
 
-std::vector<uint8_t> packed_of(const Weights& w) {
+std::vector<uint8_t> packed_of(const Weights& w, Layout layout) {
   std::vector<uint8_t> packed(packed_bytes(w.n, w.k), kCanary);
-  pack_begin(w.n, w.k, !w.bias.empty(), packed.data());
+  pack_begin(layout, w.n, w.k, !w.bias.empty(), packed.data());
   pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed.data(), 0,
               panel_count(w.n));
   packed.resize(sizeof(PackedHeader) + panel_count(w.n) * panel_bytes(w.k));
@@ -102,18 +102,20 @@ Stage::Stage(const Rows& rows, const Weights& weights, Side side, int64_t pad)
   uint8_t* x = x_memory.place(rows.m > 0 ? (rows.m - 1) * stride + row_bytes : 0, side);
   for (int64_t r = 0; r < rows.m; ++r)
     if (row_bytes > 0) std::memcpy(x + r * stride, rows.bytes.data() + r * row_bytes, row_bytes);
-  const std::vector<uint8_t> bytes = packed_of(weights);
-  uint8_t* packed = packed_memory.place(bytes.size(), side);
-  std::memcpy(packed, bytes.data(), bytes.size());
+  for (int i : {0, 1}) {
+    const std::vector<uint8_t> bytes = packed_of(weights, i ? Layout::p16c8 : Layout::p16c4);
+    uint8_t* packed = packed_memory[i].place(bytes.size(), side);
+    std::memcpy(packed, bytes.data(), bytes.size());
+    packed_[i] = packed;
+  }
   x_ = x;
-  packed_ = packed;
 }
 
 int64_t Stage::y_bytes(const Out& out) const {
   return rows_.m > 0 ? (rows_.m - 1) * y_stride(out) + weights_.n * element_bytes(out.dtype) : 0;
 }
 
-Problem Stage::problem(const Out& out) {
+Problem Stage::problem(const Out& out, Layout layout) {
   Problem p{};
   p.m = rows_.m;
   p.x = x_;
@@ -121,7 +123,7 @@ Problem Stage::problem(const Out& out) {
   p.x_dtype = rows_.dtype;
   p.per_token = rows_.per_token;
   p.x_qparams = rows_.q;
-  p.packed = packed_;
+  p.packed = packed_[layout == Layout::p16c8];
   p.y = y_memory.place(y_bytes(out) + kMargin, side_) + y_offset();
   p.y_stride = y_stride(out);
   p.y_dtype = out.dtype;
@@ -145,7 +147,11 @@ std::vector<uint8_t> Stage::expected(const Out& out, const Sums& sums) const {
 }
 
 std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts) {
-  const Problem p = problem(out);
+  return run(kernel, out, parts, kernel.layout);
+}
+
+std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts, Layout layout) {
+  const Problem p = problem(out, layout);
   uint8_t* region = static_cast<uint8_t*>(p.y) - y_offset();
   const size_t region_bytes = y_bytes(out) + kMargin, scratch = scratch_bytes(kernel, p);
   std::memset(region, kCanary, region_bytes);

@@ -25,7 +25,7 @@ Rows rows_of(const std::vector<float>& values, int64_t m, int64_t k, Kind kind);
 QParams output_qparams(const Sums& sums, const Weights& weights);
 
 // Everything of a packed buffer that run_part() may read: not the bytes after the last panel.
-std::vector<uint8_t> packed_of(const Weights& weights);
+std::vector<uint8_t> packed_of(const Weights& weights, Layout layout);
 
 std::string describe(const Rows& rows, const Weights& weights, const Out& out, const char* fill);
 
@@ -35,12 +35,13 @@ class Stage {
   // pad: elements between the end of a row and the next one, of x and of y.
   Stage(const Rows& rows, const Weights& weights, Side side, int64_t pad);
 
-  Problem problem(const Out& out);
+  Problem problem(const Out& out, Layout layout = Layout::p16c4);
   // y with everything around it: canaries in the gaps between rows, and kMargin bytes at the end that has no guard.
   static constexpr int64_t kMargin = 64;
   std::vector<uint8_t> blank(const Out& out) const;
   std::vector<uint8_t> expected(const Out& out, const Sums& sums) const;
   // Runs the parts in this order on one thread.
+  std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts, Layout layout);
   std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts);
   std::vector<uint8_t> run(const Kernel& kernel, const Out& out);
   // One check of who: memcmp, and where the first difference lies.
@@ -58,7 +59,7 @@ class Stage {
   Side side_;
   int64_t pad_;
   const uint8_t* x_;
-  const uint8_t* packed_;
+  const uint8_t* packed_[2];  // P16c4, P16c8
 };
 
 }  // namespace torchq::test

@@ -24,15 +24,22 @@ uint32_t bits_of(float x) {
 
 int64_t room_for(int64_t k) { return (k + 63) / 64 * 64; }
 
-// kernel.quantize() of a row in guarded memory, one int per code.
+// kernel.quantize() of a row in guarded memory, one int per code. Runs of 8 codes may lie apart: kernel.h,
+// rows_together.
 std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zp) {
-  const int64_t bytes = room_for(k) * kernel.code_bytes;
+  const int64_t bytes = room_for(k) * kernel.code_bytes * kernel.rows_together;
   uint8_t* codes = codes_memory.place(bytes, Side::end);
   std::memset(codes, kCanary, bytes);
   kernel.quantize(x, dtype, k, inverse, zp, codes);
   std::vector<int> out(k);
-  for (int64_t i = 0; i < k; ++i)
-    out[i] = kernel.code_bytes == 1 ? codes[i] : reinterpret_cast<const int16_t*>(codes)[i];
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t at = i / 8 * 8 * kernel.rows_together + i % 8;
+    const auto byte = static_cast<uint8_t>(codes[at] + kernel.code_shift);
+    out[i] = kernel.code_bytes == 1 ? byte : reinterpret_cast<const int16_t*>(codes)[at];
+  }
+  for (int64_t i = 0; kernel.rows_together == 2 && i < room_for(k); ++i)
+    if (codes[i / 8 * 16 + 8 + i % 8] != kCanary && i / 8 * 16 + 8 < bytes)
+      check(kernel.name, false, "byte %d of the other row was written", static_cast<int>(i));
   return out;
 }
 
@@ -137,6 +144,23 @@ void test_all_patterns() {
   }
 }
 
+// Zeros of both signs, of which the range knows only +0; and one special value at every position.
+void test_special_ranges() {
+  for (DType dtype : kFloats)
+    for (int64_t k : {1, 5, 16, 37, 67}) {
+      std::vector<float> values(k);
+      for (float& v : values) v = random_source.pick({0.0f, -0.0f});
+      check_range(placed(encode(values, dtype), Side::end), dtype, k, "zeros of both signs");
+      for (float special : {kInf, -kInf, kNaN, -0.0f, 1000.0f, -1000.0f})
+        for (float base : {0.0f, -1.0f, 1.0f})
+          for (int64_t at = 0; at < k; ++at) {
+            std::fill(values.begin(), values.end(), base);
+            values[at] = special;
+            check_range(placed(encode(values, dtype), Side::end), dtype, k, "a special value among others");
+          }
+    }
+}
+
 // x exactly half way between two codes, its two neighbours, and x far outside: all of the static path's rounding.
 void test_ties() {
   for (DType dtype : kFloats)
@@ -180,6 +204,7 @@ void test_round_trip() {
 void test_rows() {
   test_lengths();
   test_all_patterns();
+  test_special_ranges();
   test_ties();
   test_round_trip();
 }

@@ -1,0 +1,44 @@
+// One layer on one kernel, a number of times, and nothing else: what benchmarks/arm_analysis.py counts instructions of.
+//
+//   arm_layer <kernel> <m> <n> <k> <times>
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../csrc/gemm/gemm.h"
+
+int main(int argc, char** argv) {
+  const torchq::Kernel* kernel = argc == 6 ? torchq::find_kernel(argv[1]) : nullptr;
+  if (!kernel || !torchq::can_run(*kernel)) {
+    std::fprintf(stderr, "usage: arm_layer <kernel> <m> <n> <k> <times>, and a kernel this CPU can run\n");
+    return 2;
+  }
+  const int64_t m = std::atoll(argv[2]), n = std::atoll(argv[3]), k = std::atoll(argv[4]), times = std::atoll(argv[5]);
+  uint32_t state = 1;
+  const auto random = [&] { return static_cast<int32_t>(state = state * 1664525u + 1013904223u) >> 16; };
+
+  std::vector<int8_t> weight(n * k);
+  for (int8_t& w : weight) w = static_cast<int8_t>(random());
+  std::vector<float> scale(n, 1e-3f), bias(n, 0.5f), x(m * k), y(m * n);
+  for (float& v : x) v = static_cast<float>(random()) * 1e-4f;
+  std::vector<uint8_t> packed(torchq::packed_bytes(n, k));
+  torchq::pack_begin(kernel->layout, n, k, true, packed.data());
+  torchq::pack_panels(weight.data(), scale.data(), bias.data(), packed.data(), 0, torchq::panel_count(n));
+
+  torchq::Problem problem{};
+  problem.m = m;
+  problem.x = x.data();
+  problem.x_stride = k * 4;
+  problem.x_dtype = torchq::DType::f32;
+  problem.per_token = true;
+  problem.x_qparams = problem.y_qparams = {1.0f, 0};
+  problem.packed = packed.data();
+  problem.y = y.data();
+  problem.y_stride = n * 4;
+  problem.y_dtype = torchq::DType::f32;
+  std::vector<uint8_t> scratch(torchq::scratch_bytes(*kernel, problem));
+  for (int64_t i = 0; i < times; ++i)
+    torchq::run_part(*kernel, problem, torchq::part(*kernel, problem, 0, 1), scratch.data());
+  return 0;
+}

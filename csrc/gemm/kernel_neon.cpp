@@ -1,0 +1,69 @@
+// NEON, armv8.0-a: tile 6 x 8, exact for all codes and weights.
+//
+// Codes are moved to the signed side (code - 128), so that both factors are signed bytes:
+//
+//   SMULL v.8h, v.8b, v.8b    8 products to int16: |-128·-128| = 16384 fits, but the sum of two may be 32768, so
+//                             SMLAL2 on top of it, which saves a quarter of the instructions, would be wrong there
+//   SADALP v.4s, v.8h         adjacent products added to int32 sums, exact
+//   LD1R v.2s                 4 codes of a row, twice: 2 columns to a register
+//
+// Each accumulator holds (k0·k1, k2·k3) sums of 2 columns; the last step adds the pairs.
+//
+// Registers (32 q): 24 accumulators, 4 weights, 1 broadcast, 1 product.
+
+#include "kernel.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#include <string.h>
+
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")  // vec_neon.inc says why
+
+namespace torchq {
+namespace neon {
+
+#include "vec_neon.inc"
+
+using Code = uint8_t;
+constexpr uint8_t kFlip = 0x80;
+constexpr int64_t kRun = 8;
+#define TORCHQ_ROWS "rows_neon.inc"
+#include "rows.inc"
+
+constexpr int kMaxRows = 6, kVectors = 2, kSplit = 2, kAhead = 512;
+
+// Both fill the low half of a register.
+inline Ints load_weights(const uint8_t* p) { return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(p), vdup_n_u8(0))); }
+inline Ints broadcast(const Code* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return splat(four);
+}
+inline Ints dot(Ints acc, Ints a, Ints w) {
+  const int8x8_t codes = vget_low_s8(vreinterpretq_s8_s32(a)), weights = vget_low_s8(vreinterpretq_s8_s32(w));
+  return vpadalq_s16(acc, vmull_s8(codes, weights));
+}
+inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
+
+#include "tile.inc"
+
+// Half a panel at a time: its second 8 columns are the same tile, with every pointer moved.
+void run(const Block& b) {
+  const TileFn compute = pick_rows<kVectors>(b.m);
+  compute(b);
+  Block right = b;
+  right.panel += 32;
+  right.out = static_cast<uint8_t*>(b.out) + 8 * element_bytes(b.out_dtype);
+  compute(right);
+}
+
+}  // namespace neon
+
+const Kernel kernel_neon = {"neon",    kAsimd, Layout::p16c4, {neon::kMaxRows, 16, 4}, 1, neon::range, neon::quantize,
+                            neon::run, 128};
+
+}  // namespace torchq
+
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,71 @@
+// SDOT (Cortex-A55, A75, A76 and later, Neoverse, Apple): tile 6 x 16.
+//
+//   SDOT v.4s, v.16b, v.4b[i]   acc += Σ of 4 s8 x s8, 16 products
+//                               latency 3 to 4, and 1 from accumulator to accumulator on Neoverse; 2 a cycle on
+//                               Neoverse N1, 4 on V1, V2 and Apple's
+//   LDR q                       16 codes of a row, for 4 groups: the lane is in the instruction, nothing is broadcast
+//
+// Both operands are signed, so the scratch holds code - 128. Sums wrap only past int32, which kMaxDepth excludes.
+//
+// Registers (32 q): 24 accumulators, 6 codes, 2 weights. 22 registers loaded feed 96 products.
+
+#include "kernel.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")  // vec_neon.inc says why
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+
+namespace torchq {
+namespace neon_dotprod {
+
+#include "vec_neon.inc"
+
+using Code = uint8_t;
+constexpr uint8_t kFlip = 0x80;
+constexpr int64_t kRun = 8;
+#define TORCHQ_ROWS "rows_neon.inc"
+#include "rows.inc"
+
+constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
+
+// In assembly, as the accumulator stays in its register: around the intrinsic g++ 12 copies some back and forth.
+template <int kLane>
+inline Ints dot_lane(Ints acc, Ints codes, Ints weights) {
+  __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(acc) : "w"(weights), "w"(codes), "i"(kLane));
+  return acc;
+}
+inline Ints join(Ints whole, Ints) { return whole; }
+
+#define TORCHQ_MULTIPLY "multiply_lanes.inc"
+#include "tile.inc"
+
+void run(const Block& b) { pick_rows<kVectors>(b.m)(b); }
+
+}  // namespace neon_dotprod
+
+const Kernel kernel_neon_dotprod = {"neon_dotprod",
+                                    kAsimd | kAsimdDp,
+                                    Layout::p16c4,
+                                    {neon_dotprod::kMaxRows, 16, 4},
+                                    1,
+                                    neon_dotprod::range,
+                                    neon_dotprod::quantize,
+                                    neon_dotprod::run,
+                                    128};
+
+}  // namespace torchq
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

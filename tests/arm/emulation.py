@@ -1,0 +1,154 @@
+"""An arm64 Debian with Python and torch under build/arm, and programs run in it by qemu-user: no Arm hardware, no root.
+
+qemu-user runs one process: its system calls go to this machine's kernel, files under the root are found first (-L), and
+a program it starts is started on this machine. So the emulated Python runs setup.py while the cross compiler it calls
+runs at full speed, but `subprocess.run([sys.executable, ...])` does not work: such tests carry the mark `subprocess`.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "arm"
+DEBIAN, SITE, PACKAGE = BUILD / "debian", BUILD / "site", BUILD / "package"
+MODE = os.environ.get("TORCHQ_ARM", "")
+CXX = "aarch64-linux-gnu-g++"
+CPUS = {"cortex-a53": "neon", "neoverse-n1": "neon_dotprod", "max": "neon_i8mm"}
+"""qemu's CPU models, and the kernel that dispatch must choose there: no SDOT, SDOT but no USMMLA, both."""
+
+# The last release whose aarch64 wheel on PyPI is a CPU build. It needs LSE atomics, which cortex-a53 lacks: there only
+# the core is tested, and with torch the neon kernel is forced instead.
+TORCH = "torch==2.10.0"
+# What the tests and torch need, at the versions of requirements.txt where it names them.
+PINNED = ["numpy", "tqdm", "safetensors", "setuptools", "pybind11", "pytest", "hypothesis", "scikit-learn"]
+OTHERS = ["filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "iniconfig"]
+OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals"]
+OTHERS += ["cloudpickle"]
+
+NEEDED = {
+    CXX: "g++-aarch64-linux-gnu",
+    "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
+    "qemu-aarch64-static": "qemu-user-static",
+    "qemu-aarch64": "qemu-user",
+    "mmdebstrap": "mmdebstrap",
+}
+
+
+def run(command: Sequence[str | Path], **environment: str) -> str:
+    """Runs a command and returns what it printed; a failure raises with command and output."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        line = shlex.join(str(word) for word in command)
+        raise RuntimeError(f"{line}\nexited with {done.returncode}:\n{done.stdout[-30000:]}")
+    return done.stdout
+
+
+def check_tools() -> None:
+    """Stops with the apt-get command if a program is absent."""
+    absent = [package for program, package in NEEDED.items() if shutil.which(program) is None]
+    if absent:
+        raise RuntimeError(f"apt-get install -y --no-install-recommends {' '.join(absent)}")
+
+
+# ---- The core alone -------------------------------------------------------------------------------------------------
+
+
+def emulated(program: Path, *arguments: str, cpu: str) -> str:
+    """Runs a static Arm program."""
+    return run(["qemu-aarch64-static", "-cpu", cpu, program, *arguments])
+
+
+# ---- Python and torch -----------------------------------------------------------------------------------------------
+
+
+def requirements() -> list[str]:
+    """Gives torch, and the pinned versions for this Python."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line.split(";")[0].strip() for line in lines if "==" in line and "< " not in line.partition(";")[2]]
+    return [TORCH, *(pin for pin in pins if pin.split("==")[0] in PINNED), *OTHERS]
+
+
+def make_debian() -> None:
+    """Unpacks arm64 Python 3.11 from Debian's packages: 4 seconds, 130 MB, no maintainer scripts are run."""
+    if (DEBIAN / "complete").exists():
+        return
+    shutil.rmtree(DEBIAN, ignore_errors=True)
+    packages = "python3.11,libpython3.11-dev,libgomp1,libstdc++6"
+    command = ["mmdebstrap", "-q", "--arch=arm64", "--variant=extract", f"--include={packages}", "bookworm", DEBIAN]
+    run(command)
+    # Found before this machine's own by -L: torch reads which CPU it runs on.
+    entry = "processor\t: {}\nFeatures\t: fp asimd atomics asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
+    (DEBIAN / "proc").mkdir(exist_ok=True)
+    (DEBIAN / "proc" / "cpuinfo").write_text(entry.format(0) + entry.format(1))
+    run([sys.executable, "-m", "compileall", "-q", DEBIAN / "usr/lib/python3.11"])
+    (DEBIAN / "complete").touch()
+
+
+def make_site() -> None:
+    """Downloads the aarch64 wheels with this machine's pip: about 200 MB, half a minute."""
+    wanted = requirements()
+    stamp = SITE / hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:16]
+    if stamp.exists():
+        return
+    shutil.rmtree(SITE, ignore_errors=True)
+    platforms = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014"]
+    flags = [f"--platform={p}_aarch64" for p in platforms] + [f"--abi={a}" for a in ("cp311", "abi3", "none")]
+    flags += ["--python-version=3.11", "--implementation=cp", "--only-binary=:all:", "--no-deps", f"--target={SITE}"]
+    run([sys.executable, "-m", "pip", "install", "-q", *flags, *wanted])
+    stamp.touch()
+
+
+def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
+    """Runs the emulated Python with torch and this project on its path."""
+    interpreter = DEBIAN / "usr/bin/python3.11"
+    return run(
+        ["qemu-aarch64-static", "-L", DEBIAN, "-cpu", cpu, interpreter, *arguments],
+        PYTHONPATH=f"{PACKAGE}:{SITE}",
+        PYTHONNOUSERSITE="1",
+        PYTHONDONTWRITEBYTECODE="1",
+        OMP_NUM_THREADS="1",
+        TORCHQ_EMULATED="1",
+        **environment,
+    )
+
+
+def make_package() -> None:
+    """Builds the project by its own setup.py, in the emulated Python."""
+    include = DEBIAN / "usr/include"
+    shared = f"{CXX} -shared"
+    os.chdir(ROOT)
+    python(
+        *("setup.py", "-q", "build", "--build-base", BUILD / "temporary", "--build-lib", PACKAGE),
+        cpu="max",
+        CC="aarch64-linux-gnu-gcc",
+        CXX=CXX,
+        # Without the first, this machine's headers would be found; Debian's pyconfig.h needs the second.
+        CPPFLAGS=f"-I{include}/python3.11 -idirafter {include}",
+        LDSHARED=shared,
+        LDCXXSHARED=shared,
+        PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",  # ninja
+    )
+
+
+def make_all() -> None:
+    check_tools()
+    make_debian()
+    make_site()
+    make_package()
+
+
+if __name__ == "__main__":
+    make_all()

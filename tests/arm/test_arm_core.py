@@ -1,0 +1,79 @@
+"""The core's own tests under qemu, on a CPU without SDOT, one with SDOT, and one with USMMLA; and CPU detection."""
+
+import re
+from pathlib import Path
+
+import emulation
+import pytest
+from emulation import CPUS, CXX, MODE
+from test_core import PLAIN, PROGRAM, WARNINGS, core_sources, shipped_flags
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """The test program of the core, cross-compiled as shipped, with warnings as errors."""
+    emulation.check_tools()
+    folder = tmp_path_factory.mktemp("core")
+    objects = []
+    for flags, sources in ((shipped_flags(), core_sources()), ([*PLAIN, "-O2"], sorted(PROGRAM.glob("*.cpp")))):
+        for source in sources:
+            objects.append(folder / f"{source.stem}.o")
+            emulation.run([CXX, *flags, *WARNINGS, "-c", source, "-o", objects[-1]])
+    out = folder / "core_test"
+    emulation.run([CXX, "-static", *objects, "-o", out, "-pthread"])
+    return out
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_dispatch_picks_the_best_kernel(program, cpu):
+    """And lists what it can run, best first."""
+    order = list(CPUS.values())[::-1]
+    expected = [*order[order.index(CPUS[cpu]) :], "reference"]
+    assert emulation.emulated(program, "--list", cpu=cpu).split("\n") == [*expected, f"active: {expected[0]}", ""]
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_core_passes_its_tests(program, cpu):
+    """Every kernel of this CPU: tails, corners, special values, guard pages, parts; bit for bit the reference."""
+    quick = ["--quick"] if MODE == "quick" else []
+    output = emulation.emulated(program, "--seed", "1", "--require", CPUS[cpu], *quick, cpu=cpu)
+    print(output)
+    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", output.splitlines()[-1])
+    assert re.search(rf"^{CPUS[cpu]}: [1-9]\d* checks passed$", output, re.MULTILINE)
+
+
+def test_a_kernel_the_cpu_lacks_is_a_failure(program):
+    with pytest.raises(RuntimeError, match="this CPU cannot run it"):
+        emulation.emulated(program, "--list", "--require", "neon_i8mm", cpu="neoverse-n1")
+
+
+SYSTEMS = {
+    "Linux": [],
+    "macOS": ["-U__linux__", "-D__APPLE__"],
+    "Windows": ["-U__linux__", "-D_WIN32", "-DPF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE=66"],
+    "Windows, older SDK": ["-U__linux__", "-D_WIN32"],
+}
+# system, what it says of SDOT and of USMMLA (and A: on Apple's silicon), the kernels in the order of preference
+ANSWERS = [
+    ("Linux", "00", "neon reference"),
+    ("Linux", "10", "neon_dotprod neon reference"),
+    ("Linux", "11", "neon_i8mm neon_dotprod neon reference"),
+    ("Linux", "11A", "neon_dotprod neon_i8mm neon reference"),
+    ("macOS", "00", "neon reference"),
+    ("macOS", "10", "neon_dotprod neon reference"),
+    ("macOS", "11", "neon_dotprod neon_i8mm neon reference"),
+    ("Windows", "00", "neon reference"),
+    ("Windows", "10", "neon_dotprod neon reference"),
+    ("Windows", "11", "neon_i8mm neon_dotprod neon reference"),
+    ("Windows, older SDK", "11", "neon_dotprod neon reference"),
+]
+
+
+@pytest.mark.parametrize(("system", "answers", "kernels"), ANSWERS)
+def test_detection(tmp_path, system, answers, kernels):
+    """dispatch.cpp as each system compiles it, the system's functions replaced: what is asked, and what follows."""
+    here, out = Path(__file__).parent / "stand_ins", tmp_path / "dispatch_test"
+    flags = [*PLAIN, *WARNINGS, "-O1", *SYSTEMS[system], "-I", here]
+    emulation.run([CXX, *flags, "-c", here / "dispatch_test.cpp", "-o", f"{out}.o"])
+    emulation.run([CXX, "-static", f"{out}.o", "-o", out])
+    assert emulation.emulated(out, answers, cpu="max").split() == kernels.split()
