@@ -164,7 +164,8 @@ def _best_range(layer: nn.Linear, record: Record, *, per_channel: bool) -> tuple
         scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
         candidates[name] = QParams(float(scale), int(zero_point))
     measured = measure(layer, record.sample.rows, candidates, per_channel=per_channel)
-    return record.observers[max(candidates, key=lambda name: measured[name])].range()
+    lo, hi = record.observers[max(candidates, key=lambda name: measured[name])].range()
+    return float(lo), float(hi)
 
 
 def _copy(model: nn.Module) -> nn.Module:
