@@ -75,8 +75,9 @@ def test_stub_declares_exactly_what_the_module_has():
 def test_public_names():
     """The whole interface, so that a new name is a decision."""
     names = {name for name in vars(torchq) if not name.startswith("_")}
-    modules = {"calibrate", "config", "dataflow", "kernels", "modules", "observers", "ops", "plan", "qparams"}
-    modules |= {"qat", "rounding", "smoothing"}
+    modules = {"budget", "calibrate", "config", "dataflow", "describe", "drift", "frontier", "kernels", "modules"}
+    modules |= {"observers", "ops", "plan", "profile", "qat", "qparams", "rounding", "smooth_search", "smoothing"}
+    modules |= {"stats", "text", "timing"}
     assert names - modules == {
         "QConfig",
         "QuantizedLinear",
@@ -86,9 +87,11 @@ def test_public_names():
         "fake_quantize",
         "freeze_ranges",
         "prepare_qat",
+        "profile_layers",
         "quantize",
         "report",
         "simulate",
+        "watch_drift",
     }
 
 

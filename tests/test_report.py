@@ -81,7 +81,9 @@ def test_the_table_of_measured_and_of_large_layers():
     result = report(qmodel)
     _, _, row, total = str(result).splitlines()
     assert row.startswith("(root)  int8 ")
-    assert f"  4.00 MiB  1.01 MiB  {result.layers[0].sqnr_db:.1f} dB  static " in row
+    layer = result.layers[0]
+    numbers = f"{layer.weight_db:.1f} dB  {layer.input_db:.1f} dB  {layer.sqnr_db:.1f} dB  0.00%    static "
+    assert f"  4.00 MiB  1.01 MiB  {numbers}" in row
     assert total == "Linear layers: 4.00 MiB -> 1.01 MiB (3.96x smaller)"
 
 

@@ -183,7 +183,7 @@ def calibrate(
     run = forward or call_with_batch
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
         stack.enter_context(_recording(model, layers, calibration))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
@@ -223,7 +223,7 @@ def call_with_batch(model: nn.Module, batch: Any) -> object:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no fused attention path, which would bypass the layers' own forward."""
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -1,8 +1,9 @@
-"""convert(): calibrate -> plan -> swap. All or nothing: the model passed in is never left half changed."""
+"""convert(): calibrate -> plan -> budget -> swap. All or nothing: the model passed in is never left half changed."""
 
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, cast, get_args
 
 import torch
@@ -10,14 +11,17 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchq import ops
-from torchq.calibrate import Forward, calibrate
+from torchq.budget import Evaluate, FirstBatch, fit, make_budget, return_to_float
+from torchq.calibrate import Forward, calibrate, call_with_batch
 from torchq.config import QConfig
+from torchq.describe import describe
 from torchq.modules.folded import Folded
 from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.modules.qat_linear import QATLinear
 from torchq.ops import Activation
-from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, make_plan, why_float
+from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, fuse, make_plan, why_float
 from torchq.rounding import Rounded, round_weights
+from torchq.smooth_search import smooth
 from torchq.smoothing import Smoothing, can_scale, scaled_linear, scaled_parameters, scales_around
 
 FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -31,6 +35,8 @@ def convert(
     forward: Forward | None = None,
     inplace: bool = False,
     progress: bool | None = None,
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
 ) -> nn.Module:
     """Returns the model with its nn.Linear layers in int8: the same forward, weights 4 times smaller.
 
@@ -44,6 +50,11 @@ def convert(
         inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
             Everything is checked before the first swap.
         progress: a progress bar over the batches; None shows it on a terminal only.
+        evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
+            float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most
+            (torchq/budget.py); its errors pass through.
+        max_drop: the most the metric may fall below the float model's, in its own unit; 0.01 if not given. Where no
+            int8 layer fits into it, that is a warning with the numbers, and all layers stay in float.
 
     Returns:
         The converted model. `torchq_plan`, an attribute of it, says of every Linear what it became and why.
@@ -52,7 +63,7 @@ def convert(
         TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
             that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
-            batches; NaN or infinity in a layer's input.
+            batches; NaN or infinity in a layer's input; `evaluate` without data, or that returns NaN.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -61,6 +72,7 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
+    budget = make_budget(evaluate, max_drop, calib_loader)
     layers, barred = select_layers("torchq.convert", model, calib_loader, config)
     prepared = any(isinstance(layer, QATLinear) for layer in layers.values())
     if inplace and isinstance(model, nn.Linear):
@@ -70,13 +82,20 @@ def convert(
     if prepared:
         barred = _unprepared(model, layers) | barred
     wanted = {name: layer for name, layer in layers.items() if name not in barred}
-    calibration = None
+    calibration, first = None, FirstBatch(forward or call_with_batch)
     if calib_loader is not None:
-        calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
-    plan = make_plan(model, layers, barred, calibration, config)
+        calibration = calibrate(model, calib_loader, wanted, config, forward=first, progress=progress)
+    plan = make_plan(layers, barred, calibration, config)
     rounded: dict[str, Rounded] = {}
-    if calibration is not None and config.rounding != "nearest":
-        plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
+    if calibration is not None:
+        plan = fuse(model, smooth(model, plan, calibration, config), calibration)
+        if config.rounding != "nearest":
+            plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
+        plan = describe(model, plan, calibration, rounded)
+    if budget is not None:
+        exact = apply_plan(model, return_to_float(plan, dict.fromkeys(plan.layers, ""))) if prepared else model
+        plan = fit(exact, plan, budget, apply=partial(apply_plan, rounded=rounded), run=first.run)
+        del exact
     del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
     return apply_plan(model, plan, inplace=inplace, rounded=rounded)
 
@@ -153,7 +172,7 @@ def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"torchq.convert: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
-            "inplace=True to convert it as it is."
+            "inplace=True, and no evaluate, to convert it as it is."
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Plan: per layer, what it becomes and why. Plain data: printable, JSON, and editable before it is applied.
 
 `make_plan` decides from the records of a calibration (or, without one, from the weights alone), by measuring each
-candidate scheme on the layer's own input sample with the real integer ops.
+candidate scheme on the layer's own input sample with the real integer ops. `fuse` then joins neighbours. Between the
+two, `smooth_search` may replace what `make_plan` chose.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from torchq import ops
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
+from torchq.frontier import Frontier
 from torchq.modules.linear import QParams, QuantizedLinear, activation_of
 from torchq.modules.qat_linear import QATLinear
 from torchq.observers import Observer
 from torchq.ops import Activation
 from torchq.qparams import sqnr_db
-from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
+from torchq.smoothing import Smoothing
+from torchq.stats import LayerStats
+from torchq.text import to_json
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
 
@@ -45,6 +49,7 @@ class LayerPlan:
         smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
             `sqnr_db` are those of the divided input.
         rounding: how the weights are rounded: "nearest", or "gptq" with calibration data, which a plan does not hold.
+        stats: what quantization did to the weight and the input, measured on the layer's input sample.
     """
 
     kind: Kind
@@ -58,6 +63,7 @@ class LayerPlan:
     feeds: str | None = None
     smoothed: str | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
+    stats: LayerStats | None = None
 
     @property
     def measured_db(self) -> float | None:
@@ -71,7 +77,8 @@ class LayerPlan:
 class Plan:
     """The layer plans by module name, in model order, and the smoothings by the name of the module rescaled.
 
-    To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`.
+    To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
+    what the search for an accuracy budget measured.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -82,24 +89,28 @@ class Plan:
 
     layers: dict[str, LayerPlan]
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
+    frontier: Frontier | None = None
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it: dicts, lists, strings and numbers."""
-        return _to_json(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        layers = {name: to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
+        return {"layers": layers, "smoothings": smoothings, "frontier": self.frontier and self.frontier.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
         layers = {}
         for name, values in data["layers"].items():
-            pair = values["input_qparams"]
+            pair, stats = values["input_qparams"], values["stats"] and LayerStats.from_dict(values["stats"])
             sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
             given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
-            layers[name] = LayerPlan(**{**values, **given})
-        return cls(layers, {name: _smoothing(values) for name, values in data["smoothings"].items()})
+            layers[name] = LayerPlan(**{**values, **given, "stats": stats})
+        smoothings = {name: _smoothing(values) for name, values in data["smoothings"].items()}
+        return cls(layers, smoothings, data["frontier"] and Frontier.from_dict(data["frontier"]))
 
 
 def _smoothing(values: Mapping[str, Any]) -> Smoothing:
@@ -107,13 +118,19 @@ def _smoothing(values: Mapping[str, Any]) -> Smoothing:
     return Smoothing(scales=tuple(values["scales"]), layers=tuple(values["layers"]), **numbers)
 
 
-def _to_json(value: Any) -> Any:
-    """Tuples as lists, and what JSON has no number for, inf and nan, as strings."""
-    if isinstance(value, dict):
-        return {key: _to_json(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_to_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def plan_of(qmodel: nn.Module, function: str) -> Plan:
+    """The plan of a converted model, for torchq's `function` of this name.
+
+    Raises:
+        ValueError: `qmodel` did not come from `torchq.convert`.
+    """
+    plan = getattr(qmodel, "torchq_plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"torchq.{function}: this {type(qmodel).__name__} has no torchq_plan. Pass the model that torchq.convert "
+            "returned."
+        )
+    return plan
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -171,13 +188,12 @@ def _prefixes(name: str) -> list[str]:
 
 
 def make_plan(
-    model: nn.Module,
     layers: Mapping[str, nn.Linear],
     barred: Mapping[str, str],
     calibration: Calibration | None,
     config: QConfig,
 ) -> Plan:
-    """Decides every layer: those in `barred` stay float for the reason given, the others as measured.
+    """Decides every layer alone: those in `barred` stay float for the reason given, the others as measured.
 
     Raises:
         ValueError: `activation="static"` and a layer the calibration data never reached.
@@ -191,7 +207,6 @@ def make_plan(
                 "Pass data that runs these layers, exclude them, or use activation='auto'."
             )
     plans: dict[str, LayerPlan] = {}
-    smoothings = {}
     for name, layer in layers.items():
         if name in barred:
             plans[name] = LayerPlan("float", barred[name])
@@ -200,14 +215,12 @@ def make_plan(
         elif calibration is None:
             plans[name] = LayerPlan("int8 dynamic", "no calibration data", config.weight == "per_channel")
         else:
-            plans[name] = _plan_layer(layer, calibration.records[name], config)
-    if calibration is not None:
-        smoothings = _smooth(model, plans, calibration, config)
-        _fuse(model, plans, calibration)
-    return Plan(plans, smoothings)
+            plans[name] = plan_layer(layer, calibration.records[name], config)
+    return Plan(plans)
 
 
-def _plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
+def plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
+    """The scheme and range with the least error on the layer's sample, or float where none is good enough."""
     per_channel = config.weight == "per_channel"
     if record.calls == 0 and config.activation == "auto":
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
@@ -270,88 +283,19 @@ def measure(
     return measured
 
 
-# ---- Smoothing ---------------------------------------------------------------------------------------------------
-
-
-def _smooth(
-    model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration, config: QConfig
-) -> dict[str, Smoothing]:
-    """Tries every alpha on each group of layers that share an input, and replaces their plans where one pays."""
-    smoothings = {}
-    for source, readers in calibration.readers.items():
-        if isinstance(model.get_submodule(source), nn.Linear) and config.weight == "per_tensor":
-            continue  # dividing its outputs would change its own weight codes
-        if any(isinstance(model.get_submodule(name), QATLinear) for name in (source, *readers)):
-            continue  # trained on what it has
-        group = {name: (cast(nn.Linear, model.get_submodule(name)), calibration.records[name]) for name in readers}
-        before = {name: plans[name] for name in readers}
-        if not all(plan.sqnr_db for plan in before.values()):
-            continue  # nothing was measured
-        peak = torch.stack([record.peak for _, record in group.values()]).amax(dim=0)
-        weights = [layer.weight for layer, _ in group.values()]
-        scales = {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
-        after = {
-            alpha: {
-                name: _plan_layer(scaled_linear(layer, into=s), record.smoothed(layer, config, s), config)
-                for name, (layer, record) in group.items()
-            }
-            for alpha, s in scales.items()
-        }
-        alpha = _cheapest(before, after, config.margin_db)
-        if alpha is None:
-            continue
-        old, new = _mean_db(before), _mean_db(after[alpha])
-        smoothings[source] = Smoothing(tuple(scales[alpha].tolist()), readers, alpha, old, new)
-        for name, plan in after[alpha].items():
-            reason = f"{plan.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
-            plans[name] = dataclasses.replace(plan, reason=reason, smoothed=source)
-    return smoothings
-
-
-def _cheapest(
-    before: dict[str, LayerPlan], after: Mapping[float, dict[str, LayerPlan]], margin_db: float
-) -> float | None:
-    """The alpha that pays: most int8 layers, then most static ones within `margin_db` of the best, then most SQNR.
-
-    None, which leaves all as it was, where the best of them gains no static layer and less than MIN_GAIN_DB.
-    """
-    options: list[tuple[float | None, dict[str, LayerPlan]]] = [(None, before), *after.items()]
-    most = max(_count(plans, "int8") for _, plans in options)
-    able = {
-        alpha: (_count(plans, "int8 static"), _mean_db(plans))
-        for alpha, plans in options
-        if _count(plans, "int8") == most and not math.isnan(_mean_db(plans))
-    }
-    top = max((db for _, db in able.values()), default=0.0)
-    near = {alpha: ranked for alpha, ranked in able.items() if ranked[1] >= top - margin_db}
-    best = max(near, key=lambda alpha: near[alpha], default=None)
-    if None in near and near[None][0] == near[best][0] and near[None][1] >= near[best][1] - MIN_GAIN_DB:
-        return None
-    return best
-
-
-def _count(plans: Mapping[str, LayerPlan], kind: str) -> int:
-    return sum(plan.kind.startswith(kind) for plan in plans.values())
-
-
-def _mean_db(plans: Mapping[str, LayerPlan]) -> float:
-    """Over the layers: SQNR as planned, or the best there was where a layer stays float."""
-    chosen = [plan.measured_db if plan.kind != "float" else max(plan.sqnr_db.values()) for plan in plans.values()]
-    return sum(db for db in chosen if db is not None) / len(chosen)
-
-
 # ---- Fusion: runs of Linear, activation, Linear in an nn.Sequential ----------------------------------------------
 
 IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
 
 
-def _fuse(model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibration) -> None:
+def fuse(model: nn.Module, plan: Plan, calibration: Calibration) -> Plan:
     """Folds each activation that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
 
     That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
     children have no other place in the model, and if the calls counted in calibration show that they ran as its
     children and in no other way.
     """
+    plans = dict(plan.layers)
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, sequential in model.named_modules():
         calls = calibration.calls[name]
@@ -363,6 +307,7 @@ def _fuse(model: nn.Module, plans: dict[str, LayerPlan], calibration: Calibratio
             alone = child is not None and places[id(child)] == 1 and calibration.calls[path] == calls
             run.append((path, child if alone else None))
         _fuse_run(run, plans)
+    return dataclasses.replace(plan, layers=plans)
 
 
 def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPlan]) -> None:

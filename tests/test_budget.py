@@ -1,0 +1,402 @@
+"""The accuracy budget: what goes back to float, after how many evaluations, and what is promised."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, budget, convert
+from torchq.budget import return_to_float
+from torchq.convert import apply_plan
+from torchq.frontier import Frontier
+from torchq.plan import Plan
+from torchq.qparams import sqnr_db
+from torchq.timing import interleaved
+
+WIDTH = 32
+STATIC = QConfig(activation="static", observer="minmax", min_sqnr_db=-100)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [normal(32, WIDTH, seed=i) for i in range(4)]
+X = normal(64, WIDTH, seed=9)
+
+
+class Shifted(nn.Module):
+    """Adds 300 to every other channel, and takes 300 from the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([300.0, -300.0]).repeat(WIDTH // 2))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def bad_at(place, layers=5):
+    """A chain of Linear layers; the one at `place` gets its input shifted, by what its weight does not see.
+
+    The shift is gone from the output in float. But a step of 600 / 255 leaves little of an input of about 1, whether
+    static or dynamic, and there is no channel whose scale could be taken to the weights.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for i in range(layers):
+        model.append(nn.Linear(WIDTH, WIDTH))
+        nn.init.kaiming_normal_(model[-1].weight, nonlinearity="relu")  # so that the output depends on every layer
+        if i == place:
+            model.insert(-1, Shifted())
+            signs = model[-2].shift / 300
+            with torch.no_grad():
+                model[-1].weight -= torch.outer(model[-1].weight @ signs, signs) / WIDTH
+        if i + 1 < layers:
+            model.append(nn.ReLU())
+    return model.eval()
+
+
+def linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def minus_error(model):
+    """The metric of these tests: minus the error's share of the output's energy. 0 for the float model itself."""
+    exact = model(X).clone()
+
+    def evaluate(candidate):
+        evaluate.calls += 1
+        return 0 - (candidate(X) - exact).square().sum() / exact.square().sum()
+
+    evaluate.calls = 0
+    return evaluate
+
+
+def enough_floats(k):
+    """A metric that is 1 if at least k Linear layers are in float, and 0 otherwise."""
+
+    def evaluate(candidate):
+        evaluate.calls += 1
+        return 1 if len(linears(candidate)) >= k else 0
+
+    evaluate.calls = 0
+    return evaluate
+
+
+def snapshot(model):
+    """All that a conversion could have changed."""
+    modules = [
+        (name, id(m), type(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), sorted(vars(m)))
+        for name, m in model.named_modules()
+    ]
+    return modules, {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    for name, (address, tensor) in before[1].items():
+        assert after[1][name][0] == address
+        assert torch.equal(after[1][name][1], tensor)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Times briefly: few tests here look at the times."""
+    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
+    with torch.no_grad():
+        yield
+
+
+# ---- what goes back ----
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@pytest.mark.parametrize("config", [STATIC, QConfig(min_sqnr_db=-100)], ids=["static", "auto"])
+def test_the_layer_made_bad_is_the_one_returned(place, config):
+    model = bad_at(place)
+    bad = linears(model)[place]
+    evaluate = minus_error(model)
+    assert float(evaluate(convert(model, DATA, config=config))) < -0.05  # with it in int8, the model is useless
+
+    qmodel = convert(model, DATA, config=config, evaluate=evaluate, max_drop=0.01)
+    assert linears(qmodel) == [bad]
+    frontier = qmodel.torchq_plan.frontier
+    assert next(iter(frontier.sensitivity_db)) == bad
+    assert frontier.steps[frontier.chosen].returned == 1
+    assert frontier.steps[frontier.chosen].metric == float(evaluate(qmodel)) >= -0.01
+    reason = qmodel.torchq_plan.layers[bad].reason
+    assert reason.startswith("returned to float to keep the metric: number 1 of 5 by sensitivity, ")
+    assert f", {frontier.sensitivity_db[bad]:.1f} dB with this layer alone in int8 " in reason
+
+
+def test_sensitivity_is_the_error_of_the_model_with_one_layer_in_int8():
+    model = bad_at(2)
+    measured = convert(model, DATA, config=STATIC, evaluate=minus_error(model)).torchq_plan.frontier.sensitivity_db
+    names = linears(model)
+    expected = {}
+    for name in names:
+        others = tuple(other for other in names if other != name)
+        config = QConfig(activation="static", observer="minmax", min_sqnr_db=-100, exclude=others)
+        expected[name] = sqnr_db(model(DATA[0]), convert(model, DATA, config=config)(DATA[0]))
+    assert measured == expected
+    assert list(measured) == sorted(names, key=expected.__getitem__)
+
+
+def test_what_fits_at_once_stays_as_it_is():
+    model = bad_at(None)
+    evaluate = minus_error(model)
+    qmodel = convert(model, DATA, evaluate=evaluate, max_drop=0.5)
+    assert evaluate.calls == 2
+    assert qmodel.torchq_plan.layers == convert(model, DATA).torchq_plan.layers
+    frontier = qmodel.torchq_plan.frontier
+    assert (frontier.sensitivity_db, [step.returned for step in frontier.steps], frontier.chosen) == ({}, [0, 5], 0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 8, 9])
+def test_bisection_finds_the_shortest_prefix_in_so_many_evaluations(layers):
+    model = bad_at(None, layers)
+    for k in range(layers + 1):
+        evaluate = enough_floats(k)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            qmodel = convert(model, DATA, evaluate=evaluate, max_drop=0.5)
+        frontier = qmodel.torchq_plan.frontier
+        assert linears(qmodel) == [name for name in linears(model) if name in list(frontier.sensitivity_db)[:k]]
+        assert frontier.steps[frontier.chosen].returned == len(linears(qmodel)) == k
+        assert evaluate.calls == len(frontier.steps) <= 2 + math.ceil(math.log2(layers))
+        assert len(caught) == (k == layers)
+
+
+def test_the_default_drop_is_a_hundredth():
+    model = bad_at(None)
+    for drop, returned in [(0.0099, 0), (0.011, 1)]:
+        qmodel = convert(model, DATA, evaluate=lambda m, drop=drop: 0.5 if linears(m) else 0.5 - drop)
+        assert len(linears(qmodel)) == returned
+
+
+def test_without_int8_layers_there_is_nothing_to_search():
+    model = bad_at(None)
+    evaluate = minus_error(model)
+    qmodel = convert(model, DATA, config=QConfig(min_sqnr_db=99), evaluate=evaluate, max_drop=0)
+    assert evaluate.calls == 1
+    (step,) = qmodel.torchq_plan.frontier.steps
+    assert (step.returned, step.metric, step.speedup) == (0, 0.0, 1.0)
+    assert step.seconds > 0
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_what_is_left_is_fused_as_if_the_layer_had_been_excluded(place):
+    model = bad_at(None)
+    plan = convert(model, DATA, config=STATIC).torchq_plan
+    assert plan.layers["0"].feeds == "2"  # or there would be nothing to undo
+    name = linears(model)[place]
+    config = QConfig(activation="static", observer="minmax", min_sqnr_db=-100, exclude=(name,))
+    expected = convert(model, DATA, config=config)
+    actual = return_to_float(plan, {name: f"excluded by {name!r}"})
+    assert {**actual.layers[name].sqnr_db} == plan.layers[name].sqnr_db
+    for key, layer in expected.torchq_plan.layers.items():
+        other = actual.layers[key]
+        facts = [(p.kind, p.reason, p.input_qparams, p.activation, p.feeds, p.skipped) for p in (layer, other)]
+        assert facts[0] == facts[1]
+    assert torch.equal(apply_plan(model, actual)(X), expected(X))
+
+
+# ---- what cannot fit ----
+
+
+def test_an_impossible_budget_warns_with_the_numbers_and_keeps_its_promise():
+    model = bad_at(2)
+    evaluate = minus_error(model)
+    with pytest.warns(UserWarning, match="^torchq.convert: no model with an int8 layer keeps the metric") as caught:
+        qmodel = convert(model, DATA, config=STATIC, evaluate=evaluate, max_drop=0)
+    assert caught[0].filename == __file__
+    assert torch.equal(qmodel(X), model(X))
+    frontier = qmodel.torchq_plan.frontier
+    *tried, exact = frontier.steps
+    assert (exact.returned, exact.metric, frontier.chosen) == (5, 0.0, len(tried))
+    best = max(tried, key=lambda step: step.metric)
+    message = str(caught[0].message)
+    assert f"max_drop = 0 of float's 0. The best, with {5 - best.returned} of 5 layers in int8" in message
+    assert f"has {best.metric:.6g}, a drop of {-best.metric:.3g}. So all layers are in float." in message
+    assert evaluate.calls == len(frontier.steps) == 2 + 3
+    assert all(layer.reason.startswith("returned to float") for layer in qmodel.torchq_plan.layers.values())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_errors_of_evaluate_pass_through_and_the_model_stays(call, inplace):
+    model = bad_at(2).train()
+    before, calls = snapshot(model), []
+
+    def evaluate(candidate):
+        calls.append(candidate)
+        if len(calls) == call:
+            raise KeyError("mine")
+        return -len(calls)
+
+    with pytest.raises(KeyError, match=r"^'mine'$"):
+        convert(model, DATA, config=STATIC, inplace=inplace, evaluate=evaluate)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        *[(math.nan, ValueError), (torch.tensor(math.nan), ValueError)],
+        *[(value, TypeError) for value in (None, "0.9", torch.ones(2), [0.9], 1j)],
+    ],
+)
+@pytest.mark.parametrize("bad_call", [1, 2])
+def test_what_is_no_number_is_refused(value, error, bad_call):
+    calls = []
+
+    def evaluate(candidate):
+        calls.append(candidate)
+        return value if len(calls) == bad_call else 0.0
+
+    which = ["float model", "model with 0 of 5 int8 layers in float"][bad_call - 1]
+    model = bad_at(None)
+    before = snapshot(model)
+    with pytest.raises(error, match=rf"^torchq.convert: evaluate must return a number.* for the {which} it returned"):
+        convert(model, DATA, evaluate=evaluate)
+    assert_same(before, snapshot(model))
+
+
+def test_infinity_is_no_baseline_but_the_worst_metric():
+    model = bad_at(None)
+    with pytest.raises(ValueError, match=r"^torchq.convert: evaluate returned inf for the float model"):
+        convert(model, DATA, evaluate=lambda m: math.inf)
+    qmodel = convert(model, DATA, evaluate=lambda m: 0.0 if linears(m) else -math.inf)
+    frontier = qmodel.torchq_plan.frontier
+    assert (frontier.steps[0].metric, frontier.drop(frontier.steps[0])) == (-math.inf, math.inf)
+    assert Frontier.from_dict(json.loads(json.dumps(frontier.to_dict(), allow_nan=False))) == frontier
+
+
+@pytest.mark.parametrize("number", [1, True, 0.5, torch.tensor(0.5), torch.tensor(2).numpy(), torch.ones(2).numpy()[0]])
+def test_numbers_of_any_kind_are_taken(number):
+    frontier = convert(bad_at(None), DATA, evaluate=lambda m: number).torchq_plan.frontier
+    assert [step.metric for step in frontier.steps] == [float(number)] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_drop": 0.1}, ValueError, "max_drop needs evaluate"),
+        ({"evaluate": 0.9}, TypeError, "evaluate must be a function of a model, got float"),
+        *[
+            ({"evaluate": minus_error, "max_drop": drop}, ValueError, "max_drop must be a finite number >= 0, got ")
+            for drop in (-0.1, math.nan, math.inf, "0.1", None.__class__)
+        ],
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(arguments, error, message):
+    def loader():
+        pytest.fail("a batch was asked for")
+        yield
+
+    with pytest.raises(error, match=rf"^torchq.convert: {message}"):
+        convert(bad_at(None), loader(), **arguments)
+
+
+def test_evaluate_needs_data():
+    with pytest.raises(ValueError, match=r"^torchq.convert: evaluate needs a calib_loader"):
+        convert(bad_at(None), evaluate=lambda m: 1.0)
+
+
+# ---- how it is measured ----
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_evaluate_sees_eval_mode_and_the_flags_come_back(inplace):
+    model = nn.Sequential(bad_at(None), nn.Dropout(0.5)).train()
+    exact, seen = model.eval()(X), []
+    model.train()
+
+    def evaluate(candidate):
+        seen.append((candidate.training, candidate[1].training, torch.is_grad_enabled()))
+        candidate.train()  # an evaluate that leaves it so
+        return -len(seen) / 100
+
+    with torch.enable_grad():
+        qmodel = convert(model, DATA, config=STATIC, evaluate=evaluate, max_drop=0.015, inplace=inplace)
+    assert seen == [(False, False, False)] * 2
+    assert all(module.training for module in [*model.modules(), *qmodel.modules()])
+    assert (qmodel is model) == inplace
+    assert sqnr_db(exact, qmodel.eval()(X)) > 25
+
+
+def test_the_plan_makes_the_same_model_again():
+    model = bad_at(2)
+    qmodel = convert(model, DATA, config=STATIC, evaluate=minus_error(model))
+    plan = Plan.from_dict(json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False)))
+    assert plan == qmodel.torchq_plan
+    assert plan.frontier is not None
+    assert torch.equal(apply_plan(model, plan)(X), qmodel(X))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.model, self.wrap = model, wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+OUTPUTS = {
+    "dict": lambda y: {"logits": y, "labels": y.argmax(-1)},
+    "nested": lambda y: (y[:, :4], [y[:, 4:], None], 3),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_any_structure_tell_the_sensitivity(kind):
+    model = bad_at(2)
+    names = [f"model.{name}" for name in linears(model)]
+    qmodel = convert(Wrapped(model, OUTPUTS[kind]), DATA, config=STATIC, evaluate=enough_floats(1))
+    measured = qmodel.torchq_plan.frontier.sensitivity_db
+    assert next(iter(measured)) == names[2]
+    plain = convert(model, DATA, config=STATIC, evaluate=enough_floats(1)).torchq_plan.frontier.sensitivity_db
+    # The same values, at most in another order, which rounds a float64 sum differently.
+    assert [measured[name] for name in names] == pytest.approx([plain[name[6:]] for name in names], rel=1e-9)
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y.argmax(-1), lambda y: None], ids=["integers", "nothing"])
+def test_without_floats_in_the_output_each_layer_speaks_for_itself(wrap):
+    qmodel = convert(Wrapped(bad_at(2), wrap), DATA, config=STATIC, evaluate=enough_floats(1))
+    plan = convert(Wrapped(bad_at(2), wrap), DATA, config=STATIC).torchq_plan
+    own = {name: layer.measured_db for name, layer in plan.layers.items()}
+    measured = qmodel.torchq_plan.frontier.sensitivity_db
+    assert list(measured.items()) == sorted(own.items(), key=lambda item: item[1])
+
+
+class Shifty(nn.Module):
+    """Its output's shape, or a NaN in it, depends on the last bit of what its first layer gives."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.a, self.b, self.odd = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), odd
+        self.exact = self.a(DATA[0]).sum()
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(x) if y.sum() == self.exact or x is not DATA[0] else self.odd(self.b(x))
+
+
+@pytest.mark.parametrize("odd", [lambda y: y[:3], lambda y: y * math.nan], ids=["shape", "nan"])
+def test_a_layer_that_breaks_the_output_is_the_most_sensitive(odd):
+    torch.manual_seed(0)
+    qmodel = convert(Shifty(odd), DATA, evaluate=enough_floats(1))
+    assert linears(qmodel) == ["a"]
+    assert qmodel.torchq_plan.frontier.sensitivity_db["a"] == -math.inf
+
+
+def test_a_model_that_cannot_be_copied_is_told_so():
+    model = bad_at(None)
+    model.lock = (i for i in ())
+    with pytest.raises(TypeError, match=r"cannot be copied .* Pass inplace=True, and no evaluate,"):
+        convert(model, DATA, evaluate=lambda m: 1.0, inplace=True)

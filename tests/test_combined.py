@@ -1,0 +1,178 @@
+"""Smoothing, rounding and training, together with stats and the accuracy budget."""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, QuantizedLinear, budget, convert, fake_quantize, prepare_qat, watch_drift
+from torchq.budget import return_to_float
+from torchq.convert import apply_plan
+from torchq.modules.qat_linear import QATLinear
+from torchq.plan import Plan
+from torchq.qparams import sqnr_db
+from torchq.timing import interleaved
+
+K = 32
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [normal(64, K, seed=i) for i in range(3)]
+X = normal(64, K, seed=9)
+CONFIGS = {
+    "dynamic": QConfig(activation="dynamic"),
+    "static": QConfig(activation="static", observer="minmax"),
+    "gptq": QConfig(activation="static", observer="minmax", rounding="gptq"),
+}
+by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
+
+
+class Block(nn.Module):
+    """A norm with 3 outlier channels, two readers, and a Linear whose output one more reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(K), nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
+        self.up, self.down = nn.Linear(24, K), nn.Linear(K, 8)
+        self.norm.weight[[3, 7, 20]] *= 50
+        self.a.weight[:, [3, 7, 20]] /= 50
+        self.b.weight[:, [3, 7, 20]] /= 50
+        self.up.weight[[1, 5]] *= 50
+        self.up.bias[[1, 5]] *= 50
+        self.down.weight[:, [1, 5]] /= 50
+        self.eval()
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.down(self.up(self.a(y) + self.b(y)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch):
+    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def inputs(model):
+    """What each layer gets, over all of DATA, by name."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, QuantizedLinear))
+    ]
+    for x in DATA:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+@by_config
+def test_stats_are_those_of_the_smoothed_and_rounded_layer(config):
+    """Against the float model with the smoothings folded in, and the codes in the converted one."""
+    model = Block()
+    qmodel = convert(model, DATA, config=config)
+    plan = qmodel.torchq_plan
+    assert sorted(plan.smoothings) == ["norm", "up"]
+    floats = return_to_float(plan, dict.fromkeys(("b", "up", "down"), ""))
+    floats.layers["a"] = dataclasses.replace(floats.layers["a"], rounding="nearest")
+    smoothed = apply_plan(model, floats)
+    rows = inputs(smoothed)
+    for name in ("b", "up", "down"):
+        linear, layer, stats = smoothed.get_submodule(name), qmodel.get_submodule(name), plan.layers[name].stats
+        codes = layer.weight.float() * layer.weight_scale[:, None]
+        assert stats.weight_db == pytest.approx(sqnr_db(linear.weight, codes), abs=1e-3)
+        assert stats.rows == 64
+        if layer.input_qparams is not None and name == "b":
+            seen = fake_quantize(rows[name], *layer.input_qparams, dtype=torch.uint8)
+            assert stats.input_db == pytest.approx(sqnr_db(rows[name], seen), abs=1e-2)
+        assert stats.input_db > 35
+        assert stats.clipped == 0
+    with watch_drift(qmodel) as drift:
+        for x in DATA:
+            qmodel(x)
+    assert drift.recalibrate == ()
+
+
+def test_rounding_shows_in_the_stats():
+    """GPTQ gives up weight SQNR for output SQNR."""
+    nearest, gptq = (
+        convert(Block(), DATA, config=CONFIGS[name]).torchq_plan.layers["up"] for name in ("static", "gptq")
+    )
+    assert (nearest.rounding, gptq.rounding) == ("nearest", "gptq")
+    assert gptq.stats.weight_db < nearest.stats.weight_db - 0.01
+
+
+@by_config
+@pytest.mark.parametrize("floats", [0, 1, 2, 3, 4])
+def test_a_budget_keeps_smoothings_and_rounded_weights(config, floats):
+    model = Block()
+    exact, tried = model(X).clone(), []
+
+    def evaluate(candidate):
+        tried.append(sqnr_db(exact, candidate(X)))
+        return min(len(linears(candidate)), floats)
+
+    with pytest.warns(UserWarning, match="no model") if floats == 4 else nullcontext():
+        qmodel = convert(model, DATA, config=config, evaluate=evaluate, max_drop=0.5)
+    plan = qmodel.torchq_plan
+    assert len(linears(qmodel)) == floats
+    assert min(tried) > 25  # no candidate was folded by halves
+    assert sqnr_db(exact, qmodel(X)) in tried  # what is returned was measured
+    assert sorted(plan.smoothings) == ([] if floats == 4 else ["norm", "up"])
+    assert all((layer.stats is None) == (layer.kind == "float") for layer in plan.layers.values())
+    restored = Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False)))
+    assert restored == plan
+    assert plan.frontier is not None
+    if config.rounding == "nearest":
+        assert torch.equal(apply_plan(model, restored)(X), qmodel(X))
+
+
+def test_inplace_with_everything():
+    model = Block()
+    exact = model(X).clone()
+    config = CONFIGS["gptq"]
+    two = {"evaluate": lambda candidate: min(len(linears(candidate)), 2), "max_drop": 0.5}
+    copied = convert(model, DATA, config=config, **two)
+    inplace = convert(model, DATA, config=config, inplace=True, **two)
+    assert inplace is model
+    assert sorted(linears(inplace)) == sorted(linears(copied))
+    assert sqnr_db(exact, inplace(X)) > 25
+    assert torch.equal(inplace(X), copied(X))
+
+
+@pytest.mark.parametrize("floats", [0, 1, 3])
+def test_a_trained_model_has_stats_and_a_budget(floats):
+    """Float there is the trained weights without any quantization, which is also what returned layers become."""
+    float_model = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+    trained = prepare_qat(float_model, DATA).eval()
+    exact, seen = float_model(X), []
+
+    def evaluate(candidate):
+        seen.append(candidate(X))
+        assert not any(isinstance(module, QATLinear) for module in candidate.modules())
+        return min(len(linears(candidate)), floats)
+
+    with pytest.warns(UserWarning, match="no model") if floats == 3 else nullcontext():
+        qmodel = convert(trained, DATA, evaluate=evaluate, max_drop=0.5)
+    assert torch.equal(seen[0], exact)
+    assert len(linears(qmodel)) == floats
+    assert sum(isinstance(module, QATLinear) for module in trained.modules()) == 3
+    for layer in convert(trained, DATA).torchq_plan.layers.values():
+        assert layer.stats.weight_db > 35
+        assert layer.stats.rows == 64
+    for layer in convert(trained).torchq_plan.layers.values():
+        assert layer.stats is None

@@ -1,0 +1,182 @@
+"""What the report says of a layer: its stats against independent computation, and its times at the right shapes."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, QuantizedLinear, convert, ops, profile, profile_layers, report
+from torchq.plan import Plan
+from torchq.profile import LayerTime
+from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
+from torchq.stats import LayerStats
+
+WIDTH = 64
+CONFIGS = [QConfig(activation=kind, observer="percentile", percentile=95) for kind in ("static", "dynamic")]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = [normal(5, 4, WIDTH, seed=i) for i in range(6)]  # 20 rows a batch, 120 in all: fewer than the sample holds
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def model(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 10)).to(dtype).eval()
+
+
+@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_sqnr(weight, dtype):
+    float_model = model(dtype)
+    qmodel = convert(float_model, [x.to(dtype) for x in DATA], config=QConfig(weight=weight))
+    for name, layer in qmodel.torchq_plan.layers.items():
+        exact = float_model.get_submodule(name).weight
+        axis = 0 if weight == "per_channel" else None
+        rounded = fake_quantize(exact.float(), *choose_qparams(exact, axis=axis), axis=axis)
+        assert layer.stats.weight_db == pytest.approx(sqnr_db(exact, rounded), abs=1e-6)
+
+
+def test_weight_sqnr_of_large_layers():
+    """Summed in blocks of rows, which must not be seen."""
+    large = nn.Linear(1024, 700)
+    stats = convert(large, [normal(8, 1024)]).torchq_plan.layers[""].stats
+    quantized = QuantizedLinear.from_float(large)
+    rounded = quantized.weight * quantized.weight_scale[:, None]
+    assert stats.weight_db == pytest.approx(sqnr_db(large.weight, rounded), abs=1e-6)
+
+
+def test_a_weight_that_int8_holds_exactly():
+    exact = nn.Linear(WIDTH, 4)
+    exact.weight.copy_(torch.full((4, WIDTH), 0.5))
+    qmodel = convert(exact, DATA)
+    assert qmodel.torchq_plan.layers[""].stats.weight_db == math.inf
+    tree = json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False))
+    assert Plan.from_dict(tree) == qmodel.torchq_plan
+    assert json.loads(json.dumps(report(qmodel).to_dict(), allow_nan=False))["layers"][0]["weight_db"] == "inf"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.activation)
+def test_input_sqnr_and_clipped_share(config):
+    float_model = model()
+    qmodel = convert(float_model, DATA, config=config)
+    first = torch.cat(DATA).reshape(-1, WIDTH)
+    for name, x in (("0", first), ("2", float_model[1](float_model[0](first)))):
+        layer = qmodel.torchq_plan.layers[name]
+        below = above = 0
+        if config.activation == "static":
+            scale, zero_point = layer.input_qparams
+            seen = fake_quantize(x, scale, zero_point, dtype=torch.uint8)
+            below, above = int((x / scale + zero_point < -1).sum()), int((x / scale + zero_point > 256).sum())
+            assert above > 0
+        else:
+            codes, scale, zero_point = ops.quantize_per_token(x)
+            seen = (codes.float() - zero_point) * scale
+        # The sample holds every row, in this order. Its layer may see rows rounded differently, from smaller batches.
+        assert layer.stats.input_db == pytest.approx(sqnr_db(x, seen), abs=1e-3)
+        assert (layer.stats.clipped_below, layer.stats.clipped_above) == (below / x.numel(), above / x.numel())
+        assert layer.stats.rows == 20
+
+
+def test_rows_are_the_mean_of_the_calls():
+    data = [normal(rows, WIDTH) for rows in (1, 2, 6)]
+    assert convert(model(), data).torchq_plan.layers["0"].stats.rows == 3
+
+
+def test_no_stats_without_data_or_in_float():
+    for qmodel in (convert(model()), convert(model(), DATA, config=QConfig(min_sqnr_db=99))):
+        assert [layer.stats for layer in qmodel.torchq_plan.layers.values()] == [None, None]
+
+
+def test_the_report_has_what_the_plan_has():
+    qmodel = convert(model(), DATA, config=CONFIGS[0])
+    result = report(qmodel)
+    for layer, plan in zip(result.layers, qmodel.torchq_plan.layers.values(), strict=True):
+        stats = plan.stats
+        expected = (stats.weight_db, stats.input_db, stats.clipped_below + stats.clipped_above, plan.measured_db)
+        assert (layer.weight_db, layer.input_db, layer.clipped, layer.sqnr_db) == expected
+        assert (layer.float_seconds, layer.int8_seconds, layer.drift, layer.advice) == (None,) * 4
+    head = "layer scheme kernel before after weight input SQNR clipped reason"
+    assert str(result).splitlines()[0].split() == head.split()
+
+
+def test_stats_from_json():
+    stats = LayerStats(math.inf, 40.5, 0.25, 0.0, 7)
+    values = {"weight_db": "inf", "input_db": 40.5, "clipped_below": 0.25, "clipped_above": 0.0, "rows": 7}
+    assert LayerStats.from_dict(values) == stats
+    assert stats.clipped == 0.25
+
+
+# ---- profile_layers ----
+
+
+def test_times_are_taken_at_the_calibration_shape(monkeypatch):
+    """Each contestant is what it should be: the float layer's function, and the int8 layer itself, on so many rows."""
+    seen = []
+
+    def spy(calls, rounds):
+        seen.append({name: call() for name, call in calls.items()} | {"rounds": rounds})
+        return {"float": 3e-6, "int8": 1.5e-6}
+
+    monkeypatch.setattr(profile, "interleaved", spy)
+    qmodel = convert(model(torch.bfloat16), [x.bfloat16() for x in DATA], config=CONFIGS[0])
+    times = profile_layers(qmodel, rounds=7)
+    assert times == {name: LayerTime(20, 3e-6, 1.5e-6) for name in ("0", "2")}
+    assert times["0"].speedup == 2
+    first, last = seen
+    assert [tuple(run["float"].shape) for run in seen] == [(20, 32), (20, 10)]
+    assert [(run["float"].dtype, run["int8"].dtype) for run in seen] == [
+        (torch.bfloat16, torch.uint8),  # as it runs in the model: it hands over codes
+        (torch.bfloat16, torch.bfloat16),
+    ]
+    assert first["rounds"] == 7
+    assert last["int8"].shape == (20, 10)
+
+
+def test_the_float_contestant_computes_the_same(monkeypatch):
+    outputs = {}
+
+    def spy(calls, rounds):
+        outputs.update({name: call() for name, call in calls.items()})
+        return {"float": 1.0, "int8": 1.0}
+
+    monkeypatch.setattr(profile, "interleaved", spy)
+    profile_layers(convert(nn.Linear(WIDTH, WIDTH), DATA))
+    assert sqnr_db(outputs["float"], outputs["int8"]) > 30  # the same weights; u8 input costs an error of 1 %
+
+
+def test_real_times_are_shown_in_the_report():
+    qmodel = convert(model(), DATA)
+    times = profile_layers(qmodel, rounds=1)
+    result = report(qmodel, profile=times)
+    for layer in result.layers:
+        time = times[layer.name]
+        assert (layer.float_seconds, layer.int8_seconds) == (time.float_seconds, time.int8_seconds)
+        assert 0 < layer.int8_seconds < 0.1
+        assert 0 < layer.float_seconds < 0.1
+    assert str(result).splitlines()[0].split()[-3:] == ["float", "int8", "reason"]
+
+
+def test_float_layers_and_layers_without_data_are_left_out():
+    assert profile_layers(convert(model())) == {}
+    qmodel = convert(model(), DATA, config=QConfig(exclude=("0",)))
+    times = profile_layers(qmodel, rounds=1)
+    assert list(times) == ["2"]
+    assert str(report(qmodel, profile=times)).splitlines()[2].count(" -") >= 4
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"^torchq.profile_layers: this Sequential has no torchq_plan"):
+        profile_layers(model())
+    with pytest.raises(ValueError, match=r"^torchq.profile_layers: rounds must be at least 1, got 0"):
+        profile_layers(convert(model()), rounds=0)

@@ -1,0 +1,272 @@
+"""Accuracy budget: layers go back to float, the most sensitive first, until the user's own metric is good enough.
+
+`convert(model, loader, evaluate=fn, max_drop=0.01)` ends here. The search costs few evaluations:
+
+1. `evaluate` on the float model, and on the one with every layer in int8 that the plan wants there. If that fits: done.
+2. Sensitivity, once: the first calibration batch through the model with one layer alone in int8, for each of the n int8
+   layers. The lower the SQNR of the model's output, the more sensitive the layer.
+3. Bisection: which is the shortest prefix of that order that has to be in float? ceil(log2 n) evaluations.
+
+So at most 2 + ceil(log2 n) evaluations: 9 for a model of 73 layers. Errors of single layers add up in the output as
+independent noise does, so a longer prefix means less noise, which is what bisection needs. A metric that jumps (the
+accuracy on a small set) may be out of order by a few counts; the step taken is in any case one that was seen to fit.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchq.calibrate import Forward, evaluating
+from torchq.frontier import Frontier, Step
+from torchq.plan import LayerPlan, Plan
+from torchq.qparams import sqnr_db
+from torchq.timing import interleaved
+
+Evaluate = Callable[[nn.Module], Any]
+Apply = Callable[[nn.Module, Plan], nn.Module]
+Run = Callable[[nn.Module], object]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the user's metric may be lost.
+
+    Args:
+        evaluate: `evaluate(model) -> float`, higher is better. A number of any kind: float, a 0-dim tensor, numpy's.
+        max_drop: the metric of the float model minus that of the result, at most; in the metric's own unit.
+
+    Raises:
+        TypeError: `evaluate` is not callable.
+        ValueError: `max_drop` is not a finite number >= 0.
+    """
+
+    evaluate: Evaluate
+    max_drop: float
+
+    def __post_init__(self) -> None:
+        if not callable(self.evaluate):
+            raise TypeError(
+                f"torchq.convert: evaluate must be a function of a model, got {type(self.evaluate).__name__}. "
+                "Pass evaluate=lambda model: ... that returns the metric, higher is better."
+            )
+        if not isinstance(self.max_drop, (int, float)) or not 0 <= self.max_drop < math.inf:
+            raise ValueError(
+                f"torchq.convert: max_drop must be a finite number >= 0, got {self.max_drop!r}. It is how much of "
+                "what evaluate returns may be lost against the float model."
+            )
+
+    def metric(self, model: nn.Module, which: str) -> float:
+        """What `evaluate` gives for the model in eval mode, without gradients; checked. Its own errors pass through."""
+        with evaluating(model):
+            value = self.evaluate(model)
+        is_number = hasattr(value, "__float__") and getattr(value, "shape", ()) == ()
+        number = float(value) if is_number else math.nan
+        if not is_number or math.isnan(number):
+            raise (ValueError if is_number else TypeError)(
+                f"torchq.convert: evaluate must return a number, higher is better; for the {which} it returned "
+                f"{value!r}. Return one float, such as the accuracy."
+            )
+        return number
+
+
+def make_budget(evaluate: Evaluate | None, max_drop: float | None, calib_loader: Iterable[Any] | None) -> Budget | None:
+    """The budget that `convert`'s arguments ask for, if any; max_drop is 0.01 if not given.
+
+    Raises:
+        TypeError, ValueError: see `Budget`; `max_drop` without `evaluate`; `evaluate` without a calib_loader.
+    """
+    if evaluate is None:
+        if max_drop is not None:
+            raise ValueError(
+                "torchq.convert: max_drop needs evaluate, which measures the metric. Pass evaluate=lambda model: ... "
+            )
+        return None
+    if calib_loader is None:
+        raise ValueError(
+            "torchq.convert: evaluate needs a calib_loader: its first batch tells which layers are sensitive."
+        )
+    return Budget(evaluate, 0.01 if max_drop is None else max_drop)
+
+
+class FirstBatch:
+    """A `forward` that remembers the first batch it runs, so that other models can `run` it too.
+
+    >>> first = FirstBatch(lambda model, batch: model(batch))
+    >>> _ = first(nn.Identity(), torch.zeros(2)), first(nn.Identity(), torch.ones(2))
+    >>> first.run(nn.ReLU())
+    tensor([0., 0.])
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self._batches: list[Any] = []
+
+    def __call__(self, model: nn.Module, batch: Any) -> object:
+        """forward(model, batch)."""
+        if not self._batches:
+            self._batches.append(batch)
+        return self.forward(model, batch)
+
+    def run(self, model: nn.Module) -> object:
+        """forward(model, the first batch)."""
+        return self.forward(model, self._batches[0])
+
+
+def fit(model: nn.Module, plan: Plan, budget: Budget, *, apply: Apply, run: Run) -> Plan:
+    """The plan with so many layers back in float that the metric drops by at most `max_drop`, and with its frontier.
+
+    Everything is tried on copies; the model stays as it is. Warns where not one layer can stay in int8.
+
+    Args:
+        model: the float model.
+        plan: every layer in int8 that should be.
+        budget: the metric and its tolerance.
+        apply: `apply(model, plan)`: a copy of the model as the plan says.
+        run: `run(model)`: a forward pass of one typical batch.
+
+    Raises:
+        TypeError, ValueError: `evaluate` returned no number, or NaN, or infinity for the float model.
+    """
+    search = _Search(model, plan, budget, apply, run)
+    fewest, enough = 0, len(search.names)  # enough layers in float fit the budget, fewer than `fewest` don't
+    if enough and not search.fits(0):
+        search.sensitivity_db = sensitivity(model, plan, apply, run)
+        while enough - fewest > 1:
+            middle = (fewest + enough) // 2
+            fewest, enough = (fewest, middle) if search.fits(middle) else (middle, enough)
+    else:
+        enough = 0
+    frontier = search.frontier(enough)
+    if search.names and enough == len(search.names):
+        _warn(frontier)
+    return dataclasses.replace(search.plan_with(enough), frontier=frontier)
+
+
+class _Search:
+    """What the search has measured so far: one step per number of layers returned to float."""
+
+    def __init__(self, model: nn.Module, plan: Plan, budget: Budget, apply: Apply, run: Run) -> None:
+        self.model, self.plan, self.budget, self.apply, self.run = model, plan, budget, apply, run
+        self.names = [name for name, layer in plan.layers.items() if layer.kind != "float"]
+        self.sensitivity_db: dict[str, float] = {}
+        self.float_metric = budget.metric(model, "float model")
+        if math.isinf(self.float_metric):
+            raise ValueError(
+                f"torchq.convert: evaluate returned {self.float_metric} for the float model, so no drop can be told. "
+                "Return a finite number."
+            )
+        self.float_seconds = math.inf
+        self.steps: dict[int, Step] = {}
+
+    def plan_with(self, returned: int) -> Plan:
+        """The plan with this many of the most sensitive layers in float."""
+        reasons = {}
+        for rank, (name, db) in enumerate(list(self.sensitivity_db.items())[:returned], 1):
+            reasons[name] = (
+                f"returned to float to keep the metric: number {rank} of {len(self.names)} by sensitivity, {db:.1f} dB "
+                f"with this layer alone in {self.plan.layers[name].kind}"
+            )
+        return return_to_float(self.plan, reasons)
+
+    def fits(self, returned: int) -> bool:
+        """Measures that plan, and says whether it is within the budget."""
+        candidate = self.apply(self.model, self.plan_with(returned))
+        metric = self.budget.metric(candidate, f"model with {returned} of {len(self.names)} int8 layers in float")
+        with evaluating(self.model), evaluating(candidate):
+            calls = {"float": partial(self.run, self.model), "int8": partial(self.run, candidate)}
+            seconds = interleaved(calls, rounds=5, seconds=0.005)
+        self.float_seconds = min(self.float_seconds, seconds["float"])
+        speedup = seconds["float"] / seconds["int8"]
+        self.steps[returned] = Step(returned, metric, seconds["int8"], speedup, _bytes(candidate))
+        return self.float_metric - metric <= self.budget.max_drop
+
+    def frontier(self, returned: int) -> Frontier:
+        """All that was measured, with the float model last."""
+        if not self.names:  # nothing to compare it with was timed
+            with evaluating(self.model):
+                calls = {"float": partial(self.run, self.model)}
+                self.float_seconds = interleaved(calls, rounds=5, seconds=0.005)["float"]
+        last = Step(len(self.names), self.float_metric, self.float_seconds, 1.0, _bytes(self.model))
+        steps = (*(self.steps[key] for key in sorted(self.steps)), last)
+        chosen = [step.returned for step in steps].index(returned)
+        return Frontier(self.budget.max_drop, self.sensitivity_db, steps, chosen)
+
+
+def sensitivity(model: nn.Module, plan: Plan, apply: Apply, run: Run) -> dict[str, float]:
+    """Per int8 layer, the SQNR in dB of the model's output with this layer alone in int8, the most sensitive first.
+
+    The output is all floating-point tensors in what `run(model)` returns: a tensor, or a tuple, list or dict of them.
+    If there is none, each layer's own output SQNR from the plan stands in. A layer that makes the output NaN, or
+    changes its shape, comes first, with -inf.
+    """
+    names = [name for name, layer in plan.layers.items() if layer.kind != "float"]
+    with evaluating(model):
+        exact = _floats(run(model))
+    measured = {}
+    for name in names:
+        if exact.numel():
+            alone = apply(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
+            with evaluating(alone):
+                output = _floats(run(alone))
+            db = sqnr_db(exact, output) if output.shape == exact.shape else -math.inf
+        else:
+            own = plan.layers[name].measured_db
+            db = math.inf if own is None else own
+        measured[name] = -math.inf if math.isnan(db) else db
+    return dict(sorted(measured.items(), key=lambda item: item[1]))
+
+
+def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """The plan with these layers in float, and nothing fused with them; the values are the new reasons.
+
+    Smoothings stay, since other layers were chosen and rounded for them; with no int8 layer left, they go.
+
+    >>> plan = Plan({"a": LayerPlan("int8 static", "", feeds="b"), "b": LayerPlan("int8 static", "")})
+    >>> layers = return_to_float(plan, {"b": "sensitive"}).layers
+    >>> layers["a"].feeds, layers["b"].kind, layers["b"].reason
+    (None, 'float', 'sensitive')
+    """
+    layers = {}
+    for name, layer in plan.layers.items():
+        if name in reasons:
+            db, smoothed = layer.sqnr_db, layer.smoothed
+            layer = LayerPlan("float", reasons[name], layer.per_channel, sqnr_db=db, smoothed=smoothed)
+        elif layer.feeds in reasons:
+            layer = dataclasses.replace(layer, feeds=None, skipped=())
+        layers[name] = layer
+    if all(layer.kind == "float" for layer in layers.values()):
+        return Plan({name: dataclasses.replace(layer, smoothed=None) for name, layer in layers.items()})
+    return dataclasses.replace(plan, layers=layers)
+
+
+def _floats(output: object) -> Tensor:
+    """All floating-point values in a model's output, as one vector."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output.detach().float().flatten()
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return torch.cat([torch.empty(0), *(_floats(part) for part in parts)])
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers, shared ones once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _warn(frontier: Frontier) -> None:
+    *steps, exact = frontier.steps
+    best = max(steps, key=lambda step: step.metric)
+    warnings.warn(
+        f"torchq.convert: no model with an int8 layer keeps the metric within max_drop = {frontier.max_drop:g} of "
+        f"float's {exact.metric:.6g}. The best, with {exact.returned - best.returned} of {exact.returned} layers in "
+        f"int8, has {best.metric:.6g}, a drop of {frontier.drop(best):.3g}. So all layers are in float. Pass more "
+        "calibration data or a larger max_drop; torchq.report(qmodel) shows what was measured.",
+        stacklevel=4,  # the caller of convert()
+    )

@@ -1,0 +1,68 @@
+"""profile_layers(): what each layer of a converted model takes, in float and in int8, at its calibration shape."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from torchq.modules.linear import QuantizedLinear
+from torchq.plan import plan_of
+from torchq.qparams import dequantize
+from torchq.timing import interleaved
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer's time on `rows` input rows (tokens), the mean of a call in calibration."""
+
+    rows: int
+    float_seconds: float
+    int8_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster int8 is."""
+        return self.float_seconds / self.int8_seconds
+
+
+@torch.no_grad()
+def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime]:
+    """Times every int8 layer against the float layer of its shape and dtype, by name; `report` prints it as columns.
+
+    Both run alone, on random input in cache, interleaved, and the best of `rounds` rounds counts. The int8 time is that
+    of the layer as it runs in the model: with its fused activation, and with u8 codes where it takes or gives them. The
+    float time is torch's `linear` alone. Layers in float are left out, and so are layers without calibration data,
+    since their shape is not known.
+
+    Args:
+        qmodel: from `torchq.convert`.
+        rounds: of about 20 ms each, and as much for the float layer.
+
+    Raises:
+        ValueError: `qmodel` did not come from `torchq.convert`, or `rounds` is less than 1.
+
+    >>> from torchq.convert import convert
+    >>> times = profile_layers(convert(nn.Linear(64, 64), [torch.randn(32, 64)]), rounds=1)
+    >>> times[""].rows, times[""].int8_seconds > 0
+    (32, True)
+    """
+    if rounds < 1:
+        raise ValueError(f"torchq.profile_layers: rounds must be at least 1, got {rounds}.")
+    times = {}
+    for name, plan in plan_of(qmodel, "profile_layers").layers.items():
+        layer = qmodel.get_submodule(name)
+        if isinstance(layer, QuantizedLinear) and plan.stats is not None:
+            times[name] = _time(layer, plan.stats.rows, rounds)
+    return times
+
+
+def _time(layer: QuantizedLinear, rows: int, rounds: int) -> LayerTime:
+    x = torch.randn(rows, layer.in_features).to(layer.dtype)
+    codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8)
+    weight = dequantize(layer.weight, layer.weight_scale, axis=0).to(layer.dtype)
+    bias: Tensor | None = None if layer.bias is None else layer.bias.to(layer.dtype)
+    calls = {"float": partial(linear, x, weight, bias), "int8": partial(layer, codes if layer.takes_codes else x)}
+    best = interleaved(calls, rounds=rounds)
+    return LayerTime(rows, best["float"], best["int8"])
