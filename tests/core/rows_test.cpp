@@ -30,7 +30,7 @@ std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, i
   const int64_t bytes = room_for(k) * kernel.code_bytes * kernel.rows_together;
   uint8_t* codes = codes_memory.place(bytes, Side::end);
   std::memset(codes, kCanary, bytes);
-  kernel.quantize(x, dtype, k, inverse, zp, codes);
+  kernel.quantize(x, dtype, k, inverse, zp, codes, false);
   std::vector<int> out(k);
   for (int64_t i = 0; i < k; ++i) {
     const int64_t at = i / 8 * 8 * kernel.rows_together + i % 8;
