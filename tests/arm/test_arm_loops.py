@@ -66,7 +66,7 @@ def test_one_row_loads_little_more_than_its_weights(loops, kernel, most):
 # ---- Whole layers, instructions executed ----------------------------------------------------------------------------
 
 # How far a layer may exceed its own multiply loops: 10 %. A loop of USMMLA is so short, 0.042 instructions per
-# multiply-add, that at 768 x 768 the fewest that quantize an input (1.9) and finish an output (1.6) are 10 % alone:
+# multiply-add, that at 768 x 768 the fewest that quantize an input (1.75) and finish an output (1.63) are more:
 # docs/arm.md. What is measured lies a little below these.
 LIMITS = {
     ("neon", (16, 768, 768)): 0.03,
@@ -76,6 +76,7 @@ LIMITS = {
     ("neon_dotprod", (16, 4096, 4096)): 0.02,
     ("neon_i8mm", (16, 768, 768)): 0.16,
     ("neon_i8mm", (128, 3072, 768)): 0.10,
+    ("neon_i8mm", (128, 768, 3072)): 0.09,
     ("neon_i8mm", (16, 4096, 4096)): 0.04,
 }
 
