@@ -120,7 +120,7 @@ void quantize_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int
   }
   for (int64_t r = 0; r < rows; ++r) {
     kernel.quantize(x + r * p.x_stride, p.x_dtype, k, 1.0f / s.scale[r], s.zero_point[r],
-                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes)));
+                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes)), p.per_token);
     s.zero_point[r] -= kernel.code_shift;
   }
 }
@@ -140,9 +140,8 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
   }
 }
 
-// One tile into y; through the ragged buffer where y ends inside the tile's last panel.
-void run_tile(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
-  if (columns == b.panels * kPanelColumns) return kernel.run(b);
+// A tile where y ends inside its last panel: through the ragged buffer.
+__attribute__((noinline)) void run_ragged(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
   uint8_t* y = static_cast<uint8_t*>(b.out);
   const int64_t y_stride = b.out_stride, bytes = element_bytes(b.out_dtype);
   b.out = ragged;
@@ -169,7 +168,7 @@ size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }
 QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k, uint8_t* codes, void* scratch) {
   last.store(&kernel, std::memory_order_relaxed);
   const QParams q = choose_qparams(kernel.range(x, dtype, k));
-  kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch);
+  kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch, true);
   auto* from = static_cast<uint8_t*>(scratch);
   const uint8_t flip = kernel.code_shift == 128 ? 0x80 : 0;
   if (kernel.rows_together == 2)
@@ -218,6 +217,7 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   b.k_groups = ceil_div(k, layout_depth(header.layout));
   b.codes_stride = codes_stride(k, kernel.code_bytes);
   b.panel_stride = panel_bytes(k);
+  b.out_stride = p.y_stride;
   b.out_dtype = p.y_dtype;
   b.activation = p.activation;
   b.out_inv_scale = 1.0f / p.y_qparams.scale;
@@ -228,26 +228,36 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, kernel.tile.m);
   const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
   const int64_t each = units / tiles, larger = units % tiles;
+  const int64_t larger_tile = (each + 1) * together, smaller_tile = each * together;
+  const int64_t stride = b.codes_stride, y_stride = p.y_stride;
   const auto row_of = [&](int64_t tile) {
     return std::min(part.row_begin + (tile * each + std::min(tile, larger)) * together, part.row_end);
   };
   const int64_t blocks = ceil_div(tiles * kernel.tile.m, max_rows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
-    load_rows(kernel, p, row, row_of(end) - row, k, s);
+    const int64_t rows = row_of(end) - row;
+    load_rows(kernel, p, row, rows, k, s);
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
       b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
       b.panel = panels + panel * b.panel_stride;
       const int64_t column = panel * kPanelColumns, columns = std::min(b.panels * kPanelColumns, header.n - column);
+      // Nothing here but what changes from tile to tile, in locals: the compiler must think that run() changes b.
+      const bool whole = columns == b.panels * kPanelColumns;
+      int64_t left = rows;
+      const uint8_t* codes = s.codes;
+      const float* scale = s.scale;
+      const int32_t* zero_point = s.zero_point;
+      uint8_t* y = static_cast<uint8_t*>(p.y) + row * p.y_stride + column * y_bytes;
       for (int64_t t = first; t < end; ++t) {
-        const int64_t r = row_of(t) - row;
-        b.m = static_cast<int>(row_of(t + 1) - row_of(t));
-        b.codes = s.codes + r * b.codes_stride;
-        b.scale = s.scale + r;
-        b.zero_point = s.zero_point + r;
-        b.out = static_cast<uint8_t*>(p.y) + (row + r) * p.y_stride + column * y_bytes;
-        b.out_stride = p.y_stride;
-        run_tile(kernel, b, columns, s.ragged);
+        const int64_t m = std::min(t < larger ? larger_tile : smaller_tile, left);
+        b.m = static_cast<int>(m);
+        b.codes = codes;
+        b.scale = scale;
+        b.zero_point = zero_point;
+        b.out = y;
+        whole ? kernel.run(b) : run_ragged(kernel, b, columns, s.ragged);
+        left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
       }
     }
   }

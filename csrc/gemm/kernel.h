@@ -114,7 +114,9 @@ struct Kernel {
   RowRange (*range)(const void* x, DType dtype, int64_t k);
   // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255), NaN gives 0. Writes whole vectors: codes has room
   // for k rounded up to 64.
-  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes);
+  // own: scale and zero point are choose_qparams() of x's own range, so that |x * inv_scale| < 256, or all is NaN and
+  // the zero point 0; a kernel may then leave out what else needs clamping.
+  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes, bool own);
   void (*run)(const Block& block);
 
   // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point

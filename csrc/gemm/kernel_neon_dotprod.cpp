@@ -47,7 +47,10 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #define TORCHQ_MULTIPLY "multiply_lanes.inc"
 #include "tile.inc"
 
-void run(const Block& b) { pick_rows<kVectors>(b.m)(b); }
+void run(const Block& b) {
+  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always: no table
+  pick_rows<kVectors>(b.m)(b);
+}
 
 }  // namespace neon_dotprod
 

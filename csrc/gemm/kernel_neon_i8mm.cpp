@@ -36,9 +36,10 @@ constexpr int64_t kRun = 16;
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
 
-// In assembly, as the accumulator stays in its register: around the intrinsic g++ 12 copies some back and forth.
+// In assembly, as the accumulator stays in its register: around the intrinsic g++ 12 copies some back and forth. And in
+// order (volatile), or clang 16 loads all weights first and has no registers left.
 inline Ints dot_block(Ints acc, Ints codes, Ints weights) {
-  __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(codes), "w"(weights));
+  __asm__ volatile("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(codes), "w"(weights));
   return acc;
 }
 inline Ints first_halves(Ints a, Ints b) {
@@ -52,7 +53,10 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #define TORCHQ_MULTIPLY "multiply_pairs.inc"
 #include "tile.inc"
 
-void run(const Block& b) { pick_rows<kVectors>(b.m)(b); }
+void run(const Block& b) {
+  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always: no table
+  pick_rows<kVectors>(b.m)(b);
+}
 
 }  // namespace neon_i8mm
 

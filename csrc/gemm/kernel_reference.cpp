@@ -43,7 +43,7 @@ RowRange range(const void* x, DType dtype, int64_t k) {
   return range(static_cast<const float*>(x), k);
 }
 
-void quantize(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes) {
+void quantize(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes, bool) {
   auto* out = static_cast<uint8_t*>(codes);
   if (dtype == DType::bf16) return quantize(static_cast<const Bf16*>(x), k, inv_scale, zero_point, out);
   if (dtype == DType::f16) return quantize(static_cast<const F16*>(x), k, inv_scale, zero_point, out);

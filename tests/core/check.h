@@ -139,11 +139,11 @@ constexpr uint8_t kCanary = 0xA5;
 
 // ---- The suites, one per file -----------------------------------------------------------------------------------
 
-void test_numbers();         // numbers_test.cpp: scalar.h and choose_qparams against the oracle
-void test_rows();            // rows_test.cpp
-void test_gemm(bool quick);  // gemm_test.cpp
-void test_parts();           // parts_test.cpp
-void test_pack();            // pack_test.cpp: pack, unpack, packed_header
-void test_dispatch();        // core_test.cpp
+void test_numbers(bool quick);  // numbers_test.cpp: scalar.h and choose_qparams against the oracle
+void test_rows(bool quick);     // rows_test.cpp
+void test_gemm(bool quick);     // gemm_test.cpp
+void test_parts();              // parts_test.cpp
+void test_pack();               // pack_test.cpp: pack, unpack, packed_header
+void test_dispatch();           // core_test.cpp
 
 }  // namespace torchq::test

@@ -151,9 +151,9 @@ int main(int argc, char** argv) {
   std::printf("seed %llu\n", static_cast<unsigned long long>(arguments.seed));
   random_source.state = arguments.seed;
   test_dispatch();
-  test_numbers();
+  test_numbers(arguments.quick);
   test_pack();
-  test_rows();
+  test_rows(arguments.quick);
   test_parts();
   test_gemm(arguments.quick);
   return report();
