@@ -23,7 +23,7 @@ import torchq
 from benchmarks.demo import markdown
 from benchmarks.peers import Peer, available
 from benchmarks.roofline import Roofline
-from benchmarks.timing import interleaved, machine
+from benchmarks.timing import interleaved, machine, settle
 from torchq.qparams import sqnr_db
 
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096), (64, 64)]
@@ -49,7 +49,7 @@ def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds
         if errors[peer.name] < MIN_SQNR_DB:
             raise RuntimeError(f"{peer.name} at {shape}: output SQNR {errors[peer.name]:.1f} dB, the answer is wrong")
         runs[peer.name] = run
-    times = interleaved(runs, rounds=rounds)
+    times = interleaved(runs, rounds=rounds, before=settle if threads > 1 else lambda: None)
     return {"shape": shape, "us": {name: t * 1e6 for name, t in times.items()}, "sqnr_db": errors}
 
 

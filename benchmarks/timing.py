@@ -1,12 +1,27 @@
 """How every benchmark here times, which is how torchq does (torchq/timing.py), and on what machine."""
 
 import platform
+import time
 from pathlib import Path
 
 import torch
 
 import torchq
 from torchq.timing import interleaved as interleaved
+
+
+def settle(limit: float = 1.0) -> None:
+    """Sleeps until no thread of this process is busy: those of ONNX Runtime spin for 50 ms after a run.
+
+    A contestant with two threads on two cores, timed before that, shares one with them. The kernel counts the time of
+    running threads by the tick, up to 10 ms apart, so shorter naps would see nothing.
+    """
+    end, nap = time.perf_counter() + limit, 0.02
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(nap)
+        if time.process_time() - before < nap / 4:
+            return
 
 
 def machine() -> str:

@@ -9,17 +9,28 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int = 15, seconds: float = 0.02
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    seconds: float = 0.02,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Seconds a call takes, for each contestant: the best of `rounds` rounds of about `seconds` each.
+
+    Each turn starts by `before()` and one call, both untimed.
 
     >>> sorted(interleaved({"a": lambda: None, "b": lambda: None}, rounds=2, seconds=0.001))
     ['a', 'b']
     """
-    repeats = {name: _repeats(call, seconds) for name, call in contestants.items()}
+    repeats = {}
+    for name, call in contestants.items():
+        before()
+        repeats[name] = _repeats(call, seconds)
     best = dict.fromkeys(contestants, float("inf"))
     for _ in range(rounds):
         for name, call in contestants.items():
+            before()
+            call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
@@ -28,9 +39,7 @@ def interleaved(
 
 
 def _repeats(call: Callable[[], object], seconds: float) -> int:
-    """How many calls fill `seconds`, by the fastest of several: first ones allocate and start threads, and threads of
-    the contestant before may still be spinning.
-    """
+    """How many calls fill `seconds`, by the fastest of several: the first ones allocate and start threads."""
     best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(100):
         start = time.perf_counter()
