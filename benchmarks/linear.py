@@ -21,7 +21,7 @@ from torch import nn
 
 import torchq
 from benchmarks.demo import markdown
-from benchmarks.peers import Peer, available
+from benchmarks.peers import PEERS, Peer, available
 from benchmarks.roofline import Roofline
 from benchmarks.timing import interleaved, machine, settle
 from torchq.qparams import sqnr_db
@@ -144,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="quick")
     parser.add_argument("--layers", nargs="+", metavar="NxK", help="only these of the grid")
+    parser.add_argument("--contestants", nargs="+", metavar="PREFIX", help="only these, torchq and torch float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -153,7 +154,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning)  # the peers' own, about caching and deprecation
 
-    peers, skipped = available()
+    wanted = ("torchq", "torch float32", *arguments.contestants) if arguments.contestants else ("",)
+    peers, skipped = available([peer for peer in PEERS if peer.name.startswith(wanted)])
     print("\n".join(skipped), end="\n" if skipped else "")
     roofline = Roofline()
     roof = limits(peers, roofline, arguments.threads)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torchq import QConfig, convert, quantize
+from torchq.calibrate import MAX_GRAM_DEPTH, Record
 from torchq.convert import apply_plan
 from torchq.qparams import choose_qparams, sqnr_db
 from torchq.rounding import gptq, mean_error
@@ -129,11 +130,23 @@ def test_too_few_rows_are_refused(config):
 
 
 def test_too_deep_a_layer_is_refused(monkeypatch):
-    monkeypatch.setattr("torchq.calibrate.MAX_GRAM_DEPTH", 32)
+    monkeypatch.setitem(MAX_GRAM_DEPTH, "gptq", 32)
     linear, data = layer_and_data()
     plan = convert(linear, data, config=GPTQ).torchq_plan.layers[""]
     assert plan.rounding == "nearest"
-    assert "64 inputs, gptq is done up to" in plan.reason
+    assert "64 inputs, rounding='gptq' takes gptq up to 32" in plan.reason
+
+
+def test_the_gram_takes_in_the_first_rows_and_no_more():
+    """Whatever the number of batches; the rows that judge are taken out of it where they are in it, and only there."""
+    data = [correlated(100, 8, seed=i) for i in range(9)]
+    record = Record.empty(nn.Linear(8, 4), dataclasses.replace(GPTQ, sample_rows=50))
+    for batch in data:
+        record.observe(batch)
+    stream = torch.cat(data)
+    torch.testing.assert_close(record.gram, stream[: 4 * 8].T @ stream[: 4 * 8])
+    assert record.gram_rows == 32
+    assert torch.equal(stream[record.sample.positions], record.sample.rows)
 
 
 def test_it_is_deterministic_and_leaves_the_model():

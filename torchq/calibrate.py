@@ -4,6 +4,7 @@ A record holds what the plan decides from: observers of the layer's input (const
 its input rows, and how often it was called. Its size does not depend on the number of batches.
 """
 
+import dataclasses
 import inspect
 import math
 from collections import Counter
@@ -23,8 +24,11 @@ from torchq.observers import Histogram, Observer, make_observer, share
 SAMPLE_BYTES = 4 * 2**20
 """The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
 
-MAX_GRAM_DEPTH = 4096
-"""The most inputs of a layer for which XᵀX is kept: 64 MiB of float32, and seconds of rounding."""
+MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}
+"""By `QConfig.rounding`: the most inputs of a layer for which XᵀX is kept. 4096 are 64 MiB and seconds of rounding."""
+
+GRAM_ROWS = 4
+"""XᵀX takes in the first 4 K input rows of a layer: enough for its K x K numbers, at a cost that more batches keep."""
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -38,17 +42,25 @@ class Sample:
     >>> sample.add(torch.arange(12.0).reshape(4, 3))
     >>> sample.rows.shape, sample.seen
     (torch.Size([2, 3]), 4)
+    >>> sample.positions.tolist()
+    [0, 2]
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.seen = capacity, 0
         self._kept: Tensor | None = None
+        self._positions = torch.zeros(capacity, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
     def rows(self) -> Tensor:
         """The sample, (rows, K)."""
         return torch.empty(0, 0) if self._kept is None else self._kept[: min(self.seen, self.capacity)]
+
+    @property
+    def positions(self) -> Tensor:
+        """Where in the stream each of the rows stood."""
+        return self._positions[: min(self.seen, self.capacity)]
 
     def add(self, rows: Tensor) -> None:
         """Offers rows (n, K); each row seen so far is kept with equal probability."""
@@ -59,6 +71,7 @@ class Sample:
         slot = torch.where(index < self.capacity, index, (draw * (index + 1)).long())
         for i in (slot < self.capacity).nonzero().flatten().tolist():
             self._kept[slot[i]] = rows[i]
+            self._positions[slot[i]] = index[i]
         self.seen += rows.shape[0]
 
 
@@ -81,7 +94,8 @@ class Record:
     extremes: Tensor | None = None
     """The smallest and the largest value of each input channel, (2, K)."""
     gram: Tensor | None = None
-    """XᵀX of all rows seen, float32 (K, K); None unless weights are to be rounded by it."""
+    """XᵀX of the first `gram_rows` rows, float32 (K, K); None unless weights are to be rounded by it."""
+    gram_rows: int = 0
 
     @classmethod
     def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
@@ -89,7 +103,7 @@ class Record:
         name = config.observer
         seen = Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
-        wanted = config.rounding != "nearest" and layer.in_features <= MAX_GRAM_DEPTH
+        wanted = layer.in_features <= MAX_GRAM_DEPTH[config.rounding]
         gram = torch.zeros(layer.in_features, layer.in_features) if wanted else None
         return cls(seen, Sample(rows), config, gram=gram)
 
@@ -111,8 +125,10 @@ class Record:
         self.seen.observe(rows)
         self.sample.add(rows)
         self.calls += 1
-        if self.gram is not None:
-            self.gram.addmm_(rows.T, rows)
+        if self.gram is not None and self.gram_rows < GRAM_ROWS * rows.shape[1]:
+            first = rows[: GRAM_ROWS * rows.shape[1] - self.gram_rows]
+            self.gram.addmm_(first.T, first)
+            self.gram_rows += len(first)
         if len(rows) > 0:
             lo, hi = torch.aminmax(rows, dim=0)
             if self.extremes is not None:
@@ -129,7 +145,7 @@ class Record:
 
         Exact for the min-max range; the other observers see the sample instead of all rows.
         """
-        record = Record.empty(layer, config)
+        record = Record.empty(layer, dataclasses.replace(config, rounding="nearest"))
         record.observe(self.sample.rows / scales)
         if config.observer in ("auto", "minmax") and self.extremes is not None:
             record.seen.observe(self.extremes / scales)

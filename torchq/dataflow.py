@@ -10,14 +10,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+_aten = torch.ops.aten
+_EACH_VALUE = (_aten.relu.default, _aten.relu_.default)  # f(y / s) = f(y) / s for positive s
+_OTHER_DIMS = (_aten.mean.dim, _aten.select.int, _aten.slice.Tensor)  # linear, and no channel meets another
 
 
 class Dataflow(TorchDispatchMode):
@@ -27,6 +32,7 @@ class Dataflow(TorchDispatchMode):
     for proven is an output about which all of this was seen, in every call of every batch:
 
     * its storage was touched by no operation outside the calls of `layers`, and those took the whole tensor as input;
+      but for ReLU, and mean, select and slice over other dims than the channels: their results are outputs like it;
     * it was gone when the module that owns the source returned: nobody kept it or passed it on;
     * the readers belong to that owner too, have no other place in the model, and had no other input;
     * the source's weight was read by nobody else, and nobody listens to the source.
@@ -50,7 +56,7 @@ class Dataflow(TorchDispatchMode):
         }
         self._refused: set[str] = set()
         self._inputs: dict[str, set[str | None]] = {}  # by layer: the sources of its inputs, None for any other input
-        self._outputs: dict[int, tuple[str, StorageWeakRef, tuple[Any, ...]]] = {}  # alive now, by storage
+        self._outputs: dict[int, _Output] = {}  # alive now, by storage
         self._calls: list[set[int]] = []  # the calls under way: which storages each may touch
 
     @property
@@ -87,12 +93,18 @@ class Dataflow(TorchDispatchMode):
 
     def end_batch(self) -> None:
         """An output whose owner has not returned by now was not called by it."""
-        self._refused.update(source for source, _, _ in self._outputs.values())
+        self._refused.update(output.source for output in self._outputs.values())
         self._outputs.clear()
         self._calls.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and refuses the sources it touches without being a known reader."""
+        if func in _EACH_VALUE or func in _OTHER_DIMS:
+            output = self._output(args[0])
+            if output is not None and not self._calls and (func in _EACH_VALUE or _keeps_channels(func, args)):
+                y = func(*args, **(kwargs or {}))
+                self._track(output.source, y)
+                return y
         if self._sources:
             allowed = self._calls[-1] if self._calls else set()
             for tensor in tree_leaves((args, kwargs)):
@@ -103,7 +115,7 @@ class Dataflow(TorchDispatchMode):
 
     def _refuse(self, key: int) -> None:
         if key in self._outputs:
-            self._refused.add(self._outputs[key][0])
+            self._refused.add(self._outputs[key].source)
         if key in self._weights:
             self._refused.add(self._weights[key])
 
@@ -111,28 +123,53 @@ class Dataflow(TorchDispatchMode):
         allowed = {key for parameter in module.parameters() if (key := _key(parameter)) is not None}
         if name in self._layers:
             x = args[0] if args else kwargs.get("input")
-            key = _key(x)
-            output = None if key is None else self._outputs.get(key)
-            if output is not None and _geometry(x) == output[2]:
-                self._inputs.setdefault(name, set()).add(output[0])
-                allowed.add(cast(int, key))
-            else:
-                self._inputs.setdefault(name, set()).add(None)
+            output = self._output(x)
+            self._inputs.setdefault(name, set()).add(output and output.source)
+            if output is not None:
+                allowed.add(cast(int, _key(x)))
         self._calls.append(allowed)
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         self._calls.pop()
-        key = _key(y)
-        if name in self._sources and key is not None:
-            self._outputs[key] = (name, StorageWeakRef(y.untyped_storage()), _geometry(y))
+        if name in self._sources and _key(y) is not None:
+            self._track(name, y)
+
+    def _output(self, x: Any) -> "_Output | None":
+        """The output that x is, whole; None for other tensors, and views of an output that are not known."""
+        key = _key(x)
+        output = None if key is None else self._outputs.get(key)
+        return output if output is not None and _geometry(x) in output.geometries else None
+
+    def _track(self, source: str, y: Tensor) -> None:
+        key = cast(int, _key(y))
+        if key not in self._outputs:
+            self._outputs[key] = _Output(source, StorageWeakRef(y.untyped_storage()), set())
+        self._outputs[key].geometries.add(_geometry(y))
 
     def _close(self, owner: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         """The owner returns: what its sources gave must be gone. (The weak reference keeps the address from reuse.)"""
-        for key, (source, storage, _) in list(self._outputs.items()):
-            if self._owners[source] == owner:
-                if not storage.expired():
-                    self._refused.add(source)
+        for key, output in list(self._outputs.items()):
+            if self._owners[output.source] == owner:
+                if not output.storage.expired():
+                    self._refused.add(output.source)
                 del self._outputs[key]
+
+
+class _Output(NamedTuple):
+    """A storage that holds outputs of `source`, and the views of it that may be read."""
+
+    source: str
+    storage: StorageWeakRef
+    geometries: set[tuple[Any, ...]]
+
+
+def _keeps_channels(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this mean, select or slice is over other dims than the last, which holds the channels."""
+    rank, dims = args[0].dim(), args[1] if len(args) > 1 else 0
+    if dims is None:
+        return False
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return len(dims) > 0 and rank - 1 not in [dim % rank for dim in dims]
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -128,7 +128,8 @@ def _why_not(record: Record) -> str | None:
     """Why H would mean nothing, or cost too much."""
     depth, rows = record.sample.rows.shape[1], record.sample.seen - len(record.sample.rows[::2])
     if record.gram is None:
-        return f"{depth} inputs, gptq is done up to {MAX_GRAM_DEPTH}"
+        rounding = record.config.rounding
+        return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
     if rows < depth:
         return f"{rows} calibration rows beside the held-out ones, gptq needs at least as many as inputs, {depth}"
     return None
@@ -140,7 +141,8 @@ def _round_layer(
 ) -> tuple[Rounded, float, float]:
     """The layer rounded, and its output SQNR on held-out rows before and after; all of inputs divided by `into`."""
     rows, gram = record.sample.rows, cast(Tensor, record.gram)
-    gram = gram - rows[::2].T @ rows[::2]
+    counted = rows[::2][record.sample.positions[::2] < record.gram_rows]
+    gram = gram - counted.T @ counted
     if into is not None:
         rows, gram = rows / into, gram / torch.outer(into, into)
     held_out, seen = rows[::2], rows[1::2]
