@@ -42,7 +42,8 @@ class LayerPlan:
         per_channel: one weight scale per output channel, or one per tensor.
         input_qparams: scale and zero point of a static layer's input.
         observer: the observer the static range came from.
-        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB.
+        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB; "gptq" is the scheme chosen
+            with its weights so rounded, on the half of the sample that did not take part.
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that do nothing in eval mode.
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
@@ -70,6 +71,8 @@ class LayerPlan:
         """The output SQNR of the scheme chosen, or None where nothing was measured, or nothing quantized."""
         if self.kind == "float":
             return None
+        if self.rounding == "gptq":
+            return self.sqnr_db.get("gptq")
         return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
 
 
@@ -227,7 +230,7 @@ def plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
 
-    ranges = {name: _static_qparams(observer) for name, observer in record.observers.items()}
+    ranges = {name: static_qparams(observer) for name, observer in record.observers.items()}
     measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel)
     observer = max(ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
@@ -258,7 +261,8 @@ def plan_trained(layer: QATLinear, record: Record | None) -> LayerPlan:
     return LayerPlan("int8 static", reason, layer.per_channel, trained, "trained", measured)
 
 
-def _static_qparams(observer: Observer) -> QParams:
+def static_qparams(observer: Observer) -> QParams:
+    """The range of a static layer's input, from what an observer saw of it."""
     scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
     return QParams(float(scale), int(zero_point))
 

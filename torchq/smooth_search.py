@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchq.calibrate import Calibration
+from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_layer
+from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams
 from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
 
 
@@ -26,29 +26,41 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
             continue  # dividing its outputs would change its own weight codes
         if any(isinstance(model.get_submodule(name), QATLinear) for name in (source, *readers)):
             continue  # trained on what it has
-        group = {name: (cast(nn.Linear, model.get_submodule(name)), calibration.records[name]) for name in readers}
-        before = {name: plans[name] for name in readers}
-        if not all(layer.sqnr_db for layer in before.values()):
+        if not all(plans[name].sqnr_db for name in readers):
             continue  # nothing was measured
-        peak = torch.stack([record.peak for _, record in group.values()]).amax(dim=0)
-        weights = [layer.weight for layer, _ in group.values()]
-        scales = {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
+        linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in readers}
+        records = {name: calibration.records[name] for name in readers}
+        judged = {name: record.judged() for name, record in records.items()}
+        before = {
+            name: plans[name] if judged[name] is records[name] else plan_layer(linear, judged[name], config)
+            for name, linear in linears.items()
+        }
         after = {
             alpha: {
-                name: plan_layer(scaled_linear(layer, into=s), record.smoothed(layer, config, s), config)
-                for name, (layer, record) in group.items()
+                name: plan_layer(scaled_linear(linear, into=s), judged[name].smoothed(s), config)
+                for name, linear in linears.items()
             }
-            for alpha, s in scales.items()
+            for alpha, s in _scales(linears, judged).items()
         }
         alpha = _cheapest(before, after, config.margin_db)
         if alpha is None:
             continue
-        old, new = _mean_db(before), _mean_db(after[alpha])
-        smoothings[source] = Smoothing(tuple(scales[alpha].tolist()), readers, alpha, old, new)
+        old, new, scales = _mean_db(before), _mean_db(after[alpha]), _scales(linears, records)[alpha]
+        smoothings[source] = Smoothing(tuple(scales.tolist()), readers, alpha, old, new)
         for name, chosen in after[alpha].items():
             reason = f"{chosen.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
-            plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source)
+            ranges = None  # of all data, not only of the half that was judged
+            if chosen.observer is not None:
+                ranges = static_qparams(records[name].smoothed(scales).observers[chosen.observer])
+            plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source, input_qparams=ranges)
     return dataclasses.replace(plan, layers=plans, smoothings=smoothings)
+
+
+def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record]) -> dict[float, Tensor]:
+    """The scales (K,) of each alpha for readers of one input."""
+    peak = torch.stack([record.peak for record in records.values()]).amax(dim=0)
+    weights = [linear.weight for linear in linears.values()]
+    return {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
 
 
 def _cheapest(
@@ -60,6 +72,8 @@ def _cheapest(
     """
     options: list[tuple[float | None, dict[str, LayerPlan]]] = [(None, before), *after.items()]
     most = max(_count(plans, "int8") for _, plans in options)
+    if most == 0:
+        return None  # all stay float
     able = {
         alpha: (_count(plans, "int8 static"), _mean_db(plans))
         for alpha, plans in options
