@@ -78,7 +78,7 @@ def test_inplace_stays_right_between_the_layers_of_a_chain(monkeypatch, failing)
     assert sqnr_db(before(x), model(x)) > 30
 
 
-@pytest.mark.parametrize("loader", [None, [torch.ones(4, 8)]], ids=["no loader", "loader"])
+@pytest.mark.parametrize("loader", [None, [torch.ones(16, 8)]], ids=["no loader", "loader"])
 def test_inplace_frees_each_float_layer_before_the_next(monkeypatch, loader):
     """So that the peak is the float model and one layer more."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))

@@ -7,6 +7,7 @@ its input rows, and how often it was called. Its size does not depend on the num
 import dataclasses
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,9 @@ MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}
 
 GRAM_ROWS = 4
 """XᵀX takes in the first 4 K input rows of a layer: enough for its K x K numbers, at a cost that more batches keep."""
+
+MIN_ROWS = 16
+"""Fewer input rows of a layer are a warning of `convert`: the largest of n + 1 is the new one once in n + 1 times."""
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -179,7 +183,15 @@ def calibrate(
 ) -> Calibration:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
 
-    The model is left as it was: hooks removed, training flags restored, also when a batch fails.
+    The model is left as it was: hooks removed, training flags restored, also when a batch fails. What the loader may
+    give:
+
+    * batches of any and of different sizes, sequence lengths and leading dimensions: a layer's rows are what counts,
+      so they give what the same rows in one batch would;
+    * constant values, a constant channel, nothing but zeros: all ranges are finite, and zero stays exact;
+    * a layer called twice in a forward, or under two names, is one layer that saw the rows of all calls; a weight that
+      two layers share is quantized for each by its own rows;
+    * a layer that only training calls is one that no batch reaches (see `make_plan`).
 
     Args:
         model: the float model.
@@ -216,6 +228,21 @@ def calibrate(
             "once), or none at all for dynamic quantization (with prepare_qat: for observed ranges)."
         )
     return calibration
+
+
+def warn_of_few_rows(records: Mapping[str, Record]) -> None:
+    """One warning, for the caller of `convert`, if a layer saw any input rows, but fewer than MIN_ROWS."""
+    few = {name: record.sample.seen for name, record in records.items() if 0 < record.sample.seen < MIN_ROWS}
+    if not few:
+        return
+    name, rows = min(few.items(), key=lambda item: item[1])
+    warnings.warn(
+        f"torchq.convert: {len(few)} of {len(records)} layers saw fewer than {MIN_ROWS} rows (samples, or tokens) "
+        f"of calib_loader, {name!r} the fewest: {rows}. What so few rows choose may not suit other data: 1 new row in "
+        f"{rows + 1}, or more, is to be expected outside of their range. Pass more data, a hundred samples or more, or "
+        "none at all for dynamic quantization.",
+        stacklevel=3,  # the caller of convert()
+    )
 
 
 def call_with_batch(model: nn.Module, batch: Any, *, function: str = "torchq.convert") -> object:
