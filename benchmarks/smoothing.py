@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from torchq import QConfig, convert
+from torchq.config import ActivationScheme, Rounding, SmoothingScheme
 from torchq.qparams import sqnr_db
 
 WIDTH, LAYERS, OUTLIERS = 512, 4, 5
-CONFIGS = [
-    QConfig(activation=activation, smoothing=smoothing, rounding=rounding)
-    for activation, rounding in (("auto", "nearest"), ("auto", "auto"), ("static", "auto"))
-    for smoothing in ("none", "auto")
-]
+CHOICES: list[tuple[ActivationScheme, Rounding]] = [("auto", "nearest"), ("auto", "auto"), ("static", "auto")]
+SMOOTHING: list[SmoothingScheme] = ["none", "auto"]
+CONFIGS = [QConfig(activation=a, rounding=r, smoothing=s) for a, r in CHOICES for s in SMOOTHING]
 
 
 class Block(nn.Module):

@@ -278,7 +278,7 @@ def test_the_deepest_layer_that_is_not_refused():
     ids=["narrow", "wide", "float64", "int64", "device", "scalar"],
 )
 def test_a_converted_model_refuses_what_it_cannot_take(config, x, message):
-    qmodel = convert(nn.Sequential(nn.Linear(8, 4)), [X], config=config)
+    qmodel = convert(nn.Sequential(nn.Linear(8, 4)), [X] * 3, config=config)
     before = snapshot(qmodel)
     with pytest.raises(RuntimeError, match=rf"^torchq::linear_{config.activation}: {message}"):
         qmodel(x)
@@ -288,7 +288,7 @@ def test_a_converted_model_refuses_what_it_cannot_take(config, x, message):
 @pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
 def test_bytes_of_the_user_are_not_taken_for_codes(config):
     """An image in uint8 is refused by the float model, and must not pass for codes that a layer before handed over."""
-    qmodel = convert(nn.Sequential(nn.Linear(8, 4)), [X], config=config)
+    qmodel = convert(nn.Sequential(nn.Linear(8, 4)), [X] * 3, config=config)
     with pytest.raises((TypeError, RuntimeError), match=r"must be float32, bfloat16.*got (torch.)?uint8"):
         qmodel(torch.zeros(2, 8, dtype=torch.uint8))
 

@@ -2,12 +2,9 @@
 
 import contextlib
 import copy
-import gc
 import io
 import pickle
-import sys
 import warnings
-import weakref
 from itertools import pairwise
 from types import MethodType
 
@@ -20,8 +17,6 @@ from torch.nn.utils import parametrizations
 from torchq import QConfig, QuantizedLinear, convert, simulate
 from torchq.convert import apply_plan
 from torchq.qparams import sqnr_db
-
-_swapping = sys.modules["torchq.convert"]  # torchq.convert is the function
 
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
 by_activation = pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
@@ -300,60 +295,6 @@ def test_the_model_passed_in_is_left_as_it_was(data, config):
     assert not {id(p) for p in model.parameters()} & {id(p) for p in qmodel.parameters()}
 
 
-@with_and_without_data
-def test_inplace_swaps_and_frees_the_float_weights(data):
-    model = Nested().eval()
-    before = copy.deepcopy(model)
-    weights = [weakref.ref(parameter) for parameter in model.parameters()]
-    assert convert(model, data, inplace=True) is model
-    gc.collect()
-    assert not [weight for weight in weights if weight() is not None]
-    assert_close_to_float(before, model)
-
-
-@pytest.mark.parametrize("failing", [1, 4, 7])
-def test_inplace_stays_right_when_memory_runs_out(monkeypatch, failing):
-    """At the first, the fourth and the last of seven layers. What fails before: test_bad_input.py."""
-    from_float, calls = QuantizedLinear.from_float, []
-
-    def fails(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == failing:
-            raise MemoryError
-        return from_float(*args, **kwargs)
-
-    model = Nested().eval()
-    before = copy.deepcopy(model)
-    monkeypatch.setattr(QuantizedLinear, "from_float", fails)
-    with pytest.raises(MemoryError):
-        convert(model, inplace=True)
-    assert sum(type(module) is QuantizedLinear for module in model.modules()) == failing - 1
-    assert_close_to_float(before, model)
-
-
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_inplace_stays_right_between_the_layers_of_a_chain(monkeypatch, failing):
-    """A layer that hands over codes, or has an activation folded in, never stands before one that can't take that."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 40), nn.SiLU(), nn.Linear(40, 8)).eval()
-    before, x = copy.deepcopy(model), torch.randn(64, 24)
-    from_float, calls = QuantizedLinear.from_float, []
-    config = QConfig(activation="static")
-    plan = convert(model, [x], config=config).torchq_plan
-    assert plan.layers["0"].feeds == "2"
-
-    def fails(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == failing:
-            raise MemoryError
-        return from_float(*args, **kwargs)
-
-    monkeypatch.setattr(QuantizedLinear, "from_float", fails)
-    with pytest.raises(MemoryError):
-        apply_plan(model, plan, inplace=True)
-    assert sqnr_db(before(x), model(x)) > 30
-
-
 # ---- the converted model ----
 
 
@@ -421,19 +362,3 @@ def test_digits_lose_less_than_a_point(digits, config, weight):
     with simulate():
         simulated = qmodel(x).argmax(1)
     assert torch.equal(simulated, qmodel(x).argmax(1))
-
-
-@pytest.mark.parametrize("loader", [None, [torch.ones(4, 8)]], ids=["no loader", "loader"])
-def test_inplace_frees_each_float_layer_before_the_next(monkeypatch, loader):
-    """So that the peak is the float model and one layer more."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    floats, alive = [weakref.ref(layer) for layer in model], []
-    original = _swapping.quantize_layer
-
-    def counting(*arguments):
-        alive.append(sum(layer() is not None for layer in floats))
-        return original(*arguments)
-
-    monkeypatch.setattr(_swapping, "quantize_layer", counting)
-    convert(model, loader, inplace=True)
-    assert alive == [3, 2, 1]

@@ -251,7 +251,7 @@ def test_a_plan_survives_json(config):
 
 def test_a_plan_with_an_infinite_sqnr_survives_json():
     """No error at all is inf dB, which JSON (RFC 8259) has no number for."""
-    plan = convert(linear(), [torch.zeros(4, 64)]).torchq_plan
+    plan = convert(linear(), [torch.zeros(16, 64)]).torchq_plan
     assert plan.layers["0"].measured_db == torch.inf
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
 

@@ -68,9 +68,26 @@ CASES = {
         ValueError,
         r"can be quantized; '0': excluded by '\*'\.",
     ),
-    "no batch": (model, {"calib_loader": []}, ValueError, r"calib_loader yielded no batch"),
-    "not a loader": (model, {"calib_loader": 3}, TypeError, r"calib_loader must be an iterable"),
-    "nan": (model, {"calib_loader": [X / 0]}, ValueError, r"layer '0' got an input that is not finite in batch 0"),
+    "no batch": (model, {"calib_loader": []}, ValueError, r"torchq.prepare_qat: calib_loader yielded no batch"),
+    "not a loader": (model, {"calib_loader": 3}, TypeError, r"torchq.prepare_qat: calib_loader must be an iterable"),
+    "not a batch": (
+        model,
+        {"calib_loader": ["text"]},
+        TypeError,
+        r"torchq.prepare_qat: calib_loader gave a batch of type str",
+    ),
+    "too few elements": (
+        model,
+        {"calib_loader": [()]},
+        ValueError,
+        r"torchq.prepare_qat: Sequential.forward requires 1 inputs, a batch of calib_loader has 0",
+    ),
+    "nan": (
+        model,
+        {"calib_loader": [X, X / 0]},
+        ValueError,
+        r"torchq.prepare_qat: layer '0' got an input that is not finite in batch 1",
+    ),
     "not copyable": (uncopyable, {}, TypeError, r"torchq.prepare_qat: this Sequential cannot be copied .*inplace=True"),
 }
 

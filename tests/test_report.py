@@ -77,7 +77,7 @@ def test_the_table():
 
 
 def test_the_table_of_measured_and_of_large_layers():
-    qmodel = convert(nn.Linear(1024, 1024), [torch.randn(4, 1024, generator=torch.Generator().manual_seed(0))])
+    qmodel = convert(nn.Linear(1024, 1024), [torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))])
     result = report(qmodel)
     _, _, row, total = str(result).splitlines()
     assert row.startswith("(root)  int8 ")

@@ -139,6 +139,34 @@ def test_too_deep_a_layer_is_refused(monkeypatch):
     assert "64 inputs, rounding='gptq' takes gptq up to 32" in plan.reason
 
 
+def spikes(rows, size):
+    """Zeros, but for these rows of the 200."""
+    x = torch.zeros(200, 16)
+    x[rows] = normal(len(rows), 16) * torch.tensor(size).unsqueeze(1)
+    return x
+
+
+@pytest.mark.parametrize("config", [GPTQ, AUTO], ids=lambda config: config.rounding)
+@pytest.mark.parametrize(
+    "x",
+    [
+        spikes([0, 2], [1.0, 1e3]),  # both are held out, so H less theirs is rounding errors
+        normal(200, 16) + spikes([0], [1e6]),
+        normal(200, 16) * 1e20,  # the squares overflow
+        normal(200, 16) * 1e-22,  # and underflow
+        torch.zeros(200, 16),
+    ],
+    ids=["spikes", "outlier", "huge", "tiny", "zeros"],
+)
+def test_inputs_whose_squares_say_nothing_are_rounded_to_nearest(x, config):
+    linear = nn.Linear(16, 8)
+    qmodel, nearest = convert(linear, [x], config=config), convert(linear, [x])
+    plan = qmodel.torchq_plan.layers[""]
+    assert (plan.kind, plan.rounding) == (nearest.torchq_plan.layers[""].kind, "nearest")
+    assert "weights to nearest: the squares of its inputs sum to " in plan.reason
+    assert torch.equal(qmodel(x), nearest(x))
+
+
 def test_the_gram_takes_in_the_first_rows_and_no_more():
     """Whatever the number of batches; the rows that judge are taken out of it where they are in it, and only there."""
     data = [correlated(100, 8, seed=i) for i in range(9)]

@@ -6,10 +6,12 @@ its input rows, and how often it was called. Its size does not depend on the num
 
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ ROWS_PER_CHANNEL = 20
 
 GRAM_ROWS = 4
 """XᵀX takes in the first 4 K input rows of a layer: enough for its K x K numbers, at a cost that more batches keep."""
+
+MIN_ROWS = 16
+"""Fewer input rows of a layer are a warning of `convert`: the largest of n + 1 is the new one once in n + 1 times."""
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -205,10 +210,19 @@ def calibrate(
     *,
     forward: Forward | None = None,
     progress: bool | None = None,
+    function: str = "torchq.convert",
 ) -> Calibration:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
 
-    The model is left as it was: hooks removed, training flags restored, also when a batch fails.
+    The model is left as it was: hooks removed, training flags restored, also when a batch fails. What the loader may
+    give:
+
+    * batches of any and of different sizes, sequence lengths and leading dimensions: a layer's rows are what counts,
+      so they give what the same rows in one batch would;
+    * constant values, a constant channel, nothing but zeros: all ranges are finite, and zero stays exact;
+    * a layer called twice in a forward, or under two names, is one layer that saw the rows of all calls; a weight that
+      two layers share is quantized for each by its own rows;
+    * a layer that only training calls is one that no batch reaches (see `make_plan`).
 
     Args:
         model: the float model.
@@ -218,6 +232,7 @@ def calibrate(
         config: which observers, and how many sample rows.
         forward: `forward(model, batch)` instead of that rule.
         progress: a progress bar: None shows it on a terminal only.
+        function: whose errors they are.
 
     Raises:
         ValueError: the loader yields nothing, or a layer's input has NaN or infinity (the message names the layer and
@@ -225,14 +240,14 @@ def calibrate(
         TypeError: a batch is none of the above and there is no `forward`.
     """
     if not isinstance(loader, Iterable):
-        raise TypeError(f"torchq.convert: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
+        raise TypeError(f"{function}: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
     calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, Counter())
-    run = forward or call_with_batch
+    run = forward or partial(call_with_batch, function=function)
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
-        stack.enter_context(_recording(model, layers, calibration))
+        stack.enter_context(_recording(function, model, layers, calibration))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             run(model, batch)
             calibration.batches += 1
@@ -240,14 +255,32 @@ def calibrate(
     calibration.readers = dataflow.readers
     if calibration.batches == 0:
         raise ValueError(
-            "torchq.convert: calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only "
-            "once), or none at all for dynamic quantization."
+            f"{function}: calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only "
+            "once), or none at all for dynamic quantization (with prepare_qat: for observed ranges)."
         )
     return calibration
 
 
-def call_with_batch(model: nn.Module, batch: Any) -> object:
-    """Calls `model` with a batch as loaders give them: a tensor, (input, label, ...), or a dict of arguments."""
+def warn_of_few_rows(records: Mapping[str, Record]) -> None:
+    """One warning, for the caller of `convert`, if a layer saw any input rows, but fewer than MIN_ROWS."""
+    few = {name: record.sample.seen for name, record in records.items() if 0 < record.sample.seen < MIN_ROWS}
+    if not few:
+        return
+    name, rows = min(few.items(), key=lambda item: item[1])
+    warnings.warn(
+        f"torchq.convert: {len(few)} of {len(records)} layers saw fewer than {MIN_ROWS} rows (samples, or tokens) "
+        f"of calib_loader, {name!r} the fewest: {rows}. What so few rows choose may not suit other data: 1 new row in "
+        f"{rows + 1}, or more, is to be expected outside of their range. Pass more data, a hundred samples or more, or "
+        "none at all for dynamic quantization.",
+        stacklevel=3,  # the caller of convert()
+    )
+
+
+def call_with_batch(model: nn.Module, batch: Any, *, function: str = "torchq.convert") -> object:
+    """Calls `model` with a batch as loaders give them: a tensor, (input, label, ...), or a dict of arguments.
+
+    Errors are those of `function`.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
     parameters = inspect.signature(model.forward).parameters
@@ -259,12 +292,12 @@ def call_with_batch(model: nn.Module, batch: Any) -> object:
         required = max(1, sum(p.default is p.empty for p in positional))
         if len(batch) < required:
             raise ValueError(
-                f"torchq.convert: {type(model).__name__}.forward requires {required} inputs, a batch of calib_loader "
+                f"{function}: {type(model).__name__}.forward requires {required} inputs, a batch of calib_loader "
                 f"has {len(batch)} elements. Pass forward=lambda model, batch: ... to say how to call it."
             )
         return model(*batch[:required])
     raise TypeError(
-        f"torchq.convert: calib_loader gave a batch of type {type(batch).__name__}; expected a tensor, a tuple or a "
+        f"{function}: calib_loader gave a batch of type {type(batch).__name__}; expected a tensor, a tuple or a "
         "dict. Pass forward=lambda model, batch: ... to say how to call the model with it."
     )
 
@@ -286,7 +319,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration) -> Iterator[None]:
+def _recording(
+    function: str, model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration
+) -> Iterator[None]:
     def record(name: str) -> Callable[..., None]:
         def hook(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs.get("input")
@@ -296,7 +331,7 @@ def _recording(model: nn.Module, layers: Mapping[str, nn.Linear], calibration: C
                 calibration.records[name].observe(x)
             except ValueError as error:
                 raise ValueError(
-                    f"torchq.convert: layer {name!r} got an input that is not finite in batch {calibration.batches} of "
+                    f"{function}: layer {name!r} got an input that is not finite in batch {calibration.batches} of "
                     f"calib_loader: {error}"
                 ) from error
 

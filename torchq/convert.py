@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from torchq import ops
 from torchq.budget import Evaluate, FirstBatch, fit, make_budget, return_to_float
-from torchq.calibrate import Forward, calibrate, call_with_batch
+from torchq.calibrate import Forward, calibrate, call_with_batch, warn_of_few_rows
 from torchq.config import QConfig
 from torchq.describe import describe
 from torchq.modules.folded import Folded
@@ -42,9 +42,10 @@ def convert(
 
     Args:
         model: a trained model on the CPU, in float32, bfloat16 or float16. It is left as it was, unless `inplace`.
-        calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts. Without one, every layer
-            is dynamic. A model from `prepare_qat` keeps the schemes and ranges it was trained with, either way; data
-            lets its layers be fused and their error be measured.
+        calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts, which may differ in shape
+            (`calibrate` says what each kind of data gives). Fewer than 16 rows (samples, or tokens) for a layer are a
+            UserWarning. Without a loader, every layer is dynamic. A model from `prepare_qat` keeps the schemes and
+            ranges it was trained with, either way; data lets its layers be fused and their error be measured.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
         inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
@@ -86,6 +87,9 @@ def convert(
     if calib_loader is not None:
         calibration = calibrate(model, calib_loader, wanted, config, forward=first, progress=progress)
     plan = make_plan(layers, barred, calibration, config)
+    if calibration is not None:
+        trained = {name for name, layer in wanted.items() if isinstance(layer, QATLinear)}  # they keep their ranges
+        warn_of_few_rows({name: record for name, record in calibration.records.items() if name not in trained})
     rounded: dict[str, Rounded] = {}
     if calibration is not None:
         plan = fuse(model, smooth(model, plan, calibration, config), calibration)

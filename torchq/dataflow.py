@@ -35,9 +35,11 @@ class Dataflow(TorchDispatchMode):
       but for ReLU, and mean, select and slice over other dims than the channels: their results are outputs like it;
     * it was gone when the module that owns the source returned: nobody kept it or passed it on;
     * the readers belong to that owner too, have no other place in the model, and had no other input;
-    * the source's weight was read by nobody else, and nobody listens to the source.
+    * the source's weight was read by nobody else, and nobody listens to the source;
+    * the owner has no Linear that could read the output too, by its number of inputs, and that no batch reached: one
+      only used in training, or an expert that was never chosen.
 
-    What it cannot see is a branch that no batch took, and operations in threads that the model starts.
+    What it cannot see is what else a branch does that no batch took, and operations in threads that the model starts.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
@@ -54,6 +56,7 @@ class Dataflow(TorchDispatchMode):
         self._weights = {
             _key(parameter): name for name, module in self._sources.items() for parameter in module.parameters()
         }
+        self._unreached = {} if not layers else dict(_linears_called(model))
         self._refused: set[str] = set()
         self._inputs: dict[str, set[str | None]] = {}  # by layer: the sources of its inputs, None for any other input
         self._outputs: dict[int, _Output] = {}  # alive now, by storage
@@ -70,9 +73,16 @@ class Dataflow(TorchDispatchMode):
                 self._inputs[name] == {source} and name in self._readable and name.startswith(inside)
                 for name in readers
             )
-            if readers and proven:
+            if readers and proven and not self._may_be_read_unseen(source, inside):
                 found[source] = tuple(name for name in self._layers if name in readers)
         return found
+
+    def _may_be_read_unseen(self, source: str, inside: str) -> bool:
+        """Whether a Linear that no batch reached could take this output, as it is or flattened."""
+        channels = max(1, len(cast(Tensor, self._sources[source].weight)))
+        return any(
+            name.startswith(inside) and layer.in_features % channels == 0 for name, layer in self._unreached.items()
+        )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -84,6 +94,8 @@ class Dataflow(TorchDispatchMode):
             handles.append(module.register_forward_hook(partial(self._leave, name)))
         for owner in set(self._owners.values()):
             handles.append(self._model.get_submodule(owner).register_forward_hook(partial(self._close, owner)))
+        for name, layer in self._unreached.items():
+            handles.append(layer.register_forward_pre_hook(partial(self._reach, name)))
         try:
             with self:
                 yield
@@ -129,6 +141,9 @@ class Dataflow(TorchDispatchMode):
                 allowed.add(cast(int, _key(x)))
         self._calls.append(allowed)
 
+    def _reach(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._unreached.pop(name, None)
+
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         self._calls.pop()
         if name in self._sources and _key(y) is not None:
@@ -170,6 +185,14 @@ def _keeps_channels(func: Any, args: tuple[Any, ...]) -> bool:
         return False
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
     return len(dims) > 0 and rank - 1 not in [dim % rank for dim in dims]
+
+
+def _linears_called(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linear layers by all their names; not those of an nn.MultiheadAttention, which calls none."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention):
+            yield name, module
 
 
 def _is_plain(module: nn.Module) -> bool:

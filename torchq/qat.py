@@ -65,7 +65,9 @@ def prepare_qat(
     elif calib_loader is None:
         starts = {name: ObservedRange() for name in wanted}
     else:
-        calibration = calibrate(model, calib_loader, wanted, config, forward=forward, progress=progress)
+        calibration = calibrate(
+            model, calib_loader, wanted, config, forward=forward, progress=progress, function="torchq.prepare_qat"
+        )
         starts = _starts(wanted, calibration.records, config, ranges)
     reasons = {name: "calib_loader never reached it" for name in wanted if name not in starts} | barred
     if not starts:

@@ -33,13 +33,19 @@ from torchq.smoothing import scaled_linear, scales_around
 MIN_GAIN_DB = 0.5
 """What "auto" wants rounding to gain, in output SQNR on rows it has not seen."""
 
-MIN_ROWS = 4
+INPUTS_PER_ROW = 4
 """A layer of K inputs is rounded on K/4 rows at least: the damping fills up H where they leave it singular."""
 
 MIN_LIKENESS_DB = 10.0
 """How alike a weight rounded to nearest and by GPTQ are at the least: by 30 dB and more, in fact."""
 
 _DAMPING, _BLOCK = 0.01, 128
+
+_MIN_REST = 0.01
+"""How much of XᵀX must be left without the held-out rows: less, and the difference is float32's rounding errors."""
+
+_MIN_SQUARE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+"""The least mean square of inputs, of which float32 keeps all digits."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +205,19 @@ def _why_not(record: Record) -> str | None:
     if record.gram is None:
         rounding = record.config.rounding
         return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
-    if MIN_ROWS * rows < depth:
-        needed = -(-depth // MIN_ROWS)
+    if INPUTS_PER_ROW * rows < depth:
+        needed = -(-depth // INPUTS_PER_ROW)
         return f"{rows} calibration rows beside the held-out ones, gptq needs {needed} for {depth} inputs"
+    whole = float(record.gram.trace())
+    rest = whole - float(_held_out_of_gram(record).square().sum())
+    if not rest > max(_MIN_REST * whole, depth * _MIN_SQUARE):  # nan is not
+        return f"the squares of its inputs sum to {whole:.3g}, {rest:.3g} of it outside of the held-out rows"
     return None
+
+
+def _held_out_of_gram(record: Record) -> Tensor:
+    """The held-out rows that XᵀX took in, (R, K)."""
+    return record.sample.rows[::2][record.sample.positions[::2] < record.gram_rows]
 
 
 @torch.no_grad()
@@ -210,9 +225,8 @@ def _round_layer(
     linear: nn.Linear, plan: LayerPlan, record: Record, into: Tensor | None
 ) -> tuple[Rounded, float, float]:
     """The layer rounded, and its output SQNR on held-out rows before and after; all of inputs divided by `into`."""
-    rows, gram = record.sample.rows, cast(Tensor, record.gram)
-    counted = rows[::2][record.sample.positions[::2] < record.gram_rows]
-    gram = gram - counted.T @ counted
+    rows, counted = record.sample.rows, _held_out_of_gram(record)
+    gram = cast(Tensor, record.gram) - counted.T @ counted
     if into is not None:
         rows, gram = rows / into, gram / torch.outer(into, into)
     held_out, seen = rows[::2], rows[1::2]

@@ -12,7 +12,14 @@ TESTS = ROOT / "tests"
 # What a quick run tests on each CPU. Every test of a kernel goes through all kernels of its CPU.
 QUICK = {
     "neoverse-n1": ["test_kernels.py", "test_ops.py"],
-    "max": ["test_kernels.py", "test_ops.py", "test_linear.py", "test_activations.py", "test_convert.py"],
+    "max": [
+        "test_kernels.py",
+        "test_ops.py",
+        "test_linear.py",
+        "test_activations.py",
+        "test_convert.py",
+        "test_inplace.py",
+    ],
 }
 # Why a test may be skipped there; any other reason is a failure.
 SKIPS = ["emulated by qemu-user", "the checks read x86-64 instructions", "this CPU cannot run neon_i8mm"]

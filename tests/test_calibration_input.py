@@ -1,0 +1,65 @@
+"""What a loader may give: what is refused, with which words."""
+
+import pytest
+import torch
+from test_calibrate import BATCHES, Many, Net, X, Y, normal, recorded, state
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def error_of(loader, model=None, **kwargs):
+    model = model or Net().train()
+    before = state(model)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        recorded(model, loader, **kwargs)
+    assert state(model) == before
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+def test_errors_of_the_loader():
+    assert error_of([]).startswith("ValueError: torchq.convert: calib_loader yielded no batch. Pass a loader with data")
+    used_up = iter(BATCHES)
+    assert len(list(used_up)) == 3
+    assert "(an iterator can be used up only once)" in error_of(used_up)
+    assert error_of(7) == "TypeError: torchq.convert: calib_loader must be an iterable of batches, got int."
+    assert "must be an iterable of batches, got TensorDataset." in error_of(TensorDataset(X, Y))
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, X.numpy(), {1, 2}])
+def test_a_batch_of_an_unknown_type(batch):
+    message = error_of([X, batch])
+    assert message.startswith(f"TypeError: torchq.convert: calib_loader gave a batch of type {type(batch).__name__};")
+    assert message.endswith("Pass forward=lambda model, batch: ... to say how to call the model with it.")
+
+
+@pytest.mark.parametrize(("model", "batch", "required"), [(Net(), (), 1), (Net(), [], 1), (Many(), (X,), 2)])
+def test_a_batch_with_too_few_elements(model, batch, required):
+    assert error_of([batch], model).startswith(
+        f"ValueError: torchq.convert: {type(model).__name__}.forward requires {required} inputs, a batch of "
+        f"calib_loader has {len(batch)} elements. Pass forward=lambda model, batch: ..."
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_input_is_named_by_layer_and_batch(bad):
+    poisoned = X.clone()
+    poisoned[3, 2] = bad
+    message = error_of([X, X, poisoned], nn.ModuleDict({"net": Net()}), forward=lambda model, x: model["net"](x))
+    assert message.startswith("ValueError: torchq.convert: layer 'net.fc' got an input that is not finite in batch 2 ")
+    assert "got 1 NaN or Inf among the 120" in message
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [normal(4, 5), torch.ones(4, 6, dtype=torch.long), normal(4, 6).double(), torch.empty(4, 6, device="meta")],
+    ids=["inner size", "int64", "float64", "device"],
+)
+def test_a_batch_the_model_refuses_gives_the_models_own_error(batch):
+    """Whatever came before it: not an error of the records' insides."""
+    model = Net()
+    with pytest.raises(RuntimeError) as own:
+        model(batch)
+    for before in ([], [X]):
+        with pytest.raises(RuntimeError) as caught:
+            recorded(model, [*before, batch])
+        assert str(own.value) in str(caught.value)

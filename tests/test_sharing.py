@@ -1,0 +1,260 @@
+"""Layers used twice, weights used twice, and layers that no batch reaches: what each becomes, and its values."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from torchq import QConfig, QuantizedLinear, convert
+from torchq.calibrate import calibrate
+from torchq.plan import find_layers
+from torchq.qparams import sqnr_db
+
+K = 32
+STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
+inplace_or_not = pytest.mark.parametrize("inplace", [False, True])
+by_rounding = pytest.mark.parametrize("rounding", ["nearest", "gptq", "auto"])
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(rows, seed):
+    """A few directions carry most of the inputs, which direction depends on `seed`: what gptq gains by."""
+    return normal(rows, 4, seed=seed) @ normal(4, K, seed=seed + 50) + 0.2 * normal(rows, K, seed=seed + 1)
+
+
+DATA, X = [correlated(200, 1), correlated(60, 1)], correlated(100, 1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def outliers(norm, *readers):
+    """Channels 3 and 7 of the norm 50 times as large, and divided out again: what smoothing is for."""
+    norm.weight[[3, 7]] *= 50
+    for reader in readers:
+        reader.weight[:, [3, 7]] /= 50
+
+
+# ---- a layer used twice in one forward ----
+
+
+class Twice(nn.Module):
+    """`fc` reads the norm's output and, 100 times as large, its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(K), nn.Linear(K, K)
+        outliers(self.norm, self.fc)
+
+    def forward(self, x):
+        return self.fc(100 * self.fc(self.norm(x)))
+
+
+@inplace_or_not
+@by_rounding
+def test_a_layer_used_twice_is_one_layer_that_saw_both_inputs(inplace, rounding):
+    model = Twice().eval()
+    record = calibrate(model, DATA, find_layers(model), QConfig()).records["fc"]
+    first = model.norm(torch.cat(DATA))
+    both = torch.cat([first, 100 * model.fc(first)])
+    assert (record.calls, record.sample.seen) == (4, len(both))
+    torch.testing.assert_close(record.extremes, torch.stack(torch.aminmax(both, dim=0)), rtol=1e-5, atol=1e-4)
+
+    qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(rounding=rounding))
+    assert list(qmodel.torchq_plan.layers) == ["fc"]
+    assert qmodel.torchq_plan.smoothings == {}  # its other input would need other scales
+    assert torch.equal(qmodel.norm.weight, model.norm.weight)
+    assert type(qmodel.fc) is QuantizedLinear
+    assert sqnr_db(model(X), qmodel(X)) > 15  # 8 bits for two inputs of which one has outliers, one after the other
+
+
+class SharedInSequential(nn.Sequential):
+    """fc, relu, fc: one layer at two places, which nothing may be folded into."""
+
+    def __init__(self):
+        fc = nn.Linear(K, K)
+        super().__init__(nn.LayerNorm(K), fc, nn.ReLU(), fc)
+        outliers(self[0], fc)
+
+
+@inplace_or_not
+@by_rounding
+def test_a_layer_at_two_places_is_swapped_at_both(inplace, rounding):
+    model = SharedInSequential().eval()
+    qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(rounding=rounding))
+    (plan,) = qmodel.torchq_plan.layers.values()
+    assert qmodel[1] is qmodel[3]
+    assert (type(qmodel[1]), type(qmodel[2])) == (QuantizedLinear, nn.ReLU)
+    assert (plan.activation, plan.feeds, plan.smoothed) == (None, None, None)
+    assert torch.equal(qmodel[0].weight, model[0].weight)
+    assert sqnr_db(model(X), qmodel(X)) > 15
+
+
+# ---- a weight used twice ----
+
+
+class TiedLinears(nn.Module):
+    """One Parameter in two layers; each has its own norm before it, and inputs of its own directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix, self.other = nn.LayerNorm(K), nn.Linear(K, K), nn.LayerNorm(K)
+        self.a, self.b = nn.Linear(K, K), nn.Linear(K, K)
+        self.b.weight = self.a.weight
+        self.norm.weight[[3, 7]] *= 50
+        self.a.weight[:, [3, 7]] /= 50
+
+    def forward(self, x):
+        return self.a(self.norm(x)), self.b(self.other(self.mix(x)))
+
+
+@inplace_or_not
+@by_rounding
+@pytest.mark.parametrize("smoothing", ["none", "auto"])
+def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplace, rounding, smoothing):
+    """The layer that is smoothed gets scaled weights of its own; the other, and the Parameter, keep theirs."""
+    model = TiedLinears().eval()
+    weight = model.a.weight.clone()
+    config = QConfig(activation="dynamic", rounding=rounding, smoothing=smoothing)
+    given = copy.deepcopy(model)
+    parameter = given.a.weight
+    qmodel = convert(given, DATA, inplace=inplace, config=config)
+    assert torch.equal(parameter, weight)
+    for (name, expected), actual in zip(zip("ab", model(X), strict=True), qmodel(X), strict=True):
+        assert sqnr_db(expected, actual) > (15 if smoothing == "none" and name == "a" else 35)
+        # As if nothing were shared: a copy of the weight in each layer, and the same codes and scales.
+    untied = copy.deepcopy(model)
+    untied.b.weight = nn.Parameter(weight.clone())
+    alone = convert(untied, DATA, config=config)
+    assert ("norm" in qmodel.torchq_plan.smoothings) == (smoothing == "auto")
+    assert qmodel.torchq_plan.smoothings == alone.torchq_plan.smoothings
+    for name in ("a", "b"):
+        assert qmodel.torchq_plan.layers[name] == alone.torchq_plan.layers[name]
+        values = zip(
+            qmodel.get_submodule(name).state_dict().values(),
+            alone.get_submodule(name).state_dict().values(),
+            strict=True,
+        )
+        assert all(torch.equal(actual, expected) for actual, expected in values)
+    if rounding == "gptq":
+        assert not torch.equal(qmodel.a.weight, qmodel.b.weight)  # the inputs differ, and with them the rounding
+
+
+class Language(nn.Module):
+    """Tokens in, logits out, and one weight for both: the head's, behind a norm that would be smoothed."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc, self.norm = nn.Embedding(50, K), nn.Linear(K, K), nn.LayerNorm(K)
+        self.head = nn.Linear(K, 50, bias=False)
+        self.head.weight = self.emb.weight
+        self.norm.weight[[3, 7]] *= 50
+        self.head.weight[:, [3, 7]] /= 50
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.fc(self.emb(tokens))))
+
+
+@inplace_or_not
+@by_rounding
+@pytest.mark.parametrize("activation", ["auto", "dynamic"])
+def test_an_embedding_keeps_the_weight_that_a_smoothed_head_shares(inplace, rounding, activation):
+    model = Language().eval()
+    tokens = [torch.randint(50, (8, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    qmodel = convert(
+        copy.deepcopy(model),
+        tokens[:3],
+        inplace=inplace,
+        config=QConfig(activation=activation, rounding=rounding),
+    )
+    assert qmodel.torchq_plan.layers["head"].smoothed == "norm"
+    assert torch.equal(qmodel.emb.weight, model.emb.weight)
+    assert type(qmodel.head) is QuantizedLinear
+    assert sqnr_db(model(tokens[3]), qmodel(tokens[3])) > 30
+
+
+# ---- a layer no batch reaches ----
+
+
+class Auxiliary(nn.Module):
+    """A second head, for training or on request, that reads what the first reads, or that flattened."""
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.flat = flat
+        self.norm, self.head, self.aux = nn.LayerNorm(K), nn.Linear(K, 24), nn.Linear(K * (5 if flat else 1), 3)
+        outliers(self.norm, self.head)
+
+    def forward(self, x, aux=False):
+        y = self.norm(x)
+        if self.training or aux:
+            return self.head(y), self.aux(y.reshape(-1, 5 * K) if self.flat else y)
+        return self.head(y)
+
+
+@inplace_or_not
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("exclude", [(), ("aux",)])
+def test_a_head_used_only_in_training_stays_float_and_exact(inplace, flat, exclude):
+    """Nothing it reads is rescaled, although no batch showed that it reads it."""
+    model = Auxiliary(flat).eval()
+    qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(exclude=exclude))
+    plan = qmodel.torchq_plan
+    assert plan.layers["aux"].kind == "float"
+    assert plan.layers["aux"].reason.startswith("excluded by" if exclude else "calib_loader never reached it")
+    assert plan.smoothings == {}
+    assert torch.equal(qmodel(X, aux=True)[1], model(X, aux=True)[1])
+    assert torch.equal(qmodel.train()(X)[1], model.train()(X)[1])
+    reached = convert(Auxiliary(flat).eval(), DATA, forward=lambda m, x: m(x, aux=True))
+    assert list(reached.torchq_plan.smoothings) == (
+        [] if flat else ["norm"]
+    )  # a view of another shape is no whole read
+
+
+def test_a_head_used_only_in_training_when_the_scheme_is_asked_for():
+    """Static has no range for it. Dynamic needs none."""
+    with pytest.raises(ValueError, match=r"calib_loader never reached 'aux'. Pass data that runs .*, exclude them, or"):
+        convert(Auxiliary().eval(), DATA, config=STATIC)
+    model = Auxiliary().eval()
+    qmodel = convert(model, DATA, config=DYNAMIC)
+    assert qmodel.torchq_plan.layers["aux"].kind == "int8 dynamic"
+    assert qmodel.torchq_plan.smoothings == {}
+    assert sqnr_db(model(X, aux=True)[1], qmodel(X, aux=True)[1]) > 15
+
+
+class Experts(nn.Module):
+    """One of two experts by the sign of the input; both read the norm's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(K), nn.ModuleList([nn.Linear(K, 24) for _ in range(2)])
+        outliers(self.norm, *self.experts)
+
+    def forward(self, x):
+        return self.experts[int(x[0, 0] > 0)](self.norm(x))
+
+
+def test_an_expert_that_no_batch_chose_gets_the_input_it_was_trained_on():
+    model = Experts().eval()
+    x = X * X[0, 0].sign()
+    qmodel = convert(model, [-x])
+    assert [layer.kind == "float" for layer in qmodel.torchq_plan.layers.values()] == [False, True]
+    assert torch.equal(qmodel(x), model(x))
+    both = convert(model, [-x, x])
+    assert both.torchq_plan.smoothings["norm"].layers == ("experts.0", "experts.1")
+    assert sqnr_db(model(x), both(x)) > 35
+
+
+def test_attention_does_not_count_as_unreached():
+    """nn.MultiheadAttention reads its projection's weight without a call: the other norm is smoothed as ever."""
+    block = nn.TransformerEncoderLayer(K, 4, 48, batch_first=True, norm_first=True).eval()
+    outliers(block.norm2, block.linear1)
+    assert "norm2" in convert(block, [x.reshape(2, -1, K) for x in DATA]).torchq_plan.smoothings
