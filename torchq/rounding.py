@@ -30,7 +30,7 @@ from torchq.smoothing import scaled_linear, scales_around
 MIN_GAIN_DB = 0.5
 """What "auto" wants rounding to gain, in output SQNR on rows it has not seen."""
 
-_DAMPING, _BLOCK = 0.01, 128
+_DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of channels stays in a near cache
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,18 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     factor = _inverse_factor(gram.double()[order][:, order])
     rest = weight.double().T[order].contiguous()  # (K, N): a channel is a row
     scale, inverse = scale.double(), scale.reciprocal().double()
-    codes = torch.empty_like(rest)
+    codes, pivots = torch.empty_like(rest), factor.diagonal().tolist()
     for start in range(0, len(rest), _BLOCK):
         stop = min(start + _BLOCK, len(rest))
         errors = torch.empty_like(rest[start:stop])
-        for j in range(start, stop):
-            codes[j] = (rest[j] * inverse).round().clamp(-127, 127)
-            errors[j - start] = (rest[j] - codes[j] * scale) / factor[j, j]
-            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        for first in range(start, stop, _PANEL):
+            last = min(first + _PANEL, stop)
+            panel, done = rest[first:last], errors[first - start : last - start]
+            for j, (w, code, error) in enumerate(zip(panel, codes[first:last], done, strict=True), first):
+                torch.mul(w, inverse, out=code).round_().clamp_(-127, 127)
+                torch.addcmul(w, code, scale, value=-1, out=error).div_(pivots[j])  # the product is exact in float64
+                panel[j + 1 - first :].addr_(factor[j, j + 1 : last], error, alpha=-1)
+            rest[last:stop].addmm_(factor[first:last, last:stop].T, done, alpha=-1)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
     unordered[order] = codes

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchq.calibrate import Calibration
+from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
+from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_layer
+from torchq.plan import LayerPlan, Plan, plan_layer, static_ranges
 from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
 
 
@@ -33,13 +34,7 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
         peak = torch.stack([record.peak for _, record in group.values()]).amax(dim=0)
         weights = [layer.weight for layer, _ in group.values()]
         scales = {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
-        after = {
-            alpha: {
-                name: plan_layer(scaled_linear(layer, into=s), record.smoothed(layer, config, s), config)
-                for name, (layer, record) in group.items()
-            }
-            for alpha, s in scales.items()
-        }
+        after = {alpha: _plan_smoothed(group, s, config) for alpha, s in scales.items()}
         alpha = _cheapest(before, after, config.margin_db)
         if alpha is None:
             continue
@@ -49,6 +44,29 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
             reason = f"{chosen.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
             plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source)
     return dataclasses.replace(plan, layers=plans, smoothings=smoothings)
+
+
+def _plan_smoothed(
+    group: Mapping[str, tuple[nn.Linear, Record]], scales: Tensor, config: QConfig
+) -> dict[str, LayerPlan]:
+    """The plans of these layers with their inputs divided by `scales`; layers that saw the same share the ranges."""
+    plans: dict[str, LayerPlan] = {}
+    known: list[tuple[Record, Record, dict[str, QParams]]] = []
+    for name, (layer, record) in group.items():
+        found = next((entry for entry in known if _saw_the_same(entry[0], record)), None)
+        if found is None:
+            smoothed = record.smoothed(layer, config, scales)
+            found = (record, smoothed, static_ranges(smoothed))
+            known.append(found)
+        plans[name] = plan_layer(scaled_linear(layer, into=scales), found[1], config, found[2])
+    return plans
+
+
+def _saw_the_same(one: Record, other: Record) -> bool:
+    """Whether `Record.smoothed` gives the same for both, as for q, k and v of an attention."""
+    if one.extremes is None or other.extremes is None:
+        return False
+    return torch.equal(one.sample.rows, other.sample.rows) and torch.equal(one.extremes, other.extremes)
 
 
 def _cheapest(
