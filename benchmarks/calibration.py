@@ -11,7 +11,6 @@ the two counts.
 import argparse
 import importlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,7 +32,7 @@ PARTS = ("calibrate", "make_plan", "smooth", "round_weights", "describe", "apply
 def language_model(outliers: int) -> nn.Module:
     """100.4 M parameters with random values: token embedding, 12 pre-norm blocks, head."""
     model = transformer(outliers, width=WIDTH, layers=BLOCKS, heads=HEADS)
-    return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *model[1:-1], nn.Linear(WIDTH, TOKENS)).eval()
+    return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *list(model)[1:-1], nn.Linear(WIDTH, TOKENS)).eval()
 
 
 @torch.no_grad()
@@ -46,9 +45,9 @@ def float_seconds(model: nn.Module, loader: list[Tensor]) -> float:
 
 
 @contextmanager
-def timed_parts() -> Iterator[Counter[str]]:
+def timed_parts() -> Iterator[dict[str, float]]:
     """Inside, the CPU time of each part of `convert` is added up."""
-    seconds: Counter[str] = Counter()
+    seconds = dict.fromkeys(PARTS, 0.0)
     module = importlib.import_module("torchq.convert")
 
     def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
