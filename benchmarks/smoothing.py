@@ -12,6 +12,11 @@ from torchq import QConfig, convert
 from torchq.qparams import sqnr_db
 
 WIDTH, LAYERS, OUTLIERS = 512, 4, 5
+CONFIGS = [
+    QConfig(activation=activation, smoothing=smoothing, rounding=rounding)
+    for activation, rounding in (("auto", "nearest"), ("auto", "auto"), ("static", "auto"))
+    for smoothing in ("none", "auto")
+]
 
 
 class Block(nn.Module):
@@ -57,14 +62,7 @@ def main() -> None:
     for outliers in (0, OUTLIERS):
         model = transformer(outliers)
         expected = model(x)
-        for config in (
-            QConfig(smoothing="none"),
-            QConfig(),
-            QConfig(activation="static", smoothing="none"),
-            QConfig(activation="static"),
-            QConfig(smoothing="none", rounding="auto"),
-            QConfig(rounding="auto"),
-        ):
+        for config in CONFIGS:
             start = time.process_time()
             qmodel = convert(model, data, config=config)
             seconds = time.process_time() - start

@@ -18,10 +18,10 @@ def test_defaults():
         "observer": "auto",
         "percentile": 99.9,
         "min_sqnr_db": 10.0,
-        "margin_db": 1.0,
+        "margin_db": 0.3,
         "sample_rows": 256,
         "smoothing": "auto",
-        "rounding": "nearest",
+        "rounding": "auto",
         "exclude": (),
     }
 

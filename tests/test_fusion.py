@@ -78,7 +78,7 @@ def assert_close_to_float(model, qmodel, **kwargs):
 @pytest.mark.parametrize("kinds", ["ll", "lrl", "lRl", "lrdl", "lirdl", "ldil", "lrrl", "lrlrlr", "lrlrl"])
 def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
     model = chain(kinds).to(dtype)
-    config = QConfig(activation="static", smoothing="none")
+    config = QConfig(activation="static", smoothing="none", rounding="nearest")
     qmodel = convert(model, [x.to(dtype) for x in DATA], config=config)
     x = X.to(dtype)
     assert torch.equal(qmodel(x), oracle(model, qmodel.torchq_plan, x))

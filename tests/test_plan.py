@@ -15,7 +15,8 @@ from torchq.observers import OBSERVERS
 from torchq.plan import LayerPlan, Plan
 from torchq.qparams import sqnr_db
 
-STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
+STATIC, DYNAMIC = (QConfig(activation=name, rounding="nearest") for name in ("static", "dynamic"))
+AUTO = QConfig(rounding="nearest")
 
 
 def even(rows=64, features=64, seed=0):
@@ -55,7 +56,7 @@ def edited(plan, name, **changes):
 
 def test_auto_takes_static_where_it_costs_nothing():
     data = even()
-    layer = planned(linear(), data, QConfig(observer="minmax"))["0"]
+    layer = planned(linear(), data, QConfig(observer="minmax", rounding="nearest"))["0"]
     assert layer.kind == "int8 static"
     assert layer.sqnr_db["minmax"] == layer.sqnr_db["dynamic"]  # the same codes, so the same outputs
     db = f"{layer.sqnr_db['dynamic']:.1f}"
@@ -67,7 +68,7 @@ def test_auto_takes_dynamic_where_static_costs_accuracy():
     """Static: every token has the step of the large ones. Dynamic: a sixteenth of them has, and the noise of the
     activations is 10 log10(16) = 12 dB less. The weights' own noise, as large as the latter, leaves 9.
     """
-    layer = planned(linear(), spiky())["0"]
+    layer = planned(linear(), spiky(), AUTO)["0"]
     assert layer.kind == "int8 dynamic"
     static = max(layer.sqnr_db["minmax"], layer.sqnr_db["percentile"])
     assert layer.sqnr_db["dynamic"] - static > 6

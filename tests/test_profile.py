@@ -1,5 +1,6 @@
 """What the report says of a layer: its stats against independent computation, and its times at the right shapes."""
 
+import dataclasses
 import json
 import math
 
@@ -14,7 +15,8 @@ from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
 from torchq.stats import LayerStats
 
 WIDTH = 64
-CONFIGS = [QConfig(activation=kind, observer="percentile", percentile=95) for kind in ("static", "dynamic")]
+PLAIN = QConfig(observer="percentile", percentile=95, smoothing="none", rounding="nearest")
+CONFIGS = [dataclasses.replace(PLAIN, activation=kind) for kind in ("static", "dynamic")]
 
 
 def normal(*shape, seed=0):
@@ -39,7 +41,7 @@ def model(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_sqnr(weight, dtype):
     float_model = model(dtype)
-    qmodel = convert(float_model, [x.to(dtype) for x in DATA], config=QConfig(weight=weight))
+    qmodel = convert(float_model, [x.to(dtype) for x in DATA], config=QConfig(weight=weight, rounding="nearest"))
     for name, layer in qmodel.torchq_plan.layers.items():
         exact = float_model.get_submodule(name).weight
         axis = 0 if weight == "per_channel" else None

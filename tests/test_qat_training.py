@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchq import QConfig, convert, prepare_qat, simulate
 
-PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100)
+PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100, rounding="nearest")
 
 
 def normal(*shape, seed=0):

@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from torchq import QConfig, convert, quantize
 from torchq.calibrate import MAX_GRAM_DEPTH, Record
 from torchq.convert import apply_plan
+from torchq.plan import Plan
 from torchq.qparams import choose_qparams, sqnr_db
-from torchq.rounding import gptq, mean_error
+from torchq.rounding import gptq, mean_error, rounded_weights
 
-GPTQ, AUTO = (QConfig(rounding=name) for name in ("gptq", "auto"))
+NEAREST, GPTQ, AUTO = (QConfig(rounding=name) for name in ("nearest", "gptq", "auto"))
 
 
 def normal(*shape, seed=0):
@@ -97,7 +99,7 @@ def test_convert_gains_on_new_data(activation, weight, rounding):
     """Where the weights are a good part of the error; static ranges of 8 bits on these inputs are a larger one."""
     linear, data = layer_and_data()
     linear.weight[0] *= 8
-    x, config = correlated(300, 64, 99), QConfig(activation=activation, weight=weight)
+    x, config = correlated(300, 64, 99), QConfig(activation=activation, weight=weight, rounding="nearest")
     before = convert(linear, data, config=config)
     after = convert(linear, data, config=dataclasses.replace(config, rounding=rounding))
     plan = after.torchq_plan.layers[""]
@@ -111,7 +113,7 @@ def test_convert_gains_on_new_data(activation, weight, rounding):
 def test_auto_leaves_weights_that_gain_nothing():
     """Independent inputs: H is a multiple of the identity, up to noise."""
     linear, data = nn.Linear(64, 32), [normal(4000, 64)]
-    nearest, auto = convert(linear, data), convert(linear, data, config=AUTO)
+    nearest, auto = convert(linear, data, config=NEAREST), convert(linear, data, config=AUTO)
     plan = auto.torchq_plan.layers[""]
     assert plan.rounding == "nearest"
     assert plan.reason.endswith("dB on held-out rows, not taken")
@@ -121,12 +123,12 @@ def test_auto_leaves_weights_that_gain_nothing():
 
 @pytest.mark.parametrize("config", [GPTQ, AUTO], ids=lambda config: config.rounding)
 def test_too_few_rows_are_refused(config):
-    linear, data = nn.Linear(64, 32), [correlated(100, 64, 1)]
+    linear, data = nn.Linear(64, 32), [correlated(30, 64, 1)]
     qmodel = convert(linear, data, config=config)
     plan = qmodel.torchq_plan.layers[""]
     assert plan.rounding == "nearest"
-    assert "50 calibration rows beside the held-out ones, gptq needs at least as many as inputs, 64" in plan.reason
-    assert torch.equal(qmodel.weight, convert(linear, data).weight)
+    assert "15 calibration rows beside the held-out ones, gptq needs 16 for 64 inputs" in plan.reason
+    assert torch.equal(qmodel.weight, convert(linear, data, config=NEAREST).weight)
 
 
 def test_too_deep_a_layer_is_refused(monkeypatch):
@@ -167,18 +169,14 @@ def test_it_works_on_smoothed_inputs():
     linear.weight[:, [3, 9]] /= 50
     model = nn.Sequential(extra, norm, linear).eval()
     data, x = [correlated(400, 64, seed) for seed in (1, 3)], correlated(300, 64, 99)
-    before, after = convert(model, data), convert(model, data, config=GPTQ)
+    before, after = convert(model, data, config=NEAREST), convert(model, data, config=GPTQ)
     assert after.torchq_plan.layers["2"].smoothed == "1"
     assert sqnr_db(model(x), after(x)) > sqnr_db(model(x), before(x)) + 0.5
 
 
 def test_a_rounded_layer_hands_smoothed_outputs_on():
     """The scales of the output go into the rounded layer's scale and bias."""
-    first, last = nn.Linear(64, 32), nn.Linear(32, 8)
-    first.weight[[1, 2]] *= 50
-    last.weight[:, [1, 2]] /= 50
-    model = nn.Sequential(first, last).eval()
-    data, x = [correlated(400, 64, seed) for seed in (1, 3)], correlated(300, 64, 99)
+    (model, data), x = smoothed_pair(), correlated(300, 64, 99)
     qmodel = convert(model, data, config=GPTQ)
     assert "0" in qmodel.torchq_plan.smoothings
     assert qmodel.torchq_plan.layers["0"].rounding == "gptq"
@@ -188,12 +186,56 @@ def test_a_rounded_layer_hands_smoothed_outputs_on():
 def test_a_plan_does_not_hold_the_weights():
     linear, data = layer_and_data()
     model = nn.Sequential(linear)
-    plan = convert(model, data, config=GPTQ).torchq_plan
-    with pytest.raises(ValueError, match=r"layer '0' has rounding.*convert again"):
-        apply_plan(model, plan)
-    nearest = {name: dataclasses.replace(layer, rounding="nearest") for name, layer in plan.layers.items()}
-    again = apply_plan(model, dataclasses.replace(plan, layers=nearest))
-    assert torch.equal(again(data[0]), convert(model, data)(data[0]))
+    qmodel, nearest = (convert(model, data, config=config) for config in (GPTQ, NEAREST))
+    x, plan = data[0], Plan.from_dict(qmodel.torchq_plan.to_dict())
+    assert not torch.equal(qmodel(x), nearest(x))
+    with pytest.warns(UserWarning, match=r"torchq.apply_plan: 1 layers \('0'\) have weights rounded .*rounded_weights"):
+        again = apply_plan(model, plan)
+    assert torch.equal(again(x), nearest(x))
+    again.load_state_dict(qmodel.state_dict(), strict=True)
+    assert torch.equal(again(x), qmodel(x))
+
+    edited = {name: dataclasses.replace(layer, rounding="nearest") for name, layer in plan.layers.items()}
+    assert torch.equal(apply_plan(model, dataclasses.replace(plan, layers=edited))(x), nearest(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_plan_and_the_weights_make_the_same_model(bias):
+    model = nn.Sequential(nn.Linear(64, 32, bias=bias), nn.ReLU(), nn.Linear(32, 8, bias=bias)).eval()
+    data = [correlated(400, 64, seed) for seed in (1, 3)]
+    qmodel = convert(model, data, config=GPTQ)
+    rounded = rounded_weights(qmodel)
+    assert list(rounded) == ["0", "2"]
+    again = apply_plan(model, qmodel.torchq_plan, rounded=rounded)
+    assert torch.equal(again(data[0]), qmodel(data[0]))
+    with pytest.raises(ValueError, match=r"^torchq.rounding.rounded_weights: this Sequential has no torchq_plan"):
+        rounded_weights(model)
+
+
+def test_a_parametrized_weight_is_rounded_as_it_is():
+    linear, data = layer_and_data()
+    plain = convert(linear, data, config=GPTQ)
+    normed = convert(parametrizations.weight_norm(linear), data, config=GPTQ)
+    assert (normed.weight - plain.weight).abs().max() <= 1  # weight_norm's own float32 rounding
+
+
+def smoothed_pair():
+    first, last = nn.Linear(64, 32), nn.Linear(32, 8)
+    first.weight[[1, 2]] *= 50
+    last.weight[:, [1, 2]] /= 50
+    return nn.Sequential(first, last).eval(), [correlated(400, 64, seed) for seed in (1, 3)]
+
+
+def test_rounded_weights_of_another_smoothing_are_refused():
+    model, data = smoothed_pair()
+    qmodel = convert(model, data, config=dataclasses.replace(GPTQ, activation="dynamic"))
+    plan, rounded = qmodel.torchq_plan, rounded_weights(qmodel)
+    unsmoothed = {name: dataclasses.replace(layer, smoothed=None) for name, layer in plan.layers.items()}
+    edited = dataclasses.replace(plan, layers=unsmoothed, smoothings={})
+    with pytest.raises(ValueError, match=r"rounded\['0'\] are not this layer's weights as the plan smooths them"):
+        apply_plan(model, edited, rounded=rounded)
+    with pytest.raises(ValueError, match=r"rounded\['0'\] are not this layer's weights"):
+        apply_plan(model, plan, rounded={**rounded, "0": rounded["1"]})
 
 
 def test_it_shows_progress(capsys):

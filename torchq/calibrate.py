@@ -4,7 +4,6 @@ A record holds what the plan decides from: observers of the layer's input (const
 its input rows, and how often it was called. Its size does not depend on the number of batches.
 """
 
-import dataclasses
 import inspect
 import math
 from collections import Counter
@@ -26,6 +25,9 @@ SAMPLE_BYTES = 4 * 2**20
 
 MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}
 """By `QConfig.rounding`: the most inputs of a layer for which XᵀX is kept. 4096 are 64 MiB and seconds of rounding."""
+
+ROWS_PER_CHANNEL = 20
+"""Rows seen for each input channel, from which on a new one seldom leaves the range of any (`Record.judged`)."""
 
 GRAM_ROWS = 4
 """XᵀX takes in the first 4 K input rows of a layer: enough for its K x K numbers, at a cost that more batches keep."""
@@ -98,16 +100,16 @@ class Record:
     gram: Tensor | None = None
     """XᵀX of the first `gram_rows` rows, float32 (K, K); None unless weights are to be rounded by it."""
     gram_rows: int = 0
+    half: Tensor | None = None
+    """The rows that made the ranges, where they are not the sample (`judged`)."""
 
     @classmethod
     def empty(cls, layer: nn.Linear, config: QConfig) -> "Record":
         """A record that has seen nothing, for the observers `config` asks for."""
-        name = config.observer
-        seen = Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, layer.in_features))))
         wanted = layer.in_features <= MAX_GRAM_DEPTH[config.rounding]
         gram = torch.zeros(layer.in_features, layer.in_features) if wanted else None
-        return cls(seen, Sample(rows), config, gram=gram)
+        return cls(_make_seen(config), Sample(rows), config, gram=gram)
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -142,16 +144,45 @@ class Record:
         """max|x_j| of each input channel, (K,); needs data."""
         return torch.empty(0) if self.extremes is None else self.extremes.abs().amax(dim=0)
 
-    def smoothed(self, layer: nn.Linear, config: QConfig, scales: Tensor) -> "Record":
+    def judged(self) -> "Record":
+        """The record itself where its rows are many; where they are few, one whose ranges saw half of the sample, to be
+        measured on the other half.
+
+        The range of each channel is what smoothing divides by, and a new row is beyond it in K / n channels on
+        average, n being the rows seen: every range fits the rows that made it, and no others.
+        """
+        rows = self.sample.rows
+        if self.sample.seen >= ROWS_PER_CHANNEL * rows.shape[1] or len(rows) < 2:
+            return self
+        return self._of(rows[::2], rows[1::2])
+
+    def smoothed(self, scales: Tensor) -> "Record":
         """What calibration would have seen of inputs divided by `scales` (K,).
 
         Exact for the min-max range; the other observers see the sample instead of all rows.
         """
-        record = Record.empty(layer, dataclasses.replace(config, rounding="nearest"))
-        record.observe(self.sample.rows / scales)
-        if config.observer in ("auto", "minmax") and self.extremes is not None:
+        record = self._of(self.observed / scales, self.sample.rows / scales)
+        if self.config.observer in ("auto", "minmax") and self.extremes is not None:
             record.seen.observe(self.extremes / scales)
         return record
+
+    @property
+    def observed(self) -> Tensor:
+        """Rows that made the ranges: the sample, or its half in a `judged` record."""
+        return self.sample.rows if self.half is None else self.half
+
+    def _of(self, observed: Tensor, sample: Tensor) -> "Record":
+        """A record whose ranges have seen `observed`, to be measured on `sample`."""
+        record = Record(_make_seen(self.config), Sample(max(1, len(sample))), self.config, half=observed)
+        record.observe(observed)
+        record.sample = Sample(max(1, len(sample)))
+        record.sample.add(sample)
+        return record
+
+
+def _make_seen(config: QConfig) -> Observer:
+    name = config.observer
+    return Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
 
 
 @dataclass

@@ -28,10 +28,10 @@ class QConfig:
         smoothing: "auto": activation outliers are moved into the weights (SmoothQuant, docs/accuracy.md) where the data
             flow seen in calibration proves it safe and the layers' output SQNR gains; the LayerNorm, RMSNorm or Linear
             before is rescaled for it. "none": no other module than the layers is touched.
-        rounding: "nearest": each weight to its nearest int8 code. "gptq": so that the layer's outputs on the
-            calibration data stay closest, with bias correction (docs/accuracy.md), for layers of up to 4096 inputs that
-            saw enough rows. "auto": gptq where it gains at least 0.5 dB on rows it was not given. Costs time, and K x K
-            floats of memory a layer during calibration.
+        rounding: "gptq": the weights are rounded so that the layer's outputs on the calibration data stay closest, with
+            bias correction (docs/accuracy.md), for layers of up to 4096 inputs that saw enough rows. "auto": up to 1024
+            inputs, and where it gains at least 0.5 dB on rows it was not given. Costs time, and K x K floats of memory
+            a layer during calibration. "nearest": each weight to its nearest int8 code.
         exclude: patterns (as in `fnmatch`) of module names to leave in float; a pattern that names a module excludes
             everything in it.
 
@@ -47,10 +47,10 @@ class QConfig:
     observer: ObserverName = "auto"
     percentile: float = 99.9
     min_sqnr_db: float = 10.0
-    margin_db: float = 1.0
+    margin_db: float = 0.3
     sample_rows: int = 256
     smoothing: SmoothingScheme = "auto"
-    rounding: Rounding = "nearest"
+    rounding: Rounding = "auto"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from torchq.modules.linear import QuantizedLinear, activation_of
 from torchq.modules.qat_linear import QATLinear
 from torchq.ops import Activation
 from torchq.plan import IDLE, Kind, LayerPlan, Plan, excluded, find_layers, fuse, make_plan, why_float
-from torchq.rounding import Rounded, round_weights
+from torchq.rounding import Rounded, round_weights, take_rounded, warn_of_missing
 from torchq.smooth_search import smooth
 from torchq.smoothing import Smoothing, can_scale, scaled_linear, scaled_parameters, scales_around
 
@@ -105,15 +105,17 @@ def apply_plan(
 ) -> nn.Module:
     """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
 
-    `rounded` holds the weights of the layers with `rounding="gptq"`, from `rounding.round_weights`: a plan is too small
-    for them.
+    `rounded` holds the weights of the layers with `rounding="gptq"`, which a plan is too small for:
+    `rounding.rounded_weights(qmodel)` of a model that `convert` returned. A layer without them is rounded to nearest,
+    with a warning; `load_state_dict` of the converted model's state makes it whole too.
 
     Raises:
         ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
-            what it can't, or by halves.
+            what it can't, or by halves; `rounded` has the weights of another layer, or of one smoothed otherwise.
     """
     rounded = rounded or {}
-    _check_plan(model, plan, find_layers(model), rounded)
+    warn_of_missing(plan, rounded)
+    _check_plan(model, plan, find_layers(model))
     names = [name for name in plan.layers if _is_int8(plan, name)]
     try:
         if inplace:
@@ -212,8 +214,8 @@ def quantize_layer(
         activation=activation_of(model.get_submodule(layer.activation) if layer.activation else None),
         takes_codes=any(other.feeds == name for other in plan.layers.values()),
     )
-    if layer.rounding == "gptq" and rounded:
-        quantized.replace_weight(rounded[name].weight, rounded[name].scale, rounded[name].bias)
+    if layer.rounding == "gptq":
+        take_rounded(name, quantized, (rounded or {}).get(name))
     return quantized.train(linear.training)
 
 
@@ -225,7 +227,7 @@ def _is_int8(plan: Plan, name: str) -> bool:
     return plan.layers[name].kind != "float"
 
 
-def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear], rounded: Mapping[str, Rounded]) -> None:
+def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> None:
     """Raises ValueError for what an edit can get wrong."""
     modules = dict(model.named_modules())
 
@@ -243,12 +245,6 @@ def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear], roun
         require(layer.kind in get_args(Kind), name, f"is to be {layer.kind!r}, expected one of {get_args(Kind)}")
         if layer.kind == "int8 static":
             require(layer.input_qparams is not None, name, "is static, but its input_qparams are None")
-        has_weight = layer.kind == "float" or layer.rounding == "nearest" or name in rounded
-        require(
-            has_weight,
-            name,
-            "has rounding='gptq', whose weights no plan holds: convert again, or take rounding='nearest'",
-        )
         if layer.feeds is not None:
             both = is_static(name) and is_static(layer.feeds)
             require(both, name, f"feeds {layer.feeds!r}, so both must be static, with input_qparams")

@@ -42,7 +42,8 @@ class LayerPlan:
         per_channel: one weight scale per output channel, or one per tensor.
         input_qparams: scale and zero point of a static layer's input.
         observer: the observer the static range came from.
-        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB.
+        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB; "gptq" is the scheme chosen
+            with its weights so rounded, on the half of the sample that did not take part.
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that do nothing in eval mode.
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
@@ -70,6 +71,8 @@ class LayerPlan:
         """The output SQNR of the scheme chosen, or None where nothing was measured, or nothing quantized."""
         if self.kind == "float":
             return None
+        if self.rounding == "gptq":
+            return self.sqnr_db.get("gptq")
         return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
 
 
@@ -265,10 +268,11 @@ def plan_trained(layer: QATLinear, record: Record | None) -> LayerPlan:
 
 def static_ranges(record: Record) -> dict[str, QParams]:
     """What each observer of the record would quantize the input with; needs data."""
-    return {name: _static_qparams(observer) for name, observer in record.observers.items()}
+    return {name: static_qparams(observer) for name, observer in record.observers.items()}
 
 
-def _static_qparams(observer: Observer) -> QParams:
+def static_qparams(observer: Observer) -> QParams:
+    """The range of a static layer's input, from what an observer saw of it."""
     scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
     return QParams(float(scale), int(zero_point))
 

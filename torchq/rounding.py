@@ -12,6 +12,8 @@ error that is left, `b += mean(y - y_int8)`. Both change numbers only: the layer
 """
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,13 +24,20 @@ from tqdm import tqdm
 from torchq import ops
 from torchq.calibrate import MAX_GRAM_DEPTH, Calibration, Record
 from torchq.config import QConfig
+from torchq.modules.linear import QuantizedLinear
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan
-from torchq.qparams import choose_qparams, quantize, sqnr_db
+from torchq.plan import LayerPlan, Plan, plan_of
+from torchq.qparams import choose_qparams, dequantize, quantize, sqnr_db
 from torchq.smoothing import scaled_linear, scales_around
 
 MIN_GAIN_DB = 0.5
 """What "auto" wants rounding to gain, in output SQNR on rows it has not seen."""
+
+MIN_ROWS = 4
+"""A layer of K inputs is rounded on K/4 rows at least: the damping fills up H where they leave it singular."""
+
+MIN_LIKENESS_DB = 10.0
+"""How alike a weight rounded to nearest and by GPTQ are at the least: by 30 dB and more, in fact."""
 
 _DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of channels stays in a near cache
 
@@ -133,14 +142,74 @@ def round_weights(
             continue
         linear = cast(nn.Linear, model.get_submodule(name))
         into, out = scales_around(plan.smoothings, name)
-        done, before, after = _round_layer(scaled_linear(linear, into=into), layer, record, into, factors)
+        if into is not None:
+            linear = scaled_linear(linear, into=into)
+        done, before, after = _round_layer(linear, layer, record, into, factors)
         reason = f"{layer.reason}; gptq {before:.1f} -> {after:.1f} dB on held-out rows"
         if config.rounding == "gptq" or after >= before + MIN_GAIN_DB:
-            plans[name] = dataclasses.replace(layer, reason=reason, rounding="gptq")
+            measured = {**layer.sqnr_db, "gptq": after}
+            plans[name] = dataclasses.replace(layer, reason=reason, rounding="gptq", sqnr_db=measured)
             rounded[name] = done if out is None else Rounded(done.weight, done.scale / out, done.bias / out)
         else:
             plans[name] = dataclasses.replace(layer, reason=f"{reason}, not taken")
     return dataclasses.replace(plan, layers=plans), rounded
+
+
+def rounded_weights(qmodel: nn.Module) -> dict[str, Rounded]:
+    """The weights that `convert` rounded by GPTQ, by layer, as `apply_plan(model, plan, rounded=...)` takes them.
+
+    Raises:
+        ValueError: `qmodel` did not come from `torchq.convert`.
+    """
+    found = {}
+    for name, layer in plan_of(qmodel, "rounding.rounded_weights").layers.items():
+        quantized = qmodel.get_submodule(name)
+        if layer.rounding == "gptq" and isinstance(quantized, QuantizedLinear):
+            weight, scale, bias = ops.unpack(quantized.packed)
+            found[name] = Rounded(weight, scale, torch.zeros(len(scale)) if bias is None else bias)
+    return found
+
+
+def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None) -> None:
+    """Gives a layer with its weights rounded to nearest the others; without any, the bias that they would come with.
+
+    Raises:
+        ValueError: they are another layer's, or were made for inputs or outputs smoothed otherwise.
+    """
+    weight, scale, bias = ops.unpack(quantized.packed)
+    if rounded is None:
+        rounded = Rounded(weight, scale, torch.zeros(len(scale)) if bias is None else bias)
+    if rounded.weight.shape != weight.shape or not _alike(weight, scale, rounded):
+        raise ValueError(
+            f"torchq.apply_plan: rounded[{name!r}] are not this layer's weights as the plan smooths them. Take plan "
+            "and weights from the same converted model, and set rounding='nearest' where you edit a smoothing."
+        )
+    quantized.replace_weight(rounded.weight, rounded.scale, rounded.bias)
+
+
+def _alike(weight: Tensor, scale: Tensor, rounded: Rounded) -> bool:
+    some = slice(None, None, max(1, len(weight) // 64))  # rows: whole float layers would double the memory
+    exact = dequantize(weight[some], scale[some], axis=0)
+    found = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
+    return found > MIN_LIKENESS_DB or not exact.any()
+
+
+def warn_of_missing(plan: Plan, rounded: Mapping[str, Rounded]) -> None:
+    """Warns of the layers of a plan whose rounded weights are not there."""
+    missing = [
+        name
+        for name, layer in plan.layers.items()
+        if layer.kind != "float" and layer.rounding == "gptq" and name not in rounded
+    ]
+    if missing:
+        warnings.warn(
+            f"torchq.apply_plan: {len(missing)} layers ({', '.join(map(repr, missing[:3]))}"
+            f"{', ...' if len(missing) > 3 else ''}) have weights rounded with calibration data, which no plan holds: "
+            "they are rounded to nearest now. Pass rounded=torchq.rounding.rounded_weights(qmodel), or load the "
+            "converted model's state_dict.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _why_not(record: Record) -> str | None:
@@ -149,8 +218,9 @@ def _why_not(record: Record) -> str | None:
     if record.gram is None:
         rounding = record.config.rounding
         return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
-    if rows < depth:
-        return f"{rows} calibration rows beside the held-out ones, gptq needs at least as many as inputs, {depth}"
+    if MIN_ROWS * rows < depth:
+        needed = -(-depth // MIN_ROWS)
+        return f"{rows} calibration rows beside the held-out ones, gptq needs {needed} for {depth} inputs"
     return None
 
 

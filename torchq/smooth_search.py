@@ -15,7 +15,7 @@ from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
 from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_layer, static_ranges
+from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams, static_ranges
 from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
 
 
@@ -27,46 +27,58 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
             continue  # dividing its outputs would change its own weight codes
         if any(isinstance(model.get_submodule(name), QATLinear) for name in (source, *readers)):
             continue  # trained on what it has
-        group = {name: (cast(nn.Linear, model.get_submodule(name)), calibration.records[name]) for name in readers}
-        before = {name: plans[name] for name in readers}
-        if not all(layer.sqnr_db for layer in before.values()):
+        if not all(plans[name].sqnr_db for name in readers):
             continue  # nothing was measured
-        peak = torch.stack([record.peak for _, record in group.values()]).amax(dim=0)
-        weights = [layer.weight for layer, _ in group.values()]
-        scales = {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
-        after = {alpha: _plan_smoothed(group, s, config) for alpha, s in scales.items()}
+        linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in readers}
+        records = {name: calibration.records[name] for name in readers}
+        judged = {name: record.judged() for name, record in records.items()}
+        before = {
+            name: plans[name] if judged[name] is records[name] else plan_layer(linear, judged[name], config)
+            for name, linear in linears.items()
+        }
+        after = {alpha: _plan_smoothed(linears, judged, s, config) for alpha, s in _scales(linears, judged).items()}
         alpha = _cheapest(before, after, config.margin_db)
         if alpha is None:
             continue
-        old, new = _mean_db(before), _mean_db(after[alpha])
-        smoothings[source] = Smoothing(tuple(scales[alpha].tolist()), readers, alpha, old, new)
+        old, new, scales = _mean_db(before), _mean_db(after[alpha]), _scales(linears, records)[alpha]
+        smoothings[source] = Smoothing(tuple(scales.tolist()), readers, alpha, old, new)
         for name, chosen in after[alpha].items():
             reason = f"{chosen.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
-            plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source)
+            ranges = None  # of all data, not only of the half that was judged
+            if chosen.observer is not None:
+                ranges = static_qparams(records[name].smoothed(scales).observers[chosen.observer])
+            plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source, input_qparams=ranges)
     return dataclasses.replace(plan, layers=plans, smoothings=smoothings)
 
 
+def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record]) -> dict[float, Tensor]:
+    """The scales (K,) of each alpha for readers of one input."""
+    peak = torch.stack([record.peak for record in records.values()]).amax(dim=0)
+    weights = [linear.weight for linear in linears.values()]
+    return {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
+
+
 def _plan_smoothed(
-    group: Mapping[str, tuple[nn.Linear, Record]], scales: Tensor, config: QConfig
+    linears: Mapping[str, nn.Linear], records: Mapping[str, Record], scales: Tensor, config: QConfig
 ) -> dict[str, LayerPlan]:
     """The plans of these layers with their inputs divided by `scales`; layers that saw the same share the ranges."""
     plans: dict[str, LayerPlan] = {}
     known: list[tuple[Record, Record, dict[str, QParams]]] = []
-    for name, (layer, record) in group.items():
+    for name, record in records.items():
         found = next((entry for entry in known if _saw_the_same(entry[0], record)), None)
         if found is None:
-            smoothed = record.smoothed(layer, config, scales)
+            smoothed = record.smoothed(scales)
             found = (record, smoothed, static_ranges(smoothed))
             known.append(found)
-        plans[name] = plan_layer(scaled_linear(layer, into=scales), found[1], config, found[2])
+        plans[name] = plan_layer(scaled_linear(linears[name], into=scales), found[1], config, found[2])
     return plans
 
 
 def _saw_the_same(one: Record, other: Record) -> bool:
     """Whether `Record.smoothed` gives the same for both, as for q, k and v of an attention."""
-    if one.extremes is None or other.extremes is None:
+    if one.extremes is None or other.extremes is None or not torch.equal(one.extremes, other.extremes):
         return False
-    return torch.equal(one.sample.rows, other.sample.rows) and torch.equal(one.extremes, other.extremes)
+    return torch.equal(one.observed, other.observed) and torch.equal(one.sample.rows, other.sample.rows)
 
 
 def _cheapest(
@@ -78,6 +90,8 @@ def _cheapest(
     """
     options: list[tuple[float | None, dict[str, LayerPlan]]] = [(None, before), *after.items()]
     most = max(_count(plans, "int8") for _, plans in options)
+    if most == 0:
+        return None  # all stay float
     able = {
         alpha: (_count(plans, "int8 static"), _mean_db(plans))
         for alpha, plans in options
