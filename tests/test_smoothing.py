@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchq import QConfig, QuantizedLinear, convert
+from torchq import QConfig, QuantizedLinear, convert, smooth_search
 from torchq.calibrate import calibrate
 from torchq.convert import apply_plan
+from torchq.dataflow import Dataflow
 from torchq.plan import LayerPlan, Plan, find_layers
 from torchq.qparams import sqnr_db
 from torchq.smoothing import Smoothing, smoothing_scales
@@ -408,3 +410,44 @@ def test_in_place_gives_the_same():
     assert smooth is model
     assert smooth.torchq_plan.smoothings
     assert torch.equal(smooth(X), expected)
+
+
+# ---- what the search and the watching cost ----
+
+
+@pytest.mark.parametrize(("run", "alike"), [(read, True), (lambda m, x: m.a(y := m.norm(x)) + m.b(y.relu()), False)])
+def test_layers_share_ranges_only_where_they_saw_the_same(run, alike, monkeypatch):
+    model, config = Block(run), QConfig(activation="static", rounding="nearest")
+    plan = convert(model, DATA, config=config).torchq_plan
+    assert plan.smoothings
+    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: False)
+    assert convert(model, DATA, config=config).torchq_plan == plan
+    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: True)
+    assert (convert(model, DATA, config=config).torchq_plan == plan) is alike
+
+
+class Watch(TorchDispatchMode):
+    """A mode of the model's own."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def read_watched(m, x):
+    with Watch():
+        return read(m, x)
+
+
+@pytest.mark.parametrize(("run", "unseen"), [(read, True), (read_watched, False)])
+def test_recording_an_input_is_not_watched(run, unseen, monkeypatch):
+    """What it takes tens of microseconds to see; under a mode of the model's own it is, and the proof is the same."""
+    seen, dispatch = set(), Dataflow.__torch_dispatch__
+
+    def spy(self, func, *args, **kwargs):
+        seen.add(func)
+        return dispatch(self, func, *args, **kwargs)
+
+    monkeypatch.setattr(Dataflow, "__torch_dispatch__", spy)
+    assert readers(Block(run)) == {"norm": ("a", "b")}
+    assert torch.ops.aten.native_layer_norm.default in seen
+    assert (torch.ops.aten.bincount.default not in seen) is unseen
