@@ -37,18 +37,18 @@ class Block(nn.Module):
         return z
 
 
-def transformer(outliers: int) -> nn.Module:
+def transformer(outliers: int, width: int = WIDTH, layers: int = LAYERS, heads: int = 8) -> nn.Sequential:
     """Random weights; `outliers` channels of each norm 50 times as large, and the next weights 50 times smaller."""
     torch.manual_seed(0)
-    blocks = [Block(WIDTH) for _ in range(LAYERS)]
+    blocks = [Block(width, heads) for _ in range(layers)]
     for block in blocks:
         for norm, readers in ((block.norm1, (block.q, block.k, block.v)), (block.norm2, (block.fc1,))):
-            channels = torch.randperm(WIDTH)[:outliers]
+            channels = torch.randperm(width)[:outliers]
             norm.weight[channels] *= 50
             norm.bias[channels] *= 50
             for reader in readers:
                 reader.weight[:, channels] /= 50
-    return nn.Sequential(nn.Linear(64, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64)).eval()
+    return nn.Sequential(nn.Linear(64, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 64)).eval()
 
 
 @torch.no_grad()

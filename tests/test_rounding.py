@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from torchq import QConfig, convert, quantize
+from torchq import QConfig, convert, quantize, rounding
 from torchq.calibrate import MAX_GRAM_DEPTH, Record
 from torchq.convert import apply_plan
 from torchq.plan import Plan
@@ -73,6 +73,19 @@ def test_it_is_the_textbook_algorithm():
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         expected[:, order[j]] = code.float()
     assert (gptq(weight, scale, gram).float() != expected).float().mean() < 0.01  # ties, by the rounding of the inverse
+
+
+def test_layers_share_a_factor_only_where_they_share_the_inputs(monkeypatch):
+    x, y = correlated(400, 150, 1), correlated(400, 150, 2)
+    layers = [(normal(5, 150, seed=i), data.T @ data) for i, data in enumerate((x, x, y, x))]
+    scales = [choose_qparams(weight, axis=0)[0] for weight, _ in layers]
+    alone = [gptq(weight, scale, gram) for (weight, gram), scale in zip(layers, scales, strict=True)]
+    made, make = [], rounding._inverse_factor
+    monkeypatch.setattr(rounding, "_inverse_factor", lambda gram: made.append(gram) or make(gram))
+    factors = rounding.Factors()
+    shared = [gptq(weight, scale, gram, factors=factors) for (weight, gram), scale in zip(layers, scales, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert len(made) == 3  # of the last one only: x's is made again after y's
 
 
 def test_bias_correction_leaves_no_mean_error():

@@ -5,18 +5,15 @@ import json
 
 import pytest
 import torch
+from smoothable import DATA, Block, K, X, only_smoothed, read
 from torch import nn
 
-from torchq import QConfig, QuantizedLinear, convert
-from torchq.calibrate import calibrate
+from torchq import QConfig, convert, smooth_search
 from torchq.convert import apply_plan
-from torchq.plan import LayerPlan, Plan, find_layers
+from torchq.plan import Plan
 from torchq.qparams import sqnr_db
-from torchq.smoothing import Smoothing, smoothing_scales
+from torchq.smoothing import smoothing_scales
 
-K = 32
-DATA = [torch.randn(4, 16, K, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-X = torch.randn(4, 16, K, generator=torch.Generator().manual_seed(9))
 UNSMOOTHED = QConfig(smoothing="none")
 
 
@@ -25,35 +22,6 @@ def _seeded():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def read(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y)
-
-
-class Block(nn.Module):
-    """A norm and two Linears that read it, as `run(self, x)` says, with 3 channels of the norm 50 times as large."""
-
-    def __init__(self, run=read, norm=nn.LayerNorm, **modules):
-        super().__init__()
-        self.run = run
-        self.norm, self.a, self.b = norm(K), nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.norm.weight.uniform_(0.5, 2)
-        for parameter in self.norm.parameters():
-            parameter[[3, 7, 20]] *= 50
-        self.a.weight[:, [3, 7, 20]] /= 50
-        self.b.weight[:, [3, 7, 20]] /= 50
-        self.eval()
-
-    def forward(self, x, *args):
-        return self.run(self, x, *args)
-
-
-def readers(model, data=DATA):
-    return calibrate(model, data, find_layers(model), QConfig()).readers
 
 
 # ---- what it is for ----
@@ -103,14 +71,6 @@ def test_no_linear_is_rescaled_whose_weights_have_one_scale():
 
 
 # ---- exactness ----
-
-
-def only_smoothed(model, scales, source="norm", layers=("a", "b")):
-    plans = {
-        name: LayerPlan("float", "test", smoothed=source if name in layers else None) for name in find_layers(model)
-    }
-    smoothing = Smoothing(tuple(scales.tolist()), layers, 0.5, 0.0, 0.0)
-    return apply_plan(model, Plan(plans, {source: smoothing}))
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
@@ -209,153 +169,6 @@ def resmoothed(plan, **changes):
     return dataclasses.replace(plan.smoothings["norm"], **changes)
 
 
-# ---- what is not smoothed ----
-
-
-def test_readers_are_found():
-    assert readers(Block()) == {"norm": ("a", "b")}
-
-
-class Returns(nn.Module):
-    """Returns the norm's output to a caller that feeds a Linear of its own with it."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = Block().norm
-
-    def forward(self, x):
-        return self.norm(x)
-
-
-def residual(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y) + y[..., :24]
-
-
-def kept(m, x):
-    y = m.norm(x)
-    m.last = y
-    return m.a(y) + m.b(y)
-
-
-def in_place(m, x):
-    y = m.norm(x)
-    z = m.a(y)
-    y.add_(1)
-    return z + m.b(y)
-
-
-def moved(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y.roll(1, -1))
-
-
-def other_input(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y) + m.a(x)
-
-
-def sometimes(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y) + (y.mean() if x[0, 0, 0] == DATA[2][0, 0, 0] else 0)
-
-
-def numpy_read(m, x):
-    y = m.norm(x)
-    return m.a(y) + m.b(y) + float(y.numpy().mean())
-
-
-def with_hook(on):
-    model = Block()
-    model.get_submodule(on).register_forward_hook(lambda module, args, y: y + 0)
-    return model
-
-
-def with_two_names():
-    model = Block()
-    model.again = model.norm
-    return model
-
-
-def shared_between_blocks():
-    first, second = Block(lambda m, x: m.norm(x) + x), Block()
-    first.norm = second.norm
-    return nn.Sequential(first, second)
-
-
-UNSAFE = {
-    "residual": lambda: Block(residual),
-    "returned beside": lambda: Block(lambda m, x: (lambda y: (m.a(y) + m.b(y), y))(m.norm(x))),
-    "kept as an attribute": lambda: Block(kept),
-    "changed in place": lambda: Block(in_place),
-    "read with its channels moved": lambda: Block(moved),
-    "read through a view": lambda: Block(
-        lambda m, x: (lambda y: m.a(y) + m.b(y.view(-1, K)).view(4, 16, 24))(m.norm(x))
-    ),
-    "a reader has another input": lambda: Block(other_input),
-    "read otherwise in one batch": lambda: Block(sometimes),
-    "read by numpy": lambda: Block(numpy_read),
-    "read by a function": lambda: Block(
-        lambda m, x: (lambda y: m.a(y) + m.b(y) + nn.functional.softmax(y, -1).sum())(m.norm(x))
-    ),
-    "read by another module": lambda: Block(
-        lambda m, x: (lambda y: m.a(y) + m.b(y) + m.c(y))(m.norm(x)), c=nn.Conv1d(16, 16, 9)
-    ),
-    "read by a Linear's function": lambda: Block(
-        lambda m, x: (lambda y: m.a(y) + nn.functional.linear(y, m.b.weight))(m.norm(x))
-    ),
-    "an activation between": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y))(nn.functional.gelu(m.norm(x)))),
-    "mean over channels": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y.mean(-1, keepdim=True))(m.norm(x))),
-    "mean over all": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y.mean())(m.norm(x))),
-    "one channel": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y[..., 3].unsqueeze(-1))(m.norm(x))),
-    "some channels": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y[..., :24])(m.norm(x))),
-    "one token returned": lambda: Block(lambda m, x: (lambda y: (m.a(y) + m.b(y), y[:, 0]))(m.norm(x))),
-    "one token read": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y[:, :1].square().sum())(m.norm(x))),
-    "relu returned": lambda: Block(lambda m, x: (lambda y: (m.a(y) + m.b(y), y.relu()))(m.norm(x))),
-    "mean read": lambda: Block(lambda m, x: (lambda y: m.a(y) + m.b(y) + y.mean(1).exp().sum())(m.norm(x))),
-    "hook on the norm": lambda: with_hook("norm"),
-    "hook on a reader": lambda: with_hook("a"),
-    "norm with two names": with_two_names,
-    "norm shared between blocks": shared_between_blocks,
-    "norm's weight read": lambda: Block(lambda m, x: read(m, x) + m.norm.weight.sum()),
-    "norm's forward called": lambda: Block(lambda m, x: read(m, x) + m.norm.forward(x).sum()),
-    "no weight": lambda: nn.Sequential(nn.LayerNorm(K, elementwise_affine=False), nn.Linear(K, 8)),
-    "several dimensions": lambda: nn.Sequential(nn.LayerNorm((16, K)), nn.Linear(K, 8)),
-    "reader outside of the norm's owner": lambda: nn.Sequential(Returns(), nn.Linear(K, 8)),
-    "no reader": lambda: Block(lambda m, x: m.a(x) + m.norm(x).sum()),
-}
-
-
-@pytest.mark.parametrize("case", UNSAFE)
-def test_nothing_is_smoothed_that_others_see(case):
-    model = UNSAFE[case]().eval()
-    assert not any(isinstance(model.get_submodule(source), (nn.LayerNorm, nn.RMSNorm)) for source in readers(model))
-
-
-def through(f, g=None):
-    """Both read f of the norm's output, or one f and the other g."""
-    return Block(lambda m, x: (lambda y: m.a(f(y)).mean() + m.b((g or f)(y)).sum())(m.norm(x)))
-
-
-SAFE = {
-    "relu": lambda: through(torch.relu),
-    "relu in place": lambda: through(lambda y: y.relu_()),
-    "mean over tokens": lambda: through(lambda y: y.mean(1)),
-    "mean over all rows": lambda: through(lambda y: y.mean((0, -2), keepdim=True)),
-    "one token": lambda: through(lambda y: y[:, 0]),
-    "some tokens and some more": lambda: through(lambda y: y[:, :8], lambda y: y[1, ::2]),
-    "relu of a mean of some": lambda: through(lambda y: y[:, 1:].mean(1).relu(), lambda y: y),
-}
-
-
-@pytest.mark.parametrize("case", SAFE)
-def test_what_keeps_the_channels_may_lie_between(case):
-    model = SAFE[case]().eval()
-    assert readers(model) == {"norm": ("a", "b")}
-    scales = torch.rand(K) * 10 + 0.01
-    torch.testing.assert_close(only_smoothed(model, scales)(X), model(X), rtol=1e-4, atol=1e-4)
-
-
 def test_outliers_behind_a_relu_cost_nothing():
     """An MLP's hidden layer, fused into one u8 chain as ever."""
     first, last = nn.Linear(K, K), nn.Linear(K, 8)
@@ -383,24 +196,6 @@ def test_ranges_that_fit_few_rows_are_not_believed():
     assert sqnr_db(model(new), smooth(new)) > sqnr_db(model(new), plain(new)) - 1
 
 
-def test_an_excluded_reader_prevents_it():
-    qmodel = convert(Block(), DATA, config=QConfig(exclude=("b",)))
-    assert qmodel.torchq_plan.smoothings == {}
-    assert [type(qmodel.a), type(qmodel.b)] == [QuantizedLinear, nn.Linear]
-
-
-def test_a_norm_called_twice_for_the_same_readers_is_fine():
-    model = Block(lambda m, x: read(m, x) + read(m, -x))
-    assert readers(model) == {"norm": ("a", "b")}
-    assert sqnr_db(model(X), convert(model, DATA)(X)) > 30
-
-
-def test_calibration_leaves_no_hooks():
-    model = Block()
-    readers(model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 def test_in_place_gives_the_same():
     model = Block()
     expected = convert(model, DATA)(X)
@@ -408,3 +203,17 @@ def test_in_place_gives_the_same():
     assert smooth is model
     assert smooth.torchq_plan.smoothings
     assert torch.equal(smooth(X), expected)
+
+
+# ---- what the search and the watching cost ----
+
+
+@pytest.mark.parametrize(("run", "alike"), [(read, True), (lambda m, x: m.a(y := m.norm(x)) + m.b(y.relu()), False)])
+def test_layers_share_ranges_only_where_they_saw_the_same(run, alike, monkeypatch):
+    model, config = Block(run), QConfig(activation="static", rounding="nearest")
+    plan = convert(model, DATA, config=config).torchq_plan
+    assert plan.smoothings
+    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: False)
+    assert convert(model, DATA, config=config).torchq_plan == plan
+    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: True)
+    assert (convert(model, DATA, config=config).torchq_plan == plan) is alike

@@ -76,9 +76,11 @@ class Sample:
         index = torch.arange(self.seen, self.seen + rows.shape[0])
         draw = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
         slot = torch.where(index < self.capacity, index, (draw * (index + 1)).long())
-        for i in (slot < self.capacity).nonzero().flatten().tolist():
-            self._kept[slot[i]] = rows[i]
-            self._positions[slot[i]] = index[i]
+        hits = (slot < self.capacity).nonzero().flatten()
+        last = dict(zip(slot[hits].tolist(), hits.tolist(), strict=True))  # of the rows for one slot, the last stays
+        slots, chosen = torch.tensor(list(last), dtype=torch.long), torch.tensor(list(last.values()), dtype=torch.long)
+        self._kept[slots] = rows[chosen]
+        self._positions[slots] = index[chosen]
         self.seen += rows.shape[0]
 
 
@@ -137,7 +139,7 @@ class Record:
             self.gram.addmm_(first.T, first)
             self.gram_rows += len(first)
         if len(rows) > 0:
-            lo, hi = torch.aminmax(rows, dim=0)
+            lo, hi = rows.amin(dim=0), rows.amax(dim=0)  # a tenth of the time of aminmax(dim=0)
             if self.extremes is not None:
                 lo, hi = torch.minimum(lo, self.extremes[0]), torch.maximum(hi, self.extremes[1])
             self.extremes = torch.stack([lo, hi])
@@ -247,7 +249,7 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
-        stack.enter_context(_recording(function, model, layers, calibration))
+        stack.enter_context(_recording(function, model, layers, calibration, dataflow))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             run(model, batch)
             calibration.batches += 1
@@ -320,7 +322,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    function: str, model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration
+    function: str, model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration, dataflow: Dataflow
 ) -> Iterator[None]:
     def record(name: str) -> Callable[..., None]:
         def hook(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -328,7 +330,8 @@ def _recording(
             if x is None or not _fits(layer, x):
                 return  # the layer itself will say what is wrong with it
             try:
-                calibration.records[name].observe(x)
+                with dataflow.paused():
+                    calibration.records[name].observe(x)
             except ValueError as error:
                 raise ValueError(
                     f"{function}: layer {name!r} got an input that is not finite in batch {calibration.batches} of "

@@ -222,15 +222,20 @@ def make_plan(
     return Plan(plans)
 
 
-def plan_layer(layer: nn.Linear, record: Record, config: QConfig) -> LayerPlan:
-    """The scheme and range with the least error on the layer's sample, or float where none is good enough."""
+def plan_layer(
+    layer: nn.Linear, record: Record, config: QConfig, ranges: Mapping[str, QParams] | None = None
+) -> LayerPlan:
+    """The scheme and range with the least error on the layer's sample, or float where none is good enough.
+
+    `ranges` are those of `static_ranges(record)`, for a caller that has them.
+    """
     per_channel = config.weight == "per_channel"
     if record.calls == 0 and config.activation == "auto":
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
 
-    ranges = {name: static_qparams(observer) for name, observer in record.observers.items()}
+    ranges = static_ranges(record) if ranges is None else ranges
     measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel)
     observer = max(ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
@@ -259,6 +264,11 @@ def plan_trained(layer: QATLinear, record: Record | None) -> LayerPlan:
     if trained is None:
         return LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=measured)
     return LayerPlan("int8 static", reason, layer.per_channel, trained, "trained", measured)
+
+
+def static_ranges(record: Record) -> dict[str, QParams]:
+    """What each observer of the record would quantize the input with; needs data."""
+    return {name: static_qparams(observer) for name, observer in record.observers.items()}
 
 
 def static_qparams(observer: Observer) -> QParams:

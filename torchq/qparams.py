@@ -235,7 +235,7 @@ def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = torch.zeros(x.shape[:1] if axis is not None else (), device=x.device, dtype=torch.float32)
         return zeros, zeros
-    lo, hi = torch.aminmax(x) if axis is None else torch.aminmax(x, dim=1)
+    lo, hi = torch.aminmax(x) if axis is None else (x.amin(1), x.amax(1))
     return lo.float(), hi.float()
 
 

@@ -39,7 +39,7 @@ INPUTS_PER_ROW = 4
 MIN_LIKENESS_DB = 10.0
 """How alike a weight rounded to nearest and by GPTQ are at the least: by 30 dB and more, in fact."""
 
-_DAMPING, _BLOCK = 0.01, 128
+_DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of channels stays in a near cache
 
 _MIN_REST = 0.01
 """How much of XᵀX must be left without the held-out rows: less, and the difference is float32's rounding errors."""
@@ -57,7 +57,7 @@ class Rounded:
     bias: Tensor
 
 
-def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | None" = None) -> Tensor:
     """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of 128 channels.
 
     Time N·K² + 4/3·K³ multiplications and 3 temporary float64 matrices of K x K.
@@ -66,6 +66,7 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
         weight: float32 (N, K).
         scale: float32 (N,), positive.
         gram: XᵀX of the inputs, (K, K). A channel that was always zero is rounded to nearest.
+        factors: from the call before, for layers that may share its `gram`.
 
     Returns:
         int8 (N, K), in [-127, 127].
@@ -77,21 +78,38 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     tensor([[  0,   1, 127]], dtype=torch.int8)
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(gram.double()[order][:, order])
-    rest = weight.double().T[order].contiguous()  # (K, N): a channel is a row
+    factor = (factors or Factors()).of(gram.double()[order][:, order])
+    rest = weight.detach().T.contiguous()[order].double()  # (K, N): a channel is a row
+    codes = torch.empty_like(rest, dtype=torch.int8)
+    errors, code = torch.empty_like(rest[:_BLOCK]), torch.empty_like(rest[0])
     scale, inverse = scale.double(), scale.reciprocal().double()
-    codes = torch.empty_like(rest)
+    places, pivots = order.tolist(), factor.diagonal().tolist()
     for start in range(0, len(rest), _BLOCK):
         stop = min(start + _BLOCK, len(rest))
-        errors = torch.empty_like(rest[start:stop])
-        for j in range(start, stop):
-            codes[j] = (rest[j] * inverse).round().clamp(-127, 127)
-            errors[j - start] = (rest[j] - codes[j] * scale) / factor[j, j]
-            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    return unordered.T.to(torch.int8).contiguous()
+        for first in range(start, stop, _PANEL):
+            last = min(first + _PANEL, stop)
+            panel, found = rest[first:last], errors[first - start : last - start]
+            for j, (w, error) in enumerate(zip(panel, found, strict=True), first):
+                torch.mul(w, inverse, out=code).round_().clamp_(-127, 127)
+                torch.addcmul(w, code, scale, value=-1, out=error).div_(pivots[j])  # the product is exact in float64
+                panel[j + 1 - first :].addr_(factor[j, j + 1 : last], error, alpha=-1)
+                codes[places[j]] = code
+            rest[last:stop].addmm_(factor[first:last, last:stop].T, found, alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    return codes.T.contiguous()
+
+
+class Factors:
+    """U by H. The last one is kept, since q, k and v of an attention follow each other and share theirs."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, gram: Tensor) -> Tensor:
+        """U of H = `gram`, float64 (K, K)."""
+        if self._last is None or not torch.equal(self._last[0], gram):
+            self._last = gram, _inverse_factor(gram)
+        return self._last[1]
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
@@ -121,6 +139,7 @@ def round_weights(
         for name, layer in plan.layers.items()
         if layer.kind != "float" and layer.sqnr_db and not isinstance(model.get_submodule(name), QATLinear)
     ]
+    factors = Factors()
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         layer, record = plan.layers[name], calibration.records[name]
         why_not = _why_not(record)
@@ -131,7 +150,7 @@ def round_weights(
         into, out = scales_around(plan.smoothings, name)
         if into is not None:
             linear = scaled_linear(linear, into=into)
-        done, before, after = _round_layer(linear, layer, record, into)
+        done, before, after = _round_layer(linear, layer, record, into, factors)
         reason = f"{layer.reason}; gptq {before:.1f} -> {after:.1f} dB on held-out rows"
         if config.rounding == "gptq" or after >= before + MIN_GAIN_DB:
             measured = {**layer.sqnr_db, "gptq": after}
@@ -222,7 +241,7 @@ def _held_out_of_gram(record: Record) -> Tensor:
 
 @torch.no_grad()
 def _round_layer(
-    linear: nn.Linear, plan: LayerPlan, record: Record, into: Tensor | None
+    linear: nn.Linear, plan: LayerPlan, record: Record, into: Tensor | None, factors: Factors
 ) -> tuple[Rounded, float, float]:
     """The layer rounded, and its output SQNR on held-out rows before and after; all of inputs divided by `into`."""
     rows, counted = record.sample.rows, _held_out_of_gram(record)
@@ -242,7 +261,7 @@ def _round_layer(
 
     exact = nn.functional.linear(held_out, weight, bias)
     nearest = run(held_out, quantize(weight, scale, axis=0), bias)
-    codes = gptq(weight, scale, gram)
+    codes = gptq(weight, scale, gram, factors=factors)
     corrected = bias + mean_error(nn.functional.linear(seen, weight, bias), run(seen, codes, bias))
     after = run(held_out, codes, corrected)
     return Rounded(codes, scale, corrected), sqnr_db(exact, nearest), sqnr_db(exact, after)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from torchq.calibrate import Calibration, Record
 from torchq.config import QConfig
+from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams
+from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams, static_ranges
 from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
 
 
@@ -35,13 +36,7 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
             name: plans[name] if judged[name] is records[name] else plan_layer(linear, judged[name], config)
             for name, linear in linears.items()
         }
-        after = {
-            alpha: {
-                name: plan_layer(scaled_linear(linear, into=s), judged[name].smoothed(s), config)
-                for name, linear in linears.items()
-            }
-            for alpha, s in _scales(linears, judged).items()
-        }
+        after = {alpha: _plan_smoothed(linears, judged, s, config) for alpha, s in _scales(linears, judged).items()}
         alpha = _cheapest(before, after, config.margin_db)
         if alpha is None:
             continue
@@ -61,6 +56,29 @@ def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record]) -> 
     peak = torch.stack([record.peak for record in records.values()]).amax(dim=0)
     weights = [linear.weight for linear in linears.values()]
     return {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
+
+
+def _plan_smoothed(
+    linears: Mapping[str, nn.Linear], records: Mapping[str, Record], scales: Tensor, config: QConfig
+) -> dict[str, LayerPlan]:
+    """The plans of these layers with their inputs divided by `scales`; layers that saw the same share the ranges."""
+    plans: dict[str, LayerPlan] = {}
+    known: list[tuple[Record, Record, dict[str, QParams]]] = []
+    for name, record in records.items():
+        found = next((entry for entry in known if _saw_the_same(entry[0], record)), None)
+        if found is None:
+            smoothed = record.smoothed(scales)
+            found = (record, smoothed, static_ranges(smoothed))
+            known.append(found)
+        plans[name] = plan_layer(scaled_linear(linears[name], into=scales), found[1], config, found[2])
+    return plans
+
+
+def _saw_the_same(one: Record, other: Record) -> bool:
+    """Whether `Record.smoothed` gives the same for both, as for q, k and v of an attention."""
+    if one.extremes is None or other.extremes is None or not torch.equal(one.extremes, other.extremes):
+        return False
+    return torch.equal(one.observed, other.observed) and torch.equal(one.sample.rows, other.sample.rows)
 
 
 def _cheapest(

@@ -1,0 +1,51 @@
+"""A norm with three outlier channels and two Linears that read it, for the tests of smoothing and of its proof."""
+
+import torch
+from torch import nn
+
+from torchq import QConfig
+from torchq.calibrate import calibrate
+from torchq.convert import apply_plan
+from torchq.plan import LayerPlan, Plan, find_layers
+from torchq.smoothing import Smoothing
+
+K = 32
+DATA = [torch.randn(4, 16, K, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+X = torch.randn(4, 16, K, generator=torch.Generator().manual_seed(9))
+
+
+def read(m, x):
+    y = m.norm(x)
+    return m.a(y) + m.b(y)
+
+
+class Block(nn.Module):
+    """A norm and two Linears that read it, as `run(self, x)` says, with 3 channels of the norm 50 times as large."""
+
+    def __init__(self, run=read, norm=nn.LayerNorm, **modules):
+        super().__init__()
+        self.run = run
+        self.norm, self.a, self.b = norm(K), nn.Linear(K, 24), nn.Linear(K, 24, bias=False)
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.norm.weight.uniform_(0.5, 2)
+        for parameter in self.norm.parameters():
+            parameter[[3, 7, 20]] *= 50
+        self.a.weight[:, [3, 7, 20]] /= 50
+        self.b.weight[:, [3, 7, 20]] /= 50
+        self.eval()
+
+    def forward(self, x, *args):
+        return self.run(self, x, *args)
+
+
+def readers(model, data=DATA):
+    return calibrate(model, data, find_layers(model), QConfig()).readers
+
+
+def only_smoothed(model, scales, source="norm", layers=("a", "b")):
+    plans = {
+        name: LayerPlan("float", "test", smoothed=source if name in layers else None) for name in find_layers(model)
+    }
+    smoothing = Smoothing(tuple(scales.tolist()), layers, 0.5, 0.0, 0.0)
+    return apply_plan(model, Plan(plans, {source: smoothing}))
