@@ -34,7 +34,7 @@ from benchmarks.peers import Peer, Run, available
 from benchmarks.timing import interleaved, machine
 from torchq.qparams import sqnr_db
 
-BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 8}  # rows of a batch: what is calibrated on, asked and timed
+BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows of a batch: what is calibrated on, asked and timed
 CALIBRATION_BATCHES, TEST_BATCHES = 16, 32  # of the test batches, as many as there are
 TWIN = ", outliers"
 
@@ -43,7 +43,7 @@ def tasks(names: Sequence[str], calibration: int, test: int) -> Iterator[Task]:
     """Each model by name, then its outlier twin, with so many batches at most."""
     for name in names:
         recipe = models.RECIPES[name]
-        data = models.Data(recipe.kind)
+        data = models.Data(recipe.kind, recipe.context)
         model = models.load(recipe, data)
         twin = models.with_outliers(model)
         size = BATCH[recipe.kind]

@@ -18,14 +18,14 @@ from torchq.qparams import sqnr_db
 SMALL = {  # a step or two of each kind: enough for everything but what it has learned
     "mlp": Recipe("mlp", width=64, depth=2, steps=2, batch=16, learning_rate=1e-3),
     "vit": Recipe("vit", width=32, depth=1, steps=2, batch=4, learning_rate=1e-3),
-    "gpt": Recipe("gpt", width=32, depth=1, steps=2, batch=2, learning_rate=1e-3),
-    "bert": Recipe("bert", width=32, depth=1, steps=2, batch=2, learning_rate=1e-3),
+    "gpt": Recipe("gpt", width=32, depth=1, steps=2, batch=2, learning_rate=1e-3, context=128),
+    "bert": Recipe("bert", width=32, depth=1, steps=2, batch=2, learning_rate=1e-3, context=128),
 }
 
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, models.Data]:
-    return {kind: models.Data(kind) for kind in SMALL}
+    return {kind: models.Data(kind, recipe.context) for kind, recipe in SMALL.items()}
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -115,7 +115,7 @@ def test_questions_about_text(data):
 
 def test_held_out_text_is_not_trained_on():
     train, test = (bytes(split.to(torch.uint8).tolist()) for split in models.standard_library())
-    window = test[10_000 : 10_000 + models.CONTEXT]
+    window = test[10_000 : 10_000 + 128]
     assert window in test
     assert window not in train
 
