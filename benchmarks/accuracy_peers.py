@@ -45,6 +45,24 @@ def _torchq(config: torchq.QConfig | None = None) -> Make:
     return make
 
 
+def _torchq_qat(task: Task, x: Tensor, threads: int) -> Run:
+    """Static per layer, then trained to give the float model's outputs on the calibration inputs: no labels."""
+    model = torchq.prepare_qat(task.model, task.calibration)
+    with torch.no_grad():
+        exact = [task.model(batch) for batch in task.calibration]
+    optimizer = torch.optim.Adam(model.parameters(), lr=QAT_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, QAT_STEPS)
+    with torch.enable_grad():
+        for step in range(QAT_STEPS):
+            which = step % len(exact)
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(task.calibration[which]), exact[which]).backward()
+            optimizer.step()
+            schedule.step()
+    qmodel = torchq.convert(model.eval(), task.calibration)
+    return lambda: qmodel(x)
+
+
 def _float32(task: Task, x: Tensor, threads: int) -> Run:
     return lambda: task.model(x)
 
@@ -221,12 +239,14 @@ def _openvino_dynamic(group: int) -> Make:
 
 
 OURS, FLOAT = "torchq auto", "torch float32"
+QAT_STEPS, QAT_RATE = 200, 1e-4
 ONNXRUNTIME, OPENVINO = ("onnx", "onnxscript", "onnxruntime"), ("openvino",)
 CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each counts
     Peer(FLOAT, False, _float32),
     Peer(OURS, True, _torchq()),
     Peer("torchq dynamic", True, _torchq(torchq.QConfig(activation="dynamic"))),
     Peer("torchq static", True, _torchq(torchq.QConfig(activation="static"))),
+    Peer("torchq QAT", True, _torchq_qat),
     Peer("torch.ao dynamic: default", True, _torch_dynamic("x86", per_channel=False)),
     Peer("torch.ao dynamic: per channel", True, _torch_dynamic("x86", per_channel=True)),
     Peer("torch.ao dynamic: per channel, onednn", True, _torch_dynamic("onednn", per_channel=True)),

@@ -1,6 +1,7 @@
 """prepare_qat(): quantization-aware training. prepare_qat -> train as ever -> convert."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -65,8 +66,9 @@ def prepare_qat(
     elif calib_loader is None:
         starts = {name: ObservedRange() for name in wanted}
     else:
+        seen = dataclasses.replace(config, smoothing="none", rounding="nearest")  # only ranges are wanted
         calibration = calibrate(
-            model, calib_loader, wanted, config, forward=forward, progress=progress, function="torchq.prepare_qat"
+            model, calib_loader, wanted, seen, forward=forward, progress=progress, function="torchq.prepare_qat"
         )
         starts = _starts(wanted, calibration.records, config, ranges)
     reasons = {name: "calib_loader never reached it" for name in wanted if name not in starts} | barred
