@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
@@ -9,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchq.calibrate import Forward, Record, calibrate
+from torchq.calibrate import Calibration, Forward, Record, calibrate
 from torchq.config import QConfig
 from torchq.convert import leave_fast_path, select_layers
 from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
-from torchq.plan import Kind, LayerPlan, Plan, measure
+from torchq.plan import Kind, LayerPlan, Plan, measure, plan_layer
+from torchq.smooth_search import smooth
+from torchq.smoothing import Smoothing, scaled_linear, scaled_parameters, scales_around
 
 Ranges = Literal["auto", "learned", "observed"]
 
@@ -39,8 +43,9 @@ def prepare_qat(
         model: a model on the CPU; once prepared it may be moved anywhere to train. Left as it was, unless `inplace`.
         calib_loader: typical batches, as for `convert`: where the static ranges start. A layer they never reach stays
             float if its range is to be learned.
-        config: a QConfig, of which `weight`, `activation`, `exclude` and what describes the observers count. "auto"
-            is "static" here: training makes up for what a fixed range loses, and static is the faster at inference.
+        config: a QConfig, of which `weight`, `activation`, `smoothing`, `exclude` and what describes the observers
+            count. "auto" is "static" here: training makes up for what a fixed range loses, and static is the faster at
+            inference. Smoothing, where it is proven safe, rescales the parameters to train: the same float function.
         ranges: of static inputs. "learned": parameters, trained with the weights. "observed": buffers, a moving
             average over the training batches. "auto": learned with a calib_loader, observed without.
         forward: `forward(model, batch)`: how to run one batch of calib_loader.
@@ -61,27 +66,30 @@ def prepare_qat(
     config = QConfig() if config is None else config
     layers, barred = _check(model, calib_loader, config, ranges)
     wanted = {name: layer for name, layer in layers.items() if name not in barred}
+    smoothings: dict[str, Smoothing] = {}
     if config.activation == "dynamic":
         starts: dict[str, InputRange] = {name: PerToken() for name in wanted}
     elif calib_loader is None:
         starts = {name: ObservedRange() for name in wanted}
     else:
-        seen = dataclasses.replace(config, smoothing="none", rounding="nearest")  # only ranges are wanted
+        seen = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
         calibration = calibrate(
             model, calib_loader, wanted, seen, forward=forward, progress=progress, function="torchq.prepare_qat"
         )
-        starts = _starts(wanted, calibration.records, config, ranges)
+        smoothings = _smoothings(model, calibration, seen)
+        starts = _starts(wanted, calibration.records, smoothings, config, ranges)
     reasons = {name: "calib_loader never reached it" for name in wanted if name not in starts} | barred
     if not starts:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"torchq.prepare_qat: no nn.Linear of the model can be quantized; {name!r}: {reason}.")
     if not inplace:
         model = _copy(model)
+    _fold(model, smoothings)
     for name, start in starts.items():
         layer = cast(nn.Linear, model.get_submodule(name))
         QATLinear.adopt(layer, start, per_channel=config.weight == "per_channel")
     leave_fast_path(model)
-    model.torchq_plan = _plan(layers, starts, reasons, config)  # type: ignore[assignment]
+    model.torchq_plan = _plan(layers, starts, reasons, smoothings, config)  # type: ignore[assignment]
     return model
 
 
@@ -132,22 +140,53 @@ def _check(
     return layers, barred
 
 
+def _smoothings(model: nn.Module, calibration: Calibration, config: QConfig) -> dict[str, Smoothing]:
+    """Those that pay on static inputs, by the module to rescale; none that would change a parameter others use too."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    alone = {
+        source: readers
+        for source, readers in calibration.readers.items()
+        if all(uses[id(p)] == 1 for name in (source, *readers) for p in model.get_submodule(name).parameters())
+    }
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for readers in alone.values() for name in readers}
+    plan = Plan({name: plan_layer(linear, calibration.records[name], config) for name, linear in linears.items()})
+    return smooth(model, plan, dataclasses.replace(calibration, readers=alone), config).smoothings
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, smoothings: Mapping[str, Smoothing]) -> None:
+    """Rescales the parameters themselves: an optimizer may hold them."""
+    for name in {name: None for source, smoothing in smoothings.items() for name in (source, *smoothing.layers)}:
+        for key, value in scaled_parameters(model, smoothings, name).items():
+            model.get_submodule(name).get_parameter(key).copy_(value)
+
+
 def _plan(
-    layers: Mapping[str, nn.Linear], starts: Mapping[str, InputRange], reasons: Mapping[str, str], config: QConfig
+    layers: Mapping[str, nn.Linear],
+    starts: Mapping[str, InputRange],
+    reasons: Mapping[str, str],
+    smoothings: Mapping[str, Smoothing],
+    config: QConfig,
 ) -> Plan:
     """What each layer will become."""
     plans = {}
+    smoothed = {name: f"; input smoothed in {source!r}" for source, s in smoothings.items() for name in s.layers}
     for name in layers:
         if name in starts:
             kind: Kind = "int8 dynamic" if isinstance(starts[name], PerToken) else "int8 static"
-            plans[name] = LayerPlan(kind, f"to be trained, {starts[name].origin}", config.weight == "per_channel")
+            reason = f"to be trained, {starts[name].origin}{smoothed.get(name, '')}"
+            plans[name] = LayerPlan(kind, reason, config.weight == "per_channel")
         else:
             plans[name] = LayerPlan("float", reasons[name])
     return Plan(plans)
 
 
 def _starts(
-    layers: Mapping[str, nn.Linear], records: Mapping[str, Record], config: QConfig, ranges: Ranges
+    layers: Mapping[str, nn.Linear],
+    records: Mapping[str, Record],
+    smoothings: Mapping[str, Smoothing],
+    config: QConfig,
+    ranges: Ranges,
 ) -> dict[str, InputRange]:
     """Where the static range of each layer starts; a layer without data is missing if its range is to be learned."""
     starts: dict[str, InputRange] = {}
@@ -156,7 +195,10 @@ def _starts(
             if ranges == "observed":
                 starts[name] = ObservedRange()
             continue
-        lo, hi = _best_range(layer, records[name], per_channel=config.weight == "per_channel")
+        into, record = scales_around(smoothings, name)[0], records[name]
+        if into is not None:
+            layer, record = scaled_linear(layer, into=into), record.smoothed(into)
+        lo, hi = _best_range(layer, record, per_channel=config.weight == "per_channel")
         starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)
     return starts
 
