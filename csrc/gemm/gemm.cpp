@@ -7,7 +7,7 @@
 //   for each block of rows (codes fit in L2)
 //     quantize the block's rows
 //     for each group of tile.n columns
-//       for each tile of up to tile.m rows, balanced (8 rows with tile.m 6 are 4 + 4, not 6 + 2)
+//       for each tile of up to tile.m rows, balanced (10 rows with tile.m 6 are 5 + 5, not 6 + 4)
 //         kernel.run(): full depth, then the epilogue, straight into y
 
 #include "gemm.h"
@@ -44,9 +44,8 @@ int64_t codes_stride(int64_t k, int code_bytes) {
   return (lines | 1) * 64;
 }
 
-int64_t rows_per_block(const Kernel& kernel, int64_t k) {
-  const int64_t fit = kCodesBudget / codes_stride(k, kernel.code_bytes);
-  return std::max<int64_t>(fit / kernel.tile.m, 1) * kernel.tile.m;
+const Tile& tile_for(const Kernel& kernel, int64_t m) {
+  return m > kernel.tile.m && m <= kernel.tall.m ? kernel.tall : kernel.tile;
 }
 
 // Codes that arrive ready made: copied, moved from int8 to u8 or back, or widened, to what the kernel reads.
@@ -74,18 +73,20 @@ struct Scratch {
   int32_t* zero_point;
 };
 
-int64_t block_rows(const Kernel& kernel, const Problem& p, int64_t k) {
-  return std::min(round_up(p.m, kernel.tile.m), rows_per_block(kernel, k));
+// Rows quantized at a time: whole tiles, whose codes fit the budget.
+int64_t block_rows(const Kernel& kernel, const Tile& tile, int64_t m, int64_t k) {
+  const int64_t fit = kCodesBudget / codes_stride(k, kernel.code_bytes);
+  return std::min(round_up(m, tile.m), std::max<int64_t>(fit / tile.m, 1) * tile.m);
 }
 
-int64_t ragged_bytes(const Kernel& kernel) { return int64_t{kernel.tile.m} * kernel.tile.n * 4; }
+int64_t ragged_bytes(const Tile& tile) { return int64_t{tile.m} * tile.n * 4; }
 
-Scratch carve(const Kernel& kernel, int64_t rows, int64_t k, void* memory) {
+Scratch carve(const Kernel& kernel, const Tile& tile, int64_t rows, int64_t k, void* memory) {
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
   Scratch s;
   s.codes = base;
   s.ragged = s.codes + rows * codes_stride(k, kernel.code_bytes);
-  s.scale = reinterpret_cast<float*>(s.ragged + ragged_bytes(kernel));
+  s.scale = reinterpret_cast<float*>(s.ragged + ragged_bytes(tile));
   s.zero_point = reinterpret_cast<int32_t*>(s.scale + rows);
   return s;
 }
@@ -184,22 +185,24 @@ int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   // One row reads a weight for each multiply-add, which takes as long as two.
   const int64_t work = std::max<int64_t>(p.m, 2) * header.n * header.k / kMinPartWork;
-  const int64_t pieces = p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, kernel.tile.n)
-                                                  : ceil_div(p.m, kernel.tile.m);
+  const Tile& tile = tile_for(kernel, p.m);
+  const int64_t pieces =
+      p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, tile.n) : ceil_div(p.m, tile.m);
   return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
 }
 
 Part part(const Kernel& kernel, const Problem& p, int index, int count) {
   const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
   if (p.m > kSplitColumnsUpTo) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
-  const int64_t group = kernel.tile.n / kPanelColumns, groups = ceil_div(panels, group);
+  const int64_t group = tile_for(kernel, p.m).n / kPanelColumns, groups = ceil_div(panels, group);
   const auto panel = [&](int64_t i) { return std::min(piece(groups, i, count) * group, panels); };
   return {0, p.m, panel(index), panel(index + 1)};
 }
 
 size_t scratch_bytes(const Kernel& kernel, const Problem& p) {
-  const int64_t k = static_cast<const PackedHeader*>(p.packed)->k, rows = block_rows(kernel, p, k);
-  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) + ragged_bytes(kernel);
+  const Tile& tile = tile_for(kernel, p.m);
+  const int64_t k = static_cast<const PackedHeader*>(p.packed)->k, rows = block_rows(kernel, tile, p.m, k);
+  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) + ragged_bytes(tile);
 }
 
 void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* memory) {
@@ -207,9 +210,10 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   if (part.row_begin == part.row_end) return;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
-  const int64_t group = kernel.tile.n / kPanelColumns;
-  const int64_t max_rows = block_rows(kernel, p, k);
-  const Scratch s = carve(kernel, max_rows, k, memory);
+  const Tile& tile = tile_for(kernel, p.m);
+  const int64_t group = tile.n / kPanelColumns;
+  const int64_t max_rows = block_rows(kernel, tile, p.m, k);
+  const Scratch s = carve(kernel, tile, max_rows, k, memory);
   const auto* panels = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader);
 
   Block b{};
@@ -225,7 +229,7 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
 
   // Tiles are balanced over all rows, the larger ones first, and blocks over all tiles: a last block of few rows would
   // read every panel for them.
-  const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, kernel.tile.m);
+  const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, tile.m);
   const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
   const int64_t each = units / tiles, larger = units % tiles;
   const int64_t larger_tile = (each + 1) * together, smaller_tile = each * together;
@@ -233,7 +237,7 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
   const auto row_of = [&](int64_t tile) {
     return std::min(part.row_begin + (tile * each + std::min(tile, larger)) * together, part.row_end);
   };
-  const int64_t blocks = ceil_div(tiles * kernel.tile.m, max_rows);
+  const int64_t blocks = ceil_div(tiles * tile.m, max_rows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
     const int64_t rows = row_of(end) - row;

@@ -85,8 +85,8 @@ struct RowRange {
 //
 // out always has room for `panels` whole panels per row; gemm.cpp redirects the ragged last one.
 struct Block {
-  int m;                      // rows, 1 .. tile.m
-  int panels;                 // panels of 16 columns, 1 .. tile.n / 16
+  int m;                      // rows, 1 .. tile.m or tall.m
+  int panels;                 // panels of 16 columns, 1 .. n / 16 of that tile
   int64_t k_groups;           // ceil(K / layout_depth(layout))
   const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups
   int64_t codes_stride;       // bytes
@@ -125,6 +125,9 @@ struct Kernel {
   // 1, or 2 where the multiplier takes two rows at once: the codes of rows 2i and 2i + 1 lie in turns of 8 bytes, from
   // where row 2i starts. quantize() writes every other 8 bytes, and tiles start at even rows.
   int rows_together = 1;
+  // A tile of more rows and fewer columns, for problems of more rows than tile.m that it holds all of: they read each
+  // weight once instead of twice. m = 0: none.
+  Tile tall = {0, 0, 0};
 };
 
 extern const Kernel kernel_reference;

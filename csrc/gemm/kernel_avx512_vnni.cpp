@@ -1,4 +1,4 @@
-// AVX512-VNNI: tile 6 x 64, 16 columns to a register.
+// AVX512-VNNI: tile 6 x 64, 16 columns to a register; 8 x 48 for 7 or 8 rows.
 //
 //   VPDPBUSD zmm, zmm, zmm   acc += Σ of 4 u8 x s8, 64 products   latency 4-5; 2 a cycle on Zen 5 and Intel servers,
 //                                                                 1 a cycle on Zen 4
@@ -39,7 +39,17 @@ inline Ints join(Ints whole, Ints) { return whole; }
 
 #include "tile.inc"
 
+template <int kRows>
+void run_tall(const Block& b) {
+  switch (b.panels) {
+    case 1: return tile<kRows, 1>(b);
+    case 2: return tile<kRows, 2>(b);
+    default: return tile<kRows, 3>(b);
+  }
+}
+
 void run(const Block& b) {
+  if (b.m > kMaxRows) return b.m == 7 ? run_tall<7>(b) : run_tall<8>(b);
   switch (b.panels) {
     case 1: return pick_rows<1>(b.m)(b);
     case 2: return pick_rows<2>(b.m)(b);
@@ -57,7 +67,10 @@ const Kernel kernel_avx512_vnni = {"avx512_vnni",
                                    1,
                                    avx512_vnni::range,
                                    avx512_vnni::quantize,
-                                   avx512_vnni::run};
+                                   avx512_vnni::run,
+                                   0,
+                                   1,
+                                   {8, 48, 4}};
 
 }  // namespace torchq
 
