@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def shapes_around(kernel):
     """(m, n): every row count of a tile, every panel count less, exactly and plus one column, and beyond a tile."""
     tile_m, tile_n, _ = kernels.tile(kernel)
-    rows = [0, *range(1, tile_m + 2), 2 * tile_m + 1]
+    rows = [0, *range(1, tile_m + 3), 2 * tile_m + 1]
     panels = range(16, tile_n + 1, 16)
     columns = sorted({0, 1, 2 * tile_n + 1, *(n + d for n in panels for d in (-1, 0, 1))})
     return list(itertools.product(rows, columns))
