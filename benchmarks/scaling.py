@@ -202,7 +202,7 @@ def resident(field: str) -> int:
 def convert_once(threads: int, *, loader: bool, inplace: bool) -> Conversion:
     """Converts the model of about 100 million weights; small ones first, so that libraries are loaded."""
     torch.set_num_threads(threads)
-    torchq.convert(nn.Sequential(nn.Linear(64, 64)), [torch.randn(8, 64)] if loader else None)
+    torchq.convert(nn.Sequential(nn.Linear(64, 64)), [torch.randn(64, 64)] if loader else None)
     batches = [torch.randn(LOADER[1], WIDTH) for _ in range(LOADER[0])] if loader else None
     empty = resident("VmRSS")
     blocks = [nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(BLOCKS)]

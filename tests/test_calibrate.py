@@ -302,7 +302,7 @@ def test_a_sample_is_bounded_in_bytes():
         return Record.empty(nn.Linear(features, 1), QConfig(sample_rows=rows)).sample.capacity
 
     assert (capacity(64), capacity(64, rows=3)) == (256, 3)
-    assert capacity(2**16) == 16  # 4 MiB of float32
+    assert capacity(2**16) == 8  # 2 MiB of float32
     assert capacity(2**20 + 1) == 1
 
 

@@ -22,7 +22,7 @@ from torchq.config import QConfig
 from torchq.dataflow import Dataflow
 from torchq.observers import Histogram, Observer, make_observer, share
 
-SAMPLE_BYTES = 4 * 2**20
+SAMPLE_BYTES = 2 * 2**20
 """The most one layer's sample may hold, whatever `QConfig.sample_rows` says."""
 
 MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}

@@ -24,7 +24,7 @@ class QConfig:
         percentile: the share of values, in %, that the percentile observer keeps inside the range.
         min_sqnr_db: a layer whose output SQNR on its calibration sample is below this stays in float.
         margin_db: how much output SQNR static may lose against dynamic and still be chosen.
-        sample_rows: how many input rows of each layer are kept to measure on (at most 4 MiB a layer, either way).
+        sample_rows: how many input rows of each layer are kept to measure on (at most 2 MiB a layer, either way).
         smoothing: "auto": activation outliers are moved into the weights (SmoothQuant, docs/accuracy.md) where the data
             flow seen in calibration proves it safe and the layers' output SQNR gains; the LayerNorm, RMSNorm or Linear
             before is rescaled for it. "none": no other module than the layers is touched.

@@ -48,8 +48,9 @@ def convert(
             ranges it was trained with, either way; data lets its layers be fused and their error be measured.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
-        inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own and a layer's.
-            Everything is checked before the first swap.
+        inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own, a layer's, and
+            what calibration keeps (docs/performance.md; least with rounding="nearest"). Everything is checked before
+            the first swap.
         progress: a progress bar over the batches; None shows it on a terminal only.
         evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
             float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most

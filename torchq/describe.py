@@ -1,16 +1,19 @@
 """describe(): the stats of each int8 layer as it finally is: smoothed, trained, and rounded."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from torchq import ops
 from torchq.calibrate import Calibration
 from torchq.modules.linear import QuantizedLinear
-from torchq.plan import Plan
+from torchq.plan import LayerPlan, Plan
+from torchq.qparams import decibels, dequantize, energies
 from torchq.rounding import Rounded
-from torchq.smoothing import scaled_linear, scales_around
+from torchq.smoothing import scaled_parts, scales_around
 from torchq.stats import layer_stats
 
 
@@ -26,13 +29,22 @@ def describe(model: nn.Module, plan: Plan, calibration: Calibration, rounded: Ma
         sample, calls = calibration.records[name].sample, calibration.records[name].calls
         into, out = scales_around(plan.smoothings, name)
         linear, rows = cast(nn.Linear, model.get_submodule(name)), sample.rows
-        if into is not None or out is not None:
-            linear = scaled_linear(linear, into=into, out=out)
         if into is not None:
             rows = rows / into
-        quantized = QuantizedLinear.from_float(linear, per_channel=layer.per_channel, input_qparams=layer.input_qparams)
-        if name in rounded:
-            quantized.replace_weight(rounded[name].weight, rounded[name].scale, rounded[name].bias)
-        stats = layer_stats(linear, quantized, rows, max(1, round(sample.seen / calls)))
+        parts = scaled_parts(linear, per_channel=layer.per_channel, into=into, out=out)
+        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer, rounded.get(name))), torch.zeros(2)))
+        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(sample.seen / calls)))
         plans[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=plans)
+
+
+def _weights(
+    parts: Iterable[tuple[slice, nn.Linear]], layer: LayerPlan, rounded: Rounded | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight of each part, in float and as the int8 layer has it."""
+    for channels, part in parts:
+        if rounded is None:
+            codes, scale, _ = ops.unpack(QuantizedLinear.from_float(part, per_channel=layer.per_channel).packed)
+        else:
+            codes, scale = rounded.weight[channels], rounded.scale[channels]
+        yield part.weight.detach(), dequantize(codes, scale, axis=0)

@@ -24,8 +24,8 @@ from torchq.modules.linear import QParams, QuantizedLinear, activation_of
 from torchq.modules.qat_linear import QATLinear
 from torchq.observers import Observer
 from torchq.ops import Activation
-from torchq.qparams import sqnr_db
-from torchq.smoothing import Smoothing
+from torchq.qparams import decibels, energies
+from torchq.smoothing import Smoothing, scaled_parts
 from torchq.stats import LayerStats
 from torchq.text import to_json
 
@@ -223,11 +223,17 @@ def make_plan(
 
 
 def plan_layer(
-    layer: nn.Linear, record: Record, config: QConfig, ranges: Mapping[str, QParams] | None = None
+    layer: nn.Linear,
+    record: Record,
+    config: QConfig,
+    ranges: Mapping[str, QParams] | None = None,
+    *,
+    into: Tensor | None = None,
 ) -> LayerPlan:
     """The scheme and range with the least error on the layer's sample, or float where none is good enough.
 
-    `ranges` are those of `static_ranges(record)`, for a caller that has them.
+    `ranges` are those of `static_ranges(record)`, for a caller that has them. `into` (K,) is what the record's inputs
+    were divided by, for the layer to take up.
     """
     per_channel = config.weight == "per_channel"
     if record.calls == 0 and config.activation == "auto":
@@ -236,7 +242,7 @@ def plan_layer(
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
 
     ranges = static_ranges(record) if ranges is None else ranges
-    measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel)
+    measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel, into=into)
     observer = max(ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     numbers = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
@@ -279,22 +285,31 @@ def static_qparams(observer: Observer) -> QParams:
 
 @torch.no_grad()
 def measure(
-    layer: nn.Linear, rows: Tensor, ranges: Mapping[str, QParams], *, per_channel: bool = True
+    layer: nn.Linear,
+    rows: Tensor,
+    ranges: Mapping[str, QParams],
+    *,
+    per_channel: bool = True,
+    into: Tensor | None = None,
 ) -> dict[str, float]:
     """Output SQNR in dB of each scheme, against the float layer on the same rows (R, K), by the real integer ops.
+
+    All of inputs divided by `into` (K,), if given: the rows are, and the layer takes it up.
 
     >>> _ = torch.manual_seed(0)
     >>> layer, rows = nn.Linear(64, 64), torch.randn(32, 64)
     >>> sorted(measure(layer, rows, {"minmax": QParams(0.03, 128)}))
     ['dynamic', 'minmax']
     """
-    bias = None if layer.bias is None else layer.bias.float()
-    exact = nn.functional.linear(rows, layer.weight.float(), bias)
-    packed = QuantizedLinear.from_float(layer, per_channel=per_channel).packed
-    measured = {"dynamic": sqnr_db(exact, ops.linear_dynamic(rows, packed))}
-    for name, (scale, zero_point) in ranges.items():
-        measured[name] = sqnr_db(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
-    return measured
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("dynamic", *ranges)}
+    for _, part in scaled_parts(layer, per_channel=per_channel, into=into):
+        bias = None if part.bias is None else part.bias.float()
+        exact = nn.functional.linear(rows, part.weight.float(), bias)
+        packed = QuantizedLinear.from_float(part, per_channel=per_channel).packed
+        sums["dynamic"] += energies(exact, ops.linear_dynamic(rows, packed))
+        for name, (scale, zero_point) in ranges.items():
+            sums[name] += energies(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
+    return {name: decibels(both) for name, both in sums.items()}
 
 
 # ---- Fusion: runs of Linear, activation, Linear in an nn.Sequential ----------------------------------------------

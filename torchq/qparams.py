@@ -217,12 +217,28 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
             f"torchq.sqnr_db: expected tensors of one shape, got reference {list(reference.shape)} and "
             f"approximation {list(approximation.shape)}. Reshape one of them."
         )
+    return decibels(energies(reference, approximation))
+
+
+def energies(reference: Tensor, approximation: Tensor) -> Tensor:
+    """`sum(ref^2)` and `sum((ref - approx)^2)`, float64 (2,): what `sqnr_db` is made of, to be added up over parts."""
     # A piece at a time: in float64 the temporaries of a whole output would be larger than its layer.
     pieces = zip(*(x.detach().reshape(-1).split(_PIECE) for x in (reference, approximation)), strict=True)
-    signal, noise = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     for ref, approx in pieces:
-        signal += ref.double().square().sum()
-        noise += (ref.double() - approx.double()).square().sum()
+        sums[0] += ref.double().square().sum()
+        sums[1] += (ref.double() - approx.double()).square().sum()
+    return sums
+
+
+def decibels(energies: Tensor) -> float:
+    """`10 log10` of signal over noise; see `sqnr_db` for where one of them is zero or NaN.
+
+    >>> parts = [(torch.tensor([3.0]), torch.tensor([3.0])), (torch.tensor([4.0]), torch.tensor([4.5]))]
+    >>> decibels(sum(energies(*part) for part in parts))
+    20.0
+    """
+    signal, noise = energies
     return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
 
 

@@ -41,6 +41,8 @@ MIN_LIKENESS_DB = 10.0
 
 _DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of channels stays in a near cache
 
+_ROWS = 1024  # of a weight rounded together, in float64
+
 _MIN_REST = 0.01
 """How much of XᵀX must be left without the held-out rows: less, and the difference is float32's rounding errors."""
 
@@ -261,7 +263,8 @@ def _round_layer(
 
     exact = nn.functional.linear(held_out, weight, bias)
     nearest = run(held_out, quantize(weight, scale, axis=0), bias)
-    codes = gptq(weight, scale, gram, factors=factors)
+    pieces = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)  # each row by itself: less memory
+    codes = torch.cat([gptq(w, s, gram, factors=factors) for w, s in pieces])
     corrected = bias + mean_error(nn.functional.linear(seen, weight, bias), run(seen, codes, bias))
     after = run(held_out, codes, corrected)
     return Rounded(codes, scale, corrected), sqnr_db(exact, nearest), sqnr_db(exact, after)

@@ -16,7 +16,7 @@ from torchq.config import QConfig
 from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
 from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams, static_ranges
-from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, scaled_linear, smoothing_scales
+from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, smoothing_scales
 
 
 def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConfig) -> Plan:
@@ -70,7 +70,7 @@ def _plan_smoothed(
             smoothed = record.smoothed(scales)
             found = (record, smoothed, static_ranges(smoothed))
             known.append(found)
-        plans[name] = plan_layer(scaled_linear(linears[name], into=scales), found[1], config, found[2])
+        plans[name] = plan_layer(linears[name], found[1], config, found[2], into=scales)
     return plans
 
 

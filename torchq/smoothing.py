@@ -11,7 +11,7 @@ and only where `dataflow` has proven that nobody else reads it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,8 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 
 MIN_GAIN_DB = 0.5
 """What smoothing must gain over leaving the model as it is."""
+
+_PART_WEIGHTS = 2**18  # 1 MiB of float32
 
 _LIMIT = 2.0**12  # of a scale: beyond it, the channel is noise on one side or the other
 
@@ -65,7 +67,8 @@ def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) ->
     >>> smoothing_scales(torch.tensor([16.0, 1.0]), [torch.ones(3, 2)], alpha=0.5)
     tensor([2.0000, 0.5000])
     """
-    w_peak = torch.stack([weight.detach().float().abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    ends = [end for w in weights for end in (w.detach().amax(dim=0), -w.detach().amin(dim=0))]  # abs() would copy w
+    w_peak = torch.stack(ends).amax(dim=0).float()
     used = (x_peak > 0) & (w_peak > 0)
     logs = torch.where(used, alpha * x_peak.double().log2() - (1 - alpha) * w_peak.double().log2(), 0.0)
     logs = torch.where(used, logs - logs.sum() / max(1, int(used.sum())), 0.0)
@@ -87,6 +90,29 @@ def scaled_linear(linear: nn.Linear, *, into: Tensor | None = None, out: Tensor 
     for key, value in _scaled(linear, into, out).items():
         setattr(scaled, key, nn.Parameter(value, requires_grad=False))
     return scaled
+
+
+def scaled_parts(
+    linear: nn.Linear, *, per_channel: bool = True, into: Tensor | None = None, out: Tensor | None = None
+) -> Iterator[tuple[slice, nn.Linear]]:
+    """`scaled_linear`, some output channels at a time: a scaled copy of all of a large layer would double its memory.
+
+    All at once without `per_channel`, for who looks for a scale of all weights.
+
+    >>> linear = nn.Linear(2**17, 5)
+    >>> [(channels, part.out_features) for channels, part in scaled_parts(linear)]
+    [(slice(0, 2, None), 2), (slice(2, 4, None), 2), (slice(4, 5, None), 1)]
+    """
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    count = weight.shape[0]
+    step = max(1, _PART_WEIGHTS // max(1, weight.shape[1])) if per_channel else max(1, count)
+    for start in range(0, max(1, count), step):
+        channels = slice(start, min(start + step, count))
+        part = nn.Linear(weight.shape[1], channels.stop - start, bias is not None, device="meta")
+        part.weight = nn.Parameter(weight[channels], requires_grad=False)
+        if bias is not None:
+            part.bias = nn.Parameter(bias[channels], requires_grad=False)
+        yield channels, scaled_linear(part, into=into, out=None if out is None else out[channels])
 
 
 def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, nn.Parameter]:

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchq import ops
-from torchq.modules.linear import QParams, QuantizedLinear
-from torchq.qparams import dequantize, fake_quantize, sqnr_db
-
-_BLOCK_VALUES = 1 << 18  # 2 MiB of float64
+from torchq.modules.linear import QParams
+from torchq.qparams import fake_quantize, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,20 @@ class LayerStats:
 
 
 @torch.no_grad()
-def layer_stats(linear: nn.Linear, quantized: QuantizedLinear, sample: Tensor, rows: int) -> LayerStats:
-    """The stats of a layer, from both its forms and sample rows (R, K) of its input in float32.
+def layer_stats(weight_db: float, sample: Tensor, qparams: QParams | None, rows: int) -> LayerStats:
+    """The stats of a layer, from sample rows (R, K) of its input in float32 and its static range, or None.
 
     >>> _ = torch.manual_seed(0)
-    >>> linear = nn.Linear(64, 64)
-    >>> stats = layer_stats(linear, QuantizedLinear.from_float(linear), torch.randn(32, 64), rows=8)
-    >>> stats.weight_db > 40, stats.input_db > 40, stats.clipped, stats.rows
-    (True, True, 0.0, 8)
+    >>> stats = layer_stats(44.0, torch.randn(32, 64), None, rows=8)
+    >>> stats.input_db > 40, stats.clipped, stats.rows
+    (True, 0.0, 8)
     """
-    weight_db = _weight_db(linear, quantized)
-    if quantized.input_qparams is None:
+    if qparams is None:
         codes, scale, zero_point = ops.quantize_per_token(sample)
         seen, below, above = (codes.int() - zero_point).float() * scale, 0, 0
     else:
-        seen = fake_quantize(sample, *quantized.input_qparams, dtype=torch.uint8)
-        below, above = count_clipped(sample, quantized.input_qparams)
+        seen = fake_quantize(sample, *qparams, dtype=torch.uint8)
+        below, above = count_clipped(sample, qparams)
     values = max(1, sample.numel())
     return LayerStats(weight_db, sqnr_db(sample, seen), below / values, above / values, rows)
 
@@ -77,16 +73,3 @@ def count_clipped(x: Tensor, qparams: QParams) -> tuple[int, int]:
     scale, zero_point = qparams
     below, above = x < -(zero_point + 1) * scale, x > (256 - zero_point) * scale
     return int(below.sum()), int(above.sum())
-
-
-def _weight_db(linear: nn.Linear, quantized: QuantizedLinear) -> float:
-    """`sqnr_db` of the weights, a block of rows at a time: the temporaries stay small beside the layer."""
-    weight, (codes, scale, _) = linear.weight.detach(), ops.unpack(quantized.packed)
-    rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
-    signal, noise = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for start in range(0, weight.shape[0], rows):
-        block = slice(start, start + rows)
-        exact = weight[block].double()
-        signal += exact.square().sum()
-        noise += (exact - dequantize(codes[block], scale[block], axis=0)).square().sum()
-    return float("inf") if noise == 0 else 10 * float(torch.log10(signal / noise))
