@@ -28,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import torchq
 from benchmarks import models
-from benchmarks.accuracy_peers import CONTESTANTS, FLOAT, OURS, Task
+from benchmarks.accuracy_peers import CONTESTANTS, FLOAT, OURS, STEPS, Task
 from benchmarks.demo import markdown
 from benchmarks.peers import Peer, Run, available
 from benchmarks.timing import interleaved, machine
@@ -206,8 +206,10 @@ LAYERS_SHOWN = 4
 
 
 def chosen(prefixes: Sequence[str] | None) -> list[Peer]:
-    """The contestants whose name starts with one of these, and float; all without any."""
-    return [p for p in CONTESTANTS if p.name == FLOAT or not prefixes or p.name.startswith(tuple(prefixes))]
+    """The contestants, and steps, whose name starts with one of these, and float; all contestants without any."""
+    if not prefixes:
+        return CONTESTANTS
+    return [p for p in [*CONTESTANTS, *STEPS] if p.name == FLOAT or p.name.startswith(tuple(prefixes))]
 
 
 def main() -> None:

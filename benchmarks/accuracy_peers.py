@@ -6,6 +6,7 @@ is a contestant "name: setting", and the best of them on each model counts.
 """
 
 import copy
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,19 @@ def _torchq(config: torchq.QConfig | None = None) -> Make:
     return make
 
 
-def _torchq_qat(task: Task, x: Tensor, threads: int) -> Run:
+def _torchq_qat(config: torchq.QConfig | None = None) -> Make:
     """Static per layer, then trained to give the float model's outputs on the calibration inputs: no labels."""
-    model = torchq.prepare_qat(task.model, task.calibration)
+
+    def make(task: Task, x: Tensor, threads: int) -> Run:
+        model = torchq.prepare_qat(task.model, task.calibration, config=config)
+        _distil(model, task)
+        qmodel = torchq.convert(model.eval(), task.calibration)
+        return lambda: qmodel(x)
+
+    return make
+
+
+def _distil(model: nn.Module, task: Task) -> None:
     with torch.no_grad():
         exact = [task.model(batch) for batch in task.calibration]
     optimizer = torch.optim.Adam(model.parameters(), lr=QAT_RATE)
@@ -59,8 +70,6 @@ def _torchq_qat(task: Task, x: Tensor, threads: int) -> Run:
             nn.functional.mse_loss(model(task.calibration[which]), exact[which]).backward()
             optimizer.step()
             schedule.step()
-    qmodel = torchq.convert(model.eval(), task.calibration)
-    return lambda: qmodel(x)
 
 
 def _float32(task: Task, x: Tensor, threads: int) -> Run:
@@ -246,7 +255,7 @@ CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each coun
     Peer(OURS, True, _torchq()),
     Peer("torchq dynamic", True, _torchq(torchq.QConfig(activation="dynamic"))),
     Peer("torchq static", True, _torchq(torchq.QConfig(activation="static"))),
-    Peer("torchq QAT", True, _torchq_qat),
+    Peer("torchq QAT", True, _torchq_qat()),
     Peer("torch.ao dynamic: default", True, _torch_dynamic("x86", per_channel=False)),
     Peer("torch.ao dynamic: per channel", True, _torch_dynamic("x86", per_channel=True)),
     Peer("torch.ao dynamic: per channel, onednn", True, _torch_dynamic("onednn", per_channel=True)),
@@ -269,4 +278,13 @@ CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each coun
     *(Peer(f"openvino dynamic: groups of {g}", True, _openvino_dynamic(g), (*OPENVINO, "nncf")) for g in (32, 128)),
     Peer("onnxruntime float32", False, _onnxruntime(lambda path, task: None), ONNXRUNTIME),
     Peer("openvino float32", False, _openvino_float32, OPENVINO),
+]
+
+_PLAIN = torchq.QConfig(margin_db=1.0, smoothing="none", rounding="nearest")
+STEPS = [  # what each part of torchq auto gains; run only where asked for by name, "step"
+    Peer("step 0: margin 1 dB", True, _torchq(_PLAIN)),
+    Peer("step 1: and smoothing", True, _torchq(dataclasses.replace(_PLAIN, smoothing="auto"))),
+    Peer("step 2: and margin 0.3 dB", True, _torchq(torchq.QConfig(rounding="nearest"))),
+    Peer("step 3: and rounding", True, _torchq()),
+    Peer("step QAT: without smoothing", True, _torchq_qat(torchq.QConfig(smoothing="none"))),
 ]

@@ -36,11 +36,11 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
             name: plans[name] if judged[name] is records[name] else plan_layer(linear, judged[name], config)
             for name, linear in linears.items()
         }
-        after = {alpha: _plan_smoothed(linears, judged, s, config) for alpha, s in _scales(linears, judged).items()}
+        after = {alpha: _plan_smoothed(linears, judged, _scales(linears, judged, alpha), config) for alpha in ALPHAS}
         alpha = _cheapest(before, after, config.margin_db)
         if alpha is None:
             continue
-        old, new, scales = _mean_db(before), _mean_db(after[alpha]), _scales(linears, records)[alpha]
+        old, new, scales = _mean_db(before), _mean_db(after[alpha]), _scales(linears, records, alpha)
         smoothings[source] = Smoothing(tuple(scales.tolist()), readers, alpha, old, new)
         for name, chosen in after[alpha].items():
             reason = f"{chosen.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
@@ -51,11 +51,10 @@ def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConf
     return dataclasses.replace(plan, layers=plans, smoothings=smoothings)
 
 
-def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record]) -> dict[float, Tensor]:
-    """The scales (K,) of each alpha for readers of one input."""
+def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record], alpha: float) -> Tensor:
+    """The scales (K,) for readers of one input."""
     peak = torch.stack([record.peak for record in records.values()]).amax(dim=0)
-    weights = [linear.weight for linear in linears.values()]
-    return {alpha: smoothing_scales(peak, weights, alpha) for alpha in ALPHAS}
+    return smoothing_scales(peak, [linear.weight for linear in linears.values()], alpha)
 
 
 def _plan_smoothed(
