@@ -35,6 +35,25 @@ PEAK(peak_zmm, TWELVE(STEP, "", "zmm"), 128)
 PEAK(peak_evex_ymm, TWELVE(STEP, "%{evex%} ", "ymm"), 64)
 PEAK(peak_vex_ymm, TWELVE(STEP, "%{vex%} ", "ymm"), 64)
 PEAK(peak_avx2, TWELVE(STEP_AVX2, "", "ymm"), 32)
+
+// Four accumulators of 16 x 16, as many as the kernel has; to be called only where the kernel can run, which is after
+// it asked the operating system for the tiles.
+double peak_tiles() {
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+  } config;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
+  const double start = seconds();
+  for (int i = 0; i < kPeakRounds; ++i)
+    __asm__ volatile(
+        "tdpbusd %tmm5, %tmm4, %tmm0\n\ttdpbusd %tmm5, %tmm4, %tmm1\n\t"
+        "tdpbusd %tmm5, %tmm4, %tmm2\n\ttdpbusd %tmm5, %tmm4, %tmm3");
+  const double spent = seconds() - start;
+  __asm__ volatile("tilerelease");
+  return 4.0 * kPeakRounds * 2 * 16 * 16 * 64 / spent;
+}
 #elif defined(__aarch64__)
 // Twenty accumulators: four pipes with a latency of 4 want 16. The smull of the step for neon is what feeds its sadalp.
 #define SDOT(D) "sdot v" #D ".4s, v30.16b, v31.4b[1]\n\t"
@@ -62,6 +81,7 @@ PEAK(peak_smull, "", SMULL, 16)
 // Operations a second (a multiply-add is 2) of this kernel's multiply step; 0 for a kernel without one here.
 extern "C" double peak_of(const char* kernel) {
 #if defined(__x86_64__)
+  if (!std::strcmp(kernel, "amx_int8")) return peak_tiles();
   if (!std::strcmp(kernel, "avx512_vnni")) return peak_zmm();
   if (!std::strcmp(kernel, "avx512vl_vnni")) return peak_evex_ymm();
   if (!std::strcmp(kernel, "avx_vnni")) return peak_vex_ymm();

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the chec
 # The instruction that multiplies, one per accumulator and group of 4 k.
 DOTS = {"avx2": "vpmaddwd", "avx_vnni": "vpdpbusd", "avx512vl_vnni": "vpdpbusd", "avx512_vnni": "vpdpbusd"}
 
+AMX = "amx_int8"  # its accumulators are tiles, which the compiler does not know: another test
+
 TALL_ROWS = (7, 8)  # of avx512_vnni's second tile, 8 x 48
 
 VECTOR = re.compile(r"%[xyz]mm\d+")
@@ -100,7 +102,7 @@ every_kernel = pytest.mark.parametrize("kernel", DOTS)
 
 def test_every_x86_kernel_is_checked():
     sources = {path.stem.removeprefix("kernel_") for path in CORE.glob("kernel_*.cpp")}
-    assert {name for name in sources if not name.startswith(("neon", "reference"))} == set(DOTS)
+    assert {name for name in sources if not name.startswith(("neon", "reference"))} == {*DOTS, AMX}
 
 
 @every_kernel
@@ -152,6 +154,15 @@ def test_main_tile_loads_everything_once(listings, kernel):
     assert (broadcasts, loads, copies) == (rows * groups, columns * shape["kSplit"] * groups, 0)
 
 
+@pytest.mark.parametrize(("tall", "wide"), [(2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
+def test_tiles_are_loaded_once_a_step(listings, tall, wide):
+    """A step of 64 k loads each tile of codes and of weights once, and stores none; vectors are left to the epilogue."""
+    (function,) = [f for f in listings[f"kernel_{AMX}"] if f"torchq::{AMX}::multiply<{tall}, {wide}>(" in f.name]
+    (loop,) = function.dot_loops("tdpbusd")
+    counts = [count(instruction, loop) for instruction in ("tdpbusd", "tileloadd", "tilestored", "%[xyz]mm")]
+    assert counts == [tall * wide, tall + wide, 0, 0]
+
+
 def test_avx2_never_saturates(listings):
     """VPMADDUBSW adds two products in int16: 2 * 255 * 127 > 32767."""
     text = [line.text for function in listings["kernel_avx2"] for line in function.lines]
@@ -165,7 +176,7 @@ def test_no_avx_outside_kernels(listings):
     for stem, listing in listings.items():
         kernel = stem.removeprefix("kernel_")
         for function in listing:
-            own = kernel in DOTS and f"torchq::{kernel}::" in function.name
+            own = kernel in {*DOTS, AMX} and f"torchq::{kernel}::" in function.name
             if not own and count(r"%[yz]mm|^v", function.lines):
                 leaks.append(f"{stem}: {function.name}")
     assert leaks == []

@@ -53,7 +53,7 @@ def out_features(packed: Tensor, k: int) -> int:
 
 
 def _panel_bytes(k: int) -> int:
-    return _PANEL_META + (k + 7) // 8 * 8 * _PANEL_COLUMNS
+    return _PANEL_META + (k + 63) // 64 * 64 * _PANEL_COLUMNS
 
 
 def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -23,6 +27,9 @@ namespace {
 // all walk this table.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
+#if TORCHQ_HAS_AMX
+    &kernel_amx_int8,
+#endif
     &kernel_avx512_vnni,
 #if TORCHQ_HAS_AVX_VNNI
     &kernel_avx_vnni,
@@ -40,8 +47,8 @@ const Kernel* const kKernels[] = {
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 // Every name that exists, for the error of one that is not compiled in.
-const char* const kNames[] = {"avx512_vnni", "avx_vnni",     "avx512vl_vnni", "avx2",
-                              "neon_i8mm",   "neon_dotprod", "neon",          "reference"};
+const char* const kNames[] = {"amx_int8",  "avx512_vnni",  "avx_vnni", "avx512vl_vnni", "avx2",
+                              "neon_i8mm", "neon_dotprod", "neon",     "reference"};
 
 #if defined(__x86_64__)
 uint64_t xcr0() {
@@ -50,19 +57,32 @@ uint64_t xcr0() {
   return (uint64_t{high} << 32) | low;
 }
 
+// Linux saves the 8 KiB of tiles only for processes that asked (since 5.16). The leave holds for every thread, and for
+// children; without it the first tile instruction is a SIGILL.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;  // no other system here has been seen to save tiles
+#endif
+}
+
 // CPUID says what the silicon has, XCR0 which registers the operating system saves: a feature needs both.
 uint32_t detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
   const bool f16c = c & bit_F16C;
   const uint64_t saved = xcr0();
-  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6;
+  const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6, tiles = (saved & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   const uint32_t subleaves = a;
   uint32_t have = 0;
   if (ymm && f16c && (b & bit_AVX2)) have |= kAvx2;
   constexpr uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
+  constexpr uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE and AMX-INT8
+  if (tiles && (d & amx) == amx && may_use_tiles()) have |= kAmxInt8;
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & (1u << 4))) have |= kAvxVnni;
   return have;
 }

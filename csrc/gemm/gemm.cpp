@@ -21,9 +21,7 @@
 namespace torchq {
 namespace {
 
-constexpr int64_t kCodesBudget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
-constexpr int64_t kMinPartWork = 1 << 20;     // multiply-adds that pay for waking one more thread (about 5 us)
-constexpr int64_t kSplitColumnsUpTo = 32;     // rows up to which every thread quantizes them all and takes columns
+constexpr int64_t kSplitColumnsUpTo = 32;  // rows up to which every thread quantizes them all and takes columns
 
 constexpr int64_t kRowsTogether = 32;     // rows quantized together, one step of all after the other ...
 constexpr int64_t kRowsInL1 = 16 * 1024;  // ... if their x, read twice, stays in L1: bytes
@@ -44,6 +42,12 @@ int64_t codes_stride(int64_t k, int code_bytes) {
   return (lines | 1) * 64;
 }
 
+// The kernel asked for, or the one that it leaves problems of few rows, or of no depth, to.
+const Kernel& kernel_that_runs(const Kernel& kernel, const Problem& p) {
+  const bool few = p.m <= kernel.few_rows || static_cast<const PackedHeader*>(p.packed)->k == 0;
+  return kernel.few && few ? *kernel.few : kernel;
+}
+
 const Tile& tile_for(const Kernel& kernel, int64_t m) {
   return m > kernel.tile.m && m <= kernel.tall.m ? kernel.tall : kernel.tile;
 }
@@ -51,6 +55,7 @@ const Tile& tile_for(const Kernel& kernel, int64_t m) {
 // Codes that arrive ready made: copied, moved from int8 to u8 or back, or widened, to what the kernel reads.
 template <class Code>
 void load_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
+  if (sizeof(Code) == 1 && !flip) return void(std::memcpy(codes, x, k));
   for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
 }
 
@@ -68,25 +73,31 @@ void load_paired_codes(const uint8_t* x, uint8_t flip, int64_t k, uint8_t* codes
 // One thread's buffers, carved from the caller's scratch.
 struct Scratch {
   uint8_t* codes;
-  uint8_t* ragged;  // one tile of output for the last, partly filled panels
+  uint8_t* ragged;  // output for the last, partly filled panels: of one tile, or of one panel where a kernel sweeps
+  int32_t* sums;    // Block::sums
   float* scale;
   int32_t* zero_point;
 };
 
 // Rows quantized at a time: whole tiles, whose codes fit the budget.
 int64_t block_rows(const Kernel& kernel, const Tile& tile, int64_t m, int64_t k) {
-  const int64_t fit = kCodesBudget / codes_stride(k, kernel.code_bytes);
+  const int64_t fit = kernel.codes_budget / codes_stride(k, kernel.code_bytes);
   return std::min(round_up(m, tile.m), std::max<int64_t>(fit / tile.m, 1) * tile.m);
 }
 
-int64_t ragged_bytes(const Tile& tile) { return int64_t{tile.m} * tile.n * 4; }
+int64_t ragged_bytes(const Kernel& kernel, const Tile& tile, int64_t rows) {
+  return kernel.sweeps ? rows * kPanelColumns * 4 : int64_t{tile.m} * tile.n * 4;
+}
+
+int64_t sums_bytes(const Kernel& kernel, int64_t rows) { return kernel.sweeps ? rows * kSumColumns * 4 : 0; }
 
 Scratch carve(const Kernel& kernel, const Tile& tile, int64_t rows, int64_t k, void* memory) {
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
   Scratch s;
   s.codes = base;
   s.ragged = s.codes + rows * codes_stride(k, kernel.code_bytes);
-  s.scale = reinterpret_cast<float*>(s.ragged + ragged_bytes(tile));
+  s.sums = reinterpret_cast<int32_t*>(s.ragged + ragged_bytes(kernel, tile, rows));
+  s.scale = reinterpret_cast<float*>(s.sums + sums_bytes(kernel, rows) / 4);
   s.zero_point = reinterpret_cast<int32_t*>(s.scale + rows);
   return s;
 }
@@ -136,7 +147,7 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
   const int64_t fit = kRowsInL1 / std::max<int64_t>(k * element_bytes(p.x_dtype), 1);
   const int64_t step = round_up(std::min(std::max<int64_t>(fit, 1), kRowsTogether), kernel.rows_together);
   for (int64_t r = 0; r < rows; r += step) {
-    const Scratch s{all.codes + r * stride, nullptr, all.scale + r, all.zero_point + r};
+    const Scratch s{all.codes + r * stride, nullptr, nullptr, all.scale + r, all.zero_point + r};
     quantize_rows(kernel, p, x + r * p.x_stride, std::min(step, rows - r), k, s);
   }
 }
@@ -149,6 +160,26 @@ __attribute__((noinline)) void run_ragged(const Kernel& kernel, Block b, int64_t
   b.out_stride = b.panels * kPanelColumns * bytes;
   kernel.run(b);
   for (int r = 0; r < b.m; ++r) std::memcpy(y + r * y_stride, ragged + r * b.out_stride, columns * bytes);
+}
+
+// A block of rows by a kernel that sweeps: all whole panels at once, then the ragged one. b: all but what is set here.
+void sweep(const Kernel& kernel, Block b, const Problem& p, const Part& part, int64_t row, int64_t rows,
+           const Scratch& s) {
+  const int64_t n = static_cast<const PackedHeader*>(p.packed)->n, y_bytes = element_bytes(p.y_dtype);
+  const int64_t whole = std::min(part.panel_end, n / kPanelColumns);
+  b.m = static_cast<int>(rows);
+  b.codes = s.codes;
+  b.scale = s.scale;
+  b.zero_point = s.zero_point;
+  b.sums = s.sums;
+  const auto run_panels = [&](int64_t begin, int64_t end) {
+    b.panels = static_cast<int>(end - begin);
+    b.panel = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader) + begin * b.panel_stride;
+    b.out = static_cast<uint8_t*>(p.y) + row * p.y_stride + begin * kPanelColumns * y_bytes;
+    end * kPanelColumns <= n ? kernel.run(b) : run_ragged(kernel, b, n - begin * kPanelColumns, s.ragged);
+  };
+  if (part.panel_begin < whole) run_panels(part.panel_begin, whole);
+  if (whole < part.panel_end) run_panels(whole, part.panel_end);
 }
 
 }  // namespace
@@ -181,17 +212,18 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
   return q;
 }
 
-int count_parts(const Kernel& kernel, const Problem& p, int max_threads) {
+int count_parts(const Kernel& asked, const Problem& p, int max_threads) {
+  const Kernel& kernel = kernel_that_runs(asked, p);
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
-  // One row reads a weight for each multiply-add, which takes as long as two.
-  const int64_t work = std::max<int64_t>(p.m, 2) * header.n * header.k / kMinPartWork;
+  const int64_t work = std::max<int64_t>(p.m, kernel.min_rows) * header.n * header.k / kernel.part_work;
   const Tile& tile = tile_for(kernel, p.m);
   const int64_t pieces =
       p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, tile.n) : ceil_div(p.m, tile.m);
   return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
 }
 
-Part part(const Kernel& kernel, const Problem& p, int index, int count) {
+Part part(const Kernel& asked, const Problem& p, int index, int count) {
+  const Kernel& kernel = kernel_that_runs(asked, p);
   const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
   if (p.m > kSplitColumnsUpTo) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
   const int64_t group = tile_for(kernel, p.m).n / kPanelColumns, groups = ceil_div(panels, group);
@@ -199,14 +231,17 @@ Part part(const Kernel& kernel, const Problem& p, int index, int count) {
   return {0, p.m, panel(index), panel(index + 1)};
 }
 
-size_t scratch_bytes(const Kernel& kernel, const Problem& p) {
+size_t scratch_bytes(const Kernel& asked, const Problem& p) {
+  const Kernel& kernel = kernel_that_runs(asked, p);
   const Tile& tile = tile_for(kernel, p.m);
   const int64_t k = static_cast<const PackedHeader*>(p.packed)->k, rows = block_rows(kernel, tile, p.m, k);
-  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) + ragged_bytes(tile);
+  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) +
+         ragged_bytes(kernel, tile, rows) + sums_bytes(kernel, rows);
 }
 
-void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* memory) {
-  last.store(&kernel, std::memory_order_relaxed);
+void run_part(const Kernel& asked, const Problem& p, const Part& part, void* memory) {
+  last.store(&asked, std::memory_order_relaxed);
+  const Kernel& kernel = kernel_that_runs(asked, p);
   if (part.row_begin == part.row_end) return;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
@@ -242,6 +277,10 @@ void run_part(const Kernel& kernel, const Problem& p, const Part& part, void* me
     const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
     const int64_t rows = row_of(end) - row;
     load_rows(kernel, p, row, rows, k, s);
+    if (kernel.sweeps) {
+      sweep(kernel, b, p, part, row, rows, s);
+      continue;
+    }
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
       b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
       b.panel = panels + panel * b.panel_stride;

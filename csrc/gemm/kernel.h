@@ -16,6 +16,11 @@
 #endif
 #endif
 
+// AMX's instructions, written in assembly, need binutils 2.34, which came before g++ 11, or clang 11.
+#if !defined(TORCHQ_HAS_AMX)
+#define TORCHQ_HAS_AMX TORCHQ_HAS_AVX_VNNI
+#endif
+
 // USMMLA needs g++ 10 or clang 16.
 #if !defined(TORCHQ_HAS_I8MM)
 #if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
@@ -35,6 +40,7 @@ enum Feature : uint32_t {
   kAsimd = 1u << 3,       // Advanced SIMD, in every armv8.0-a
   kAsimdDp = 1u << 4,     // SDOT
   kI8mm = 1u << 5,        // USMMLA
+  kAmxInt8 = 1u << 6,     // AMX tiles and TDPBUSD, and the operating system's leave to use them
 };
 
 // The element types the core reads and writes.
@@ -100,8 +106,12 @@ struct Block {
   Activation activation;
   float out_inv_scale;     // u8 out only
   int32_t out_zero_point;  // u8 out only
-  Layout layout;           // of the panels. Last: after panels it makes gcc store pairs that loads then wait for
+  Layout layout;           // of the panels. Not above: after panels it makes gcc store pairs that loads then wait for
+  int32_t* sums;           // m x kSumColumns, for a kernel that sweeps: room for sums of a part of the depth
 };
+
+// Columns of Block::sums.
+constexpr int64_t kSumColumns = 32;
 
 struct Kernel {
   const char* name;  // as /proc/cpuinfo spells the feature
@@ -128,6 +138,17 @@ struct Kernel {
   // A tile of more rows and fewer columns, for problems of more rows than tile.m that it holds all of: they read each
   // weight once instead of twice. m = 0: none.
   Tile tall = {0, 0, 0};
+
+  // run() takes any number of rows and panels at once and orders its tiles itself; `tile` is then what parts and blocks
+  // of rows are made of.
+  bool sweeps = false;
+  // Another kernel, with the same layout and codes, that is faster for up to few_rows rows.
+  const Kernel* few = nullptr;
+  int few_rows = 0;
+  int64_t codes_budget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
+  // Multiply-adds that pay for waking one more thread, about 5 us; fewer rows than min_rows cost as much as these.
+  int64_t part_work = 1 << 20;
+  int min_rows = 2;
 };
 
 extern const Kernel kernel_reference;
@@ -136,6 +157,7 @@ extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx_vnni;
 extern const Kernel kernel_avx512vl_vnni;
 extern const Kernel kernel_avx512_vnni;
+extern const Kernel kernel_amx_int8;
 #elif defined(__aarch64__)
 extern const Kernel kernel_neon;
 extern const Kernel kernel_neon_dotprod;

@@ -9,7 +9,7 @@ namespace {
 
 // The packed form by its description: [colsum][scale][bias][weights], zero-padded, zeros after the last panel.
 std::vector<uint8_t> oracle_panels(const Weights& w, Layout layout) {
-  const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 7) / 8 * 128, depth = layout == Layout::p16c8 ? 8 : 4;
+  const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 63) / 64 * 1024, depth = layout == Layout::p16c8 ? 8 : 4;
   std::vector<uint8_t> out(panels * bytes + 16 * panels - w.n);
   for (int64_t n = 0; n < w.n; ++n) {
     uint8_t* panel = out.data() + n / 16 * bytes;
@@ -103,7 +103,7 @@ void test_strangers() {
   damaged([](PackedHeader& h) { h.n = 22; }, "another n");
   damaged([](PackedHeader& h) { h.n = -1; }, "a negative n");
   damaged([](PackedHeader& h) { h.n = INT64_MAX; }, "an n that overflows");
-  damaged([](PackedHeader& h) { h.k = 17; }, "another k");
+  damaged([](PackedHeader& h) { h.k = 65; }, "another k");
   damaged([](PackedHeader& h) { h.k = -4; }, "a negative k");
   damaged([](PackedHeader& h) { h.k = INT64_MAX; }, "a k that overflows");
   expect_rejected(std::vector<uint8_t>(length), length, "zeros");

@@ -1,0 +1,304 @@
+// AMX-INT8 (Sapphire Rapids and its successors): 16 x 16 outputs and 64 k in one instruction, eight tile registers.
+//
+//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles, a cycle a row of codes, 10 at least
+//   TILELOADD tmm, [p + s]    16 rows of 64 bytes, s apart                    8 cycles from L1, 21 from L2
+//   TILESTORED                                                                16 cycles
+//
+// 16 groups of 4 k of a P16c4 panel, 16 rows of 64 bytes, are one tile of weights as they lie. TDPBUSD neither saturates
+// nor rounds, and wraps only past int32.
+//
+// Registers: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4 products; for up to 16 rows
+// 1 x 4 accumulators, 1 and 3. The two tiles of a pair may be of fewer rows than 16, and of the last pair the first rows may be
+// computed twice: so rows are balanced, and the tiles are configured once.
+//
+// From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while one
+// of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
+//
+// Sums go to L1 first, for they can be read from there only. Meanwhile the next tile multiplies, and between its steps the
+// sums of the last one are finished row by row: the multiplier of tiles and the vector units work side by side.
+
+#include "kernel.h"
+
+#if defined(__x86_64__) && TORCHQ_HAS_AMX
+#include <immintrin.h>
+#include <string.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+namespace torchq {
+namespace amx_int8 {
+
+using Code = uint8_t;
+#include "vec512.inc"
+
+#include "rows.inc"
+
+constexpr bool kZeroPointFirst = false;
+
+#include "epilogue.inc"
+
+constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGroups = kTileDepth / 4;
+// A pair of panels and two tiles of codes of this depth fit in L1, 48 KiB. Where the depth is cut, into parts of about
+// so many steps: each costs reading and writing sums.
+constexpr int64_t kStepsInL1 = 12, kStepsPerPart = 8;
+
+// ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read. ---------------
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// 45 ns. Other users of tiles in this thread must not find ours (some configure once and trust it): release_tiles().
+inline void configure(const int (&rows)[8]) {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
+}
+inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
+
+template <int kTile>
+TORCHQ_INLINE void load_tile(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile));
+}
+template <int kTile>
+TORCHQ_INLINE void store_tile(void* p, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+TORCHQ_INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kSum, int kCodes, int kWeights>
+TORCHQ_INLINE void dot_tile() {
+  __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kCodes), "i"(kWeights));
+}
+
+// ---- Sums that wait to be finished ------------------------------------------------------------------------------------
+
+// Rows of sums, `columns` panels wide, and where they go.
+struct Waiting {
+  const int32_t* sums;
+  int64_t sums_stride;
+  int rows, columns;  // rows left
+  const uint8_t* panel;
+  const float* scale;
+  const int32_t* zero_point;
+  uint8_t* out;
+};
+
+template <int kColumns>
+TORCHQ_INLINE void finish_columns(const Epilogue& e, const Block& b, Waiting& waiting, int count) {
+  Waiting w = waiting;  // in registers: a store into y could change what lies in memory
+  const int64_t panel_stride = b.panel_stride, out_stride = b.out_stride;
+  for (w.rows -= count; count; --count) {
+    const Ints zero_point = splat(*w.zero_point++);
+    const Floats row_scale = splat(*w.scale++);
+    TORCHQ_UNROLL
+    for (int c = 0; c < kColumns; ++c)
+      finish(e, load(w.sums + c * kLanes), zero_point, row_scale, w.panel + c * panel_stride, w.out, c * kLanes,
+             c * kLanes);
+    if (e.curved && e.dtype != DType::i32) finish_curved(e, 1, kColumns * kLanes, w.out, 0);
+    w.sums += w.sums_stride / 4, w.out += out_stride;
+  }
+  waiting = w;
+}
+
+TORCHQ_INLINE void finish_any(const Epilogue& e, const Block& b, Waiting& w, int count) {
+  if (w.columns == 1) return finish_columns<1>(e, b, w, count);
+  if (w.columns == 2) return finish_columns<2>(e, b, w, count);
+  if (w.columns == 3) return finish_columns<3>(e, b, w, count);
+  finish_columns<4>(e, b, w, count);
+}
+
+// The next `count` rows. The commonest output without its branches.
+__attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, Waiting& w, int count) {
+  if (e.dtype == DType::f32 && e.activation == Activation::none)
+    return finish_any({DType::f32, Activation::none, e.inv_scale, e.map, nullptr}, b, w, count);
+  finish_any(e, b, w, count);
+}
+
+// ---- Multiplying ------------------------------------------------------------------------------------------------------
+
+// Outputs of up to kTall x 16 rows and kWide panels, over a part of the depth.
+struct Tile {
+  const uint8_t *codes, *weights;
+  int64_t steps;
+  bool from_zero;  // else the sums start from what lies where they go
+  bool complete;   // the last part of the depth: what waits to be finished then
+  int32_t* sums;
+  int64_t sums_stride;  // bytes
+  Waiting waiting;
+};
+
+// The accumulator of a tile of rows and a panel, and where its sums lie.
+template <int kTall, int kWide>
+struct Accumulators {
+  int64_t second_row;  // of the second tile of rows
+
+  template <int kIndex>
+  int32_t* place(const Tile& t) const {
+    constexpr int kRow = kIndex / (4 / kTall), kPanel = kIndex % (4 / kTall);
+    return t.sums + kRow * second_row * (t.sums_stride / 4) + kPanel * 16;
+  }
+  // The old sums leave and the new ones begin. Between the products of the first step, for in a row four stores would
+  // take longer than it: 32 x 32 x 256 at 49 instead of 69 % of peak.
+  template <int kIndex>
+  TORCHQ_INLINE void exchange(const Tile& before, const Tile& now) const {
+    store_tile<kIndex>(place<kIndex>(before), before.sums_stride);
+    now.from_zero ? zero_tile<kIndex>() : load_tile<kIndex>(place<kIndex>(now), now.sums_stride);
+  }
+  // To where they go.
+  void leave(const Tile& t) const {
+    store_tile<0>(place<0>(t), t.sums_stride);
+    if constexpr (kWide > 1) store_tile<1>(place<1>(t), t.sums_stride);
+    if constexpr (kTall == 2 || kWide > 2) store_tile<2>(place<2>(t), t.sums_stride);
+    if constexpr (kTall == 2 ? kWide > 1 : kWide > 3) store_tile<3>(place<3>(t), t.sums_stride);
+  }
+};
+
+// One step of 64 k. first: exchange(i) is called before accumulator i is added to.
+template <int kTall, int kWide, class Exchange>
+TORCHQ_INLINE void step(const uint8_t* codes, int64_t codes_stride, int64_t second, const uint8_t* weights,
+                        int64_t panel_stride, const Exchange& exchange) {
+  if constexpr (kTall == 2) {
+    load_tile<6>(weights, 64);
+    load_tile<4>(codes, codes_stride);
+    exchange.template at<0>(), dot_tile<0, 4, 6>();
+    if constexpr (kWide == 2) load_tile<7>(weights + panel_stride, 64), exchange.template at<1>(), dot_tile<1, 4, 7>();
+    load_tile<5>(codes + second, codes_stride);
+    exchange.template at<2>(), dot_tile<2, 5, 6>();
+    if constexpr (kWide == 2) exchange.template at<3>(), dot_tile<3, 5, 7>();
+  } else {
+    load_tile<4>(codes, codes_stride);
+    load_tile<5>(weights, 64), exchange.template at<0>(), dot_tile<0, 4, 5>();
+    if constexpr (kWide > 1) load_tile<6>(weights + panel_stride, 64), exchange.template at<1>(), dot_tile<1, 4, 6>();
+    if constexpr (kWide > 2)
+      load_tile<7>(weights + 2 * panel_stride, 64), exchange.template at<2>(), dot_tile<2, 4, 7>();
+    if constexpr (kWide > 3)
+      load_tile<5>(weights + 3 * panel_stride, 64), exchange.template at<3>(), dot_tile<3, 4, 5>();
+  }
+}
+
+struct NoExchange {
+  template <int kIndex>
+  TORCHQ_INLINE void at() const {}
+};
+template <int kTall, int kWide>
+struct FirstExchange {
+  Accumulators<kTall, kWide> accumulators;
+  const Tile &before, &now;
+  template <int kIndex>
+  TORCHQ_INLINE void at() const {
+    accumulators.template exchange<kIndex>(before, now);
+  }
+};
+
+// Multiplies a tile. Meanwhile the sums of the one before leave their registers, and if complete are finished.
+template <int kTall, int kWide>
+__attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64_t second_row, const Tile& before, const Tile& t) {
+  const int64_t codes_stride = b.codes_stride, panel_stride = b.panel_stride, second = second_row * codes_stride;
+  const uint8_t *codes = t.codes, *weights = t.weights;
+  step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride,
+                     FirstExchange<kTall, kWide>{{second_row}, before, t});
+  Waiting w = before.waiting;
+  if (!before.complete) w.rows = 0;
+  const int64_t rows = w.rows, steps = t.steps - 1;
+  int64_t due = 0;
+  for (int64_t s = 0; s < steps; ++s) {
+    codes += kTileDepth, weights += kTileBytes;
+    step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride, NoExchange());
+    int count = 0;
+    for (due += rows; due >= steps; due -= steps) ++count;
+    if (count) finish_rows(e, b, w, count);
+  }
+  if (w.rows) finish_rows(e, b, w, w.rows);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows in tiles of kTall x 16, a group of kWide panels after the other.
+template <int kTall, int kWide>
+void sweep(const Epilogue& e, const Block& b, int first_panel, int end_panel) {
+  if (first_panel == end_panel) return;
+  const int64_t tiles = ceil_div(b.m, kTall * kTileRows), height = ceil_div(b.m, tiles);
+  const int first = static_cast<int>(ceil_div(height, kTall)), second = static_cast<int>(height) - first;
+  if (kTall == 2)
+    configure({first, first, second, second, first, second, kTileRows, kTileRows});
+  else
+    configure({first, first, first, first, first, kTileRows, kTileRows, kTileRows});
+
+  alignas(64) int32_t complete[kTall * kTileRows * kWide * 16];
+  const int64_t steps = ceil_div(b.k_groups, kGroups);
+  const int64_t parts = tiles > 1 && steps > kStepsInL1 ? (steps + kStepsPerPart / 2) / kStepsPerPart : 1;
+  Tile before{}, t{};
+  before.sums = complete, before.sums_stride = kWide * 64;
+  for (int panel = first_panel; panel < end_panel; panel += kWide) {
+    const uint8_t* meta = b.panel + panel * b.panel_stride;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t from = steps * part / parts;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t row = smaller(i * height, b.m - height);
+        t.codes = static_cast<const uint8_t*>(b.codes) + row * b.codes_stride + from * kTileDepth;
+        t.weights = meta + kPanelMeta + from * kTileBytes;
+        t.steps = steps * (part + 1) / parts - from;
+        t.from_zero = part == 0;
+        t.complete = part == parts - 1;
+        t.sums = parts == 1 ? complete : b.sums + i * height * kWide * 16;  // not row: rows in two tiles have two sums
+        t.sums_stride = kWide * 64;
+        t.waiting = {t.sums, t.sums_stride, static_cast<int>(height), kWide, meta, b.scale + row, b.zero_point + row,
+                     static_cast<uint8_t*>(b.out) + row * b.out_stride + panel * 16 * element_bytes(b.out_dtype)};
+        multiply<kTall, kWide>(e, b, first, before, t);
+        before = t;
+      }
+    }
+  }
+  Accumulators<kTall, kWide>{first}.leave(before);
+  finish_rows(e, b, before.waiting, before.waiting.rows);
+  release_tiles();
+}
+
+void run(const Block& b) {
+  alignas(64) float curved[4 * kLanes];  // of a row
+  const Epilogue e{b.out_dtype, b.activation, splat(b.out_inv_scale), code_map(b.out_zero_point),
+                   b.activation > Activation::relu ? curved : nullptr};
+  if (b.m > kTileRows) {
+    sweep<2, 2>(e, b, 0, b.panels & ~1);
+    return sweep<2, 1>(e, b, b.panels & ~1, b.panels);
+  }
+  sweep<1, 4>(e, b, 0, b.panels & ~3);
+  switch (b.panels & 3) {
+    case 3: return sweep<1, 3>(e, b, b.panels & ~3, b.panels);
+    case 2: return sweep<1, 2>(e, b, b.panels & ~3, b.panels);
+    default: return sweep<1, 1>(e, b, b.panels & ~3, b.panels);
+  }
+}
+
+}  // namespace amx_int8
+
+const Kernel kernel_amx_int8 = {"amx_int8",
+                                kAvx512Vnni | kAmxInt8,
+                                Layout::p16c4,
+                                {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4},
+                                1,
+                                amx_int8::range,
+                                amx_int8::quantize,
+                                amx_int8::run,
+                                0,
+                                1,
+                                {0, 0, 0},
+                                true,
+                                &kernel_avx512_vnni,
+                                3,
+                                1 << 20,
+                                4 << 20,
+                                16};
+
+}  // namespace torchq
+
+#pragma GCC pop_options
+#endif
