@@ -1,5 +1,6 @@
 """What PyTorch may do with the ops and the module: opcheck, compile, export, autograd modes, autocast."""
 
+import copy
 import io
 from contextlib import nullcontext
 
@@ -9,7 +10,7 @@ from reference import assert_identical, random_float, random_int8, random_weight
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from torchq import QuantizedLinear, simulate
+from torchq import QuantizedLinear, kernels, simulate
 from torchq.modules.linear import QParams
 from torchq.ops import Activation
 
@@ -203,3 +204,16 @@ def test_after_a_float_layer_under_autocast(generator):
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         assert_identical(model(x), model[1:](model[0](x)))
         assert model(x).dtype == torch.bfloat16
+
+
+def test_layers_take_turns_with_onednn():
+    """On CPUs with AMX both configure the same tile registers of a thread, and each must be right after the other."""
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantizedLinear(*random_weight(96, 192, generator))
+    x, a, b = torch.randn(40, 192), torch.randn(70, 256).bfloat16(), torch.randn(256, 80).bfloat16()
+    with kernels.use("reference"):
+        expected = copy.deepcopy(layer)(x)
+    product = a.float() @ b.float()
+    for rows in (40, 9, 1, 17):
+        assert_identical(layer(x[:rows]), expected[:rows])
+        torch.testing.assert_close((a @ b).float(), product, rtol=2e-2, atol=0.3)  # bfloat16 keeps 8 bits

@@ -21,6 +21,7 @@
 namespace torchq {
 namespace {
 
+constexpr int64_t kWeightsNear = 2 << 20;  // what fits in L2 of the CPUs with a kernel that asks: bytes
 constexpr int64_t kSplitColumnsUpTo = 32;  // rows up to which every thread quantizes them all and takes columns
 
 constexpr int64_t kRowsTogether = 32;     // rows quantized together, one step of all after the other ...
@@ -42,10 +43,14 @@ int64_t codes_stride(int64_t k, int code_bytes) {
   return (lines | 1) * 64;
 }
 
-// The kernel asked for, or the one that it leaves problems of few rows, or of no depth, to.
+// The kernel asked for, or the one that it leaves small problems to.
 const Kernel& kernel_that_runs(const Kernel& kernel, const Problem& p) {
-  const bool few = p.m <= kernel.few_rows || static_cast<const PackedHeader*>(p.packed)->k == 0;
-  return kernel.few && few ? *kernel.few : kernel;
+  const Few& few = kernel.few;
+  if (!few.kernel) return kernel;
+  const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
+  const bool far = packed_bytes(header.n, header.k) > kWeightsNear;
+  const bool small = p.m <= (far ? few.rows_from_far : few.rows) || p.m * header.n * header.k <= few.work;
+  return small ? *few.kernel : kernel;
 }
 
 const Tile& tile_for(const Kernel& kernel, int64_t m) {

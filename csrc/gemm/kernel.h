@@ -113,6 +113,16 @@ struct Block {
 // Columns of Block::sums.
 constexpr int64_t kSumColumns = 32;
 
+struct Kernel;
+
+// A kernel of the same layout and codes, faster for small problems, and the size up to which it is. It also takes
+// problems without depth. kernel null: there is none.
+struct Few {
+  const Kernel* kernel;
+  int rows, rows_from_far;  // the latter where the weights do not fit in L2, so that reading them takes the time
+  int64_t work;             // or so many multiply-adds
+};
+
 struct Kernel {
   const char* name;  // as /proc/cpuinfo spells the feature
   uint32_t needs;    // Feature bits
@@ -142,9 +152,7 @@ struct Kernel {
   // run() takes any number of rows and panels at once and orders its tiles itself; `tile` is then what parts and blocks
   // of rows are made of.
   bool sweeps = false;
-  // Another kernel, with the same layout and codes, that is faster for up to few_rows rows.
-  const Kernel* few = nullptr;
-  int few_rows = 0;
+  Few few = {nullptr, 0, 0, 0};
   int64_t codes_budget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
   // Multiply-adds that pay for waking one more thread, about 5 us; fewer rows than min_rows cost as much as these.
   int64_t part_work = 1 << 20;

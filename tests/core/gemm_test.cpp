@@ -268,14 +268,43 @@ void test_stores(bool quick) {
     }
 }
 
+// A thread's tiles are shared with oneDNN and others, which must not find them configured otherwise than they left them.
+void test_tiles_are_released() {
+#if defined(__x86_64__)
+  if (!(cpu_features() & kAmxInt8)) return;
+  const Weights weights = random_weights(33, 64);
+  for (int64_t m : {1, 7, 16, 17, 100}) {
+    now("tiles after %d rows", static_cast<int>(m));
+    Stage stage(random_rows(m, 64, {DType::f32, true}), weights, Side::end, 0);
+    stage.run(kernel_amx_int8, {DType::f32, Activation::none, {1.0f, 0}});
+    uint8_t config[64];
+    std::memset(config, 0xAA, sizeof(config));
+    __asm__ volatile("sttilecfg %0" : "=m"(config));
+    check("amx_int8", std::all_of(config, config + 64, [](uint8_t byte) { return byte == 0; }), "still configured");
+  }
+#endif
+}
+
+// Depths and rows around the kernel of tiles' own limits: a step, a depth that is cut and one that is not yet, an odd
+// number of steps; rows that two tiles share.
+void test_sweeps() {
+  constexpr DType outputs[] = {DType::i32, DType::f32, DType::u8};
+  for (int64_t k : {63, 128, 768, 769, 1000, 1344})
+    for (int64_t m : {33, 47, 64, 97})
+      check_problem("random", random_rows(m, k, kKinds[m % 8]), random_weights(m == 64 ? 96 : 71, k), outputs);
+}
+
 }  // namespace
 
 void test_gemm(bool quick) {
   constexpr DType exact[] = {DType::i32, DType::f32};
   test_shapes(quick);
   test_blocks(quick);
+  test_sweeps();
+  test_tiles_are_released();
   test_corners(7, 33, 13, kOutputs);
   test_corners(1, 17, kMaxDepth, exact);
+  test_corners(33, 17, 1000, exact);
   check_problem("random", random_rows(7, kMaxDepth, {DType::f32, true}), random_weights(3, kMaxDepth), exact);
   for (int64_t k : {8, 65, 257}) test_mixed_corners(13, 65, k);
   for (int64_t k : {1, 5, 16, 17, 64, 67, 130})
