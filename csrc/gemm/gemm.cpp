@@ -22,7 +22,9 @@ namespace torchq {
 namespace {
 
 constexpr int64_t kWeightsNear = 2 << 20;  // what fits in L2 of the CPUs with a kernel that asks: bytes
-constexpr int64_t kSplitColumnsUpTo = 32;  // rows up to which every thread quantizes them all and takes columns
+// Rows up to which every thread quantizes them all and takes columns; the latter where the kernel is so fast that
+// reading the weights, by each thread its own, takes longer than that.
+constexpr int64_t kSplitColumnsUpTo = 32, kSplitFarColumnsUpTo = 128;
 
 constexpr int64_t kRowsTogether = 32;     // rows quantized together, one step of all after the other ...
 constexpr int64_t kRowsInL1 = 16 * 1024;  // ... if their x, read twice, stays in L1: bytes
@@ -43,13 +45,14 @@ int64_t codes_stride(int64_t k, int code_bytes) {
   return (lines | 1) * 64;
 }
 
+bool far(const PackedHeader& header) { return packed_bytes(header.n, header.k) > kWeightsNear; }
+
 // The kernel asked for, or the one that it leaves small problems to.
 const Kernel& kernel_that_runs(const Kernel& kernel, const Problem& p) {
   const Few& few = kernel.few;
   if (!few.kernel) return kernel;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
-  const bool far = packed_bytes(header.n, header.k) > kWeightsNear;
-  const bool small = p.m <= (far ? few.rows_from_far : few.rows) || p.m * header.n * header.k <= few.work;
+  const bool small = p.m <= (far(header) ? few.rows_from_far : few.rows) || p.m * header.n * header.k <= few.work;
   return small ? *few.kernel : kernel;
 }
 
@@ -217,20 +220,29 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
   return q;
 }
 
+namespace {
+
+bool split_columns(const Kernel& kernel, const Problem& p) {
+  const bool slow_weights = kernel.sweeps && far(*static_cast<const PackedHeader*>(p.packed));
+  return p.m <= (slow_weights ? kSplitFarColumnsUpTo : kSplitColumnsUpTo);
+}
+
+}  // namespace
+
 int count_parts(const Kernel& asked, const Problem& p, int max_threads) {
   const Kernel& kernel = kernel_that_runs(asked, p);
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t work = std::max<int64_t>(p.m, kernel.min_rows) * header.n * header.k / kernel.part_work;
   const Tile& tile = tile_for(kernel, p.m);
   const int64_t pieces =
-      p.m <= kSplitColumnsUpTo ? ceil_div(panel_count(header.n) * kPanelColumns, tile.n) : ceil_div(p.m, tile.m);
+      split_columns(kernel, p) ? ceil_div(panel_count(header.n) * kPanelColumns, tile.n) : ceil_div(p.m, tile.m);
   return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
 }
 
 Part part(const Kernel& asked, const Problem& p, int index, int count) {
   const Kernel& kernel = kernel_that_runs(asked, p);
   const int64_t panels = panel_count(static_cast<const PackedHeader*>(p.packed)->n);
-  if (p.m > kSplitColumnsUpTo) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
+  if (!split_columns(kernel, p)) return {piece(p.m, index, count), piece(p.m, index + 1, count), 0, panels};
   const int64_t group = tile_for(kernel, p.m).n / kPanelColumns, groups = ceil_div(panels, group);
   const auto panel = [&](int64_t i) { return std::min(piece(groups, i, count) * group, panels); };
   return {0, p.m, panel(index), panel(index + 1)};
