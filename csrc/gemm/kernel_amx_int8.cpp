@@ -41,7 +41,7 @@ constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGro
 // A pair of panels and two tiles of codes of this depth fit in L1, 48 KiB. Where the depth is cut, into parts of about
 // so many steps: each costs reading and writing sums.
 constexpr int64_t kStepsInL1 = 12, kStepsPerPart = 8;
-constexpr int64_t kWeightsInL2 = 1 << 20;  // what stays there, of 2 MiB, beside codes and outputs: bytes
+constexpr int64_t kWeightsInL2 = 3 << 19;  // what stays there, of 2 MiB, beside codes and outputs: bytes
 
 // ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read. ---------------
 
