@@ -184,7 +184,7 @@ void sweep(const Kernel& kernel, Block b, const Problem& p, const Part& part, in
     b.panels = static_cast<int>(end - begin);
     b.panel = static_cast<const uint8_t*>(p.packed) + sizeof(PackedHeader) + begin * b.panel_stride;
     b.out = static_cast<uint8_t*>(p.y) + row * p.y_stride + begin * kPanelColumns * y_bytes;
-    end * kPanelColumns <= n ? kernel.run(b) : run_ragged(kernel, b, n - begin * kPanelColumns, s.ragged);
+    end* kPanelColumns <= n ? kernel.run(b) : run_ragged(kernel, b, n - begin * kPanelColumns, s.ragged);
   };
   if (part.panel_begin < whole) run_panels(part.panel_begin, whole);
   if (whole < part.panel_end) run_panels(whole, part.panel_end);

@@ -25,9 +25,9 @@ constexpr int64_t kMaxDepth = 65793;
 //
 // A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each
 // group of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout
-// to whole steps of 64 k, AMX's, so that the length does not depend on the kernel the weights are packed for. The bytes after
-// the last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known, so
-// shapes can be inferred without reading it.
+// to whole steps of 64 k, AMX's, so that the length does not depend on the kernel the weights are packed for. The bytes
+// after the last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known,
+// so shapes can be inferred without reading it.
 
 struct PackedHeader {
   uint32_t magic;

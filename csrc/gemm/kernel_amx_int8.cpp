@@ -1,18 +1,18 @@
 // AMX-INT8 (Sapphire Rapids and its successors): 16 x 16 outputs and 64 k in one instruction, eight tile registers.
 //
-//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles, a cycle a row of codes, 10 at least
+//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles, 1 a row of codes, 10 at least
 //   TILELOADD tmm, [p + s]    16 rows of 64 bytes, s apart                    8 cycles from L1, 21 from L2
 //   TILESTORED                                                                16 cycles
 //
-// 16 groups of 4 k of a P16c4 panel, 16 rows of 64 bytes, are one tile of weights as they lie. TDPBUSD neither saturates
-// nor rounds, and wraps only past int32.
+// 16 groups of 4 k of a P16c4 panel, 16 rows of 64 bytes, are one tile of weights as they lie. TDPBUSD neither
+// saturates nor rounds, and wraps only past int32.
 //
 // Registers: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4 products; for up to 16 rows
-// 1 x 4 accumulators, 1 and 3. The two tiles of a pair may be of fewer rows than 16, and of the last pair the first rows may be
-// computed twice: so rows are balanced, and the tiles are configured once.
+// 1 x 4 accumulators, 1 and 3. The two tiles of a pair may be of fewer rows than 16, and of the last pair the first
+// rows may be computed twice: so rows are balanced, and the tiles are configured once.
 //
-// From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while one
-// of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
+// From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while
+// one of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
 //
 // Sums go to L1 first, for they can be read from there only, while the next tile starts to multiply.
 
@@ -41,9 +41,13 @@ constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGro
 // A pair of panels and two tiles of codes of this depth fit in L1, 48 KiB. Where the depth is cut, into parts of about
 // so many steps: each costs reading and writing sums.
 constexpr int64_t kStepsInL1 = 12, kStepsPerPart = 8;
+// Where it is not cut, a tile of rows meets so many panels, up to 400 KB in L2, before the next one does: of a row of y
+// more than two lines are written while its page is known. 1024x3072x768: 2.5 -> 2.0 ms.
+constexpr int kPanelsTogether = 32;
 constexpr int64_t kWeightsInL2 = 3 << 19;  // what stays there, of 2 MiB, beside codes and outputs: bytes
 
-// ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read. ---------------
+// ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read.
+// ---------------
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -52,7 +56,7 @@ struct TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// 45 ns. Other users of tiles in this thread must not find ours (some configure once and trust it): release_tiles().
+// 45 ns. Other users of tiles in this thread must not find ours: release_tiles().
 inline void configure(const int (&rows)[8]) {
   TileConfig config;
   for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
@@ -77,7 +81,8 @@ TORCHQ_INLINE void dot_tile() {
   __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kCodes), "i"(kWeights));
 }
 
-// ---- Sums that wait to be finished ------------------------------------------------------------------------------------
+// ---- Sums that wait to be finished
+// ------------------------------------------------------------------------------------
 
 // Rows of sums, and where they go.
 struct Waiting {
@@ -111,7 +116,8 @@ __attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, co
   finish_by<kWide>(e, b, w);
 }
 
-// ---- Multiplying ------------------------------------------------------------------------------------------------------
+// ---- Multiplying
+// ------------------------------------------------------------------------------------------------------
 
 // Outputs of up to kTall x 16 rows and kWide panels, over a part of the depth.
 struct Tile {
@@ -150,7 +156,7 @@ struct Accumulators {
   }
 };
 
-// One step of 64 k. first: exchange(i) is called before accumulator i is added to.
+// One step of 64 k. exchange.at<i>() comes before accumulator i is added to.
 template <int kTall, int kWide, class Exchange>
 TORCHQ_INLINE void step(const uint8_t* codes, int64_t codes_stride, int64_t second, const uint8_t* weights,
                         int64_t panel_stride, const Exchange& exchange) {
@@ -188,7 +194,8 @@ struct FirstExchange {
 };
 
 // Weights needed next, asked for while several tiles multiply by the present ones: L2 has them when their turn comes.
-// 512x4096x4096, whose weights are in L3: 5.7 -> 5.4 ms. (Where one tile is all, the hardware's prefetcher does better alone.)
+// 512x4096x4096, whose weights are in L3: 5.7 -> 5.4 ms. (Where one tile is all, the hardware's prefetcher does better
+// alone.)
 struct Ahead {
   const uint8_t *next, *end;  // of the first panel; the others lie panel_stride further
   int64_t panel_stride;
@@ -207,7 +214,8 @@ TORCHQ_INLINE void ask_for(Ahead& a) {
 // Multiplies a tile. In its first step the sums of the one before leave their registers; if complete they are finished.
 // (Finishing a row or two after each step, or later, is no faster.)
 template <int kTall, int kWide>
-__attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64_t second_row, const Tile& before, const Tile& t, Ahead& ahead) {
+__attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64_t second_row, const Tile& before,
+                                        const Tile& t, Ahead& ahead) {
   const int64_t codes_stride = b.codes_stride, panel_stride = b.panel_stride, second = second_row * codes_stride;
   const uint8_t *codes = t.codes, *weights = t.weights;
   step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride,
@@ -230,11 +238,13 @@ struct Sweep {
   const Block& b;
   int64_t tiles, height, first_rows;  // rows of a pair of tiles, and of its first
   int64_t steps, parts;
+  int group;  // panels that a tile of rows meets one after the other
 
   explicit Sweep(const Block& block) : b(block) {
     tiles = ceil_div(b.m, kTall * kTileRows), height = ceil_div(b.m, tiles), first_rows = ceil_div(height, kTall);
     steps = ceil_div(b.k_groups, kGroups);
     parts = tiles > 1 && steps > kStepsInL1 ? (steps + kStepsPerPart / 2) / kStepsPerPart : 1;
+    group = parts == 1 ? kPanelsTogether : kWide;
   }
   void configure_tiles() const {
     const int first = static_cast<int>(first_rows), second = static_cast<int>(height) - first;
@@ -244,23 +254,26 @@ struct Sweep {
       configure({first, first, first, first, first, kTileRows, kTileRows, kTileRows});
   }
   int64_t step_of(int64_t part) const { return steps * part / parts; }
+  int64_t steps_of(int64_t part) const { return step_of(part + 1) - step_of(part); }
   const uint8_t* weights(int panel, int64_t part) const {
     return b.panel + panel * b.panel_stride + kPanelMeta + step_of(part) * kTileBytes;
   }
-  // The weights of a part, or of the next panels' first one where it was the last; the last panels have no successor.
-  Ahead ahead_of(int panel, int64_t part, int end_panel) const {
-    const bool same = part < parts;
-    if (tiles == 1 || b.panels * b.panel_stride < kWeightsInL2 || (!same && panel + kWide >= end_panel)) return {};
-    const uint8_t* begin = same ? weights(panel, part) : weights(panel + kWide, 0);
-    const int64_t length = same ? step_of(part + 1) - step_of(part) : step_of(1);
-    return {begin, begin + length * kTileBytes, b.panel_stride, static_cast<int>(ceil_div(kTileRows, tiles))};
+  // The index-th tile's share of the weights that follow these: the next part's, or those of the next group of panels.
+  Ahead ahead_of(int panel, int64_t part, int64_t index, int end_panel) const {
+    const bool same = part + 1 < parts;
+    const int next_panel = same ? panel : panel + group;
+    const int64_t next_part = same ? part + 1 : 0;
+    if (tiles == 1 || next_panel >= end_panel || b.panels * b.panel_stride < kWeightsInL2) return {};
+    const int lines = static_cast<int>(ceil_div(kTileRows, tiles));
+    const uint8_t *begin = weights(next_panel, next_part), *end = begin + steps_of(next_part) * kTileBytes;
+    return {begin + index * lines * steps_of(part) * 64, end, b.panel_stride, lines};
   }
   Tile tile(int panel, int64_t part, int64_t index, int32_t* complete) const {
     const int64_t row = smaller(index * height, b.m - height);
     Tile t;
     t.codes = static_cast<const uint8_t*>(b.codes) + row * b.codes_stride + step_of(part) * kTileDepth;
     t.weights = weights(panel, part);
-    t.steps = step_of(part + 1) - step_of(part);
+    t.steps = steps_of(part);
     t.from_zero = part == 0;
     t.complete = part == parts - 1;
     t.sums = parts == 1 ? complete : b.sums + index * height * kWide * 16;  // not row: rows in two tiles have two sums
@@ -280,15 +293,15 @@ void sweep(const Epilogue& e, const Block& b, int first_panel, int end_panel) {
   alignas(64) int32_t complete[kTall * kTileRows * kWide * 16];
   Tile before{};
   before.sums = complete;  // what is in the registers at first may go there
-  for (int panel = first_panel; panel < end_panel; panel += kWide)
-    for (int64_t part = 0; part < s.parts; ++part) {
-      Ahead ahead = s.ahead_of(panel, part + 1, end_panel);
-      for (int64_t i = 0; i < s.tiles; ++i) {
-        const Tile t = s.tile(panel, part, i, complete);
-        multiply<kTall, kWide>(e, b, s.first_rows, before, t, ahead);
-        before = t;
-      }
-    }
+  for (int group = first_panel; group < end_panel; group += s.group)
+    for (int64_t part = 0; part < s.parts; ++part)
+      for (int64_t i = 0; i < s.tiles; ++i)
+        for (int panel = group; panel < smaller(group + s.group, end_panel); panel += kWide) {
+          const Tile t = s.tile(panel, part, i, complete);
+          Ahead ahead = s.ahead_of(panel, part, i, end_panel);
+          multiply<kTall, kWide>(e, b, s.first_rows, before, t, ahead);
+          before = t;
+        }
   Accumulators<kTall, kWide>{s.first_rows}.leave(before);
   finish_rows<kWide>(e, b, before.waiting);
   release_tiles();

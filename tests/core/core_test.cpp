@@ -32,9 +32,11 @@ void test_dispatch() {
     check("core", reads(kernel, kernel.layout) && layout_depth(kernel.layout) == kernel.tile.k, "its layout is amiss");
     check("core", reads(kernel_reference, kernel.layout), "the reference does not read its layout");
     const Kernel* few = kernel.few.kernel;
-    check("core", !few || (few->layout == kernel.layout && few->code_bytes == kernel.code_bytes && few->few.kernel == nullptr),
+    check("core",
+          !few || (few->layout == kernel.layout && few->code_bytes == kernel.code_bytes && few->few.kernel == nullptr),
           "the kernel for few rows reads other weights or codes, or passes them on");
-    check("core", !few || (few->needs & kernel.needs) == few->needs, "the kernel for few rows may not run where it does");
+    check("core", !few || (few->needs & kernel.needs) == few->needs,
+          "the kernel for few rows may not run where it does");
     check("core", can_run(kernel) == ((kernel.needs & ~cpu_features()) == 0), "can_run() contradicts cpu_features()");
     if (!can_run(kernel)) continue;
     if (!best) best = &kernel;

@@ -268,7 +268,8 @@ void test_stores(bool quick) {
     }
 }
 
-// A thread's tiles are shared with oneDNN and others, which must not find them configured otherwise than they left them.
+// A thread's tiles are shared with oneDNN and others, which must not find them configured otherwise than they left
+// them.
 void test_tiles_are_released() {
 #if defined(__x86_64__)
   if (!(cpu_features() & kAmxInt8)) return;

@@ -9,7 +9,8 @@ namespace {
 
 // The packed form by its description: [colsum][scale][bias][weights], zero-padded, zeros after the last panel.
 std::vector<uint8_t> oracle_panels(const Weights& w, Layout layout) {
-  const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 63) / 64 * 1024, depth = layout == Layout::p16c8 ? 8 : 4;
+  const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 63) / 64 * 1024,
+                depth = layout == Layout::p16c8 ? 8 : 4;
   std::vector<uint8_t> out(panels * bytes + 16 * panels - w.n);
   for (int64_t n = 0; n < w.n; ++n) {
     uint8_t* panel = out.data() + n / 16 * bytes;

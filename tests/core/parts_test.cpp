@@ -66,6 +66,24 @@ void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kin
   }
 }
 
+// Weights that no L2 holds: a kernel faster than they can be read has each thread read its own, for more rows than
+// others.
+void check_far_weights(const Kernel& kernel) {
+  const int64_t n = 1000, k = 4096;
+  std::vector<uint8_t> packed(packed_bytes(n, k));
+  pack_begin(kernel.layout, n, k, false, packed.data());
+  Problem problem{};
+  problem.packed = packed.data();
+  for (int64_t m : {9, 32, 33, 128, 129}) {
+    problem.m = m;
+    now("parts of m=%d n=1000 k=4096", static_cast<int>(m));
+    const std::vector<Part> parts = parts_of(kernel, problem, 3);
+    check_cover(kernel, parts, m, n);
+    const bool columns = m <= (kernel.sweeps ? 128 : 32);
+    check(kernel.name, (parts[0].row_end == m) == columns, "expected a split by %s", columns ? "columns" : "rows");
+  }
+}
+
 // How many parts a problem is worth: never more than asked for, one for little work, all for much.
 void check_counts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool large) {
   const Weights weights{n, k, std::vector<int8_t>(n * k), std::vector<float>(n), {}};
@@ -91,6 +109,7 @@ void test_parts() {
       for (int64_t n : {0, 1, 16, 70, 200}) check_parts(*kernel, m, n, 37, {DType::f32, true});
     check_parts(*kernel, 3, 70, 9001, {DType::bf16, true});
     check_parts(*kernel, 70, 33, 9001, {DType::u8, false});
+    check_far_weights(*kernel);
     check_counts(*kernel, 0, 16, 16, false);
     check_counts(*kernel, 1, 0, 0, false);
     check_counts(*kernel, 6, 64, 64, false);
