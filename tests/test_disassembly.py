@@ -156,7 +156,7 @@ def test_main_tile_loads_everything_once(listings, kernel):
 
 @pytest.mark.parametrize(("tall", "wide"), [(2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
 def test_tiles_are_loaded_once_a_step(listings, tall, wide):
-    """A step of 64 k loads each tile of codes and of weights once; vectors are left to the epilogue (g++ keeps pointers in xmm)."""
+    """A step of 64 k loads each tile of codes and of weights once; zmm are the epilogue's (xmm may hold pointers)."""
     (function,) = [f for f in listings[f"kernel_{AMX}"] if f"torchq::{AMX}::multiply<{tall}, {wide}>(" in f.name]
     steps = [loop for loop in function.dot_loops("tdpbusd") if not count("tilestored", loop)]  # without the first step
     counts = {(count("tdpbusd", loop), count("tileloadd", loop), count("%[yz]mm", loop)) for loop in steps}
