@@ -206,11 +206,11 @@ def test_after_a_float_layer_under_autocast(generator):
         assert model(x).dtype == torch.bfloat16
 
 
-def test_layers_take_turns_with_onednn():
+def test_layers_take_turns_with_onednn(generator):
     """On CPUs with AMX both configure the same tile registers of a thread, and each must be right after the other."""
-    generator = torch.Generator().manual_seed(0)
     layer = QuantizedLinear(*random_weight(96, 192, generator))
-    x, a, b = torch.randn(40, 192), torch.randn(70, 256).bfloat16(), torch.randn(256, 80).bfloat16()
+    x, a, b = (torch.randn(shape, generator=generator) for shape in ((40, 192), (70, 256), (256, 80)))
+    a, b = a.bfloat16(), b.bfloat16()
     with kernels.use("reference"):
         expected = copy.deepcopy(layer)(x)
     product = a.float() @ b.float()

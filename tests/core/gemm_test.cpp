@@ -271,7 +271,7 @@ void test_stores(bool quick) {
 // A thread's tiles are shared with oneDNN and others, which must not find them configured otherwise than they left
 // them.
 void test_tiles_are_released() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && TORCHQ_HAS_AMX
   if (!(cpu_features() & kAmxInt8)) return;
   const Weights weights = random_weights(33, 64);
   for (int64_t m : {1, 7, 16, 17, 100}) {
