@@ -40,18 +40,16 @@ class Layer {
     std::vector<int8_t> weight(s.n * s.k);
     for (auto& w : weight) w = static_cast<int8_t>(random());
     std::vector<float> scale(s.n, 1e-3f);
-    packed_.resize(torchq::packed_bytes(s.n, s.k) + 64);
-    void* packed = aligned(packed_);
+    void* packed = aligned<uint8_t>(packed_, torchq::packed_bytes(s.n, s.k));
     torchq::pack_begin(kernel.layout, s.n, s.k, false, packed);
     torchq::pack_panels(weight.data(), scale.data(), nullptr, packed, 0, torchq::panel_count(s.n));
-    x_.resize(s.m * s.k);
-    for (auto& v : x_) v = std::normal_distribution<float>()(random);
+    x_ = aligned<float>(x_bytes_, s.m * s.k);
+    for (int64_t i = 0; i < s.m * s.k; ++i) x_[i] = std::normal_distribution<float>()(random);
     codes_.resize(s.m * s.k, 77);
-    y_.resize(s.m * s.n);
     problem_.m = s.m;
     problem_.packed = packed;
     problem_.x_qparams = problem_.y_qparams = {1.0f, 128};
-    problem_.y = y_.data();
+    problem_.y = aligned<float>(y_bytes_, s.m * s.n);
     problem_.y_stride = s.n * 4;
     problem_.y_dtype = torchq::DType::f32;
     problem_.activation = torchq::Activation::none;
@@ -60,7 +58,7 @@ class Layer {
   }
 
   double rate(bool ready_made) {
-    problem_.x = ready_made ? static_cast<const void*>(codes_.data()) : x_.data();
+    problem_.x = ready_made ? static_cast<const void*>(codes_.data()) : x_;
     problem_.x_stride = shape_.k * (ready_made ? 1 : 4);
     problem_.x_dtype = ready_made ? torchq::DType::u8 : torchq::DType::f32;
     const double ops = 2.0 * shape_.m * shape_.n * shape_.k;
@@ -72,13 +70,18 @@ class Layer {
   }
 
  private:
-  static void* aligned(std::vector<uint8_t>& v) { return v.data() + (64 - reinterpret_cast<uintptr_t>(v.data()) % 64); }
+  // Room for so many T, at a cache line's start, where torch's tensors start too.
+  template <class T>
+  static T* aligned(std::vector<uint8_t>& v, int64_t count) {
+    v.resize(count * sizeof(T) + 64);
+    return reinterpret_cast<T*>(v.data() + (64 - reinterpret_cast<uintptr_t>(v.data()) % 64));
+  }
 
   const Kernel& kernel_;
   Shape shape_;
   torchq::Problem problem_{};
-  std::vector<uint8_t> packed_, codes_, scratch_;
-  std::vector<float> x_, y_;
+  std::vector<uint8_t> packed_, codes_, scratch_, x_bytes_, y_bytes_;
+  float* x_;
 };
 
 void print(const Kernel& kernel, const Shape& s, int rounds) {

@@ -1,8 +1,10 @@
 // What a kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
 //
-// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, the tile it computes, and
-// three functions. All kernels agree bit for bit, integers and floats; `reference` is the definition. (Where two
-// different NaNs meet, a weight scale's and a bias's, which of them survives is open, as in IEEE 754.)
+// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, the tile it computes, three
+// functions, and what else sets it apart. Its file names what differs from the defaults here; constexpr, so that no
+// code built for that CPU runs to make it. All kernels agree bit for bit, integers and floats; `reference` is the
+// definition. (Where two different NaNs meet, a weight scale's and a bias's, which of them survives is open, as in IEEE
+// 754.)
 #pragma once
 
 #include <cstdint>
@@ -124,20 +126,21 @@ struct Few {
 };
 
 struct Kernel {
-  const char* name;  // as /proc/cpuinfo spells the feature
-  uint32_t needs;    // Feature bits
-  Layout layout;
-  Tile tile;
-  int code_bytes;  // one activation code in the scratch: 1 (u8), or 2 (the same code widened to int16)
+  const char* name = nullptr;  // as /proc/cpuinfo spells the feature
+  uint32_t needs = 0;          // Feature bits
+  Layout layout = Layout::p16c4;
+  Tile tile = {0, 0, 0};
+  int code_bytes = 1;  // one activation code in the scratch: 1 (u8), or 2 (the same code widened to int16)
 
   // x: k values of dtype f32, bf16 or f16.
-  RowRange (*range)(const void* x, DType dtype, int64_t k);
+  RowRange (*range)(const void* x, DType dtype, int64_t k) = nullptr;
   // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255), NaN gives 0. Writes whole vectors: codes has room
   // for k rounded up to 64.
   // own: scale and zero point are choose_qparams() of x's own range, so that |x * inv_scale| < 256, or all is NaN and
   // the zero point 0; a kernel may then leave out what else needs clamping.
-  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes, bool own);
-  void (*run)(const Block& block);
+  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes,
+                   bool own) = nullptr;
+  void (*run)(const Block& block) = nullptr;
 
   // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point
   // is shifted alike, which changes no sum.

@@ -322,22 +322,22 @@ void run(const Block& b) {
 
 }  // namespace amx_int8
 
-const Kernel kernel_amx_int8 = {"amx_int8",
-                                kAvx512Vnni | kAmxInt8,
-                                Layout::p16c4,
-                                {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4},
-                                1,
-                                amx_int8::range,
-                                amx_int8::quantize,
-                                amx_int8::run,
-                                0,
-                                1,
-                                {0, 0, 0},
-                                true,
-                                {&kernel_avx512_vnni, 3, 8, 1 << 16},
-                                1 << 20,
-                                4 << 20,
-                                16};
+constexpr Kernel kernel_amx_int8 = [] {
+  Kernel k;
+  k.name = "amx_int8";
+  k.needs = kAvx512Vnni | kAmxInt8;
+  k.layout = Layout::p16c4;
+  k.tile = {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4};
+  k.range = amx_int8::range;
+  k.quantize = amx_int8::quantize;
+  k.run = amx_int8::run;
+  k.sweeps = true;
+  k.few = {&kernel_avx512_vnni, 3, 8, 1 << 16};
+  k.codes_budget = 1 << 20;
+  k.part_work = 4 << 20;
+  k.min_rows = 16;
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -26,7 +26,7 @@ using Code = int16_t;
 
 #include "rows.inc"
 
-constexpr int kMaxRows = 6, kVectors = 1, kSplit = 2, kAhead = 1024;
+constexpr int kMaxRows = 6, kVectors = 1, kSplit = 2, kAhead = 1024, kUnroll = 1;
 
 inline Ints load_weights(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -54,8 +54,18 @@ void run(const Block& b) {
 
 }  // namespace avx2
 
-const Kernel kernel_avx2 = {"avx2", kAvx2,       Layout::p16c4,  {avx2::kMaxRows, 16, 4},
-                            2,      avx2::range, avx2::quantize, avx2::run};
+constexpr Kernel kernel_avx2 = [] {
+  Kernel k;
+  k.name = "avx2";
+  k.needs = kAvx2;
+  k.layout = Layout::p16c4;
+  k.tile = {avx2::kMaxRows, 16, 4};
+  k.code_bytes = 2;
+  k.range = avx2::range;
+  k.quantize = avx2::quantize;
+  k.run = avx2::run;
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -26,7 +26,7 @@ using Code = uint8_t;
 
 #include "rows.inc"
 
-constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256;
+constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kUnroll = 1;
 
 inline Ints load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Ints broadcast(const Code* p) {
@@ -60,17 +60,18 @@ void run(const Block& b) {
 
 }  // namespace avx512_vnni
 
-const Kernel kernel_avx512_vnni = {"avx512_vnni",
-                                   kAvx512Vnni,
-                                   Layout::p16c4,
-                                   {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4},
-                                   1,
-                                   avx512_vnni::range,
-                                   avx512_vnni::quantize,
-                                   avx512_vnni::run,
-                                   0,
-                                   1,
-                                   {8, 48, 4}};
+constexpr Kernel kernel_avx512_vnni = [] {
+  Kernel k;
+  k.name = "avx512_vnni";
+  k.needs = kAvx512Vnni;
+  k.layout = Layout::p16c4;
+  k.tile = {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4};
+  k.range = avx512_vnni::range;
+  k.quantize = avx512_vnni::quantize;
+  k.run = avx512_vnni::run;
+  k.tall = {8, 48, 4};
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -19,9 +19,17 @@ inline Ints dot(Ints acc, Ints a, Ints w) { return _mm256_dpbusd_epi32(acc, a, w
 
 }  // namespace avx512vl_vnni
 
-const Kernel kernel_avx512vl_vnni = {
-    "avx512vl_vnni",      kAvx2 | kAvx512Vnni,     Layout::p16c4,     {avx512vl_vnni::kMaxRows, 16, 4}, 1,
-    avx512vl_vnni::range, avx512vl_vnni::quantize, avx512vl_vnni::run};
+constexpr Kernel kernel_avx512vl_vnni = [] {
+  Kernel k;
+  k.name = "avx512vl_vnni";
+  k.needs = kAvx2 | kAvx512Vnni;
+  k.layout = Layout::p16c4;
+  k.tile = {avx512vl_vnni::kMaxRows, 16, 4};
+  k.range = avx512vl_vnni::range;
+  k.quantize = avx512vl_vnni::quantize;
+  k.run = avx512vl_vnni::run;
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -18,8 +18,18 @@ inline Ints dot(Ints acc, Ints a, Ints w) { return _mm256_dpbusd_avx_epi32(acc, 
 
 }  // namespace avx_vnni
 
-const Kernel kernel_avx_vnni = {"avx_vnni", kAvx2 | kAvxVnni, Layout::p16c4,      {avx_vnni::kMaxRows, 16, 4},
-                                1,          avx_vnni::range,  avx_vnni::quantize, avx_vnni::run};
+constexpr Kernel kernel_avx_vnni = [] {
+  Kernel k;
+  k.name = "avx_vnni";
+  k.needs = kAvx2 | kAvxVnni;
+  k.layout = Layout::p16c4;
+  k.tile = {avx_vnni::kMaxRows, 16, 4};
+  k.range = avx_vnni::range;
+  k.quantize = avx_vnni::quantize;
+  k.run = avx_vnni::run;
+  k.codes_budget = 768 * 1024;
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -31,7 +31,7 @@ constexpr int64_t kRun = 8;
 #define TORCHQ_ROWS "rows_neon.inc"
 #include "rows.inc"
 
-constexpr int kMaxRows = 6, kVectors = 2, kSplit = 2, kAhead = 512;
+constexpr int kMaxRows = 6, kVectors = 2, kSplit = 2, kAhead = 512, kUnroll = 1;
 
 // Both fill the low half of a register.
 inline Ints load_weights(const uint8_t* p) { return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(p), vdup_n_u8(0))); }
@@ -63,8 +63,18 @@ void run(const Block& b) {
 
 }  // namespace neon
 
-const Kernel kernel_neon = {"neon",    kAsimd, Layout::p16c4, {neon::kMaxRows, 16, 4}, 1, neon::range, neon::quantize,
-                            neon::run, 128};
+constexpr Kernel kernel_neon = [] {
+  Kernel k;
+  k.name = "neon";
+  k.needs = kAsimd;
+  k.layout = Layout::p16c4;
+  k.tile = {neon::kMaxRows, 16, 4};
+  k.range = neon::range;
+  k.quantize = neon::quantize;
+  k.run = neon::run;
+  k.code_shift = 128;
+  return k;
+}();
 
 }  // namespace torchq
 

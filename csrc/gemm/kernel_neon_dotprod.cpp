@@ -54,15 +54,18 @@ void run(const Block& b) {
 
 }  // namespace neon_dotprod
 
-const Kernel kernel_neon_dotprod = {"neon_dotprod",
-                                    kAsimd | kAsimdDp,
-                                    Layout::p16c4,
-                                    {neon_dotprod::kMaxRows, 16, 4},
-                                    1,
-                                    neon_dotprod::range,
-                                    neon_dotprod::quantize,
-                                    neon_dotprod::run,
-                                    128};
+constexpr Kernel kernel_neon_dotprod = [] {
+  Kernel k;
+  k.name = "neon_dotprod";
+  k.needs = kAsimd | kAsimdDp;
+  k.layout = Layout::p16c4;
+  k.tile = {neon_dotprod::kMaxRows, 16, 4};
+  k.range = neon_dotprod::range;
+  k.quantize = neon_dotprod::quantize;
+  k.run = neon_dotprod::run;
+  k.code_shift = 128;
+  return k;
+}();
 
 }  // namespace torchq
 

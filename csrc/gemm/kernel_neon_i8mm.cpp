@@ -60,16 +60,18 @@ void run(const Block& b) {
 
 }  // namespace neon_i8mm
 
-const Kernel kernel_neon_i8mm = {"neon_i8mm",
-                                 kAsimd | kI8mm,
-                                 Layout::p16c8,
-                                 {neon_i8mm::kMaxRows, 16, 8},
-                                 1,
-                                 neon_i8mm::range,
-                                 neon_i8mm::quantize,
-                                 neon_i8mm::run,
-                                 0,
-                                 2};
+constexpr Kernel kernel_neon_i8mm = [] {
+  Kernel k;
+  k.name = "neon_i8mm";
+  k.needs = kAsimd | kI8mm;
+  k.layout = Layout::p16c8;
+  k.tile = {neon_i8mm::kMaxRows, 16, 8};
+  k.range = neon_i8mm::range;
+  k.quantize = neon_i8mm::quantize;
+  k.run = neon_i8mm::run;
+  k.rows_together = 2;
+  return k;
+}();
 
 }  // namespace torchq
 

@@ -82,7 +82,16 @@ void run(const Block& b) {
 
 }  // namespace reference
 
-const Kernel kernel_reference = {"reference",   0, Layout::p16c4, {1, 16, 4}, 1, reference::range, reference::quantize,
-                                 reference::run};
+constexpr Kernel kernel_reference = [] {
+  Kernel k;
+  k.name = "reference";
+  k.needs = 0;
+  k.layout = Layout::p16c4;
+  k.tile = {1, 16, 4};
+  k.range = reference::range;
+  k.quantize = reference::quantize;
+  k.run = reference::run;
+  return k;
+}();
 
 }  // namespace torchq

@@ -109,7 +109,7 @@ void test_shapes(bool quick) {
 // Several blocks of rows, the last one not full. Deep, so that few rows fill the scratch a block may take.
 void test_blocks(bool quick) {
   constexpr DType outputs[] = {DType::f32, DType::u8};
-  const int64_t m = quick ? 37 : 67, n = 17, k = 16 * 1024 + 3;
+  const int64_t m = quick ? 49 : 67, n = 17, k = 16 * 1024 + 3;
   const Weights weights = random_weights(n, k);
   for (const Kind& kind : kKinds) {
     const Rows rows = random_rows(m, k, kind);
