@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace torchq {
 namespace {
 
-constexpr int64_t kKeepGilBelow = 1 << 18;  // multiply-adds, about 2 us: less than giving the GIL away is worth
+constexpr int64_t kKeepGilBelow = 1 << 20;  // multiply-adds, about 5 us: a thread that waits for the GIL sleeps longer
 
 // What plain eager means, as Python objects that live as long as the process.
 struct Torch {
