@@ -13,10 +13,10 @@ from torchq.report import LayerReport
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
-# packed: a header of 64, per panel of 16 columns 192 and 16 for each k, in whole steps of 64 k, and one byte for each
-# column that is missing.
+# packed: a header of 64, per panel of 16 columns 192 and 16 for each k in groups of 8, behind the last one 16 for each
+# k to a whole step of 64, and one byte for each column that is missing.
 HIDDEN = {"before": 4 * (32 * 64 + 32), "after": 64 + 2 * (192 + 64 * 16)}
-HEAD = {"before": 4 * (10 * 32), "after": 64 + 192 + 64 * 16 + 6}
+HEAD = {"before": 4 * (10 * 32), "after": 64 + 192 + 32 * 16 + 32 * 16 + 6}
 
 
 def model(dtype=torch.float32):

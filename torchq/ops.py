@@ -32,13 +32,13 @@ class Activation(IntEnum):
 
 
 def packed_bytes(n: int, k: int) -> int:
-    """The length in bytes of a packed (N, K) weight: header, panels, and the N encoding.
+    """The length in bytes of a packed (N, K) weight: header, panels, room to read, and the N encoding.
 
     >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels, one byte less of N encoding
     -1
     """
     panels = -(-n // _PANEL_COLUMNS)
-    return _HEADER + panels * _panel_bytes(k) + panels * _PANEL_COLUMNS - n
+    return _HEADER + panels * _panel_bytes(k) + _room_to_read(k) + panels * _PANEL_COLUMNS - n
 
 
 def out_features(packed: Tensor, k: int) -> int:
@@ -48,12 +48,16 @@ def out_features(packed: Tensor, k: int) -> int:
     >>> out_features(pack(w, torch.ones(20)), 8)
     20
     """
-    size, panel = packed.numel() - _HEADER, _panel_bytes(k)
+    size, panel = packed.numel() - _HEADER - _room_to_read(k), _panel_bytes(k)
     return size // panel * _PANEL_COLUMNS - size % panel
 
 
 def _panel_bytes(k: int) -> int:
-    return _PANEL_META + (k + 63) // 64 * 64 * _PANEL_COLUMNS
+    return _PANEL_META + (k + 7) // 8 * 8 * _PANEL_COLUMNS
+
+
+def _room_to_read(k: int) -> int:
+    return ((k + 63) // 64 * 64 - (k + 7) // 8 * 8) * _PANEL_COLUMNS
 
 
 def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

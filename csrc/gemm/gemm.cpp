@@ -160,6 +160,12 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
   }
 }
 
+// What quantizing left behind the last code of each row, or a row before it.
+void clear_step(const Kernel& kernel, int64_t rows, int64_t k, const Scratch& s) {
+  const int64_t rest = round_up(k, kernel.step) - k, stride = codes_stride(k, kernel.code_bytes);
+  for (int64_t r = 0; rest && r < rows; ++r) std::memset(s.codes + r * stride + k, 0, rest);
+}
+
 // A tile where y ends inside its last panel: through the ragged buffer.
 __attribute__((noinline)) void run_ragged(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
   uint8_t* y = static_cast<uint8_t*>(b.out);
@@ -294,6 +300,7 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
     const int64_t first = piece(tiles, block, blocks), end = piece(tiles, block + 1, blocks), row = row_of(first);
     const int64_t rows = row_of(end) - row;
     load_rows(kernel, p, row, rows, k, s);
+    clear_step(kernel, rows, k, s);
     if (kernel.sweeps) {
       sweep(kernel, b, p, part, row, rows, s);
       continue;

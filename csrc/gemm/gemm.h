@@ -21,13 +21,14 @@ constexpr int64_t kMaxDepth = 65793;
 
 // ---- Packed weights (pack.cpp) ----------------------------------------------------------------------------------
 //
-//   [header, 64 bytes][panel 0][panel 1]...[N encoding]
+//   [header, 64 bytes][panel 0][panel 1]...[room to read][N encoding]
 //
 // A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each
 // group of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout
-// to whole steps of 64 k, AMX's, so that the length does not depend on the kernel the weights are packed for. The bytes
-// after the last panel are unused: their number, 16 * panels - N, lets the length of the buffer tell N once K is known,
-// so shapes can be inferred without reading it.
+// to whole groups of 8, so that the length does not depend on the kernel the weights are packed for. A kernel that
+// takes 64 k at once reads on into the next panel, and behind the last one into room of as many bytes: these weights
+// meet codes of 0. The bytes after that are unused: their number, 16 * panels - N, lets the length of the buffer tell N
+// once K is known, so shapes can be inferred without reading it.
 
 struct PackedHeader {
   uint32_t magic;
@@ -39,9 +40,11 @@ struct PackedHeader {
 static_assert(sizeof(PackedHeader) == 64);
 
 constexpr int64_t panel_count(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
-constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 63) / 64 * 64 * kPanelColumns; }
+constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 7) / 8 * 8 * kPanelColumns; }
+constexpr int64_t room_to_read(int64_t k) { return ((k + 63) / 64 * 64 - (k + 7) / 8 * 8) * kPanelColumns; }
 constexpr int64_t packed_bytes(int64_t n, int64_t k) {
-  return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + (panel_count(n) * kPanelColumns - n);
+  return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + room_to_read(k) +
+         (panel_count(n) * kPanelColumns - n);
 }
 
 // The header of a buffer, or null if these bytes were not written by pack_begin().

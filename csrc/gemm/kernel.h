@@ -96,7 +96,7 @@ struct Block {
   int m;                      // rows, 1 .. tile.m or tall.m
   int panels;                 // panels of 16 columns, 1 .. n / 16 of that tile
   int64_t k_groups;           // ceil(K / layout_depth(layout))
-  const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups
+  const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups, or steps
   int64_t codes_stride;       // bytes
   const float* scale;         // [m]
   const int32_t* zero_point;  // [m]
@@ -155,6 +155,8 @@ struct Kernel {
   // run() takes any number of rows and panels at once and orders its tiles itself; `tile` is then what parts and blocks
   // of rows are made of.
   bool sweeps = false;
+  // run() takes so many k at once, more than a group: the codes of a row are 0 from K to the next multiple.
+  int step = 1;
   Few few = {nullptr, 0, 0, 0};
   int64_t codes_budget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
   // Multiply-adds that pay for waking one more thread, about 5 us; fewer rows than min_rows cost as much as these.

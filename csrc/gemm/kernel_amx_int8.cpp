@@ -332,6 +332,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.quantize = amx_int8::quantize;
   k.run = amx_int8::run;
   k.sweeps = true;
+  k.step = 64;
   k.few = {&kernel_avx512_vnni, 3, 8, 1 << 16};
   k.codes_budget = 1 << 20;
   k.part_work = 4 << 20;

@@ -77,12 +77,14 @@ QParams output_qparams(const Sums& sums, const Weights& weights) {
   return {scale, random_source.pick(kZeroPoints)};
 }
 
+// Without the bytes that encode N, which no kernel reads. What is in the room that some do read is no matter.
 std::vector<uint8_t> packed_of(const Weights& w, Layout layout) {
   std::vector<uint8_t> packed(packed_bytes(w.n, w.k), kCanary);
   pack_begin(layout, w.n, w.k, !w.bias.empty(), packed.data());
   pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed.data(), 0,
               panel_count(w.n));
-  packed.resize(sizeof(PackedHeader) + panel_count(w.n) * panel_bytes(w.k));
+  packed.resize(packed.size() - (16 * panel_count(w.n) - w.n));
+  std::memset(packed.data() + packed.size() - room_to_read(w.k), kCanary, room_to_read(w.k));
   return packed;
 }
 
