@@ -8,7 +8,7 @@
   cliff, unless the rows, or the panels of 16 columns, themselves grow by more.
 * growth: time / (M N K) at M = N = K should be flat.
 * threads: two should never be slower than one (they are, by whole time slices, where another process has the core).
-* convert: packing, conversion, and its peak memory, in fresh processes.
+* convert: packing, conversion, and its peak memory, in fresh processes: of few large layers, and of many small ones.
 
 Times are the best of interleaved rounds, of `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchq
 from benchmarks.demo import markdown
@@ -40,8 +40,8 @@ ROW_LAYERS = [(768, 768), (1024, 1024)]
 COLUMNS = [(16, n, 768) for n in (*range(1, 201), *range(250, 261), *range(500, 521))]
 THREAD_LAYERS = [(768, 768), (4096, 1024), (4096, 4096)]
 THREAD_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-WIDTH, HIDDEN, BLOCKS = 2048, 8192, 3
-WEIGHTS = BLOCKS * 2 * WIDTH * HIDDEN  # 100.7 million
+WIDTH, HIDDEN, BLOCKS = 2048, 8192, 3  # of the few large layers: 100.7 million weights
+ENCODER_WIDTH, HEADS, ENCODER_BLOCKS = 768, 12, 12  # of the many small ones, a transformer's: 85.5 million
 LOADER = (4, 64)  # batches, rows of each
 
 
@@ -182,6 +182,41 @@ def threads_table(rounds: int) -> str:
     return f"{markdown(rows)}\n\nSlower with two threads: {', '.join(slower) or 'none'}."
 
 
+class EncoderBlock(nn.Module):
+    """A block of a transformer, with a layer each for query, key and value."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, width), one sequence."""
+        y = self.norm(x)
+        heads = (layer(y).unflatten(1, (HEADS, -1)).transpose(0, 1) for layer in (self.query, self.key, self.value))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1))
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+def large_layers() -> nn.Sequential:
+    """Six layers of 64 MiB."""
+    blocks = [nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(BLOCKS)]
+    return nn.Sequential(*blocks)
+
+
+def transformer() -> nn.Sequential:
+    """73 layers of 2 and 9 MiB."""
+    blocks = [EncoderBlock(ENCODER_WIDTH) for _ in range(ENCODER_BLOCKS)]
+    return nn.Sequential(*blocks, nn.Linear(ENCODER_WIDTH, ENCODER_WIDTH))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {  # and the columns of its input
+    "6 large layers": (large_layers, WIDTH),
+    "transformer": (transformer, ENCODER_WIDTH),
+}
+
+
 class Conversion(NamedTuple):
     """One conversion in a process of its own: seconds, and bytes beyond what the process held without a model."""
 
@@ -190,6 +225,8 @@ class Conversion(NamedTuple):
     before: int
     peak: int
     after: int
+    weights: int
+    largest: int  # of a layer's weights
 
 
 def resident(field: str) -> int:
@@ -199,14 +236,15 @@ def resident(field: str) -> int:
 
 
 @torch.no_grad()
-def convert_once(threads: int, *, loader: bool, inplace: bool) -> Conversion:
-    """Converts the model of about 100 million weights; small ones first, so that libraries are loaded."""
+def convert_once(threads: int, *, name: str, loader: bool, inplace: bool) -> Conversion:
+    """Converts one of MODELS; a small one first, so that libraries are loaded."""
     torch.set_num_threads(threads)
     torchq.convert(nn.Sequential(nn.Linear(64, 64)), [torch.randn(64, 64)] if loader else None)
-    batches = [torch.randn(LOADER[1], WIDTH) for _ in range(LOADER[0])] if loader else None
+    make, columns = MODELS[name]
+    batches = [torch.randn(LOADER[1], columns) for _ in range(LOADER[0])] if loader else None
     empty = resident("VmRSS")
-    blocks = [nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(BLOCKS)]
-    model = nn.Sequential(*blocks)
+    model = make()
+    weights = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)]
     start = time.perf_counter()
     for batch in batches or []:
         model(batch)
@@ -216,35 +254,36 @@ def convert_once(threads: int, *, loader: bool, inplace: bool) -> Conversion:
     start = time.perf_counter()
     converted = torchq.convert(model, batches, inplace=inplace)
     seconds, peak = time.perf_counter() - start, resident("VmHWM")
-    del model, blocks
+    del model
     after = resident("VmRSS")
     del converted
-    return Conversion(seconds, forward_seconds, before - empty, peak - empty, after - empty)
+    sizes = before - empty, peak - empty, after - empty
+    return Conversion(seconds, forward_seconds, *sizes, sum(weights), max(weights))
 
 
 def convert_table(rounds: int) -> str:
     """Seconds, and memory as a multiple of the float model's bytes; the best of rounds, each in a fresh process."""
-    layer_bytes, model_bytes = 4 * WIDTH * HIDDEN, 4 * WEIGHTS
-    runs: dict[tuple[bool, bool], list[Conversion]] = {(a, b): [] for a in (False, True) for b in (False, True)}
+    cases = list(itertools.product(MODELS, (False, True), (False, True)))
+    runs: dict[tuple[str, bool, bool], list[Conversion]] = {case: [] for case in cases}
     for _ in range(rounds):
-        for (loader, inplace), results in runs.items():
+        for (name, loader, inplace), results in runs.items():
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                job = pool.submit(convert_once, torch.get_num_threads(), loader=loader, inplace=inplace)
-                results.append(job.result())
-    rows = [["loader", "inplace", "convert", "ns per weight", "float forward", "before", "peak", "after", "extra"]]
-    for (loader, inplace), results in runs.items():
-        seconds = min(r.seconds for r in results)
+                threads = torch.get_num_threads()
+                results.append(pool.submit(convert_once, threads, name=name, loader=loader, inplace=inplace).result())
+    rows = [["model", "loader", "inplace", "convert", "ns per weight", "float forward", "before", "peak", "after"]]
+    rows[0] += ["extra", "extra layers"]
+    for (name, loader, inplace), results in runs.items():
+        seconds, weights = min(r.seconds for r in results), results[0].weights
         peak, before = min(r.peak for r in results), min(r.before for r in results)
         rows.append(
-            [f"{LOADER[0]} x {LOADER[1]} rows" if loader else "none", str(inplace), f"{seconds:.2f} s"]
-            + [f"{seconds / WEIGHTS * 1e9:.1f}", f"{min(r.forward_seconds for r in results):.2f} s"]
-            + [f"{size / model_bytes:.2f}x" for size in (before, peak, min(r.after for r in results))]
-            + [f"{(peak - before) / layer_bytes:.2f} layers"]
+            [name, f"{LOADER[0]} x {LOADER[1]} rows" if loader else "none", str(inplace), f"{seconds:.2f} s"]
+            + [f"{seconds / weights * 1e9:.1f}", f"{min(r.forward_seconds for r in results):.2f} s"]
+            + [f"{size / (4 * weights):.2f}x" for size in (before, peak, min(r.after for r in results))]
+            + [f"{(peak - before) >> 20} MiB", f"{(peak - before) / (4 * results[0].largest):.2f}"]
         )
     note = (
-        f"{WEIGHTS / 1e6:.1f} million weights, {len(runs)} fresh processes a round; before, peak and after are "
-        f"resident bytes over the float model's {model_bytes >> 20} MiB (after: with the float model released), extra "
-        f"is peak - before over the largest layer's {layer_bytes >> 20} MiB in float."
+        f"{len(runs)} fresh processes a round; before, peak and after are resident bytes over the float model's "
+        "(after: with the float model released), extra is peak - before, and that over the largest layer in float."
     )
     return f"{markdown(rows)}\n\n{note}"
 

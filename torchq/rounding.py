@@ -130,7 +130,8 @@ def round_weights(
 
     Layers trained on weights rounded to nearest stay as trained.
 
-    Half of a layer's sample is taken out of H and judges; the other half gives the bias correction.
+    Half of a layer's sample is taken out of H and judges; the other half gives the bias correction. The records of
+    the layers rounded give up their XᵀX.
 
     Returns:
         The plan, which says what was done and what it gained, and the rounded layers by name.
@@ -153,6 +154,7 @@ def round_weights(
         if into is not None:
             linear = scaled_linear(linear, into=into)
         done, before, after = _round_layer(linear, layer, record, into, factors)
+        record.gram = None  # four times the rounded weights of a square layer, which are kept from here on
         reason = f"{layer.reason}; gptq {before:.1f} -> {after:.1f} dB on held-out rows"
         if config.rounding == "gptq" or after >= before + MIN_GAIN_DB:
             measured = {**layer.sqnr_db, "gptq": after}
