@@ -159,7 +159,7 @@ def test_main_tile_loads_everything_once(listings, kernel):
         assert copies <= (each if each > 1 else 0)
 
 
-@pytest.mark.parametrize(("tall", "wide"), [(2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
+@pytest.mark.parametrize(("tall", "wide"), [(3, 1), (2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
 def test_tiles_are_loaded_once_a_step(listings, tall, wide):
     """A step of 64 k loads each tile of codes and of weights once; zmm are the epilogue's (xmm may hold pointers)."""
     (function,) = [f for f in listings[f"kernel_{AMX}"] if f"torchq::{AMX}::multiply<{tall}, {wide}>(" in f.name]

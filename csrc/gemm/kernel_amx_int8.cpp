@@ -8,8 +8,9 @@
 // saturates nor rounds, and wraps only past int32.
 //
 // Registers: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4 products; for up to 16 rows
-// 1 x 4 accumulators, 1 and 3. The two tiles of a pair may be of fewer rows than 16, and of the last pair the first
-// rows may be computed twice: so rows are balanced, and the tiles are configured once.
+// 1 x 4 accumulators, 1 and 3; for a few more than 32, 3 x 1, 3 and 1, since two pairs of so few rows each would take
+// longer. The tiles of a pair may be of fewer rows than 16, and of the last pair the first rows may be computed twice:
+// so rows are balanced, and the tiles are configured once.
 //
 // From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while
 // one of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
@@ -44,6 +45,9 @@ constexpr int64_t kStepsInL1 = 12, kStepsPerPart = 8;
 // Where it is not cut, a tile of rows meets so many panels, up to 400 KB in L2, before the next one does: of a row of y
 // more than two lines are written while its page is known. 1024x3072x768: 2.5 -> 2.0 ms.
 constexpr int kPanelsTogether = 32;
+// Up to so many rows, where the depth is not cut, three tiles of rows cost less than two pairs: their products take a
+// cycle a row, those 10 each. 33x768x768 14.8 -> 13.7 us. (Deeper, the pairs' fewer loads count for more.)
+constexpr int kThreeTilesUpTo = 39;
 constexpr int64_t kWeightsInL2 = 3 << 19;  // what stays there, of 2 MiB, beside codes and outputs: bytes
 
 // ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read. ----
@@ -58,7 +62,7 @@ static_assert(sizeof(TileConfig) == 64);
 // 45 ns. Other users of tiles in this thread must not find ours: release_tiles().
 inline void configure(const int (&rows)[8]) {
   TileConfig config;
-  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
+  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = rows[i] ? 64 : 0;
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
@@ -130,7 +134,7 @@ struct Tile {
 template <int kTall, int kWide>
 struct Accumulators {
   static constexpr int64_t kStride = kWide * 64;  // of sums, bytes
-  int64_t second_row;                             // where the second tile of rows begins
+  int64_t second_row;                             // where the second tile of rows begins; the third at twice that
 
   template <int kIndex>
   int32_t* place(const Tile& t) const {
@@ -147,8 +151,8 @@ struct Accumulators {
   // To where they go.
   void leave(const Tile& t) const {
     store_tile<0>(place<0>(t), kStride);
-    if constexpr (kWide > 1) store_tile<1>(place<1>(t), kStride);
-    if constexpr (kTall == 2 || kWide > 2) store_tile<2>(place<2>(t), kStride);
+    if constexpr (kTall == 3 || kWide > 1) store_tile<1>(place<1>(t), kStride);
+    if constexpr (kTall > 1 || kWide > 2) store_tile<2>(place<2>(t), kStride);
     if constexpr (kTall == 2 ? kWide > 1 : kWide > 3) store_tile<3>(place<3>(t), kStride);
   }
 };
@@ -157,7 +161,12 @@ struct Accumulators {
 template <int kTall, int kWide, class Exchange>
 TORCHQ_INLINE void step(const uint8_t* codes, int64_t codes_stride, int64_t second, const uint8_t* weights,
                         int64_t panel_stride, const Exchange& exchange) {
-  if constexpr (kTall == 2) {
+  if constexpr (kTall == 3) {
+    load_tile<7>(weights, 64);
+    load_tile<4>(codes, codes_stride), exchange.template at<0>(), dot_tile<0, 4, 7>();
+    load_tile<5>(codes + second, codes_stride), exchange.template at<1>(), dot_tile<1, 5, 7>();
+    load_tile<6>(codes + 2 * second, codes_stride), exchange.template at<2>(), dot_tile<2, 6, 7>();
+  } else if constexpr (kTall == 2) {
     load_tile<6>(weights, 64);
     load_tile<4>(codes, codes_stride);
     exchange.template at<0>(), dot_tile<0, 4, 6>();
@@ -229,7 +238,7 @@ __attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How a sweep goes: rows in tiles of kTall x 16, columns in groups of kWide panels, the depth in parts.
+// How a sweep goes: rows in tiles of up to kTall x 16, columns in groups of kWide panels, the depth in parts.
 template <int kTall, int kWide>
 struct Sweep {
   const Block& b;
@@ -244,8 +253,10 @@ struct Sweep {
     group = parts == 1 ? kPanelsTogether : kWide;
   }
   void configure_tiles() const {
-    const int first = static_cast<int>(first_rows), second = static_cast<int>(height) - first;
-    if (kTall == 2)
+    const int first = static_cast<int>(first_rows), second = static_cast<int>(height) - first, third = second - first;
+    if (kTall == 3)
+      configure({first, first, third, 0, first, first, third, kTileRows});
+    else if (kTall == 2)
       configure({first, first, second, second, first, second, kTileRows, kTileRows});
     else
       configure({first, first, first, first, first, kTileRows, kTileRows, kTileRows});
@@ -308,6 +319,8 @@ void run(const Block& b) {
   alignas(64) float curved[4 * kLanes];  // of a row
   const Epilogue e{b.out_dtype, b.activation, splat(b.out_inv_scale), code_map(b.out_zero_point),
                    b.activation > Activation::relu ? curved : nullptr};
+  const bool three = b.m > 2 * kTileRows && b.m <= kThreeTilesUpTo && b.k_groups <= kStepsInL1 * kGroups;
+  if (three) return sweep<3, 1>(e, b, 0, b.panels);
   if (b.m > kTileRows) {
     sweep<2, 2>(e, b, 0, b.panels & ~1);
     return sweep<2, 1>(e, b, b.panels & ~1, b.panels);
