@@ -8,9 +8,9 @@
 // saturates nor rounds, and wraps only past int32.
 //
 // Registers: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4 products; for up to 16 rows
-// 1 x 4 accumulators, 1 and 3; for a few more than 32, 3 x 1, 3 and 1, since two pairs of so few rows each would take
-// longer. The tiles of a pair may be of fewer rows than 16, and of the last pair the first rows may be computed twice:
-// so rows are balanced, and the tiles are configured once.
+// 1 x 4 accumulators, 1 and 3; for a few more than 32, 3 x 1, 3 and 1. The tiles of a pair may be of fewer rows than
+// 16, and of the last pair the first rows may be computed twice: so rows are balanced, and the tiles are configured
+// once.
 //
 // From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while
 // one of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
