@@ -7,7 +7,7 @@
 //   for each block of rows (codes fit in L2)
 //     quantize the block's rows
 //     for each group of tile.n columns
-//       for each tile of up to tile.m rows, balanced (10 rows with tile.m 6 are 5 + 5, not 6 + 4)
+//       for each tile of up to tile.m rows, balanced (10 rows with tile.m 6 are 5 + 5, not 6 + 4) or full_tiles
 //         kernel.run(): full depth, then the epilogue, straight into y
 
 #include "gemm.h"
@@ -285,11 +285,12 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
   b.out_inv_scale = 1.0f / p.y_qparams.scale;
   b.out_zero_point = p.y_qparams.zero_point;
 
-  // Tiles are balanced over all rows, the larger ones first, and blocks over all tiles: a last block of few rows would
-  // read every panel for them.
+  // Tiles are laid out over all rows, the larger ones first, and blocks balanced over all tiles: a last block of few
+  // rows would read every panel for them.
   const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, tile.m);
   const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
-  const int64_t each = units / tiles, larger = units % tiles;
+  const int64_t each = kernel.full_tiles ? tile.m / together : units / tiles;
+  const int64_t larger = kernel.full_tiles ? 0 : units % tiles;
   const int64_t larger_tile = (each + 1) * together, smaller_tile = each * together;
   const int64_t stride = b.codes_stride, y_stride = p.y_stride;
   const auto row_of = [&](int64_t tile) {

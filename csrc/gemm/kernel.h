@@ -155,6 +155,9 @@ struct Kernel {
   // run() takes any number of rows and panels at once and orders its tiles itself; `tile` is then what parts and blocks
   // of rows are made of.
   bool sweeps = false;
+  // Rows go to as many full tiles as there are, and the rest to one, instead of to tiles of nearly equal heights: 10
+  // with tile.m 6 to 6 + 4, not 5 + 5.
+  bool full_tiles = false;
   // run() takes so many k at once, more than a group: the codes of a row are 0 from K to the next multiple.
   int step = 1;
   Few few = {nullptr, 0, 0, 0};

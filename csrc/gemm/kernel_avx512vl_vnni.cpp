@@ -28,6 +28,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.range = avx512vl_vnni::range;
   k.quantize = avx512vl_vnni::quantize;
   k.run = avx512vl_vnni::run;
+  k.full_tiles = true;  // as in avx_vnni
   return k;
 }();
 
