@@ -62,7 +62,8 @@ class Layer {
     problem_.x_stride = shape_.k * (ready_made ? 1 : 4);
     problem_.x_dtype = ready_made ? torchq::DType::u8 : torchq::DType::f32;
     const double ops = 2.0 * shape_.m * shape_.n * shape_.k;
-    const int repeats = std::max(1, static_cast<int>(2e9 / ops));
+    // About a millisecond at most: some rounds must fall between two ticks of the kernel's timer, 4 ms.
+    const int repeats = std::max(1, static_cast<int>(5e8 / ops));
     const double start = seconds();
     for (int i = 0; i < repeats; ++i)
       torchq::run_part(kernel_, problem_, torchq::part(kernel_, problem_, 0, 1), scratch_.data());
@@ -102,7 +103,7 @@ void print(const Kernel& kernel, const Shape& s, int rounds) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 7;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 15;
   std::vector<Shape> shapes = {{512, 4096, 4096}, {128, 768, 768}, {128, 3072, 768}, {64, 1024, 1024}, {16, 4096, 1024},
                                {16, 1024, 1024},  {4, 1024, 1024}, {1, 768, 768},    {1, 4096, 4096}};
   int m, n, k;
