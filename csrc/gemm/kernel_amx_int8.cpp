@@ -62,7 +62,7 @@ static_assert(sizeof(TileConfig) == 64);
 // 45 ns. Other users of tiles in this thread must not find ours: release_tiles().
 inline void configure(const int (&rows)[8]) {
   TileConfig config;
-  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = rows[i] ? 64 : 0;
+  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
@@ -253,9 +253,9 @@ struct Sweep {
     group = parts == 1 ? kPanelsTogether : kWide;
   }
   void configure_tiles() const {
-    const int first = static_cast<int>(first_rows), second = static_cast<int>(height) - first, third = second - first;
-    if (kTall == 3)
-      configure({first, first, third, 0, first, first, third, kTileRows});
+    const int first = static_cast<int>(first_rows), second = static_cast<int>(height) - first;
+    if (kTall == 3)  // the fourth is not used
+      configure({first, first, second - first, first, first, first, second - first, kTileRows});
     else if (kTall == 2)
       configure({first, first, second, second, first, second, kTileRows, kTileRows});
     else
@@ -339,7 +339,6 @@ constexpr Kernel kernel_amx_int8 = [] {
   Kernel k;
   k.name = "amx_int8";
   k.needs = kAvx512Vnni | kAmxInt8;
-  k.layout = Layout::p16c4;
   k.tile = {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4};
   k.range = amx_int8::range;
   k.quantize = amx_int8::quantize;

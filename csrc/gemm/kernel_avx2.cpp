@@ -58,7 +58,6 @@ constexpr Kernel kernel_avx2 = [] {
   Kernel k;
   k.name = "avx2";
   k.needs = kAvx2;
-  k.layout = Layout::p16c4;
   k.tile = {avx2::kMaxRows, 16, 4};
   k.code_bytes = 2;
   k.range = avx2::range;

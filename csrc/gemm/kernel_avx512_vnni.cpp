@@ -64,7 +64,6 @@ constexpr Kernel kernel_avx512_vnni = [] {
   Kernel k;
   k.name = "avx512_vnni";
   k.needs = kAvx512Vnni;
-  k.layout = Layout::p16c4;
   k.tile = {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4};
   k.range = avx512_vnni::range;
   k.quantize = avx512_vnni::quantize;

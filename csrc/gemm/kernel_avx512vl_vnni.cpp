@@ -23,7 +23,6 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   Kernel k;
   k.name = "avx512vl_vnni";
   k.needs = kAvx2 | kAvx512Vnni;
-  k.layout = Layout::p16c4;
   k.tile = {avx512vl_vnni::kMaxRows, 16, 4};
   k.range = avx512vl_vnni::range;
   k.quantize = avx512vl_vnni::quantize;

@@ -22,7 +22,6 @@ constexpr Kernel kernel_avx_vnni = [] {
   Kernel k;
   k.name = "avx_vnni";
   k.needs = kAvx2 | kAvxVnni;
-  k.layout = Layout::p16c4;
   k.tile = {avx_vnni::kMaxRows, 16, 4};
   k.range = avx_vnni::range;
   k.quantize = avx_vnni::quantize;

@@ -67,7 +67,6 @@ constexpr Kernel kernel_neon = [] {
   Kernel k;
   k.name = "neon";
   k.needs = kAsimd;
-  k.layout = Layout::p16c4;
   k.tile = {neon::kMaxRows, 16, 4};
   k.range = neon::range;
   k.quantize = neon::quantize;

@@ -58,7 +58,6 @@ constexpr Kernel kernel_neon_dotprod = [] {
   Kernel k;
   k.name = "neon_dotprod";
   k.needs = kAsimd | kAsimdDp;
-  k.layout = Layout::p16c4;
   k.tile = {neon_dotprod::kMaxRows, 16, 4};
   k.range = neon_dotprod::range;
   k.quantize = neon_dotprod::quantize;

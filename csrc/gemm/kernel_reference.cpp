@@ -85,8 +85,6 @@ void run(const Block& b) {
 constexpr Kernel kernel_reference = [] {
   Kernel k;
   k.name = "reference";
-  k.needs = 0;
-  k.layout = Layout::p16c4;
   k.tile = {1, 16, 4};
   k.range = reference::range;
   k.quantize = reference::quantize;
