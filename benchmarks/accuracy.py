@@ -32,7 +32,7 @@ from benchmarks.accuracy_peers import CONTESTANTS, FLOAT, OURS, STEPS, Task
 from benchmarks.demo import markdown
 from benchmarks.peers import Peer, Run, available
 from benchmarks.timing import interleaved, machine
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows of a batch: what is calibrated on, asked and timed
 CALIBRATION_BATCHES, TEST_BATCHES = 16, 32  # of the test batches, as many as there are

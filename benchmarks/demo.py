@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import torchq
 from benchmarks.timing import interleaved, machine
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,7 @@ from benchmarks.demo import markdown
 from benchmarks.peers import PEERS, Peer, available
 from benchmarks.roofline import Roofline
 from benchmarks.timing import interleaved, machine, settle
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096), (64, 64)]
 LAYERS += [(1000, 2048), (127, 515)]

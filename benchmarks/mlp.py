@@ -39,7 +39,7 @@ from benchmarks.peers import (
 )
 from benchmarks.timing import interleaved, machine
 from torchq.config import ActivationScheme
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 BATCHES = (1, 16, 128)
 SIDE, WIDTH, CLASSES = 28, 1024, 10

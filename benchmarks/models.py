@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 from benchmarks import demo
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 CACHE = Path(__file__).parents[1] / "build" / "models"
 IGNORED = -100  # a target that neither the loss nor the metrics count, as in F.cross_entropy

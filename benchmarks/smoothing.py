@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchq import QConfig, convert
 from torchq.config import ActivationScheme, Rounding, SmoothingScheme
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 WIDTH, LAYERS, OUTLIERS = 512, 4, 5
 CHOICES: list[tuple[ActivationScheme, Rounding]] = [("auto", "nearest"), ("auto", "auto"), ("static", "auto")]

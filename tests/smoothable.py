@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from torchq import QConfig
-from torchq.calibrate import calibrate
-from torchq.convert import apply_plan
-from torchq.plan import LayerPlan, Plan, find_layers
-from torchq.smoothing import Smoothing
+from torchq.calibration.calibrate import calibrate
+from torchq.planning.apply import apply_plan
+from torchq.planning.layers import find_layers
+from torchq.planning.plan import LayerPlan, Plan, Smoothing
 
 K = 32
 DATA = [torch.randn(4, 16, K, generator=torch.Generator().manual_seed(i)) for i in range(3)]

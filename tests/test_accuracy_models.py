@@ -13,7 +13,7 @@ from benchmarks import accuracy, models
 from benchmarks.accuracy_peers import CONTESTANTS, FLOAT, OURS, Task
 from benchmarks.models import IGNORED, MASK, Batch, Recipe
 from benchmarks.peers import Peer
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 SMALL = {  # a step or two of each kind: enough for everything but what it has learned
     "mlp": Recipe("mlp", width=64, depth=2, steps=2, batch=16, learning_rate=1e-3),

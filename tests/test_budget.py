@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from torchq import QConfig, budget, convert
-from torchq.budget import return_to_float
-from torchq.convert import apply_plan
-from torchq.plan import Plan
-from torchq.qparams import sqnr_db
+from torchq import QConfig, convert
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning import budget
+from torchq.planning.apply import apply_plan
+from torchq.planning.budget import return_to_float
+from torchq.planning.plan import Plan
 from torchq.timing import interleaved
 
 WIDTH = 32

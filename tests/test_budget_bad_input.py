@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_budget import DATA, STATIC, assert_same, bad_at, linears, minus_error, snapshot
 
-from torchq import budget, convert
-from torchq.frontier import Frontier
+from torchq import convert
+from torchq.planning import budget
+from torchq.planning.frontier import Frontier
 from torchq.timing import interleaved
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchq import QConfig
-from torchq.calibrate import Record, Sample, calibrate
+from torchq.calibration.calibrate import calibrate
+from torchq.calibration.record import Record, Sample
 from torchq.observers import OBSERVERS, Histogram, make_observer
-from torchq.plan import find_layers
+from torchq.planning.layers import find_layers
 
 Pair = namedtuple("Pair", "image label")
 

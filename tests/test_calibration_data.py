@@ -11,9 +11,9 @@ from test_bad_input import snapshot
 from torch import nn
 
 from torchq import QConfig, convert, prepare_qat
-from torchq.calibrate import MIN_ROWS
+from torchq.calibration.calibrate import MIN_ROWS
+from torchq.numerics.metrics import sqnr_db
 from torchq.observers import OBSERVERS
-from torchq.qparams import sqnr_db
 
 K = 16
 GPTQ, AUTO = QConfig(rounding="gptq"), QConfig(rounding="auto")

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import fake_quantize, qparams_from_range
 from torchq.observers import EntropyObserver, MinMaxObserver, MSEObserver, PercentileObserver, make_observer
 from torchq.observers.clipping import divergence, squared_error
-from torchq.qparams import fake_quantize, qparams_from_range, sqnr_db
 
 FLT_MAX = torch.finfo(torch.float32).max
 

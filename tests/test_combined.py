@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from torchq import QConfig, QuantizedLinear, budget, convert, fake_quantize, prepare_qat, watch_drift
-from torchq.budget import return_to_float
-from torchq.convert import apply_plan
+from torchq import QConfig, QuantizedLinear, convert, fake_quantize, prepare_qat, watch_drift
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import Plan
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning import budget
+from torchq.planning.apply import apply_plan
+from torchq.planning.budget import return_to_float
+from torchq.planning.plan import Plan
 from torchq.timing import interleaved
 
 K = 32

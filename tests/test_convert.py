@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from torchq import QConfig, QuantizedLinear, convert, simulate
-from torchq.convert import apply_plan
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning.apply import apply_plan
 
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
 by_activation = pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)

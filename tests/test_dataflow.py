@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq import QConfig, QuantizedLinear, convert
-from torchq.dataflow import Dataflow
-from torchq.qparams import sqnr_db
+from torchq.calibration.dataflow import Dataflow
+from torchq.numerics.metrics import sqnr_db
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq import _C, QuantizedLinear, ops
 from torchq.modules.folded import Folded
-from torchq.modules.linear import QParams
+from torchq.numerics.qparams import QParams
 
 op_dynamic = torch.ops.torchq.linear_dynamic.default
 op_static = torch.ops.torchq.linear_static.default

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from torchq import _C, QConfig, QuantizedLinear, convert, report, simulate, watch_drift
-from torchq.drift import MIN_CLIPPED, THRESHOLD, Drift, LayerDrift
-from torchq.modules.linear import QParams
-from torchq.stats import count_clipped
+from torchq.numerics.metrics import count_clipped
+from torchq.numerics.qparams import QParams
+from torchq.reporting.drift import MIN_CLIPPED, THRESHOLD, Drift, LayerDrift
 
 WIDTH = 48
 STATIC = QConfig(activation="static", observer="minmax")

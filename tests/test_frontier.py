@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchq import QuantizedLinear, convert, report
-from torchq.frontier import Frontier, Step
+from torchq.planning.frontier import Frontier, Step
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "accuracy-budget.md"
 DATA = [torch.randn(8, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]

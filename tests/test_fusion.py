@@ -8,8 +8,9 @@ from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
 from torchq.modules.folded import Folded
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import choose_qparams, fake_quantize
 from torchq.ops import Activation
-from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
 
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
 

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import sys
 import weakref
 
 import pytest
@@ -11,10 +10,9 @@ from test_convert import Nested, assert_close_to_float, with_and_without_data
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert
-from torchq.convert import apply_plan
-from torchq.qparams import sqnr_db
-
-_swapping = sys.modules["torchq.convert"]  # torchq.convert is the function
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning import apply
+from torchq.planning.apply import apply_plan
 
 
 @pytest.fixture(autouse=True)
@@ -83,12 +81,12 @@ def test_inplace_frees_each_float_layer_before_the_next(monkeypatch, loader):
     """So that the peak is the float model and one layer more."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     floats, alive = [weakref.ref(layer) for layer in model], []
-    original = _swapping.quantize_layer
+    original = apply.quantize_layer
 
     def counting(*arguments):
         alive.append(sum(layer() is not None for layer in floats))
         return original(*arguments)
 
-    monkeypatch.setattr(_swapping, "quantize_layer", counting)
+    monkeypatch.setattr(apply, "quantize_layer", counting)
     convert(model, loader, inplace=True)
     assert alive == [3, 2, 1]

@@ -14,7 +14,7 @@ from reference import assert_identical, random_float, random_weight
 from torch import nn
 
 from torchq import QuantizedLinear, choose_qparams, ops, quantize, simulate
-from torchq.modules.linear import QParams
+from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 N, K = 33, 50

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchq.numerics.qparams import choose_qparams
 from torchq.observers import (
     OBSERVERS,
     EntropyObserver,
@@ -22,7 +23,6 @@ from torchq.observers import (
     histogram,
     make_observer,
 )
-from torchq.qparams import choose_qparams
 
 FLT_MAX = torch.finfo(torch.float32).max
 HISTOGRAMS = [Histogram, PercentileObserver, MSEObserver, EntropyObserver]

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, choose_qparams, convert
-from torchq.convert import apply_plan
-from torchq.modules.linear import QParams
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import QParams
 from torchq.observers import OBSERVERS
-from torchq.plan import LayerPlan, Plan
-from torchq.qparams import sqnr_db
+from torchq.planning.apply import apply_plan
+from torchq.planning.plan import LayerPlan, Plan
 
 STATIC, DYNAMIC = (QConfig(activation=name, rounding="nearest") for name in ("static", "dynamic"))
 AUTO = QConfig(rounding="nearest")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from torchq import QConfig, QuantizedLinear, convert, ops, profile, profile_layers, report
-from torchq.plan import Plan
-from torchq.profile import LayerTime
-from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
-from torchq.stats import LayerStats
+from torchq import QConfig, QuantizedLinear, convert, ops, profile_layers, report
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import choose_qparams, fake_quantize
+from torchq.planning.plan import LayerStats, Plan
+from torchq.reporting import profile
+from torchq.reporting.profile import LayerTime
 
 WIDTH = 64
 PLAIN = QConfig(observer="percentile", percentile=95, smoothing="none", rounding="nearest")

@@ -16,7 +16,7 @@ import torchq
 from torchq import QConfig, QuantizedLinear, convert, freeze_ranges, prepare_qat, simulate
 from torchq.modules.folded import Folded
 from torchq.modules.qat_linear import QATLinear
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 
 def normal(*shape, seed=0):

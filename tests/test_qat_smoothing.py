@@ -7,7 +7,7 @@ from torch import nn
 
 from torchq import QConfig, convert, prepare_qat
 from torchq.modules.qat_linear import QATLinear
-from torchq.qparams import sqnr_db
+from torchq.numerics.metrics import sqnr_db
 
 NONE = QConfig(smoothing="none")
 

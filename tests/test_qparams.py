@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchq.qparams import choose_qparams, dequantize, fake_quantize, qparams_from_range, quantize, sqnr_db
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import choose_qparams, dequantize, fake_quantize, qparams_from_range, quantize
 
 CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 SCHEMES = [(dtype, symmetric) for dtype in CODES for symmetric in (True, False)]

@@ -8,7 +8,7 @@ from reference import assert_identical, random_float
 
 from torchq import fake_quantize, ops
 from torchq.modules.ranges import LearnedRange, ObservedRange, PerToken, fake_quantize_weight
-from torchq.qparams import dequantize, qparams_from_range
+from torchq.numerics.qparams import dequantize, qparams_from_range
 
 
 def formulas(x, lo, hi, gradient):

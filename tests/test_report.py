@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchq import QConfig, convert, kernels, report
-from torchq.report import LayerReport
+from torchq.reporting.report import LayerReport
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from torchq import QConfig, convert, quantize, rounding
-from torchq.calibrate import MAX_GRAM_DEPTH, Record
-from torchq.convert import apply_plan
-from torchq.plan import Plan
-from torchq.qparams import choose_qparams, sqnr_db
-from torchq.rounding import gptq, mean_error, rounded_weights
+from torchq import QConfig, convert, quantize
+from torchq.calibration.record import MAX_GRAM_DEPTH, Record
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import choose_qparams
+from torchq.planning import rounding
+from torchq.planning.apply import apply_plan
+from torchq.planning.plan import Plan
+from torchq.planning.rounding import gptq, mean_error, rounded_weights
 
 NEAREST, GPTQ, AUTO = (QConfig(rounding=name) for name in ("nearest", "gptq", "auto"))
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert, dequantize, observers, simulate
-from torchq.modules.linear import QParams
-from torchq.qparams import choose_qparams, fake_quantize, sqnr_db
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import QParams, choose_qparams, fake_quantize
 
 SCHEMES = ["auto", "static", "dynamic"]
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from torchq import QConfig, QuantizedLinear, convert
-from torchq.calibrate import calibrate
-from torchq.plan import find_layers
-from torchq.qparams import sqnr_db
+from torchq.calibration.calibrate import calibrate
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning.layers import find_layers
 
 K = 32
 STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")

@@ -8,11 +8,12 @@ import torch
 from smoothable import DATA, Block, K, X, only_smoothed, read
 from torch import nn
 
-from torchq import QConfig, convert, smooth_search
-from torchq.convert import apply_plan
-from torchq.plan import Plan
-from torchq.qparams import sqnr_db
-from torchq.smoothing import smoothing_scales
+from torchq import QConfig, convert
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning import smooth_search
+from torchq.planning.apply import apply_plan
+from torchq.planning.plan import Plan
+from torchq.planning.smoothing import smoothing_scales
 
 UNSMOOTHED = QConfig(smoothing="none")
 

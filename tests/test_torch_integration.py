@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchq import QuantizedLinear, kernels, simulate
-from torchq.modules.linear import QParams
+from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 K = 37

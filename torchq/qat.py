@@ -11,15 +11,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchq.calibrate import Calibration, Forward, Record, calibrate
+from torchq.calibration.calibrate import Calibration, Forward, calibrate
+from torchq.calibration.record import Record
 from torchq.config import QConfig
-from torchq.convert import leave_fast_path, select_layers
-from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
-from torchq.plan import Kind, LayerPlan, Plan, measure, plan_layer
-from torchq.smooth_search import smooth
-from torchq.smoothing import Smoothing, scaled_linear, scaled_parameters, scales_around
+from torchq.numerics.qparams import QParams
+from torchq.planning.apply import leave_fast_path
+from torchq.planning.choose import measure, plan_layer
+from torchq.planning.layers import select_layers
+from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
+from torchq.planning.smooth_search import smooth
+from torchq.planning.smoothing import scaled_linear, scaled_parameters, scales_around
 
 Ranges = Literal["auto", "learned", "observed"]
 

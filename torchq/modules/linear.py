@@ -8,18 +8,23 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchq import _C, kernels, ops, qparams
+from torchq import _C, kernels, ops
+from torchq.numerics import qparams
+from torchq.numerics.qparams import QParams, row_qparams
 from torchq.ops import Activation
 
 # The overloads themselves: a call through the typed wrappers of torchq.ops costs 1.2 us more.
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
+
+
 _linear_static = torch.ops.torchq.linear_static.default
+
 
 _simulating = False
 
@@ -44,13 +49,6 @@ def simulate() -> Iterator[None]:
         yield
     finally:
         _simulating = previous
-
-
-class QParams(NamedTuple):
-    """The affine map x = (code - zero_point) * scale of u8 codes."""
-
-    scale: float
-    zero_point: int
 
 
 class QuantizedLinear(nn.Module):
@@ -339,11 +337,3 @@ _BLOCK_VALUES = 1 << 18  # 1 MiB of float32
 def _float32(pair: QParams | None) -> QParams | None:
     """The pair as state_dict and the kernels hold it."""
     return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32)), int(pair.zero_point))
-
-
-def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
-    if rows.shape[1] == 0:
-        return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
-    lo, hi = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
-    return qparams.qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=False)

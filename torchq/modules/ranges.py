@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq import qparams
-from torchq.modules.linear import QParams, row_qparams
+from torchq.numerics import qparams
+from torchq.numerics.qparams import QParams, row_qparams
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from torchq.qparams import qparams_from_range
+from torchq.numerics.qparams import qparams_from_range
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.calibrate import Forward, evaluating
-from torchq.frontier import Frontier, Step
-from torchq.plan import LayerPlan, Plan
-from torchq.qparams import sqnr_db
+from torchq.calibration.calibrate import Forward, evaluating
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning.frontier import Frontier, Step
+from torchq.planning.plan import LayerPlan, Plan
 from torchq.timing import interleaved
 
 Evaluate = Callable[[nn.Module], Any]

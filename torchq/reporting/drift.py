@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.modules.linear import QParams, QuantizedLinear
-from torchq.plan import plan_of
-from torchq.stats import count_clipped
+from torchq.modules.linear import QuantizedLinear
+from torchq.numerics.metrics import count_clipped
+from torchq.numerics.qparams import QParams
+from torchq.planning.plan import plan_of
 
 THRESHOLD = 0.001
 """A layer has drifted when it clips this share of all values more than in calibration.

@@ -11,12 +11,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from torchq.calibrate import Calibration, Record
+from torchq.calibration.calibrate import Calibration
+from torchq.calibration.record import Record
 from torchq.config import QConfig
-from torchq.modules.linear import QParams
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_layer, static_qparams, static_ranges
-from torchq.smoothing import ALPHAS, MIN_GAIN_DB, Smoothing, smoothing_scales
+from torchq.numerics.qparams import QParams
+from torchq.planning.choose import plan_layer, static_qparams, static_ranges
+from torchq.planning.plan import LayerPlan, Plan, Smoothing
+from torchq.planning.smoothing import ALPHAS, MIN_GAIN_DB, smoothing_scales
 
 
 def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConfig) -> Plan:

@@ -12,42 +12,26 @@ and only where `dataflow` has proven that nobody else reads it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from torchq.dataflow import NORMS
+from torchq.calibration.dataflow import NORMS
+from torchq.planning.plan import Smoothing
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
 
+
 MIN_GAIN_DB = 0.5
 """What smoothing must gain over leaving the model as it is."""
 
+
 _PART_WEIGHTS = 2**18  # 1 MiB of float32
 
+
 _LIMIT = 2.0**12  # of a scale: beyond it, the channel is noise on one side or the other
-
-
-@dataclass(frozen=True)
-class Smoothing:
-    """What is divided out of one module's output.
-
-    Args:
-        scales: one positive factor per output channel of the module, K numbers.
-        layers: every reader of that output; their weights' columns are multiplied by `scales`.
-        alpha: the migration strength the scales came from.
-        before_db: mean output SQNR of `layers` without it, on their calibration samples.
-        after_db: with it.
-    """
-
-    scales: tuple[float, ...]
-    layers: tuple[str, ...]
-    alpha: float
-    before_db: float
-    after_db: float
 
 
 def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.calibrate import Calibration
+from torchq.calibration.calibrate import Calibration
 from torchq.modules.linear import QuantizedLinear
-from torchq.plan import LayerPlan, Plan
-from torchq.qparams import decibels, dequantize, energies
-from torchq.rounding import Rounded
-from torchq.smoothing import scaled_parts, scales_around
-from torchq.stats import layer_stats
+from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize
+from torchq.planning.plan import LayerPlan, LayerStats, Plan
+from torchq.planning.rounding import Rounded
+from torchq.planning.smoothing import scaled_parts, scales_around
 
 
 def describe(model: nn.Module, plan: Plan, calibration: Calibration, rounded: Mapping[str, Rounded]) -> Plan:
@@ -48,3 +48,22 @@ def _weights(
         else:
             codes, scale = rounded.weight[channels], rounded.scale[channels]
         yield part.weight.detach(), dequantize(codes, scale, axis=0)
+
+
+@torch.no_grad()
+def layer_stats(weight_db: float, sample: Tensor, qparams: QParams | None, rows: int) -> LayerStats:
+    """The stats of a layer, from sample rows (R, K) of its input in float32 and its static range, or None.
+
+    >>> _ = torch.manual_seed(0)
+    >>> stats = layer_stats(44.0, torch.randn(32, 64), None, rows=8)
+    >>> stats.input_db > 40, stats.clipped, stats.rows
+    (True, 0.0, 8)
+    """
+    if qparams is None:
+        codes, scale, zero_point = ops.quantize_per_token(sample)
+        seen, below, above = (codes.int() - zero_point).float() * scale, 0, 0
+    else:
+        seen = fake_quantize(sample, *qparams, dtype=torch.uint8)
+        below, above = count_clipped(sample, qparams)
+    values = max(1, sample.numel())
+    return LayerStats(weight_db, sqnr_db(sample, seen), below / values, above / values, rows)

@@ -31,12 +31,17 @@ Every function but `sqnr_db` traces under `torch.compile(fullgraph=True)`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+
+
 _FLT_MIN = torch.finfo(torch.float32).tiny
+
+
 _FLT_MAX = torch.finfo(torch.float32).max
 
 
@@ -190,58 +195,6 @@ def fake_quantize(
     return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
 
 
-_PIECE = 1 << 18  # values, 2 MiB in float64
-
-
-def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
-    """How far the signal stands above the error, in decibels: `10 log10(sum(ref^2) / sum((ref - approx)^2))`.
-
-    Computed in float64. 20 dB is an error of 10 % of the signal, 40 dB of 1 %.
-
-    Args:
-        reference: any dtype and shape.
-        approximation: the same shape.
-
-    Returns:
-        inf where the error is zero (also for two all-zero or empty tensors), -inf where the reference is all
-        zero and the approximation is not, nan where NaN is involved.
-
-    Raises:
-        ValueError: the shapes differ; broadcasting would measure something else than intended.
-
-    >>> sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
-    20.0
-    """
-    if reference.shape != approximation.shape:
-        raise ValueError(
-            f"torchq.sqnr_db: expected tensors of one shape, got reference {list(reference.shape)} and "
-            f"approximation {list(approximation.shape)}. Reshape one of them."
-        )
-    return decibels(energies(reference, approximation))
-
-
-def energies(reference: Tensor, approximation: Tensor) -> Tensor:
-    """`sum(ref^2)` and `sum((ref - approx)^2)`, float64 (2,): what `sqnr_db` is made of, to be added up over parts."""
-    # A piece at a time: in float64 the temporaries of a whole output would be larger than its layer.
-    pieces = zip(*(x.detach().reshape(-1).split(_PIECE) for x in (reference, approximation)), strict=True)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for ref, approx in pieces:
-        sums[0] += ref.double().square().sum()
-        sums[1] += (ref.double() - approx.double()).square().sum()
-    return sums
-
-
-def decibels(energies: Tensor) -> float:
-    """`10 log10` of signal over noise; see `sqnr_db` for where one of them is zero or NaN.
-
-    >>> parts = [(torch.tensor([3.0]), torch.tensor([3.0])), (torch.tensor([4.0]), torch.tensor([4.5]))]
-    >>> decibels(sum(energies(*part) for part in parts))
-    20.0
-    """
-    signal, noise = energies
-    return math.inf if noise == 0 else 10 * float(torch.log10(signal / noise))
-
-
 def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     """min(x) and max(x), over everything or per index along axis: float32, () or [x.shape[axis]]."""
     if axis is not None:
@@ -337,3 +290,18 @@ def _code_range(
     if dtype not in _CODES:
         raise TypeError(f"torchq.{function}: {name} must be torch.int8 or torch.uint8, got {dtype}. {advice}")
     return _CODES[dtype]
+
+
+class QParams(NamedTuple):
+    """The affine map x = (code - zero_point) * scale of u8 codes."""
+
+    scale: float
+    zero_point: int
+
+
+def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
+    if rows.shape[1] == 0:
+        return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
+    lo, hi = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+    return qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=False)

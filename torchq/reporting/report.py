@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from torchq import kernels, text
-from torchq.drift import Drift
-from torchq.frontier import Frontier
 from torchq.modules.linear import QuantizedLinear
-from torchq.plan import plan_of
-from torchq.profile import LayerTime
+from torchq.planning.frontier import Frontier
+from torchq.planning.plan import plan_of
+from torchq.reporting.drift import Drift
+from torchq.reporting.profile import LayerTime
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`.
 
-    >>> from torchq.convert import convert
+    >>> from torchq.conversion import convert
     >>> report(convert(nn.Linear(64, 64))).layers[0].kind
     'int8 dynamic'
     """

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchq import ops
-from torchq.calibrate import MAX_GRAM_DEPTH, Calibration, Record
+from torchq.calibration.calibrate import Calibration
+from torchq.calibration.record import MAX_GRAM_DEPTH, Record
 from torchq.config import QConfig
 from torchq.modules.linear import QuantizedLinear
 from torchq.modules.qat_linear import QATLinear
-from torchq.plan import LayerPlan, Plan, plan_of
-from torchq.qparams import choose_qparams, dequantize, quantize, sqnr_db
-from torchq.smoothing import scaled_linear, scales_around
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import choose_qparams, dequantize, quantize
+from torchq.planning.plan import LayerPlan, Plan, plan_of
+from torchq.planning.smoothing import scaled_linear, scales_around
 
 MIN_GAIN_DB = 0.5
 """What "auto" wants rounding to gain, in output SQNR on rows it has not seen."""

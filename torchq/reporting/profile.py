@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torchq.modules.linear import QuantizedLinear
-from torchq.plan import plan_of
-from torchq.qparams import dequantize
+from torchq.numerics.qparams import dequantize
+from torchq.planning.plan import plan_of
 from torchq.timing import interleaved
 
 
@@ -43,7 +43,7 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`, or `rounds` is less than 1.
 
-    >>> from torchq.convert import convert
+    >>> from torchq.conversion import convert
     >>> times = profile_layers(convert(nn.Linear(64, 64), [torch.randn(32, 64)]), rounds=1)
     >>> times[""].rows, times[""].int8_seconds > 0
     (32, True)

@@ -1,0 +1,64 @@
+"""Fusion: activations computed by the layer before them, and u8 codes handed from layer to layer."""
+
+import dataclasses
+from collections import Counter
+
+from torch import nn
+
+from torchq.calibration.calibrate import Calibration
+from torchq.modules.linear import activation_of
+from torchq.ops import Activation
+from torchq.planning.layers import has_hooks
+from torchq.planning.plan import LayerPlan, Plan
+
+IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
+
+
+def fuse(model: nn.Module, plan: Plan, calibration: Calibration) -> Plan:
+    """Folds each activation that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
+
+    That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
+    children have no other place in the model, and if the calls counted in calibration show that they ran as its
+    children and in no other way.
+    """
+    plans = dict(plan.layers)
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for name, sequential in model.named_modules():
+        calls = calibration.calls[name]
+        if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential) or calls == 0:
+            continue
+        run: list[tuple[str, nn.Module | None]] = []
+        for key, child in sequential._modules.items():
+            path = f"{name}.{key}" if name else key
+            alone = child is not None and places[id(child)] == 1 and calibration.calls[path] == calls
+            run.append((path, child if alone else None))
+        _fuse_run(run, plans)
+    return dataclasses.replace(plan, layers=plans)
+
+
+def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPlan]) -> None:
+    """One Sequential's children in order, None where others may see into one."""
+
+    def is_int8(name: str, module: nn.Module | None) -> bool:
+        return module is not None and name in plans and plans[name].kind != "float"
+
+    for i, (name, layer) in enumerate(run):
+        if not is_int8(name, layer):
+            continue
+        activation, skipped, feeds = None, [], None
+        kind = Activation.NONE
+        for follower, module in run[i + 1 :]:
+            if is_int8(follower, module):
+                both_static = plans[name].kind == plans[follower].kind == "int8 static"
+                feeds = follower if both_static else None
+                break
+            if module is None or has_hooks(module):
+                break
+            if kind == Activation.NONE and activation_of(module) != Activation.NONE:
+                activation, kind = follower, activation_of(module)
+            elif type(module) in IDLE or kind == activation_of(module) == Activation.RELU:  # relu(relu(x)) = relu(x)
+                skipped.append(follower)
+            else:
+                break
+        skipped = skipped if feeds else []
+        plans[name] = dataclasses.replace(plans[name], activation=activation, skipped=tuple(skipped), feeds=feeds)

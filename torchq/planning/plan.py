@@ -1,0 +1,173 @@
+"""Plan: per layer, what it becomes and why. Plain data: printable, JSON, and editable before it is applied.
+
+`make_plan` decides from the records of a calibration (or, without one, from the weights alone), by measuring each
+candidate scheme on the layer's own input sample with the real integer ops. `fuse` then joins neighbours. Between the
+two, `smooth_search` may replace what `make_plan` chose.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from torchq.numerics.qparams import QParams
+from torchq.planning.frontier import Frontier
+from torchq.text import to_json
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One int8 layer on its calibration sample.
+
+    Args:
+        weight_db: SQNR of the int8 weight against the float one, in dB.
+        input_db: SQNR of the sample's u8 codes against the sample, in dB.
+        clipped_below: the share of the sample's values that lie below the static range (see `count_clipped`); 0 for
+            a dynamic layer.
+        clipped_above: the same above it.
+        rows: how many rows (tokens) a call of the layer had in calibration, in the mean.
+    """
+
+    weight_db: float
+    input_db: float
+    clipped_below: float
+    clipped_above: float
+    rows: int
+
+    @property
+    def clipped(self) -> float:
+        """The share of values outside the range, on either side."""
+        return self.clipped_below + self.clipped_above
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerStats":
+        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        return cls(rows=int(data["rows"]), **{key: float(data[key]) for key in data if key != "rows"})
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What is divided out of one module's output.
+
+    Args:
+        scales: one positive factor per output channel of the module, K numbers.
+        layers: every reader of that output; their weights' columns are multiplied by `scales`.
+        alpha: the migration strength the scales came from.
+        before_db: mean output SQNR of `layers` without it, on their calibration samples.
+        after_db: with it.
+    """
+
+    scales: tuple[float, ...]
+    layers: tuple[str, ...]
+    alpha: float
+    before_db: float
+    after_db: float
+
+
+Kind = Literal["int8 dynamic", "int8 static", "float"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer becomes.
+
+    Args:
+        kind: "int8 dynamic", "int8 static" or "float".
+        reason: why, in words and numbers.
+        per_channel: one weight scale per output channel, or one per tensor.
+        input_qparams: scale and zero point of a static layer's input.
+        observer: the observer the static range came from.
+        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB; "gptq" is the scheme chosen
+            with its weights so rounded, on the half of the sample that did not take part.
+        activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
+        skipped: modules between this layer and `feeds` that do nothing in eval mode.
+        feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
+        smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
+            `sqnr_db` are those of the divided input.
+        rounding: how the weights are rounded: "nearest", or "gptq" with calibration data, which a plan does not hold.
+        stats: what quantization did to the weight and the input, measured on the layer's input sample.
+    """
+
+    kind: Kind
+    reason: str
+    per_channel: bool = True
+    input_qparams: QParams | None = None
+    observer: str | None = None
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+    activation: str | None = None
+    skipped: tuple[str, ...] = ()
+    feeds: str | None = None
+    smoothed: str | None = None
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    stats: LayerStats | None = None
+
+    @property
+    def measured_db(self) -> float | None:
+        """The output SQNR of the scheme chosen, or None where nothing was measured, or nothing quantized."""
+        if self.kind == "float":
+            return None
+        if self.rounding == "gptq":
+            return self.sqnr_db.get("gptq")
+        return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layer plans by module name, in model order, and the smoothings by the name of the module rescaled.
+
+    To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
+    what the search for an accuracy budget measured.
+
+    >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
+    >>> print(plan)
+    fc: int8 dynamic (no calibration data)
+    >>> Plan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    layers: dict[str, LayerPlan]
+    smoothings: dict[str, Smoothing] = field(default_factory=dict)
+    frontier: Frontier | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it: dicts, lists, strings and numbers."""
+        layers = {name: to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
+        return {"layers": layers, "smoothings": smoothings, "frontier": self.frontier and self.frontier.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """The inverse of `to_dict`."""
+        layers = {}
+        for name, values in data["layers"].items():
+            pair, stats = values["input_qparams"], values["stats"] and LayerStats.from_dict(values["stats"])
+            sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
+            given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
+            layers[name] = LayerPlan(**{**values, **given, "stats": stats})
+        smoothings = {name: _smoothing(values) for name, values in data["smoothings"].items()}
+        return cls(layers, smoothings, data["frontier"] and Frontier.from_dict(data["frontier"]))
+
+
+def _smoothing(values: Mapping[str, Any]) -> Smoothing:
+    numbers = {key: float(values[key]) for key in ("alpha", "before_db", "after_db")}
+    return Smoothing(scales=tuple(values["scales"]), layers=tuple(values["layers"]), **numbers)
+
+
+def plan_of(qmodel: nn.Module, function: str) -> Plan:
+    """The plan of a converted model, for torchq's `function` of this name.
+
+    Raises:
+        ValueError: `qmodel` did not come from `torchq.convert`.
+    """
+    plan = getattr(qmodel, "torchq_plan", None)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"torchq.{function}: this {type(qmodel).__name__} has no torchq_plan. Pass the model that torchq.convert "
+            "returned."
+        )
+    return plan
