@@ -86,6 +86,7 @@ def make_debian() -> None:
     if (DEBIAN / "complete").exists():
         return
     shutil.rmtree(DEBIAN, ignore_errors=True)
+    BUILD.mkdir(parents=True, exist_ok=True)  # mmdebstrap makes one folder, not its parents
     packages = "python3.11,libpython3.11-dev,libgomp1,libstdc++6"
     command = ["mmdebstrap", "-q", "--arch=arm64", "--variant=extract", f"--include={packages}", "bookworm", DEBIAN]
     run(command)
