@@ -1,4 +1,4 @@
-"""Fixtures: each kernel in turn, one seed for everything random, the number of threads."""
+"""Fixtures: each kernel in turn, seeds, gradients, threads. What a whole file wants, it names in `pytestmark`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from torchq import kernels, ops
+from torchq.planning import budget
+from torchq.timing import interleaved
 
+pytest.register_assert_rewrite("helpers")  # before any test imports it
 SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 # The kernels this machine must run: skipping one of them is a failure. CI sets it.
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
@@ -74,3 +77,21 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def seeded(no_grad: None) -> None:
+    """Torch's own generator starts at 0, and there are no gradients."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def brief_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accuracy budget times briefly: few tests look at the times."""
+    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))

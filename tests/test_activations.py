@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import assert_identical
 from torch import nn
 
+from helpers.compare import assert_identical
 from torchq import QConfig, QuantizedLinear, convert, kernels, ops, simulate
 from torchq.modules.folded import Folded
 from torchq.ops import Activation

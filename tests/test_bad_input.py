@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.compare import snapshot
+from helpers.numbers import normal
 from torchq import QConfig, convert, kernels
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
 
 X = normal(6, 8)
 STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
@@ -68,23 +65,6 @@ def used_up():
     iterator = iter([X])
     next(iterator)
     return iterator
-
-
-def snapshot(model):
-    """All that a user could find changed, bit for bit."""
-
-    def content(tensor):
-        if tensor.is_meta:
-            return tensor.shape
-        return tensor.dtype, tensor.shape, tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    modules = [
-        (name, id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
-        for name, m in model.named_modules(remove_duplicate=False)
-    ]
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    modes = torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled(), kernels.active()
-    return modules, [(name, id(tensor), content(tensor)) for name, tensor in tensors], modes
 
 
 # What is wrong: the model, how convert is called with it (inplace is added), the error.

@@ -9,72 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.budgets import DATA, STATIC, WIDTH, X, bad_at, minus_error
+from helpers.models import linears
 from torchq import QConfig, convert
 from torchq.numerics.metrics import sqnr_db
-from torchq.planning import budget
 from torchq.planning.apply import apply_plan
 from torchq.planning.budget import return_to_float
 from torchq.planning.plan import Plan
-from torchq.timing import interleaved
 
-WIDTH = 32
-STATIC = QConfig(activation="static", observer="minmax", min_sqnr_db=-100, rounding="nearest")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-DATA = [normal(32, WIDTH, seed=i) for i in range(4)]
-X = normal(64, WIDTH, seed=9)
-
-
-class Shifted(nn.Module):
-    """Adds 300 to every other channel, and takes 300 from the rest."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("shift", torch.tensor([300.0, -300.0]).repeat(WIDTH // 2))
-
-    def forward(self, x):
-        return x + self.shift
-
-
-def bad_at(place, layers=5):
-    """A chain of Linear layers; the one at `place` gets its input shifted, by what its weight does not see.
-
-    The shift is gone from the output in float. But a step of 600 / 255 leaves little of an input of about 1, whether
-    static or dynamic, and there is no channel whose scale could be taken to the weights.
-    """
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    for i in range(layers):
-        model.append(nn.Linear(WIDTH, WIDTH))
-        nn.init.kaiming_normal_(model[-1].weight, nonlinearity="relu")  # so that the output depends on every layer
-        if i == place:
-            model.insert(-1, Shifted())
-            signs = model[-2].shift / 300
-            with torch.no_grad():
-                model[-1].weight -= torch.outer(model[-1].weight @ signs, signs) / WIDTH
-        if i + 1 < layers:
-            model.append(nn.ReLU())
-    return model.eval()
-
-
-def linears(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def minus_error(model):
-    """The metric of these tests: minus the error's share of the output's energy. 0 for the float model itself."""
-    exact = model(X).clone()
-
-    def evaluate(candidate):
-        evaluate.calls += 1
-        return 0 - (candidate(X) - exact).square().sum() / exact.square().sum()
-
-    evaluate.calls = 0
-    return evaluate
+pytestmark = pytest.mark.usefixtures("no_grad", "brief_times")
 
 
 def enough_floats(k):
@@ -86,30 +29,6 @@ def enough_floats(k):
 
     evaluate.calls = 0
     return evaluate
-
-
-def snapshot(model):
-    """All that a conversion could have changed."""
-    modules = [
-        (name, id(m), type(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), sorted(vars(m)))
-        for name, m in model.named_modules()
-    ]
-    return modules, {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def assert_same(before, after):
-    assert before[0] == after[0]
-    for name, (address, tensor) in before[1].items():
-        assert after[1][name][0] == address
-        assert torch.equal(after[1][name][1], tensor)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Times briefly: few tests here look at the times."""
-    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
-    with torch.no_grad():
-        yield
 
 
 # ---- what goes back ----

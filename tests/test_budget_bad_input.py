@@ -5,20 +5,14 @@ import math
 
 import pytest
 import torch
-from test_budget import DATA, STATIC, assert_same, bad_at, linears, minus_error, snapshot
 
+from helpers.budgets import DATA, STATIC, bad_at, minus_error
+from helpers.compare import snapshot
+from helpers.models import linears
 from torchq import convert
-from torchq.planning import budget
 from torchq.planning.frontier import Frontier
-from torchq.timing import interleaved
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Times briefly: no test here looks at the times."""
-    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad", "brief_times")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -35,7 +29,7 @@ def test_errors_of_evaluate_pass_through_and_the_model_stays(call, inplace):
 
     with pytest.raises(KeyError, match=r"^'mine'$"):
         convert(model, DATA, config=STATIC, inplace=inplace, evaluate=evaluate)
-    assert_same(before, snapshot(model))
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(
@@ -58,7 +52,7 @@ def test_what_is_no_number_is_refused(value, error, bad_call):
     before = snapshot(model)
     with pytest.raises(error, match=rf"^torchq.convert: evaluate must return a number.* for the {which} it returned"):
         convert(model, DATA, evaluate=evaluate)
-    assert_same(before, snapshot(model))
+    assert snapshot(model) == before
 
 
 def test_infinity_is_no_baseline_but_the_worst_metric():

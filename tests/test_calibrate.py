@@ -9,36 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.calibration import BATCHES, LABELS, Many, Net, X, Y, recorded, state
+from helpers.numbers import normal
 from torchq import QConfig
-from torchq.calibration.calibrate import calibrate
 from torchq.calibration.record import Record, Sample
 from torchq.observers import OBSERVERS, Histogram, make_observer
-from torchq.planning.layers import find_layers
 
 Pair = namedtuple("Pair", "image label")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-X, Y = normal(20, 6), torch.arange(20)
-BATCHES, LABELS = X.split(8), Y.split(8)  # 8, 8 and a ragged 4
-
-
-class Net(nn.Module):
-    """One Linear; what it is called with is what its record must hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.fc(x)
-
-
-def recorded(model, loader, config=None, **kwargs):
-    return calibrate(model, loader, find_layers(model), config or QConfig(), **kwargs)
 
 
 def assert_saw(record, rows, calls):
@@ -49,12 +26,6 @@ def assert_saw(record, rows, calls):
     for observer in record.observers.values():
         assert observer.count == rows.numel()
         assert observer.seen == (rows.min(), rows.max())
-
-
-def state(model):
-    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
-    switches = (torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    return hooks, [module.training for module in model.modules()], switches
 
 
 # ---- loaders ----
@@ -92,14 +63,6 @@ def test_a_generator_is_read_one_batch_at_a_time():
 
     assert_saw(recorded(model, loader()).records["fc"], X, calls=3)
     assert events == ["pull", "run"] * 3
-
-
-class Many(Net):
-    """Two inputs required, one not."""
-
-    def forward(self, a, b, c=None):
-        assert c is None
-        return self.fc(a + b)
 
 
 class Keywords(Net):

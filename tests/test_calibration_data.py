@@ -7,20 +7,19 @@ import warnings
 
 import pytest
 import torch
-from test_bad_input import snapshot
 from torch import nn
 
+from helpers.compare import snapshot
+from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat
 from torchq.calibration.calibrate import MIN_ROWS
 from torchq.numerics.metrics import sqnr_db
 from torchq.observers import OBSERVERS
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 K = 16
 GPTQ, AUTO = QConfig(rounding="gptq"), QConfig(rounding="auto")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 ROWS = normal(96, K)
@@ -34,12 +33,6 @@ def model(outliers=50):
         made[0].weight[[3, 7]] *= outliers
         made[1].weight[:, [3, 7]] /= outliers
     return made
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def same(first, second):

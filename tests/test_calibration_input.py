@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from test_calibrate import BATCHES, Many, Net, X, Y, normal, recorded, state
 from torch import nn
 from torch.utils.data import TensorDataset
+
+from helpers.calibration import BATCHES, Many, Net, X, Y, recorded, state
+from helpers.numbers import normal
 
 
 def error_of(loader, model=None, **kwargs):

@@ -4,31 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.numbers import FLT_MAX, normal
+from helpers.properties import batches_of_floats, observed, repeatable
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import fake_quantize, qparams_from_range
 from torchq.observers import EntropyObserver, MinMaxObserver, MSEObserver, PercentileObserver, make_observer
 from torchq.observers.clipping import divergence, squared_error
-
-FLT_MAX = torch.finfo(torch.float32).max
-
-repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=150)
-batches_of_floats = st.lists(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=8), min_size=1, max_size=6
-)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def observed(observer, *batches):
-    for batch in batches:
-        observer.observe(torch.as_tensor(batch, dtype=torch.float32))
-    return observer
-
 
 # ---- percentile ----
 

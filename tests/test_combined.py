@@ -8,20 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.models import linears
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, fake_quantize, prepare_qat, watch_drift
 from torchq.modules.qat_linear import QATLinear
 from torchq.numerics.metrics import sqnr_db
-from torchq.planning import budget
 from torchq.planning.apply import apply_plan
 from torchq.planning.budget import return_to_float
 from torchq.planning.plan import Plan
-from torchq.timing import interleaved
+
+pytestmark = pytest.mark.usefixtures("seeded", "brief_times")
 
 K = 32
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 DATA = [normal(64, K, seed=i) for i in range(3)]
@@ -52,18 +50,6 @@ class Block(nn.Module):
     def forward(self, x):
         y = self.norm(x)
         return self.down(self.up(self.a(y) + self.b(y)))
-
-
-@pytest.fixture(autouse=True)
-def _seeded(monkeypatch):
-    monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
-
-
-def linears(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def inputs(model):

@@ -5,84 +5,29 @@ import copy
 import io
 import pickle
 import warnings
-from itertools import pairwise
 from types import MethodType
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from helpers.compare import assert_close_to_float, snapshot
+from helpers.models import DATA, Doubled, Nested, X, load_digits, mlp, with_and_without_data
 from torchq import QConfig, QuantizedLinear, convert, simulate
-from torchq.numerics.metrics import sqnr_db
 from torchq.planning.apply import apply_plan
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
 by_activation = pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-DATA = [normal(16, 24, seed=i) for i in range(4)]
-X = normal(33, 24, seed=9)
-with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
-
-
-def mlp(*sizes):
-    layers = [layer for k, n in pairwise(sizes) for layer in (nn.Linear(k, n), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]).eval()
-
-
-def snapshot(model):
-    """All that a user could find changed, bit for bit."""
-
-    def content(tensor):
-        return tensor.dtype, tensor.shape, tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    modules = [
-        (name, id(m), type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
-        for name, m in model.named_modules(remove_duplicate=False)
-    ]
-    return modules, {name: (id(tensor), content(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def int8_names(qmodel):
     return [name for name, module in qmodel.named_modules() if isinstance(module, QuantizedLinear)]
 
 
-def assert_close_to_float(model, qmodel, *args, db=25, rows=..., **kwargs):
-    """25 dB is an error of 5.6 %: int8 loses less here (30 to 45 dB), anything computed wrongly far more."""
-    args = args or (X,)
-    expected, actual = model(*args, **kwargs), qmodel(*args, **kwargs)
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    assert sqnr_db(expected[rows], actual[rows]) > db
-
-
 # ---- structures ----
-
-
-class Nested(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Linear(24, 24)
-        self.blocks = nn.ModuleList([mlp(24, 32, 24) for _ in range(2)])
-        self.heads = nn.ModuleDict({"a": nn.Linear(24, 5), "b": nn.Sequential(nn.Linear(24, 5, bias=False))})
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.heads["a"](x) - self.heads["b"](x)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -142,11 +87,6 @@ def test_half_precision_models(dtype, config):
 
 class Plain(nn.Linear):
     """Inherits forward: an nn.Linear under another name."""
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 class Beside(nn.Module):
@@ -335,19 +275,16 @@ def test_compiled_is_exact(config):
 @pytest.fixture(scope="module")
 def digits():
     """An MLP trained on 1347 of the digits of scikit-learn, and the other 450."""
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1347], order[1347:]
+    x, y, *others = load_digits()
     torch.manual_seed(0)
     model = mlp(64, 256, 256, 10).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     with torch.enable_grad():
         for _ in range(120):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[train]), y[train]).backward()
+            nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-    return model.eval(), x[train].split(100), x[test], y[test]
+    return model.eval(), x.split(100), *others
 
 
 @by_activation

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from smoothable import DATA, Block, K, X, only_smoothed, read, readers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.smoothable import DATA, Block, K, X, only_smoothed, read, readers
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.calibration.dataflow import Dataflow
 from torchq.numerics.metrics import sqnr_db
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 # ---- what is not smoothed ----

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_core import CORE, compile_all, core_sources, run, shipped_flags
+
+from helpers.core import CORE, compile_all, core_sources, run, shipped_flags
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the checks read x86-64 instructions")
 

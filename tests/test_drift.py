@@ -4,28 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.models import layers_of
+from helpers.numbers import normal
 from torchq import _C, QConfig, QuantizedLinear, convert, report, simulate, watch_drift
 from torchq.numerics.metrics import count_clipped
 from torchq.numerics.qparams import QParams
 from torchq.reporting.drift import MIN_CLIPPED, THRESHOLD, Drift, LayerDrift
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 WIDTH = 48
 STATIC = QConfig(activation="static", observer="minmax")
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 DATA = [normal(256, WIDTH, seed=i) for i in range(8)]
 FRESH = normal(512, WIDTH, seed=99)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def chain(dtype=torch.float32):
@@ -36,10 +29,6 @@ def chain(dtype=torch.float32):
 
 def static_model():
     return convert(chain(), DATA, config=STATIC)
-
-
-def layers_of(qmodel):
-    return [module for module in qmodel.modules() if isinstance(module, QuantizedLinear)]
 
 
 def watched(qmodel, *batches, **settings):

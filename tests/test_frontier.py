@@ -4,16 +4,16 @@ import copy
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers import ROOT
 from torchq import QuantizedLinear, convert, report
 from torchq.planning.frontier import Frontier, Step
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "accuracy-budget.md"
+DOCUMENT = ROOT / "docs" / "accuracy-budget.md"
 DATA = [torch.randn(8, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 

@@ -6,28 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.compare import assert_close_to_float
+from helpers.models import DATA, X, layers_of
 from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
 from torchq.modules.folded import Folded
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, fake_quantize
 from torchq.ops import Activation
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-DATA = [normal(16, 24, seed=i) for i in range(4)]
-X = normal(33, 24, seed=9)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def chain(kinds, width=24):
@@ -40,10 +29,6 @@ def chain(kinds, width=24):
         "t": nn.Tanh,
     }
     return nn.Sequential(*[makers[kind]() for kind in kinds]).eval()
-
-
-def layers_of(qmodel):
-    return [module for module in qmodel.modules() if isinstance(module, QuantizedLinear)]
 
 
 def flow(qmodel, x):
@@ -66,13 +51,6 @@ def oracle(model, plan, x):
         else:
             y = module(y)
     return y.to(x.dtype)
-
-
-def assert_close_to_float(model, qmodel, **kwargs):
-    """20 dB is an error of 10 %: int8 loses far less here (about 40 dB), a value missed or clipped twice far more."""
-    expected, actual = model(X, **kwargs), qmodel(X, **kwargs)
-    assert actual.dtype == expected.dtype
-    assert sqnr_db(expected, actual) > 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,20 +6,16 @@ import weakref
 
 import pytest
 import torch
-from test_convert import Nested, assert_close_to_float, with_and_without_data
 from torch import nn
 
+from helpers.compare import assert_close_to_float
+from helpers.models import Nested, with_and_without_data
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.numerics.metrics import sqnr_db
 from torchq.planning import apply
 from torchq.planning.apply import apply_plan
 
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @with_and_without_data

@@ -10,9 +10,10 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from reference import assert_identical, random_float, random_weight
 from torch import nn
 
+from helpers.compare import assert_identical, bound
+from helpers.numbers import random_float, random_weight
 from torchq import QuantizedLinear, choose_qparams, ops, quantize, simulate
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
@@ -96,25 +97,6 @@ def test_the_error_on_normal_data_is_below_one_percent(generator, scheme):
     y, expected = QuantizedLinear.from_float(source, input_qparams=input_qparams)(x), source(x)
     error = ((y - expected).norm() / expected.norm()).item()
     assert 0.001 < error < 0.01
-
-
-def bound(layer, x):
-    """How far the integer and the simulated path may lie apart, per element of y, before y is rounded to its dtype.
-
-    u = 2^-24, S = Σ|x_q||w_q| of the dequantized values, as each float operation is off by at most a factor 1 ± u:
-    integers: float(acc), s_x·s_w, their product: 3u·S.  simulated: dequantizing x and w, K products, K - 1 sums in
-    any order, (K + 2)u·S.  Adding the bias, on both sides: 2u·(S + |b|).  One more u·S for the terms in u².
-    """
-    k = layer.in_features
-    rows = x.float().reshape(-1, k)
-    if layer.input_qparams is None:
-        codes, scale, zero_point = ops.quantize_per_token(rows)
-        rows = (codes.double() - zero_point) * scale
-    else:
-        scale, zero_point = layer.input_qparams
-        rows = (quantize(rows, scale, zero_point, dtype=torch.uint8).double() - zero_point) * scale
-    total = rows.abs() @ (layer.weight.double() * layer.weight_scale[:, None]).abs().T
-    return 2.0**-24 * ((k + 8) * total + 2 * layer.bias.double().abs())
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -8,9 +8,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.numbers import FLT_MAX, normal
+from helpers.properties import batches_of_floats, observed, repeatable
 from torchq.numerics.qparams import choose_qparams
 from torchq.observers import (
     OBSERVERS,
@@ -24,25 +26,10 @@ from torchq.observers import (
     make_observer,
 )
 
-FLT_MAX = torch.finfo(torch.float32).max
 HISTOGRAMS = [Histogram, PercentileObserver, MSEObserver, EntropyObserver]
 CLASSES = [MinMaxObserver, MovingAverageObserver, *HISTOGRAMS]
 
 every_class = pytest.mark.parametrize("cls", CLASSES)
-repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=150)
-batches_of_floats = st.lists(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=8), min_size=1, max_size=6
-)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def observed(observer, *batches):
-    for batch in batches:
-        observer.observe(torch.as_tensor(batch, dtype=torch.float32))
-    return observer
 
 
 def same_state(a, b):

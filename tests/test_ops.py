@@ -5,10 +5,12 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import reference
 import torch
-from reference import FLOATS, FLT_MIN, assert_identical, random_float, random_int8, random_weight
 
+from helpers import reference
+from helpers.compare import assert_identical
+from helpers.numbers import FLT_MIN, random_float, random_int8, random_weight
+from helpers.reference import FLOATS
 from torchq import kernels, ops
 from torchq.ops import Activation
 

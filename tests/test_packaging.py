@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import torchq
+from helpers import ROOT
 from torchq import _C
-
-ROOT = Path(__file__).parent.parent
 
 
 def build(tmp_path, *, path, torch_stub=None, **environment):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, ops, profile_layers, report
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, fake_quantize
@@ -15,23 +16,14 @@ from torchq.planning.plan import LayerStats, Plan
 from torchq.reporting import profile
 from torchq.reporting.profile import LayerTime
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 WIDTH = 64
 PLAIN = QConfig(observer="percentile", percentile=95, smoothing="none", rounding="nearest")
 CONFIGS = [dataclasses.replace(PLAIN, activation=kind) for kind in ("static", "dynamic")]
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 DATA = [normal(5, 4, WIDTH, seed=i) for i in range(6)]  # 20 rows a batch, 120 in all: fewer than the sample holds
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def model(dtype=torch.float32):

@@ -7,24 +7,18 @@ import pickle
 
 import pytest
 import torch
-from reference import assert_identical
-from test_linear import bound
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import torchq
+from helpers.compare import assert_identical, bound
+from helpers.models import DATA, Doubled, X
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, freeze_ranges, prepare_qat, simulate
 from torchq.modules.folded import Folded
 from torchq.modules.qat_linear import QATLinear
 from torchq.numerics.metrics import sqnr_db
 
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-DATA = [normal(16, 24, seed=i) for i in range(4)]
-X = normal(33, 24, seed=9)
 SCHEMES = {
     "learned": (DATA, "auto", "learned"),
     "observed": (None, "auto", "observed"),
@@ -261,11 +255,6 @@ def test_shared_layers_and_tied_weights(inplace):
     step(model)
     with simulate(), torch.no_grad():
         assert_identical(convert(model)(X), model(X))
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 class Zoo(nn.Module):

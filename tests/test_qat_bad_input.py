@@ -2,12 +2,12 @@
 
 import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers import ROOT
 from torchq import QConfig, convert, prepare_qat
 from torchq.modules.qat_linear import QATLinear
 
@@ -136,7 +136,7 @@ def test_constant_and_empty_activations(calib_loader):
 
 def test_the_example_of_the_page_runs(capsys):
     """docs/qat.md, as it stands."""
-    page = (Path(__file__).parent.parent / "docs" / "qat.md").read_text()
+    page = (ROOT / "docs" / "qat.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(code, "docs/qat.md", "exec"), {})
     assert "trained, learned range" in capsys.readouterr().out

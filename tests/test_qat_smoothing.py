@@ -2,21 +2,16 @@
 
 import pytest
 import torch
-from smoothable import DATA, Block, K, X
 from torch import nn
 
+from helpers.smoothable import DATA, Block, K, X
 from torchq import QConfig, convert, prepare_qat
 from torchq.modules.qat_linear import QATLinear
 from torchq.numerics.metrics import sqnr_db
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 NONE = QConfig(smoothing="none")
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def as_float(prepared):

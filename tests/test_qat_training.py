@@ -4,17 +4,14 @@ import copy
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.models import load_digits
+from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat, simulate
 
 PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100, rounding="nearest")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- a hard case: digits, 16 wide, per-tensor, outlier channels ----
@@ -22,10 +19,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def digits():
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[:1347]], y[order[:1347]], x[order[1347:]], y[order[1347:]]
+    return load_digits()
 
 
 def train(model, digits, schedule):

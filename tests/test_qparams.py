@@ -8,29 +8,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import properties
+from helpers.numbers import FLT_MAX, FLT_MIN, normal
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, dequantize, fake_quantize, qparams_from_range, quantize
 
 CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 SCHEMES = [(dtype, symmetric) for dtype in CODES for symmetric in (True, False)]
 SCHEME_NAMES = ["int8-symmetric", "int8-asymmetric", "uint8-symmetric", "uint8-asymmetric"]
-FLT_MIN = torch.finfo(torch.float32).tiny
-FLT_MAX = torch.finfo(torch.float32).max
 
 # Round trip error in steps: 1/2 by rounding, plus float32 noise on up to 255 steps, in units of u = 2^-24:
 # inv and x * inv 2, the scale 2, the zero point 2, the product in dequantize 1. Together 7, taken as 8.
 HALF_STEP = 0.5 + 255 * 8 * 2.0**-24
 
 every_scheme = pytest.mark.parametrize(("dtype", "symmetric"), SCHEMES, ids=SCHEME_NAMES)
-repeatable = settings(derandomize=True, database=None, deadline=None, max_examples=200)
+repeatable = settings(properties.repeatable, max_examples=200)
 finite_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # Within half a step of FLT_MAX a value may dequantize to Inf: FLT_MAX / (1 + 1 / 254) = 3.389e38 is safe.
 restorable = st.floats(-3.375 * 2.0**126, 3.375 * 2.0**126, width=32)
 schemes = st.sampled_from(SCHEMES)
 
 
-def normal(*shape, seed=0, spread=3.0, centre=0.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread + centre
+def spread(*shape, seed=0, centre=0.0):
+    return normal(*shape, seed=seed) * 3 + centre
 
 
 def round_trip_steps(x, scale, restored):
@@ -101,7 +101,7 @@ def test_known_values():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int8_zero_point_is_the_uint8_one_minus_128(symmetric):
-    lo, hi = -normal(5, 100, seed=1).abs(), normal(5, 100, seed=2).abs()
+    lo, hi = -spread(5, 100, seed=1).abs(), spread(5, 100, seed=2).abs()
     scale_u, zero_u = qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=symmetric)
     scale_s, zero_s = qparams_from_range(lo, hi, dtype=torch.int8, symmetric=symmetric)
     assert torch.equal(scale_u, scale_s)
@@ -114,7 +114,7 @@ def test_int8_zero_point_is_the_uint8_one_minus_128(symmetric):
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, -1, -3])
 @pytest.mark.parametrize("centre", [0.0, 10.0, -10.0], ids=["centred", "positive", "negative"])
 def test_round_trip_is_within_half_a_step(dtype, symmetric, axis, centre):
-    x = normal(4, 5, 60, seed=5, centre=centre)
+    x = spread(4, 5, 60, seed=5, centre=centre)
     scale, zero_point = choose_qparams(x, dtype=dtype, symmetric=symmetric, axis=axis)
     q = quantize(x, scale, zero_point, axis=axis, dtype=dtype)
     restored = dequantize(q, scale, zero_point, axis=axis)
@@ -134,7 +134,7 @@ def test_round_trip_is_within_half_a_step(dtype, symmetric, axis, centre):
 @every_scheme
 @pytest.mark.parametrize("axis", [None, 0])
 def test_error_on_normal_data_is_below_half_a_percent_of_the_range(dtype, symmetric, axis):
-    x = normal(16, 4096, seed=6)
+    x = spread(16, 4096, seed=6)
     pair = choose_qparams(x, dtype=dtype, symmetric=symmetric, axis=axis)
     error = (fake_quantize(x, *pair, axis=axis, dtype=dtype) - x).abs().max()
     assert error < 0.005 * (x.max() - x.min())
@@ -167,7 +167,7 @@ def test_ties_go_to_even():
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 31, 33, 1000])  # around torch's vector lengths
 def test_codes_are_those_of_torch(dtype, symmetric, columns):
     torch_dtype = {torch.int8: torch.qint8, torch.uint8: torch.quint8}[dtype]
-    x = normal(6, columns, seed=columns, centre=1.0)
+    x = spread(6, columns, seed=columns, centre=1.0)
     x[0, 0] = 0.0
     wide = torch.cat([x, 4 * x, (x * 2).round() / 2])  # saturating values and ties, too
 
@@ -209,7 +209,7 @@ def test_dequantize_every_corner_exactly():
 
 
 def test_numbers_and_tensors_mix():
-    x = normal(3, 4, seed=7)
+    x = spread(3, 4, seed=7)
     ones = torch.ones(4, dtype=torch.int32)
     expected = quantize(x, 0.1, 1)
     assert torch.equal(quantize(x, torch.tensor(0.1), torch.tensor(1)), expected)
@@ -219,17 +219,17 @@ def test_numbers_and_tensors_mix():
 
 
 def test_layouts_and_shapes():
-    x = normal(6, 5, seed=8)
+    x = spread(6, 5, seed=8)
     assert torch.equal(quantize(x.T, 0.1), quantize(x, 0.1).T)
     assert torch.equal(choose_qparams(x.T, axis=1)[0], choose_qparams(x, axis=0)[0])
     assert quantize(torch.tensor(0.3), 0.1).tolist() == 3
-    assert choose_qparams(normal(7, seed=8), axis=0)[0].shape == (7,)
+    assert choose_qparams(spread(7, seed=8), axis=0)[0].shape == (7,)
 
 
 @every_scheme
 @pytest.mark.parametrize("float_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_every_float_is_computed_in_float32(dtype, symmetric, float_dtype):
-    x = normal(4, 50, seed=9).to(float_dtype)
+    x = spread(4, 50, seed=9).to(float_dtype)
     for axis in (None, 0):
         pair = choose_qparams(x, dtype=dtype, symmetric=symmetric, axis=axis)
         expected = choose_qparams(x.float(), dtype=dtype, symmetric=symmetric, axis=axis)
@@ -243,7 +243,7 @@ def test_every_float_is_computed_in_float32(dtype, symmetric, float_dtype):
 
 
 def test_parameters_are_chosen_without_gradient():
-    scale, zero_point = choose_qparams(torch.nn.Parameter(normal(3, 4)), axis=0)
+    scale, zero_point = choose_qparams(torch.nn.Parameter(spread(3, 4)), axis=0)
     assert (scale.requires_grad, zero_point.requires_grad) == (False, False)
 
 
@@ -303,7 +303,7 @@ def test_non_finite_range_dequantizes_to_nan(dtype, symmetric, lo, hi):
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_choose_refuses_non_finite_data(axis, bad):
-    x = normal(4, 5, seed=11)
+    x = spread(4, 5, seed=11)
     x[1, 2] = x[3, 0] = bad
     with pytest.raises(ValueError, match=r"choose_qparams: .* got 2 NaN or Inf among the 20 of x.*nan_to_num"):
         choose_qparams(x, axis=axis)
@@ -323,7 +323,7 @@ def test_everything_traces_as_one_graph(dtype, axis):
         scale, zero_point = choose_qparams(x, dtype=dtype, symmetric=False, axis=axis)
         return scale, zero_point, fake_quantize(x, scale, zero_point, axis=axis, dtype=dtype)
 
-    x = normal(4, 33, seed=12)
+    x = spread(4, 33, seed=12)
     compiled = torch.compile(whole, fullgraph=True, backend="eager")
     for ours, expected in zip(compiled(x), whole(x), strict=True):
         assert torch.equal(ours, expected)
@@ -334,7 +334,7 @@ def test_everything_traces_as_one_graph(dtype, axis):
 
 def test_number_arguments_trace():
     compiled = torch.compile(lambda x, scale: quantize(x, scale, 3), fullgraph=True, backend="eager")
-    x = normal(4, 33, seed=13)
+    x = spread(4, 33, seed=13)
     for scale in (0.013, 0.02):
         assert torch.equal(compiled(x, scale), quantize(x, scale, 3))
 

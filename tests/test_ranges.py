@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import assert_identical, random_float
 
+from helpers.compare import assert_identical
+from helpers.numbers import random_float
 from torchq import fake_quantize, ops
 from torchq.modules.ranges import LearnedRange, ObservedRange, PerToken, fake_quantize_weight
 from torchq.numerics.qparams import dequantize, qparams_from_range

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from helpers.numbers import normal
 from torchq import QConfig, convert, quantize
 from torchq.calibration.record import MAX_GRAM_DEPTH, Record
 from torchq.numerics.metrics import sqnr_db
@@ -16,23 +17,14 @@ from torchq.planning.apply import apply_plan
 from torchq.planning.plan import Plan
 from torchq.planning.rounding import gptq, mean_error, rounded_weights
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 NEAREST, GPTQ, AUTO = (QConfig(rounding=name) for name in ("nearest", "gptq", "auto"))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(rows, k, seed):
     """A few directions carry most of the inputs."""
     return normal(rows, 8, seed=seed) @ normal(8, k, seed=77) + 0.2 * normal(rows, k, seed=seed + 1)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("k", [1, 3, 127, 128, 129, 300])

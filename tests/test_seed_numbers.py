@@ -5,22 +5,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, dequantize, observers, simulate
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams, choose_qparams, fake_quantize
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 SCHEMES = ["auto", "static", "dynamic"]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 # ---- 4x smaller ----

@@ -6,19 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.calibration.calibrate import calibrate
 from torchq.numerics.metrics import sqnr_db
 from torchq.planning.layers import find_layers
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 K = 32
 STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
 inplace_or_not = pytest.mark.parametrize("inplace", [False, True])
 by_rounding = pytest.mark.parametrize("rounding", ["nearest", "gptq", "auto"])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated(rows, seed):
@@ -27,13 +26,6 @@ def correlated(rows, seed):
 
 
 DATA, X = [correlated(200, 1), correlated(60, 1)], correlated(100, 1)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def outliers(norm, *readers):

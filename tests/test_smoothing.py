@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from smoothable import DATA, Block, K, X, only_smoothed, read
 from torch import nn
 
+from helpers.smoothable import DATA, Block, K, X, only_smoothed, read
 from torchq import QConfig, convert
 from torchq.numerics.metrics import sqnr_db
 from torchq.planning import smooth_search
@@ -15,14 +15,9 @@ from torchq.planning.apply import apply_plan
 from torchq.planning.plan import Plan
 from torchq.planning.smoothing import smoothing_scales
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 UNSMOOTHED = QConfig(smoothing="none")
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 # ---- what it is for ----

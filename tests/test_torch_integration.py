@@ -6,10 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from reference import assert_identical, random_float, random_int8, random_weight
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from helpers.compare import assert_identical
+from helpers.numbers import random_float, random_int8, random_weight
 from torchq import QuantizedLinear, kernels, simulate
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation

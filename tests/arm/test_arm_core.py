@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-import emulation
 import pytest
+
+import emulation
 from emulation import CPUS, CXX, MODE
-from test_core import PLAIN, PROGRAM, WARNINGS, core_sources, shipped_flags
+from helpers.core import PLAIN, PROGRAM, WARNINGS, core_sources, shipped_flags
 
 
 @pytest.fixture(scope="module")

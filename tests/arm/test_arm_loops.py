@@ -4,10 +4,10 @@ As on x86-64, an accumulator on the stack gives the right answer at half the spe
 """
 
 import pytest
-from emulation import check_tools
 
 from benchmarks import arm_analysis
 from benchmarks.arm_analysis import PRODUCTS, Loop, loops_in, main_loop, tile_rows
+from emulation import check_tools
 
 ROWS = range(1, 7)
 every_kernel = pytest.mark.parametrize("kernel", PRODUCTS)

@@ -4,8 +4,9 @@ import re
 import subprocess
 import sys
 
-import emulation
 import pytest
+
+import emulation
 from emulation import CPUS, MODE, PACKAGE, ROOT
 
 TESTS = ROOT / "tests"

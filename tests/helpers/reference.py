@@ -5,11 +5,11 @@ so it rounds once. Integers are summed in float64, where every sum here is exact
 """
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-FLT_MIN = torch.finfo(torch.float32).tiny
+from helpers.numbers import FLT_MIN
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-BITS = {2: torch.int16, 4: torch.int32}
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
@@ -65,39 +65,3 @@ def linear_static(
     codes = x if x.dtype == torch.uint8 else quantize(x, x_scale, x_qparams[1])
     y = epilogue(product(codes.long() - x_qparams[1], weight), x_scale, w_scale, bias, relu)
     return (quantize(y, y_scale, y_qparams[1]) if out_dtype == torch.uint8 else y).to(out_dtype)
-
-
-def assert_identical(actual: Tensor, expected: Tensor, case: object = "") -> None:
-    """The same dtype, shape and bits; NaN equals NaN of any payload, 0.0 is not -0.0."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), (
-        f"{case}: {actual.dtype} {tuple(actual.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
-    )
-    got, want = bits(actual), bits(expected)
-    if not torch.equal(got, want):
-        where = tuple((got != want).nonzero()[0].tolist())
-        raise AssertionError(
-            f"{case}: {int((got != want).sum())} of {got.numel()} differ, first at {where}: "
-            f"{actual[where]!r}, expected {expected[where]!r}"
-        )
-
-
-def bits(t: Tensor) -> Tensor:
-    if not t.is_floating_point():
-        return t
-    return torch.where(t.isnan(), torch.full_like(t, torch.nan), t).view(BITS[t.element_size()])
-
-
-def random_int8(*shape: int, generator: Generator) -> Tensor:
-    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-
-
-def random_float(*shape: int, generator: Generator) -> Tensor:
-    """Rows of different spread and centre, as tokens have."""
-    spread, centre = torch.rand(2, *shape[:-1], 1, generator=generator) * 3
-    return torch.randn(shape, generator=generator) * spread + centre - 1
-
-
-def random_weight(n: int, k: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """An int8 weight (n, k), its scale (n,) and bias (n,)."""
-    scale = torch.rand(n, generator=generator) * 0.02 + 1e-3
-    return random_int8(n, k, generator=generator), scale, torch.randn(n, generator=generator)

@@ -1,0 +1,57 @@
+"""Small networks, and data for them."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.numbers import normal
+from torchq import QuantizedLinear
+
+# For the networks that read 24 features: batches to calibrate with, and others.
+DATA = [normal(16, 24, seed=i) for i in range(4)]
+X = normal(33, 24, seed=9)
+with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
+
+
+def mlp(*sizes):
+    layers = [layer for k, n in pairwise(sizes) for layer in (nn.Linear(k, n), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(24, 24)
+        self.blocks = nn.ModuleList([mlp(24, 32, 24) for _ in range(2)])
+        self.heads = nn.ModuleDict({"a": nn.Linear(24, 5), "b": nn.Sequential(nn.Linear(24, 5, bias=False))})
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.heads["a"](x) - self.heads["b"](x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def layers_of(qmodel):
+    return [module for module in qmodel.modules() if isinstance(module, QuantizedLinear)]
+
+
+def linears(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def load_digits():
+    """Of the digits of scikit-learn, 1347 images and classes to train on, and the other 450."""
+    from sklearn import datasets  # slow to import, and few tests want it
+
+    x, y = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order[:1347]], y[order[:1347]], x[order[1347:]], y[order[1347:]]
