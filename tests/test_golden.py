@@ -5,6 +5,7 @@ expected hashes stand in golden.json. Every kernel must give them. To record the
 change results, run `python tests/test_golden.py`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -32,16 +33,19 @@ SHAPES = [
 X_QPARAMS, Y_QPARAMS = (0.3, 117), (0.7, 131)
 
 
+@functools.cache  # every op and kernel is given the same inputs; nothing writes to them
 def integers(count: int, seed: int) -> Tensor:
     """`count` numbers in [0, 2^16), int64: a linear congruential generator, read at bits 16 to 31."""
     state = (torch.arange(count, dtype=torch.int64) + 1 + 7919 * seed) * 2654435761 % 2**32
     return (state * 1664525 + 1013904223) % 2**32 // 2**16
 
 
+@functools.cache
 def int8(*shape: int, seed: int) -> Tensor:
     return (integers(torch.Size(shape).numel(), seed) % 256 - 128).to(torch.int8).reshape(shape)
 
 
+@functools.cache
 def floats(m: int, k: int, dtype: torch.dtype) -> Tensor:
     """Rows of different spread and centre; every fourth has positive values only, and the last is zero."""
     values = (integers(m * k, 3) % 4096).float().reshape(m, k) / 64 - 31
@@ -52,10 +56,16 @@ def floats(m: int, k: int, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def packed(n: int, k: int) -> Tensor:
+@functools.cache
+def packed_for(kernel: str, n: int, k: int) -> Tensor:
+    """In the layout that the active kernel, which must be `kernel`, reads."""
     scale = (1 + integers(n, 1) % 13).float() / 1024
     bias = (integers(n, 2) % 29 - 14).float() / 8
     return ops.pack(int8(n, k, seed=0), scale, bias)
+
+
+def packed(n: int, k: int) -> Tensor:
+    return packed_for(kernels.active(), n, k)
 
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -82,6 +92,7 @@ def cases() -> dict[str, Case]:
     return found
 
 
+@functools.cache
 def codes(m: int, k: int) -> Tensor:
     return (integers(m * k, 5) % 256).to(torch.uint8).reshape(m, k)
 
