@@ -31,7 +31,7 @@ import torchq
 from benchmarks.demo import markdown
 from benchmarks.timing import interleaved, machine
 from torchq import kernels, ops
-from torchq.modules.linear import QuantizedLinear
+from torchq.modules.quantized_linear import QuantizedLinear
 
 Shape = tuple[int, int, int]  # M, N, K
 PARTS = ("tails", "growth", "threads", "convert")

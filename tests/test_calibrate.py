@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers.calibration import BATCHES, LABELS, Many, Net, X, Y, recorded, state
 from helpers.numbers import normal
 from torchq import QConfig
-from torchq.calibration.record import Record, Sample
+from torchq.calibration.record import Record
+from torchq.calibration.sample import Sample
 from torchq.observers import OBSERVERS, Histogram, make_observer
 
 Pair = namedtuple("Pair", "image label")
@@ -23,7 +24,7 @@ def assert_saw(record, rows, calls):
     assert torch.equal(record.sample.rows, rows)
     assert record.sample.seen == len(rows)
     assert record.calls == calls
-    for observer in record.observers.values():
+    for observer in record.whole.observers.values():
         assert observer.count == rows.numel()
         assert observer.seen == (rows.min(), rows.max())
 
@@ -124,7 +125,7 @@ def test_a_layer_without_input_features():
     model = nn.Sequential(nn.Linear(6, 3))
     model[0].weight, model[0].in_features = nn.Parameter(torch.empty(3, 0)), 0
     record = recorded(model, [torch.empty(4, 0)]).records["0"]
-    assert (record.calls, record.observers["minmax"].count) == (1, 0)
+    assert (record.calls, record.whole.observers["minmax"].count) == (1, 0)
 
 
 def test_sequentials_are_counted():
@@ -140,11 +141,11 @@ def test_sequentials_are_counted():
 
 def test_the_config_chooses_the_observers():
     def names(observer):
-        return list(recorded(Net(), BATCHES, QConfig(observer=observer)).records["fc"].observers)
+        return list(recorded(Net(), BATCHES, QConfig(observer=observer)).records["fc"].whole.observers)
 
     assert names("auto") == ["minmax", "percentile", "mse", "entropy"]
     assert [names(name) for name in OBSERVERS] == [[name] for name in OBSERVERS]
-    observers = recorded(Net(), BATCHES, QConfig(percentile=42)).records["fc"].observers
+    observers = recorded(Net(), BATCHES, QConfig(percentile=42)).records["fc"].whole.observers
     assert observers["percentile"].percentile == 42
 
 
@@ -153,7 +154,7 @@ def test_automatic_observers_share_one_histogram(monkeypatch):
     updates = []
     update = Histogram._update
     monkeypatch.setattr(Histogram, "_update", lambda self, *args: updates.append(self) or update(self, *args))
-    observers = recorded(Net(), BATCHES).records["fc"].observers
+    observers = recorded(Net(), BATCHES).records["fc"].whole.observers
     assert len(updates) == len(BATCHES)
     for name, observer in observers.items():
         alone = make_observer(name)
@@ -263,7 +264,7 @@ def test_a_sample_copies_its_rows():
 
 def test_a_sample_is_bounded_in_bytes():
     def capacity(features, rows=256):
-        return Record.empty(nn.Linear(features, 1), QConfig(sample_rows=rows)).sample.capacity
+        return Record.empty(features, QConfig(sample_rows=rows)).sample.capacity
 
     assert (capacity(64), capacity(64, rows=3)) == (256, 3)
     assert capacity(2**16) == 8  # 2 MiB of float32
@@ -285,7 +286,7 @@ def tensor_bytes(value, seen):
 def test_memory_does_not_grow_with_the_number_of_batches():
     def total(batches):
         loader = (normal(50, 6, seed=i) * 10.0 ** (i % 9) for i in range(batches))
-        return tensor_bytes(recorded(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), loader), set())
+        return tensor_bytes(recorded(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), loader).records, set())
 
     # Two layers: a sample of 256 rows of 6 floats and their positions, the extremes of 6 channels, 6 x 6 products, 2048
     # counts of 8 bytes, and lo, hi, exponent and zeros.

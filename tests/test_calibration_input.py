@@ -1,4 +1,4 @@
-"""What a loader may give: what is refused, with which words."""
+"""What a loader may give: what is refused, with which words. (`convert` puts its name in front: test_bad_input.py.)"""
 
 import pytest
 import torch
@@ -15,29 +15,30 @@ def error_of(loader, model=None, **kwargs):
     with pytest.raises((TypeError, ValueError)) as caught:
         recorded(model, loader, **kwargs)
     assert state(model) == before
-    return f"{caught.type.__name__}: {caught.value}"
+    plain = "ValueError" if issubclass(caught.type, ValueError) else "TypeError"
+    return f"{plain}: {caught.value}"
 
 
 def test_errors_of_the_loader():
-    assert error_of([]).startswith("ValueError: torchq.convert: calib_loader yielded no batch. Pass a loader with data")
+    assert error_of([]).startswith("ValueError: calib_loader yielded no batch. Pass a loader with data")
     used_up = iter(BATCHES)
     assert len(list(used_up)) == 3
     assert "(an iterator can be used up only once)" in error_of(used_up)
-    assert error_of(7) == "TypeError: torchq.convert: calib_loader must be an iterable of batches, got int."
+    assert error_of(7) == "TypeError: calib_loader must be an iterable of batches, got int."
     assert "must be an iterable of batches, got TensorDataset." in error_of(TensorDataset(X, Y))
 
 
 @pytest.mark.parametrize("batch", ["text", 3, None, X.numpy(), {1, 2}])
 def test_a_batch_of_an_unknown_type(batch):
     message = error_of([X, batch])
-    assert message.startswith(f"TypeError: torchq.convert: calib_loader gave a batch of type {type(batch).__name__};")
+    assert message.startswith(f"TypeError: calib_loader gave a batch of type {type(batch).__name__};")
     assert message.endswith("Pass forward=lambda model, batch: ... to say how to call the model with it.")
 
 
 @pytest.mark.parametrize(("model", "batch", "required"), [(Net(), (), 1), (Net(), [], 1), (Many(), (X,), 2)])
 def test_a_batch_with_too_few_elements(model, batch, required):
     assert error_of([batch], model).startswith(
-        f"ValueError: torchq.convert: {type(model).__name__}.forward requires {required} inputs, a batch of "
+        f"ValueError: {type(model).__name__}.forward requires {required} inputs, a batch of "
         f"calib_loader has {len(batch)} elements. Pass forward=lambda model, batch: ..."
     )
 
@@ -47,7 +48,7 @@ def test_non_finite_input_is_named_by_layer_and_batch(bad):
     poisoned = X.clone()
     poisoned[3, 2] = bad
     message = error_of([X, X, poisoned], nn.ModuleDict({"net": Net()}), forward=lambda model, x: model["net"](x))
-    assert message.startswith("ValueError: torchq.convert: layer 'net.fc' got an input that is not finite in batch 2 ")
+    assert message.startswith("ValueError: layer 'net.fc' got an input that is not finite in batch 2 ")
     assert "got 1 NaN or Inf among the 120" in message
 
 

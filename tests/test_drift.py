@@ -215,11 +215,8 @@ def test_the_report_says_recalibrate():
 
 
 def test_wrong_arguments():
-    with (
-        pytest.raises(ValueError, match=r"^torchq.watch_drift: this Sequential has no torchq_plan"),
-        watch_drift(chain()),
-    ):
-        pass
+    with pytest.raises(ValueError, match=r"^torchq.watch_drift: this Sequential has no torchq_plan"):
+        watch_drift(chain())
     for threshold in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"^torchq.watch_drift: threshold must be a share in \[0, 1\), got "):
             watched(convert(chain()), threshold=threshold)

@@ -76,7 +76,16 @@ def test_stub_declares_exactly_what_the_module_has():
 def test_public_names():
     """The whole interface, so that a new name is a decision. dir() shows it, and nothing else."""
     functions = {"apply_plan", "choose_qparams", "convert", "dequantize", "fake_quantize", "freeze_ranges"}
-    functions |= {"prepare_qat", "profile_layers", "quantize", "report", "simulate", "watch_drift"}
+    functions |= {
+        "plan_of",
+        "prepare_qat",
+        "profile_layers",
+        "quantize",
+        "report",
+        "simulate",
+        "sqnr_db",
+        "watch_drift",
+    }
     assert set(torchq.__all__) == functions | {"Plan", "QConfig", "QuantizedLinear", "kernels", "observers", "ops"}
     assert dir(torchq) == sorted([*torchq.__all__, "__version__"])
 

@@ -59,8 +59,7 @@ def test_auto_takes_static_where_it_costs_nothing():
     layer = planned(linear(), data, QConfig(observer="minmax", rounding="nearest"))["0"]
     assert layer.kind == "int8 static"
     assert layer.sqnr_db["minmax"] == layer.sqnr_db["dynamic"]  # the same codes, so the same outputs
-    db = f"{layer.sqnr_db['dynamic']:.1f}"
-    assert layer.reason == f"static {db} dB (minmax), dynamic {db} dB: static costs no accuracy"
+    assert layer.reason == "static costs no accuracy"
     assert layer.input_qparams == choose_qparams(data, dtype=torch.uint8, symmetric=False)
 
 
@@ -72,8 +71,7 @@ def test_auto_takes_dynamic_where_static_costs_accuracy():
     assert layer.kind == "int8 dynamic"
     static = max(layer.sqnr_db["minmax"], layer.sqnr_db["percentile"])
     assert layer.sqnr_db["dynamic"] - static > 6
-    expected = rf"static {static:.1f} dB \(\w+\), dynamic {layer.sqnr_db['dynamic']:.1f} dB: static would cost accuracy"
-    assert re.fullmatch(expected, layer.reason)
+    assert layer.reason == "static would cost accuracy"
     assert (layer.input_qparams, layer.observer) == (None, None)
 
 
@@ -89,7 +87,7 @@ def test_forced_schemes_are_honoured_whatever_they_cost(data):
     for config, kind in [(STATIC, "int8 static"), (DYNAMIC, "int8 dynamic")]:
         for layer in planned(mlp(), data, config).values():
             assert layer.kind == kind
-            assert re.fullmatch(r"asked for; static [\d.]+ dB \(\w+\), dynamic [\d.]+ dB", layer.reason)
+            assert layer.reason == "asked for"
 
 
 def test_without_data_every_layer_is_dynamic():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchq import QConfig, convert, kernels, report
+from torchq import QConfig, convert, kernels, profile_layers, report, watch_drift
 from torchq.reporting.report import LayerReport
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
@@ -62,30 +62,79 @@ def test_float_layers_have_their_reason_and_no_error():
 
 def test_the_table():
     qmodel = convert(model(), config=QConfig(exclude=("2",)))
-    kernel = kernels.active()
-    head, line, hidden, excluded, total = str(report(qmodel)).splitlines()
-    assert head.split() == ["layer", "scheme", "kernel", "before", "after", "SQNR", "reason"]
+    head, line, hidden, excluded, total, meanings, *words = str(report(qmodel)).splitlines()
+    assert head.split() == ["layer", "scheme", "before", "after", "output"]
     assert line == "-" * len(head)
-    assert [cell.strip() for cell in hidden.split("  ") if cell.strip()] == [
-        *("0", "int8 dynamic", kernel, "8.1 KiB", "2.4 KiB", "-", "no calibration data")
-    ]
-    assert [cell.strip() for cell in excluded.split("  ") if cell.strip()] == [
-        *("2", "float", "-", "1.2 KiB", "1.2 KiB", "-", "excluded by '2'")
-    ]
-    for title in ("scheme", "kernel", "before", "after", "SQNR", "reason"):  # columns start below their titles
+    assert [cell.strip() for cell in hidden.split("  ") if cell.strip()] == ["0", "dynamic", "8.1 KiB", "2.4 KiB", "-"]
+    assert [cell.strip() for cell in excluded.split("  ") if cell.strip()] == ["2", "float", "1.2 KiB", "1.2 KiB", "-"]
+    for title in ("scheme", "before", "after", "output"):  # columns start below their titles
         assert {row[head.index(title) - 1] for row in (head, hidden, excluded)} == {" "}
-    assert total == f"Linear layers: 9.4 KiB -> 3.7 KiB ({9600 / (2496 + 1280):.2f}x smaller)"
+    ratio = f"{9600 / (2496 + 1280):.2f}"
+    assert total == f"these layers: 9.4 KiB -> 3.7 KiB ({ratio}x smaller), kernel {kernels.active()}"
+    assert meanings == "weight, input, output: SQNR in dB."
+    assert words == ["no calibration data: 0", "left in float, excluded by '2': 2"]
 
 
 def test_the_table_of_measured_and_of_large_layers():
     qmodel = convert(nn.Linear(1024, 1024), [torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))])
     result = report(qmodel)
-    _, _, row, total = str(result).splitlines()
-    assert row.startswith("(root)  int8 ")
+    _, _, row, total, *_, last = str(result).splitlines()
     layer = result.layers[0]
-    numbers = f"{layer.weight_db:.1f} dB  {layer.input_db:.1f} dB  {layer.sqnr_db:.1f} dB  0.00%    static "
+    numbers = f"{layer.weight_db:.1f}    {layer.input_db:.1f}   {layer.sqnr_db:.1f}    0.00%  "
+    assert row.startswith("(root)  ")
     assert f"  4.00 MiB  1.01 MiB  {numbers}" in row
-    assert total == "Linear layers: 4.00 MiB -> 1.01 MiB (3.96x smaller)"
+    assert f"{layer.static_db:.1f}    {layer.dynamic_db:.1f}" in row
+    assert total.startswith("these layers: 4.00 MiB -> 1.01 MiB (3.96x smaller), kernel ")
+    assert last.startswith("rounded to nearest, no gptq: 8 calibration rows")
+
+
+class Deep(nn.Module):
+    """A chain of attention-like layers with long names."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder_with_a_long_name = nn.ModuleDict(
+            {
+                f"layer_{i}": nn.ModuleDict({"self_attention_projection": nn.Linear(64, 64), "norm": nn.LayerNorm(64)})
+                for i in range(3)
+            }
+        )
+
+    def forward(self, x):
+        for layer in self.encoder_with_a_long_name.values():
+            x = layer["norm"](x + layer["self_attention_projection"](x))
+        return x
+
+
+def test_a_line_fits_a_terminal():
+    """120 columns, whatever the names; what is cut is the beginning of a name, and the data have it whole."""
+    torch.manual_seed(0)
+    qmodel = convert(Deep(), [torch.randn(400, 64)], config=QConfig(rounding="gptq"))
+    with watch_drift(qmodel) as drift:
+        qmodel(torch.randn(4, 64))
+    for result in (report(qmodel), report(qmodel, profile=profile_layers(qmodel, rounds=1), drift=drift)):
+        lines = str(result).splitlines()
+        assert max(map(len, lines)) <= 120
+        assert [line.split()[0][-26:] for line in lines[2:5]] == [
+            name[-26:] for name in qmodel.torchq_plan.layers
+        ] or lines[2].startswith("...")
+        assert result.layers[0].name == "encoder_with_a_long_name.layer_0.self_attention_projection"
+
+
+def test_what_gptq_gained_is_shown_in_brackets_where_it_was_not_taken():
+    torch.manual_seed(0)
+    qmodel = convert(nn.Linear(64, 32), [torch.randn(4000, 64)])
+    layer = report(qmodel).layers[0]
+    assert layer.rounding == "nearest"
+    assert f"({layer.gptq_db:+.1f})" in str(report(qmodel))
+
+
+def test_each_reason_is_said_once():
+    qmodel = convert(nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)]), config=QConfig(exclude=("[0-7]",)))
+    assert str(report(qmodel)).splitlines()[-2:] == [
+        "left in float, excluded by '[0-7]': 0, 1, 2, 3, 4, 5 and 2 more",
+        "no calibration data: 8",
+    ]
 
 
 @pytest.mark.parametrize("data", [None, [X]], ids=["without data", "calibrated"])

@@ -1,5 +1,6 @@
 """GPTQ and bias correction: a smaller error on rows that were not given, nothing where there is nothing to gain."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,14 +9,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.numbers import normal
-from torchq import QConfig, convert, quantize
+from torchq import QConfig, convert, plan_of, quantize
 from torchq.calibration.record import MAX_GRAM_DEPTH, Record
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams
-from torchq.planning import rounding
+from torchq.planning import gptq as gptq_module
 from torchq.planning.apply import apply_plan
+from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import Plan
-from torchq.planning.rounding import gptq, mean_error, rounded_weights
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -74,9 +75,9 @@ def test_layers_share_a_factor_only_where_they_share_the_inputs(monkeypatch):
     layers = [(normal(5, 150, seed=i), data.T @ data) for i, data in enumerate((x, x, y, x))]
     scales = [choose_qparams(weight, axis=0)[0] for weight, _ in layers]
     alone = [gptq(weight, scale, gram) for (weight, gram), scale in zip(layers, scales, strict=True)]
-    made, make = [], rounding._inverse_factor
-    monkeypatch.setattr(rounding, "_inverse_factor", lambda gram: made.append(gram) or make(gram))
-    factors = rounding.Factors()
+    made, make = [], gptq_module._inverse_factor
+    monkeypatch.setattr(gptq_module, "_inverse_factor", lambda gram: made.append(gram) or make(gram))
+    factors = gptq_module.Factors()
     shared = [gptq(weight, scale, gram, factors=factors) for (weight, gram), scale in zip(layers, scales, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     assert len(made) == 3  # of the last one only: x's is made again after y's
@@ -111,7 +112,8 @@ def test_convert_gains_on_new_data(activation, weight, rounding):
     after = convert(linear, data, config=dataclasses.replace(config, rounding=rounding))
     plan = after.torchq_plan.layers[""]
     assert plan.rounding == "gptq"
-    assert "on held-out rows" in plan.reason
+    held_out_before, held_out_after = plan.gptq_db
+    assert plan.sqnr_db["gptq"] == held_out_after > held_out_before
     assert torch.equal(after.weight_scale, before.weight_scale)
     assert not torch.equal(after.weight, before.weight)
     assert sqnr_db(linear(x), after(x)) > sqnr_db(linear(x), before(x)) + 0.5
@@ -123,7 +125,8 @@ def test_auto_leaves_weights_that_gain_nothing():
     nearest, auto = convert(linear, data, config=NEAREST), convert(linear, data, config=AUTO)
     plan = auto.torchq_plan.layers[""]
     assert plan.rounding == "nearest"
-    assert plan.reason.endswith("dB on held-out rows, not taken")
+    assert plan.gptq_db[1] < plan.gptq_db[0] + 0.5
+    assert plan.weights is None
     assert torch.equal(auto.weight, nearest.weight)
     assert torch.equal(auto.bias, nearest.bias)
 
@@ -134,7 +137,7 @@ def test_too_few_rows_are_refused(config):
     qmodel = convert(linear, data, config=config)
     plan = qmodel.torchq_plan.layers[""]
     assert plan.rounding == "nearest"
-    assert "15 calibration rows beside the held-out ones, gptq needs 16 for 64 inputs" in plan.reason
+    assert "15 calibration rows beside the held-out ones, gptq needs 16 for 64 inputs" in plan.no_gptq
     assert torch.equal(qmodel.weight, convert(linear, data, config=NEAREST).weight)
 
 
@@ -143,7 +146,7 @@ def test_too_deep_a_layer_is_refused(monkeypatch):
     linear, data = layer_and_data()
     plan = convert(linear, data, config=GPTQ).torchq_plan.layers[""]
     assert plan.rounding == "nearest"
-    assert "64 inputs, rounding='gptq' takes gptq up to 32" in plan.reason
+    assert "64 inputs, rounding='gptq' takes gptq up to 32" in plan.no_gptq
 
 
 def spikes(rows, size):
@@ -170,14 +173,14 @@ def test_inputs_whose_squares_say_nothing_are_rounded_to_nearest(x, config):
     qmodel, nearest = convert(linear, [x], config=config), convert(linear, [x])
     plan = qmodel.torchq_plan.layers[""]
     assert (plan.kind, plan.rounding) == (nearest.torchq_plan.layers[""].kind, "nearest")
-    assert "weights to nearest: the squares of its inputs sum to " in plan.reason
+    assert plan.no_gptq.startswith("the squares of its inputs sum to ")
     assert torch.equal(qmodel(x), nearest(x))
 
 
 def test_the_gram_takes_in_the_first_rows_and_no_more():
     """Whatever the number of batches; the rows that judge are taken out of it where they are in it, and only there."""
     data = [correlated(100, 8, seed=i) for i in range(9)]
-    record = Record.empty(nn.Linear(8, 4), dataclasses.replace(GPTQ, sample_rows=50))
+    record = Record.empty(8, dataclasses.replace(GPTQ, sample_rows=50))
     for batch in data:
         record.observe(batch)
     stream = torch.cat(data)
@@ -224,7 +227,7 @@ def test_a_plan_does_not_hold_the_weights():
     qmodel, nearest = (convert(model, data, config=config) for config in (GPTQ, NEAREST))
     x, plan = data[0], Plan.from_dict(qmodel.torchq_plan.to_dict())
     assert not torch.equal(qmodel(x), nearest(x))
-    with pytest.warns(UserWarning, match=r"torchq.apply_plan: 1 layers \('0'\) have weights rounded .*rounded_weights"):
+    with pytest.warns(UserWarning, match=r"torchq.apply_plan: 1 layers \('0'\) have weights rounded .*torchq.plan_of"):
         again = apply_plan(model, plan)
     assert torch.equal(again(x), nearest(x))
     again.load_state_dict(qmodel.state_dict(), strict=True)
@@ -239,12 +242,23 @@ def test_a_plan_and_the_weights_make_the_same_model(bias):
     model = nn.Sequential(nn.Linear(64, 32, bias=bias), nn.ReLU(), nn.Linear(32, 8, bias=bias)).eval()
     data = [correlated(400, 64, seed) for seed in (1, 3)]
     qmodel = convert(model, data, config=GPTQ)
-    rounded = rounded_weights(qmodel)
-    assert list(rounded) == ["0", "2"]
-    again = apply_plan(model, qmodel.torchq_plan, rounded=rounded)
+    plan = plan_of(qmodel)
+    assert plan == qmodel.torchq_plan  # but for the weights, which equality leaves out
+    assert [name for name, layer in plan.layers.items() if layer.weights is not None] == ["0", "2"]
+    again = apply_plan(model, plan)
     assert torch.equal(again(data[0]), qmodel(data[0]))
-    with pytest.raises(ValueError, match=r"^torchq.rounding.rounded_weights: this Sequential has no torchq_plan"):
-        rounded_weights(model)
+    with pytest.raises(ValueError, match=r"^torchq.plan_of: this Sequential has no torchq_plan"):
+        plan_of(model)
+
+
+def test_a_converted_model_keeps_no_second_copy_of_its_weights():
+    linear, data = layer_and_data()
+    for inplace in (False, True):
+        model = nn.Sequential(copy.deepcopy(linear))
+        qmodel = convert(model, data, config=GPTQ, inplace=inplace)
+        layer = qmodel.torchq_plan.layers["0"]
+        assert (layer.rounding, layer.weights) == ("gptq", None)
+    assert "weights" not in layer.to_dict()
 
 
 def test_a_parametrized_weight_is_rounded_as_it_is():
@@ -264,13 +278,14 @@ def smoothed_pair():
 def test_rounded_weights_of_another_smoothing_are_refused():
     model, data = smoothed_pair()
     qmodel = convert(model, data, config=dataclasses.replace(GPTQ, activation="dynamic"))
-    plan, rounded = qmodel.torchq_plan, rounded_weights(qmodel)
+    plan = plan_of(qmodel)
     unsmoothed = {name: dataclasses.replace(layer, smoothed=None) for name, layer in plan.layers.items()}
     edited = dataclasses.replace(plan, layers=unsmoothed, smoothings={})
-    with pytest.raises(ValueError, match=r"rounded\['0'\] are not this layer's weights as the plan smooths them"):
-        apply_plan(model, edited, rounded=rounded)
-    with pytest.raises(ValueError, match=r"rounded\['0'\] are not this layer's weights"):
-        apply_plan(model, plan, rounded={**rounded, "0": rounded["1"]})
+    with pytest.raises(ValueError, match=r"^torchq.apply_plan: the weights of layer '0' in the plan are not this"):
+        apply_plan(model, edited)
+    other = dataclasses.replace(plan.layers["0"], weights=plan.layers["1"].weights)
+    with pytest.raises(ValueError, match="the weights of layer '0' in the plan are not this layer's weights"):
+        apply_plan(model, dataclasses.replace(plan, layers={**plan.layers, "0": other}))
 
 
 def test_it_shows_progress(capsys):

@@ -9,8 +9,8 @@ from torch import nn
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.calibration.calibrate import calibrate
+from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
-from torchq.planning.layers import find_layers
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

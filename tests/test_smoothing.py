@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.smoothable import DATA, Block, K, X, only_smoothed, read
+from helpers.smoothable import DATA, Block, K, X, only_smoothed
 from torchq import QConfig, convert
 from torchq.numerics.metrics import sqnr_db
-from torchq.planning import smooth_search
 from torchq.planning.apply import apply_plan
 from torchq.planning.plan import Plan
 from torchq.planning.smoothing import smoothing_scales
@@ -37,7 +36,6 @@ def test_outlier_channels_cost_nothing(norm, activation):
     for name in ("a", "b"):
         plan = smooth.torchq_plan.layers[name]
         assert plan.smoothed == "norm"
-        assert f"smoothed in 'norm', alpha {smoothing.alpha:g}" in plan.reason
 
 
 def test_a_model_without_outliers_is_left_as_it_is():
@@ -199,17 +197,3 @@ def test_in_place_gives_the_same():
     assert smooth is model
     assert smooth.torchq_plan.smoothings
     assert torch.equal(smooth(X), expected)
-
-
-# ---- what the search and the watching cost ----
-
-
-@pytest.mark.parametrize(("run", "alike"), [(read, True), (lambda m, x: m.a(y := m.norm(x)) + m.b(y.relu()), False)])
-def test_layers_share_ranges_only_where_they_saw_the_same(run, alike, monkeypatch):
-    model, config = Block(run), QConfig(activation="static", rounding="nearest")
-    plan = convert(model, DATA, config=config).torchq_plan
-    assert plan.smoothings
-    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: False)
-    assert convert(model, DATA, config=config).torchq_plan == plan
-    monkeypatch.setattr(smooth_search, "_saw_the_same", lambda one, other: True)
-    assert (convert(model, DATA, config=config).torchq_plan == plan) is alike

@@ -3,10 +3,12 @@
 from torchq import kernels, observers, ops
 from torchq.config import QConfig
 from torchq.conversion import convert
-from torchq.modules.linear import QuantizedLinear, simulate
+from torchq.modules.quantized_linear import QuantizedLinear, simulate
+from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, dequantize, fake_quantize, quantize
 from torchq.planning.apply import apply_plan
 from torchq.planning.plan import Plan
+from torchq.planning.rounding import plan_of
 from torchq.qat import freeze_ranges, prepare_qat
 from torchq.reporting.drift import watch_drift
 from torchq.reporting.profile import profile_layers
@@ -27,11 +29,13 @@ __all__ = [
     "kernels",
     "observers",
     "ops",
+    "plan_of",
     "prepare_qat",
     "profile_layers",
     "quantize",
     "report",
     "simulate",
+    "sqnr_db",
     "watch_drift",
 ]
 

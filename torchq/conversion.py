@@ -1,26 +1,31 @@
-"""convert(): calibrate -> plan -> budget -> swap. All or nothing: the model passed in is never left half changed."""
+"""convert(): calibrate, plan in stages, swap. All or nothing: the model passed in is never left half changed."""
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from torchq.calibration.calibrate import Forward, calibrate, call_with_batch, warn_of_few_rows
+from torchq.calibration.batches import Forward
+from torchq.calibration.calibrate import Evidence, calibrate, warn_of_few_rows
 from torchq.config import QConfig
-from torchq.modules.qat_linear import QATLinear
-from torchq.planning.apply import apply_plan
-from torchq.planning.budget import Evaluate, FirstBatch, fit, make_budget, return_to_float
-from torchq.planning.choose import make_plan
+from torchq.errors import BadValueError, door
+from torchq.modules.registry import type_names
+from torchq.planning.apply import applied
+from torchq.planning.budget import Evaluate, fit, make_budget
+from torchq.planning.choose import choose
 from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
-from torchq.planning.layers import _unprepared, select_layers
-from torchq.planning.rounding import Rounded, round_weights
+from torchq.planning.layers import first_plan, select_layers, unprepared
+from torchq.planning.rounding import round_weights
 from torchq.planning.smooth_search import smooth
 
+M = TypeVar("M", bound=nn.Module)
 
+
+@door("torchq.convert")
 def convert(
-    model: nn.Module,
+    model: M,
     calib_loader: Iterable[Any] | None = None,
     *,
     config: QConfig | None = None,
@@ -29,7 +34,7 @@ def convert(
     progress: bool | None = None,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
-) -> nn.Module:
+) -> M:
     """Returns the model with its nn.Linear layers in int8: the same forward, weights 4 times smaller.
 
     Args:
@@ -46,7 +51,7 @@ def convert(
         progress: a progress bar over the batches; None shows it on a terminal only.
         evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
             float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most
-            (torchq/budget.py); its errors pass through.
+            (docs/accuracy-budget.md); its errors pass through.
         max_drop: the most the metric may fall below the float model's, in its own unit; 0.01 if not given. Where no
             int8 layer fits into it, that is a warning with the numbers, and all layers stay in float.
 
@@ -67,31 +72,26 @@ def convert(
     """
     config = QConfig() if config is None else config
     budget = make_budget(evaluate, max_drop, calib_loader)
-    layers, barred = select_layers("torchq.convert", model, calib_loader, config)
-    prepared = any(isinstance(layer, QATLinear) for layer in layers.values())
-    if inplace and isinstance(model, nn.Linear):
-        raise ValueError("torchq.convert: inplace=True can't replace the model itself, an nn.Linear. Leave it out.")
+    layers, barred = select_layers(model, calib_loader, config)
+    prepared = any(layer.trained for layer in layers.values())
+    if inplace and any(layer.module is model for layer in layers.values()):
+        raise BadValueError(f"inplace=True can't replace the model itself, an {type_names()}. Leave it out.")
     if config.activation == "static" and calib_loader is None and not prepared:
-        raise ValueError("torchq.convert: activation='static' needs a calib_loader to find the ranges with.")
+        raise BadValueError("activation='static' needs a calib_loader to find the ranges with.")
     if prepared:
-        barred = _unprepared(model, layers) | barred
-    wanted = {name: layer for name, layer in layers.items() if name not in barred}
-    calibration, first = None, FirstBatch(forward or call_with_batch)
+        barred = unprepared(model, layers) | barred
+
+    free = {name: layer for name, layer in layers.items() if name not in barred}
+    evidence = Evidence(model, free, config)
     if calib_loader is not None:
-        calibration = calibrate(model, calib_loader, wanted, config, forward=first, progress=progress)
-    plan = make_plan(layers, barred, calibration, config)
-    if calibration is not None:
-        trained = {name for name, layer in wanted.items() if isinstance(layer, QATLinear)}  # they keep their ranges
-        warn_of_few_rows({name: record for name, record in calibration.records.items() if name not in trained})
-    rounded: dict[str, Rounded] = {}
-    if calibration is not None:
-        plan = fuse(model, smooth(model, plan, calibration, config), calibration)
-        if config.rounding != "nearest":
-            plan, rounded = round_weights(model, plan, calibration, config, progress=progress)
-        plan = describe(model, plan, calibration, rounded)
+        evidence = calibrate(model, calib_loader, free, config, forward=forward, progress=progress)
+    stages = (choose, smooth, fuse, partial(round_weights, progress=progress), describe)
+    plan = first_plan(layers, barred)
+    for stage in stages:
+        plan = stage(plan, evidence)
+    if calib_loader is not None:
+        warn_of_few_rows({name: evidence.records[name] for name, layer in free.items() if not layer.trained})
     if budget is not None:
-        exact = apply_plan(model, return_to_float(plan, dict.fromkeys(plan.layers, ""))) if prepared else model
-        plan = fit(exact, plan, budget, apply=partial(apply_plan, rounded=rounded), run=first.run)
-        del exact
-    del layers, wanted, calibration  # they hold the float layers, which inplace frees one by one
-    return apply_plan(model, plan, inplace=inplace, rounded=rounded)
+        plan = fit(plan, evidence, budget)
+    del layers, free, evidence  # they hold the float modules, which inplace frees one by one
+    return applied(model, plan, inplace=inplace)

@@ -5,30 +5,33 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from torchq.calibration.calibrate import Calibration, Forward, calibrate
+from torchq.calibration.batches import Forward
+from torchq.calibration.calibrate import Evidence, calibrate
 from torchq.calibration.record import Record
 from torchq.config import QConfig
+from torchq.errors import BadTypeError, BadValueError, door
 from torchq.modules.qat_linear import QATLinear
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
-from torchq.numerics.qparams import QParams
+from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
 from torchq.planning.choose import measure, plan_layer
 from torchq.planning.layers import select_layers
 from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
 from torchq.planning.smooth_search import smooth
-from torchq.planning.smoothing import scaled_linear, scaled_parameters, scales_around
+from torchq.planning.smoothing import scaled_parameters, scales_around
 
+M = TypeVar("M", bound=nn.Module)
 Ranges = Literal["auto", "learned", "observed"]
 
 
+@door("torchq.prepare_qat")
 def prepare_qat(
-    model: nn.Module,
+    model: M,
     calib_loader: Iterable[Any] | None = None,
     *,
     config: QConfig | None = None,
@@ -36,7 +39,7 @@ def prepare_qat(
     forward: Forward | None = None,
     inplace: bool = False,
     progress: bool | None = None,
-) -> nn.Module:
+) -> M:
     """Returns the model with its nn.Linear layers ready to train on int8 values; `convert` then makes them int8.
 
     The layers taken are those that `convert` would take; each becomes a `QATLinear`, on the same parameters. Example:
@@ -68,29 +71,27 @@ def prepare_qat(
     """
     config = QConfig() if config is None else config
     layers, barred = _check(model, calib_loader, config, ranges)
-    wanted = {name: layer for name, layer in layers.items() if name not in barred}
+    free = {name: layer for name, layer in layers.items() if name not in barred}
     smoothings: dict[str, Smoothing] = {}
     if config.activation == "dynamic":
-        starts: dict[str, InputRange] = {name: PerToken() for name in wanted}
+        starts: dict[str, InputRange] = {name: PerToken() for name in free}
     elif calib_loader is None:
-        starts = {name: ObservedRange() for name in wanted}
+        starts = {name: ObservedRange() for name in free}
     else:
         seen = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
-        calibration = calibrate(
-            model, calib_loader, wanted, seen, forward=forward, progress=progress, function="torchq.prepare_qat"
-        )
-        smoothings = _smoothings(model, calibration, seen)
-        starts = _starts(wanted, calibration.records, smoothings, config, ranges)
-    reasons = {name: "calib_loader never reached it" for name in wanted if name not in starts} | barred
+        evidence = calibrate(model, calib_loader, free, seen, forward=forward, progress=progress)
+        smoothings = _smoothings(evidence)
+        starts = _starts(evidence, smoothings, ranges)
+    reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
     if not starts:
         name, reason = next(iter(reasons.items()))
-        raise ValueError(f"torchq.prepare_qat: no nn.Linear of the model can be quantized; {name!r}: {reason}.")
+        raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
     if not inplace:
         model = _copy(model)
     _fold(model, smoothings)
     for name, start in starts.items():
-        layer = cast(nn.Linear, model.get_submodule(name))
-        QATLinear.adopt(layer, start, per_channel=config.weight == "per_channel")
+        layer = layers[name]
+        layer.kind.prepare(model.get_submodule(layer.path), start, per_channel=config.weight == "per_channel")
     leave_fast_path(model)
     model.torchq_plan = _plan(layers, starts, reasons, smoothings, config)  # type: ignore[assignment]
     return model
@@ -119,41 +120,45 @@ def freeze_ranges(model: nn.Module) -> None:
 
 def _check(
     model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, ranges: str
-) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """All that can be wrong before any work: the model's Linear layers, and those that must stay float with reasons."""
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """All that can be wrong before any work: the model's layers, and those that must stay float with reasons."""
     if ranges not in get_args(Ranges):
-        raise ValueError(f"torchq.prepare_qat: ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
-    layers, barred = select_layers("torchq.prepare_qat", model, calib_loader, config)
-    prepared = [name for name, layer in layers.items() if isinstance(layer, QATLinear)]
+        raise BadValueError(f"ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
+    layers, barred = select_layers(model, calib_loader, config)
+    prepared = [layer for layer in layers.values() if layer.trained]
     if prepared:
-        raise ValueError(
-            f"torchq.prepare_qat: the model is already prepared ({prepared[0]!r} is a QATLinear). Train it, then call "
-            "torchq.convert()."
+        raise BadValueError(
+            f"the model is already prepared ({prepared[0].name!r} is a {type(prepared[0].module).__name__}). Train it, "
+            "then call torchq.convert()."
         )
     if config.activation == "dynamic" and ranges != "auto":
-        raise ValueError(f"torchq.prepare_qat: ranges={ranges!r}, but activation='dynamic' has none. Leave one out.")
+        raise BadValueError(f"ranges={ranges!r}, but activation='dynamic' has none. Leave one out.")
     if ranges == "learned" and calib_loader is None:
-        raise ValueError(
-            "torchq.prepare_qat: ranges='learned' needs a calib_loader, one batch or more, to start from. Pass one, or "
-            "use ranges='observed'."
+        raise BadValueError(
+            "ranges='learned' needs a calib_loader, one batch or more, to start from. Pass one, or use "
+            "ranges='observed'."
         )
     for name, layer in layers.items():
-        if parametrize.is_parametrized(layer):
-            barred.setdefault(name, "its weight is computed by a parametrization, not trained")
+        reason = layer.kind.why_untrainable(layer.module)
+        if reason is not None:
+            barred.setdefault(name, reason)
     return layers, barred
 
 
-def _smoothings(model: nn.Module, calibration: Calibration, config: QConfig) -> dict[str, Smoothing]:
+def _smoothings(evidence: Evidence) -> dict[str, Smoothing]:
     """Those that pay on static inputs, by the module to rescale; none that would change a parameter others use too."""
+    model = evidence.model
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     alone = {
         source: readers
-        for source, readers in calibration.readers.items()
+        for source, readers in evidence.readers.items()
         if all(uses[id(p)] == 1 for name in (source, *readers) for p in model.get_submodule(name).parameters())
     }
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for readers in alone.values() for name in readers}
-    plan = Plan({name: plan_layer(linear, calibration.records[name], config) for name, linear in linears.items()})
-    return smooth(model, plan, dataclasses.replace(calibration, readers=alone), config).smoothings
+    names = [name for readers in alone.values() for name in readers]
+    plan = Plan(
+        {name: plan_layer(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in names}
+    )
+    return smooth(plan, dataclasses.replace(evidence, readers=alone)).smoothings
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def _fold(model: nn.Module, smoothings: Mapping[str, Smoothing]) -> None:
 
 
 def _plan(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     starts: Mapping[str, InputRange],
     reasons: Mapping[str, str],
     smoothings: Mapping[str, Smoothing],
@@ -184,44 +189,33 @@ def _plan(
     return Plan(plans)
 
 
-def _starts(
-    layers: Mapping[str, nn.Linear],
-    records: Mapping[str, Record],
-    smoothings: Mapping[str, Smoothing],
-    config: QConfig,
-    ranges: Ranges,
-) -> dict[str, InputRange]:
+def _starts(evidence: Evidence, smoothings: Mapping[str, Smoothing], ranges: Ranges) -> dict[str, InputRange]:
     """Where the static range of each layer starts; a layer without data is missing if its range is to be learned."""
     starts: dict[str, InputRange] = {}
-    for name, layer in layers.items():
-        if not records[name].has_data:
+    for name, layer in evidence.layers.items():
+        record = evidence.records[name]
+        if not record.has_data:
             if ranges == "observed":
                 starts[name] = ObservedRange()
             continue
-        into, record = scales_around(smoothings, name)[0], records[name]
-        if into is not None:
-            layer, record = scaled_linear(layer, into=into), record.smoothed(into)
-        lo, hi = _best_range(layer, record, per_channel=config.weight == "per_channel")
+        lo, hi = _best_range(layer, record, scales_around(smoothings, name)[0], evidence.config)
         starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)
     return starts
 
 
-def _best_range(layer: nn.Linear, record: Record, *, per_channel: bool) -> tuple[float, float]:
-    """The range of the observer that gives the layer's output the highest SQNR, as in make_plan."""
-    candidates = {}
-    for name, observer in record.observers.items():
-        scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
-        candidates[name] = QParams(float(scale), int(zero_point))
-    measured = measure(layer, record.sample.rows, candidates, per_channel=per_channel)
-    lo, hi = record.observers[max(candidates, key=lambda name: measured[name])].range()
+def _best_range(layer: Layer, record: Record, into: torch.Tensor | None, config: QConfig) -> tuple[float, float]:
+    """The range of the observer that gives the layer's output the highest SQNR, as in `choose`."""
+    trial, per_channel = record.trial(into=into), config.weight == "per_channel"
+    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
+    lo, hi = trial.observers[max(trial.ranges, key=lambda name: measured[name])].range()
     return float(lo), float(hi)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: M) -> M:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise TypeError(
-            f"torchq.prepare_qat: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
-            "inplace=True to prepare it as it is."
+        raise BadTypeError(
+            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True to "
+            "prepare it as it is."
         ) from error

@@ -6,7 +6,7 @@ from torch import nn
 from helpers.numbers import normal
 from torchq import QConfig
 from torchq.calibration.calibrate import calibrate
-from torchq.planning.layers import find_layers
+from torchq.modules.registry import find_layers
 
 X, Y = normal(20, 6), torch.arange(20)
 BATCHES, LABELS = X.split(8), Y.split(8)  # 8, 8 and a ragged 4

@@ -5,8 +5,8 @@ from torch import nn
 
 from torchq import QConfig
 from torchq.calibration.calibrate import calibrate
+from torchq.modules.registry import find_layers
 from torchq.planning.apply import apply_plan
-from torchq.planning.layers import find_layers
 from torchq.planning.plan import LayerPlan, Plan, Smoothing
 
 K = 32

@@ -1,10 +1,5 @@
-"""Calibration: run the loader through the float model, and fill one record per layer.
+"""Calibration: run the loader through the float model, and record the input of every layer."""
 
-A record holds what the plan decides from: observers of the layer's input (constant memory), a bounded random sample of
-its input rows, and how often it was called. Its size does not depend on the number of batches.
-"""
-
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,41 +12,56 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchq.calibration.batches import Forward, call_with_batch
 from torchq.calibration.dataflow import Dataflow
 from torchq.calibration.record import Record
+from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
+from torchq.errors import BadTypeError, BadValueError
+from torchq.modules.registry import Layer
 
 MIN_ROWS = 16
-"""Fewer input rows of a layer are a warning of `convert`: the largest of n + 1 is the new one once in n + 1 times."""
-
-
-Forward = Callable[[nn.Module, Any], object]
+"""Fewer input rows of a layer are a warning: of n + 1 rows, each is the largest with probability 1 / (n + 1)."""
 
 
 @dataclass
-class Calibration:
-    """The records, by layer name, and how often each nn.Sequential and each of its children was called.
+class Evidence:
+    """What is known of a model when its plan is made: the one thing that all stages of planning read.
 
-    Equal counts prove that the children ran as parts of their Sequential, in order, and in no other way. `readers` are
-    the layers that read a module's output, for each module of which it is proven that nothing else does.
+    Without calibration data all but the first three are empty.
+
+    Args:
+        model: the float model.
+        layers: what can become int8, by name.
+        config: how.
+        records: what calibration saw, by layer; layers that read the same tensors share a record. All of `layers`
+            have one, or, without data, none.
+        calls: how often each nn.Sequential and each of its children was called. Equal counts prove that the children
+            ran as parts of their Sequential, in order, and in no other way.
+        readers: the layers that read a module's output, for each module of which it is proven that nothing else does.
+        batches: how many were run.
+        run: runs the first batch through a model.
     """
 
-    records: dict[str, Record]
-    calls: Counter[str]
-    batches: int = 0
+    model: nn.Module
+    layers: Mapping[str, Layer]
+    config: QConfig
+    records: dict[str, Record] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    batches: int = 0
+    run: Callable[[nn.Module], object] | None = None
 
 
 def calibrate(
     model: nn.Module,
     loader: Iterable[Any],
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     config: QConfig,
     *,
     forward: Forward | None = None,
     progress: bool | None = None,
-    function: str = "torchq.convert",
-) -> Calibration:
+) -> Evidence:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
 
     The model is left as it was: hooks removed, training flags restored, also when a batch fails. What the loader may
@@ -62,7 +72,7 @@ def calibrate(
     * constant values, a constant channel, nothing but zeros: all ranges are finite, and zero stays exact;
     * a layer called twice in a forward, or under two names, is one layer that saw the rows of all calls; a weight that
       two layers share is quantized for each by its own rows;
-    * a layer that only training calls is one that no batch reaches (see `make_plan`).
+    * a layer that only training calls is one that no batch reaches (see `choose`).
 
     Args:
         model: the float model.
@@ -72,7 +82,6 @@ def calibrate(
         config: which observers, and how many sample rows.
         forward: `forward(model, batch)` instead of that rule.
         progress: a progress bar: None shows it on a terminal only.
-        function: whose errors they are.
 
     Raises:
         ValueError: the loader yields nothing, or a layer's input has NaN or infinity (the message names the layer and
@@ -80,25 +89,34 @@ def calibrate(
         TypeError: a batch is none of the above and there is no `forward`.
     """
     if not isinstance(loader, Iterable):
-        raise TypeError(f"{function}: calib_loader must be an iterable of batches, got {type(loader).__name__}.")
-    calibration = Calibration({name: Record.empty(layer, config) for name, layer in layers.items()}, Counter())
-    run = forward or partial(call_with_batch, function=function)
+        raise BadTypeError(f"calib_loader must be an iterable of batches, got {type(loader).__name__}.")
+    evidence, recorder = Evidence(model, layers, config), Recorder(config)
+    call = forward or call_with_batch
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
-        stack.enter_context(_recording(function, model, layers, calibration, dataflow))
+        stack.enter_context(_recording(recorder, evidence, dataflow))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
-            run(model, batch)
-            calibration.batches += 1
+            if evidence.run is None:
+                evidence.run = partial(_run, call, batch)
+            call(model, batch)
+            evidence.batches += 1
             dataflow.end_batch()
-    calibration.readers = dataflow.readers
-    if calibration.batches == 0:
-        raise ValueError(
-            f"{function}: calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only "
-            "once), or none at all for dynamic quantization (with prepare_qat: for observed ranges)."
+    evidence.readers = dataflow.readers
+    if evidence.batches == 0:
+        raise BadValueError(
+            "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at "
+            "all for dynamic quantization (with prepare_qat: for observed ranges)."
         )
-    return calibration
+    reached = recorder.records()
+    for name, layer in layers.items():
+        evidence.records[name] = reached[name] if name in reached else Record.empty(layer.in_features, config)
+    return evidence
+
+
+def _run(call: Forward, batch: Any, model: nn.Module) -> object:
+    return call(model, batch)
 
 
 def warn_of_few_rows(records: Mapping[str, Record]) -> None:
@@ -112,33 +130,7 @@ def warn_of_few_rows(records: Mapping[str, Record]) -> None:
         f"of calib_loader, {name!r} the fewest: {rows}. What so few rows choose may not suit other data: 1 new row in "
         f"{rows + 1}, or more, is to be expected outside of their range. Pass more data, a hundred samples or more, or "
         "none at all for dynamic quantization.",
-        stacklevel=3,  # the caller of convert()
-    )
-
-
-def call_with_batch(model: nn.Module, batch: Any, *, function: str = "torchq.convert") -> object:
-    """Calls `model` with a batch as loaders give them: a tensor, (input, label, ...), or a dict of arguments.
-
-    Errors are those of `function`.
-    """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    parameters = inspect.signature(model.forward).parameters
-    if isinstance(batch, Mapping):
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return model(**{key: value for key, value in batch.items() if takes_all or key in parameters})
-    if isinstance(batch, (tuple, list)):
-        positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        required = max(1, sum(p.default is p.empty for p in positional))
-        if len(batch) < required:
-            raise ValueError(
-                f"{function}: {type(model).__name__}.forward requires {required} inputs, a batch of calib_loader "
-                f"has {len(batch)} elements. Pass forward=lambda model, batch: ... to say how to call it."
-            )
-        return model(*batch[:required])
-    raise TypeError(
-        f"{function}: calib_loader gave a batch of type {type(batch).__name__}; expected a tensor, a tuple or a "
-        "dict. Pass forward=lambda model, batch: ... to say how to call the model with it."
+        stacklevel=4,  # the caller of convert()
     )
 
 
@@ -159,36 +151,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(
-    function: str, model: nn.Module, layers: Mapping[str, nn.Linear], calibration: Calibration, dataflow: Dataflow
-) -> Iterator[None]:
-    def record(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if x is None or not _fits(layer, x):
-                return  # the layer itself will say what is wrong with it
+def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> Iterator[None]:
+    """Hooks that record the layers' inputs and count the calls of what is in an nn.Sequential."""
+    by_module: dict[str, list[Layer]] = {}
+    for layer in evidence.layers.values():
+        by_module.setdefault(layer.path, []).append(layer)
+
+    def record(layers: list[Layer], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = layers[0].kind.inputs(module, args, kwargs)
+        for layer in layers:
+            x = inputs.get(layer.part)
+            if not isinstance(x, Tensor) or not _fits(layer, x):
+                continue  # the module itself will say what is wrong with it
             try:
                 with dataflow.paused():
-                    calibration.records[name].observe(x)
+                    recorder.observe(layer.name, x)
             except ValueError as error:
-                raise ValueError(
-                    f"{function}: layer {name!r} got an input that is not finite in batch {calibration.batches} of "
+                raise BadValueError(
+                    f"layer {layer.name!r} got an input that is not finite in batch {evidence.batches} of "
                     f"calib_loader: {error}"
                 ) from error
 
-        return hook
+    def count(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        evidence.calls[name] += 1
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            calibration.calls[name] += 1
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(record(name), with_kwargs=True) for name, layer in layers.items()]
+    model, handles = evidence.model, []
+    for path, layers in by_module.items():
+        hook = partial(record, layers)
+        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     for name, module in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Sequential) or isinstance(parent, nn.Sequential):
-            handles.append(module.register_forward_pre_hook(count(name)))
+            handles.append(module.register_forward_pre_hook(partial(count, name)))
     try:
         yield
     finally:
@@ -196,10 +190,5 @@ def _recording(
             handle.remove()
 
 
-def _fits(layer: nn.Linear, x: Any) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and x.is_floating_point()
-        and x.device.type == "cpu"
-        and x.shape[-1:] == (layer.in_features,)
-    )
+def _fits(layer: Layer, x: Tensor) -> bool:
+    return x.is_floating_point() and x.device.type == "cpu" and x.shape[-1:] == (layer.in_features,)

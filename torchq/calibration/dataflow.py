@@ -1,6 +1,6 @@
 """Dataflow: which layers read a module's output, and the proof that nothing else does.
 
-A module's output may be rescaled, `y -> y / s`, if every reader is a Linear whose weight takes the factor up. One
+A module's output may be rescaled, `y -> y / s`, if every reader is a layer whose weight takes the factor up. One
 reader nobody thought of, a residual sum or a second return value, would get wrong numbers silently. So `Dataflow`
 watches every torch operation of the calibration runs (a TorchDispatchMode), knows tensors by their storage, which every
 view shares, and gives up on an output at the first operation outside its readers that touches it.
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
+
+from torchq.modules.registry import Layer, type_of
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -36,27 +38,29 @@ class Dataflow(TorchDispatchMode):
     * it was gone when the module that owns the source returned: nobody kept it or passed it on;
     * the readers belong to that owner too, have no other place in the model, and had no other input;
     * the source's weight was read by nobody else, and nobody listens to the source;
-    * the owner has no Linear that could read the output too, by its number of inputs, and that no batch reached: one
+    * the owner has no layer that could read the output too, by its number of inputs, and that no batch reached: one
       only used in training, or an expert that was never chosen.
 
     What it cannot see is what else a branch does that no batch took, and operations in threads that the model starts.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         super().__init__()
         self._model = model
         places = Counter(id(child) for module in model.modules() for child in module._modules.values())
         alone = {
             name: module for name, module in model.named_modules() if places[id(module)] == 1 and _is_plain(module)
         }
-        self._layers = dict(layers)
-        self._readable = {name for name in layers if name in alone}
-        self._sources = {name: module for name, module in alone.items() if name in layers or _is_norm(module)}
+        self._layers = {name: layer for name, layer in layers.items() if not layer.part}  # whole modules
+        self._readable = {
+            name for name, layer in self._layers.items() if name in alone and owns_weight(layer.module, layer.weight)
+        }
+        self._sources = {name: module for name, module in alone.items() if name in self._readable or _is_norm(module)}
         self._owners = {name: _owner(model, name) for name in self._sources}
         self._weights = {
-            _key(parameter): name for name, module in self._sources.items() for parameter in module.parameters()
+            storage_key(parameter): name for name, module in self._sources.items() for parameter in module.parameters()
         }
-        self._unreached = {} if not layers else dict(_linears_called(model))
+        self._unreached = {} if not layers else dict(_matrices_called(model))
         self._refused: set[str] = set()
         self._inputs: dict[str, set[str | None]] = {}  # by layer: the sources of its inputs, None for any other input
         self._outputs: dict[int, _Output] = {}  # alive now, by storage
@@ -78,10 +82,13 @@ class Dataflow(TorchDispatchMode):
         return found
 
     def _may_be_read_unseen(self, source: str, inside: str) -> bool:
-        """Whether a Linear that no batch reached could take this output, as it is or flattened."""
-        channels = max(1, len(cast(Tensor, self._sources[source].weight)))
+        """Whether a matrix that no batch reached could take this output, as it is or flattened."""
+        layer = self._layers.get(source)
+        channels = len(cast(Tensor, self._sources[source].weight)) if layer is None else layer.out_features
         return any(
-            name.startswith(inside) and layer.in_features % channels == 0 for name, layer in self._unreached.items()
+            name.startswith(inside) and depth % max(1, channels) == 0
+            for name, depths in self._unreached.items()
+            for depth in depths
         )
 
     @contextmanager
@@ -94,8 +101,8 @@ class Dataflow(TorchDispatchMode):
             handles.append(module.register_forward_hook(partial(self._leave, name)))
         for owner in set(self._owners.values()):
             handles.append(self._model.get_submodule(owner).register_forward_hook(partial(self._close, owner)))
-        for name, layer in self._unreached.items():
-            handles.append(layer.register_forward_pre_hook(partial(self._reach, name)))
+        for name in self._unreached:
+            handles.append(self._model.get_submodule(name).register_forward_pre_hook(partial(self._reach, name)))
         try:
             with self:
                 yield
@@ -132,7 +139,7 @@ class Dataflow(TorchDispatchMode):
         if self._sources:
             allowed = self._calls[-1] if self._calls else set()
             for tensor in tree_leaves((args, kwargs)):
-                key = _key(tensor)
+                key = storage_key(tensor)
                 if key is not None and key not in allowed:
                     self._refuse(key)
         return func(*args, **(kwargs or {}))
@@ -144,13 +151,13 @@ class Dataflow(TorchDispatchMode):
             self._refused.add(self._weights[key])
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        allowed = {key for parameter in module.parameters() if (key := _key(parameter)) is not None}
+        allowed = {key for parameter in module.parameters() if (key := storage_key(parameter)) is not None}
         if name in self._layers:
-            x = args[0] if args else kwargs.get("input")
+            x = self._layers[name].kind.inputs(module, args, kwargs).get("")
             output = self._output(x)
             self._inputs.setdefault(name, set()).add(output and output.source)
             if output is not None:
-                allowed.add(cast(int, _key(x)))
+                allowed.add(cast(int, storage_key(x)))
         self._calls.append(allowed)
 
     def _reach(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -158,20 +165,20 @@ class Dataflow(TorchDispatchMode):
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         self._calls.pop()
-        if name in self._sources and _key(y) is not None:
+        if name in self._sources and storage_key(y) is not None:
             self._track(name, y)
 
     def _output(self, x: Any) -> "_Output | None":
         """The output that x is, whole; None for other tensors, and views of an output that are not known."""
-        key = _key(x)
+        key = storage_key(x)
         output = None if key is None else self._outputs.get(key)
-        return output if output is not None and _geometry(x) in output.geometries else None
+        return output if output is not None and geometry(x) in output.geometries else None
 
     def _track(self, source: str, y: Tensor) -> None:
-        key = cast(int, _key(y))
+        key = cast(int, storage_key(y))
         if key not in self._outputs:
             self._outputs[key] = _Output(source, StorageWeakRef(y.untyped_storage()), set())
-        self._outputs[key].geometries.add(_geometry(y))
+        self._outputs[key].geometries.add(geometry(y))
 
     def _close(self, owner: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         """The owner returns: what its sources gave must be gone. (The weak reference keeps the address from reuse.)"""
@@ -199,22 +206,31 @@ def _keeps_channels(func: Any, args: tuple[Any, ...]) -> bool:
     return len(dims) > 0 and rank - 1 not in [dim % rank for dim in dims]
 
 
-def _linears_called(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linear layers by all their names; not those of an nn.MultiheadAttention, which calls none."""
+def _matrices_called(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
+    """The modules of a registered type by all their names, each with the inputs its matrices take.
+
+    Not those of an nn.MultiheadAttention, which calls none.
+    """
     for name, module in model.named_modules(remove_duplicate=False):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention):
-            yield name, module
+        kind, parent = type_of(module), model.get_submodule(name.rpartition(".")[0])
+        if kind is not None and not isinstance(parent, nn.MultiheadAttention):
+            yield name, [matrix.weight.shape[1] for matrix in kind.matrices(module).values()]
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module runs as its class says, on a weight of its own (no parametrization), and nobody listens."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and "forward" not in vars(module) and module._parameters.get("weight") is not None
+    """Whether the module runs as its class says, and nobody listens."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def owns_weight(module: nn.Module, weight: Tensor) -> bool:
+    """Whether this weight lies in a parameter of the module itself, and is not computed (by a parametrization)."""
+    return storage_key(weight) in {storage_key(parameter) for parameter in module._parameters.values()}
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module) in NORMS and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+    """Whether this is a norm over the last dimension, with a weight of its own."""
+    has_weight = module._parameters.get("weight") is not None
+    return has_weight and type(module) in NORMS and len(module.normalized_shape) == 1  # type: ignore[arg-type]
 
 
 def _owner(model: nn.Module, name: str) -> str:
@@ -225,7 +241,7 @@ def _owner(model: nn.Module, name: str) -> str:
     return owner
 
 
-def _key(value: Any) -> int | None:
+def storage_key(value: Any) -> int | None:
     """The identity of a tensor's storage; None for what has none."""
     if not isinstance(value, Tensor):
         return None
@@ -235,5 +251,6 @@ def _key(value: Any) -> int | None:
         return None
 
 
-def _geometry(tensor: Any) -> tuple[Any, ...]:
+def geometry(tensor: Any) -> tuple[Any, ...]:
+    """How a tensor looks at its storage."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()

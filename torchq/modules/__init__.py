@@ -1,4 +1,4 @@
-"""One file per module type."""
+"""The modules that compute in int8, their training forms, and the registry of the float modules they replace."""
 
-from torchq.modules.linear import QuantizedLinear as QuantizedLinear
-from torchq.modules.linear import simulate as simulate
+from torchq.modules.quantized_linear import QuantizedLinear as QuantizedLinear
+from torchq.modules.quantized_linear import simulate as simulate

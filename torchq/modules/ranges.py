@@ -30,8 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.numerics import qparams
-from torchq.numerics.qparams import QParams, row_qparams
+from torchq.numerics.qparams import FLT_MIN, QParams, fake_quantize, qparams_from_range, row_qparams, weight_scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -55,7 +54,7 @@ class _QuantizeInRange(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, ends: Tensor) -> Tensor:
-        return qparams.fake_quantize(x, *_codes_of(ends), dtype=torch.uint8)
+        return fake_quantize(x, *_codes_of(ends), dtype=torch.uint8)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -81,7 +80,7 @@ class _QuantizeInRange(torch.autograd.Function):
 
 
 def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
-    """The float32 values of `QuantizedLinear.from_float`'s weight: `ŵ = rne(w / s) · s`, `s = max|w| / 127`.
+    """The float32 values of a QuantizedLinear's weight: `ŵ = rne(w / s) · s`, `s = max|w| / 127`.
 
     Straight through: ∂ŵ/∂w = 1, since no weight lies outside its own range; s carries no gradient.
 
@@ -96,9 +95,7 @@ def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
     >>> fake_quantize_weight(w, per_channel=True).tolist()
     [[127.0, 0.0], [1.2699999809265137, 0.3999999761581421]]
     """
-    axis = 0 if per_channel else None
-    scale, _ = qparams.choose_qparams(weight, axis=axis)
-    rounded = qparams.fake_quantize(weight.detach().float(), scale, axis=axis)
+    rounded = fake_quantize(weight.detach().float(), weight_scale(weight, per_channel=per_channel), axis=0)
     return _StraightThrough.apply(weight.float(), rounded)  # type: ignore[no-any-return]
 
 
@@ -128,7 +125,7 @@ class LearnedRange(nn.Module):
     def __init__(self, lo: float, hi: float) -> None:
         super().__init__()
         magnitude = max(-lo, hi)
-        unit = 2.0 ** (math.frexp(magnitude)[1] - 1) if magnitude / 255 >= _FLT_MIN else 1.0
+        unit = 2.0 ** (math.frexp(magnitude)[1] - 1) if magnitude / 255 >= FLT_MIN else 1.0
         self.ends = nn.Parameter(torch.tensor([lo / unit, hi / unit], dtype=torch.float32))
         self.register_buffer("unit", torch.tensor(unit, dtype=torch.float32))
 
@@ -233,7 +230,7 @@ class PerToken(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """float32 (M, K) -> float32 (M, K)."""
         values = rows.detach()
-        rounded = qparams.fake_quantize(values, *row_qparams(values), axis=0, dtype=torch.uint8)
+        rounded = fake_quantize(values, *row_qparams(values), axis=0, dtype=torch.uint8)
         return _StraightThrough.apply(rows, rounded)  # type: ignore[no-any-return]
 
     def qparams(self) -> None:
@@ -249,11 +246,9 @@ class PerToken(nn.Module):
 
 InputRange = LearnedRange | ObservedRange | PerToken
 
-_FLT_MIN = torch.finfo(torch.float32).tiny
-
 
 def _codes_of(ends: Tensor) -> tuple[Tensor, Tensor]:
-    return qparams.qparams_from_range(ends[0], ends[1], dtype=torch.uint8, symmetric=False)
+    return qparams_from_range(ends[0], ends[1], dtype=torch.uint8, symmetric=False)
 
 
 def _static_qparams(ends: Tensor) -> QParams:

@@ -25,7 +25,7 @@ and rounded once (no fma, no double), rounding is half to even, and dividing by 
 * A range with NaN or Inf has scale NaN, so a row of activations with NaN in it dequantizes to NaN and the
   fault stays visible. `choose_qparams` refuses such data instead.
 
-Every function but `sqnr_db` traces under `torch.compile(fullgraph=True)`.
+Every function but `quantize_weight`, which is for conversion, traces under `torch.compile(fullgraph=True)`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchq.errors import BadTypeError, BadValueError, door
+
 _CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
+FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""The smallest and the largest scale: positive normal float32 numbers."""
 
-_FLT_MIN = torch.finfo(torch.float32).tiny
+_BLOCK_VALUES = 1 << 18  # 1 MiB of float32
 
 
-_FLT_MAX = torch.finfo(torch.float32).max
+class QParams(NamedTuple):
+    """The affine map x = (code - zero_point) * scale of u8 codes."""
+
+    scale: float
+    zero_point: int
 
 
+@door("torchq.choose_qparams")
 def choose_qparams(
     x: Tensor, *, dtype: torch.dtype = torch.int8, symmetric: bool = True, axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -71,17 +80,18 @@ def choose_qparams(
     >>> choose_qparams(torch.tensor([-1.0, 1.55]), dtype=torch.uint8, symmetric=False)
     (tensor(0.0100), tensor(100, dtype=torch.int32))
     """
-    _check_float("choose_qparams", x)
+    _check_float(x)
     lo, hi = _extremes(x.detach(), axis)
     if not torch.compiler.is_compiling() and not (lo.isfinite() & hi.isfinite()).all():
         bad = x.numel() - int(x.float().isfinite().sum())
-        raise ValueError(
-            f"torchq.choose_qparams: expected finite float32 values, got {bad} NaN or Inf "
+        raise BadValueError(
+            f"expected finite float32 values, got {bad} NaN or Inf "
             f"among the {x.numel()} of x. Find the layer that makes them, or clean x with torch.nan_to_num()."
         )
-    return _from_range("choose_qparams", lo, hi, dtype, symmetric)
+    return _from_range(lo, hi, dtype, symmetric)
 
 
+@door("torchq.qparams_from_range")
 def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The scale and zero point that cover [min(lo, 0), max(hi, 0)], elementwise.
 
@@ -104,11 +114,12 @@ def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric:
     >>> qparams_from_range(lo, hi, dtype=torch.int8, symmetric=False)
     (tensor([1.0000, 0.0039]), tensor([-128,  127], dtype=torch.int32))
     """
-    _check_float("qparams_from_range", lo, "lo")
-    _check_float("qparams_from_range", hi, "hi")
-    return _from_range("qparams_from_range", lo, hi, dtype, symmetric)
+    _check_float(lo, "lo")
+    _check_float(hi, "hi")
+    return _from_range(lo, hi, dtype, symmetric)
 
 
+@door("torchq.quantize")
 def quantize(
     x: Tensor,
     scale: Tensor | float,
@@ -141,9 +152,9 @@ def quantize(
     >>> quantize(torch.tensor([-1.0, 0.0, 0.75, 99.0]), scale=0.5)
     tensor([ -2,   0,   2, 127], dtype=torch.int8)
     """
-    _check_float("quantize", x)
-    qmin, qmax = _code_range("quantize", dtype)
-    scale, zero_point = _broadcastable("quantize", x, scale, zero_point, axis, dtype)
+    _check_float(x)
+    qmin, qmax = _code_range(dtype)
+    scale, zero_point = _broadcastable(x, scale, zero_point, axis, dtype)
     lowest, highest = (qmin - zero_point).float(), (qmax - zero_point).float()
     code = x.float() * scale.reciprocal()
     # Clamped before it is rounded: both bounds are integers, so the result is the same, and no value is ever
@@ -152,6 +163,7 @@ def quantize(
     return (code.round() + zero_point).to(dtype)
 
 
+@door("torchq.dequantize")
 def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *, axis: int | None = None) -> Tensor:
     """Turns 8-bit codes into floats: `x = (q - zero_point) * scale`, exact but for the one multiplication.
 
@@ -171,11 +183,12 @@ def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *
     >>> dequantize(torch.tensor([-2, 0, 127], dtype=torch.int8), scale=0.5, zero_point=2)
     tensor([-2.0000, -1.0000, 62.5000])
     """
-    _code_range("dequantize", q.dtype, "q", "Make codes with torchq.quantize().")
-    scale, zero_point = _broadcastable("dequantize", q, scale, zero_point, axis, q.dtype)
+    _code_range(q.dtype, "q", "Make codes with torchq.quantize().")
+    scale, zero_point = _broadcastable(q, scale, zero_point, axis, q.dtype)
     return (q.int() - zero_point).float() * scale
 
 
+@door("torchq.fake_quantize")
 def fake_quantize(
     x: Tensor,
     scale: Tensor | float,
@@ -195,10 +208,57 @@ def fake_quantize(
     return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
 
 
+def quantize_weight(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """The int8 codes and scales of a weight, symmetric: `codes = rne(w / scale)`, `scale = max|w| / 127`.
+
+    One block of rows after the other, so that the float temporaries stay in cache, and small beside the weight.
+
+    Args:
+        weight: float (N, K).
+        per_channel: one scale per row (output channel), or one for all.
+
+    Returns:
+        int8 (N, K) and float32 (N,).
+
+    Raises:
+        ValueError: the weight has NaN or infinity.
+
+    >>> quantize_weight(torch.tensor([[127.0, 0.4], [1.27, 0.01]]), per_channel=True)
+    (tensor([[127,   0],
+            [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
+    """
+    scale = weight_scale(weight, per_channel=per_channel)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        codes[block] = quantize(weight[block], scale[block], axis=0)
+    return codes, scale
+
+
+def weight_scale(weight: Tensor, *, per_channel: bool) -> Tensor:
+    """The scales of `quantize_weight`, float32 (N,)."""
+    scale, _ = choose_qparams(weight, axis=0 if per_channel else None)
+    return scale.expand(weight.shape[0])
+
+
+def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
+    if rows.shape[1] == 0:
+        return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
+    lo, hi = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+    return qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=False)
+
+
+def float32_qparams(pair: QParams | None) -> QParams | None:
+    """The pair with its scale rounded to float32, as state_dict and the kernels hold it."""
+    return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32)), int(pair.zero_point))
+
+
 def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     """min(x) and max(x), over everything or per index along axis: float32, () or [x.shape[axis]]."""
     if axis is not None:
-        x = x.movedim(_normal_axis("choose_qparams", x, axis), 0)
+        x = x.movedim(_normal_axis(x, axis), 0)
         channels = x.shape[0]
         x = x.reshape(channels, x.numel() // max(channels, 1))
     if x.numel() == 0:
@@ -208,11 +268,11 @@ def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
     return lo.float(), hi.float()
 
 
-def _from_range(function: str, lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
-    qmin, _ = _code_range(function, dtype)
+def _from_range(lo: Tensor, hi: Tensor, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
+    qmin, _ = _code_range(dtype)
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)  # clamp keeps NaN
     scale = torch.maximum(hi, -lo) / 127 if symmetric else hi / 255 - lo / 255
-    scale = torch.where(scale < _FLT_MIN, 1.0, scale)
+    scale = torch.where(scale < FLT_MIN, 1.0, scale)
     scale = torch.where(scale.isfinite(), scale, math.nan)
     if symmetric:
         return scale, torch.full_like(scale, qmin + 128, dtype=torch.int32)
@@ -221,7 +281,6 @@ def _from_range(function: str, lo: Tensor, hi: Tensor, dtype: torch.dtype, symme
 
 
 def _broadcastable(
-    function: str,
     x: Tensor,
     scale: Tensor | float,
     zero_point: Tensor | int,
@@ -229,79 +288,62 @@ def _broadcastable(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Checks scale and zero point, and shapes them to broadcast against x: float32 and int32."""
-    if not isinstance(scale, Tensor) and not _FLT_MIN <= scale <= _FLT_MAX:
-        raise ValueError(
-            f"torchq.{function}: scale must be positive, finite and at least {_FLT_MIN:.3g}, got {scale}. "
+    if not isinstance(scale, Tensor) and not FLT_MIN <= scale <= FLT_MAX:
+        raise BadValueError(
+            f"scale must be positive, finite and at least {FLT_MIN:.3g}, got {scale}. "
             "Choose one with torchq.choose_qparams()."
         )
     qmin, qmax = _CODES[dtype]
     if isinstance(zero_point, Tensor):
         if zero_point.is_floating_point():
-            raise TypeError(
-                f"torchq.{function}: zero_point must be an int or an integer tensor, got {zero_point.dtype}. "
+            raise BadTypeError(
+                f"zero_point must be an int or an integer tensor, got {zero_point.dtype}. "
                 "Round it and cast it to torch.int32."
             )
     elif not qmin <= zero_point <= qmax:
-        raise ValueError(
-            f"torchq.{function}: zero_point must be in [{qmin}, {qmax}] for {dtype}, got {zero_point}. "
+        raise BadValueError(
+            f"zero_point must be in [{qmin}, {qmax}] for {dtype}, got {zero_point}. "
             "An int8 zero point is the uint8 one minus 128."
         )
     if axis is not None:
-        axis = _normal_axis(function, x, axis)
+        axis = _normal_axis(x, axis)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     zero_point = torch.as_tensor(zero_point, dtype=torch.int32, device=x.device)
-    return _along(function, "scale", scale, x, axis), _along(function, "zero_point", zero_point, x, axis)
+    return _along("scale", scale, x, axis), _along("zero_point", zero_point, x, axis)
 
 
-def _along(function: str, name: str, value: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def _along(name: str, value: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """Shapes a vector [C] to [C, 1, ..., 1], so that it runs along x's axis; leaves shape () alone."""
     if value.dim() == 0:
         return value
     if axis is None:
-        raise ValueError(
-            f"torchq.{function}: without axis, {name} must be one number or have shape (), got shape "
+        raise BadValueError(
+            f"without axis, {name} must be one number or have shape (), got shape "
             f"{list(value.shape)}. Pass axis= to say which dimension of x {list(x.shape)} it runs along."
         )
     if value.shape != (x.shape[axis],):
-        raise ValueError(
-            f"torchq.{function}: with axis={axis}, {name} must have shape [{x.shape[axis]}] to match x "
+        raise BadValueError(
+            f"with axis={axis}, {name} must have shape [{x.shape[axis]}] to match x "
             f"{list(x.shape)}, got {list(value.shape)}. Pass one value per index along that axis."
         )
     return value.reshape(-1, *[1] * (x.dim() - axis - 1))
 
 
-def _normal_axis(function: str, x: Tensor, axis: int) -> int:
+def _normal_axis(x: Tensor, axis: int) -> int:
     if not -x.dim() <= axis < x.dim():
-        raise ValueError(
-            f"torchq.{function}: axis must be one of the {x.dim()} dimensions of x {list(x.shape)}, got "
+        raise BadValueError(
+            f"axis must be one of the {x.dim()} dimensions of x {list(x.shape)}, got "
             f"{axis}. Pass axis=None for one scale for the whole tensor."
         )
     return axis % x.dim()
 
 
-def _check_float(function: str, x: Tensor, name: str = "x") -> None:
+def _check_float(x: Tensor, name: str = "x") -> None:
     if not x.is_floating_point():
-        raise TypeError(f"torchq.{function}: {name} must be floating point, got {x.dtype}. Pass {name}.float().")
+        raise BadTypeError(f"{name} must be floating point, got {x.dtype}. Pass {name}.float().")
 
 
-def _code_range(
-    function: str, dtype: torch.dtype, name: str = "dtype", advice: str = "Pass one of these two."
-) -> tuple[int, int]:
+def _code_range(dtype: torch.dtype, name: str = "dtype", advice: str = "Pass one of these two.") -> tuple[int, int]:
     if dtype not in _CODES:
-        raise TypeError(f"torchq.{function}: {name} must be torch.int8 or torch.uint8, got {dtype}. {advice}")
+        raise BadTypeError(f"{name} must be torch.int8 or torch.uint8, got {dtype}. {advice}")
     return _CODES[dtype]
-
-
-class QParams(NamedTuple):
-    """The affine map x = (code - zero_point) * scale of u8 codes."""
-
-    scale: float
-    zero_point: int
-
-
-def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each row, as the kernels choose them: a row with NaN or infinity gets scale NaN."""
-    if rows.shape[1] == 0:
-        return rows.new_ones(rows.shape[0]), rows.new_zeros(rows.shape[0], dtype=torch.int32)
-    lo, hi = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
-    return qparams_from_range(lo, hi, dtype=torch.uint8, symmetric=False)

@@ -1,75 +1,132 @@
-"""Applying a plan: checks, int8 modules in the place of the float ones, all or nothing."""
+"""Applying a plan: int8 modules in the place of the float ones, all or nothing."""
 
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import cast, get_args
+from typing import TypeVar
 
-import torch
 from torch import nn
 
+from torchq.errors import BadTypeError, door
+from torchq.modules.activations import activation_of
+from torchq.modules.base import Int8Module
 from torchq.modules.folded import Folded
-from torchq.modules.linear import QuantizedLinear, activation_of
-from torchq.modules.qat_linear import QATLinear
-from torchq.ops import Activation
-from torchq.planning.fusion import IDLE
-from torchq.planning.layers import find_layers
-from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
-from torchq.planning.rounding import Rounded, take_rounded, warn_of_missing
-from torchq.planning.smoothing import can_scale, scaled_linear, scaled_parameters, scales_around
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.registry import Layer, find_layers, layers_of, type_of
+from torchq.planning.check import check_plan
+from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.rounding import take_rounded, warn_of_missing
+from torchq.planning.smoothing import scaled, scaled_parameters, scales_around
 
-FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+M = TypeVar("M", bound=nn.Module)
 
 
-def apply_plan(
-    model: nn.Module, plan: Plan, *, inplace: bool = False, rounded: Mapping[str, Rounded] | None = None
-) -> nn.Module:
+@door("torchq.apply_plan")
+def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
 
-    `rounded` holds the weights of the layers with `rounding="gptq"`, which a plan is too small for:
-    `rounding.rounded_weights(qmodel)` of a model that `convert` returned. A layer without them is rounded to nearest,
-    with a warning; `load_state_dict` of the converted model's state makes it whole too.
+    A plan from JSON, and the `torchq_plan` of a converted model, lack the weights of layers with `rounding="gptq"`:
+    these are rounded to nearest then, with a warning. `torchq.plan_of(qmodel)` gives the plan with them;
+    `load_state_dict` of the converted model's state makes the model whole too.
 
     Raises:
         ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
-            what it can't, or by halves; `rounded` has the weights of another layer, or of one smoothed otherwise.
+            what it can't, or by halves; or it has the weights of another layer, or of one smoothed otherwise.
+        TypeError: the model can't be copied.
+
+    >>> import dataclasses
+    >>> from torchq import convert, plan_of
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan = plan_of(convert(model))
+    >>> plan.layers["2"] = dataclasses.replace(plan.layers["2"], kind="float", reason="my choice")
+    >>> type(apply_plan(model, plan)[2]).__name__
+    'Linear'
     """
-    rounded = rounded or {}
-    warn_of_missing(plan, rounded)
-    _check_plan(model, plan, find_layers(model))
-    names = [name for name in plan.layers if _is_int8(plan, name)]
+    return applied(model, plan, inplace=inplace)
+
+
+def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
+    """`apply_plan`, for callers who name themselves in its errors."""
+    warn_of_missing(plan)
+    check_plan(model, plan, find_layers(model))
     try:
         if inplace:
             _smooth(model, plan)
-            _swap(model, dataclasses.replace(plan, smoothings={}), names, rounded)
+            _swap(model, dataclasses.replace(plan, smoothings={}))
         else:
             rescaled = _rescaled(model, plan)
-            swaps = {id(model.get_submodule(name)): quantize_layer(model, plan, name, rounded) for name in names}
+            swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
             model = _copy(model, swaps)
             _replace(model, rescaled)
-            for name in names:
+            for name in plan.int8_layers():
                 _fold(model, plan.layers[name])
-        for module in model.modules():
-            if isinstance(module, QATLinear):  # one the plan leaves in float
-                module.release()
+        for module in model.modules():  # training forms that the plan leaves in float
+            kind = type_of(module)
+            if kind is not None and kind.trained(module) is not None:
+                kind.release(module)
     finally:
         leave_fast_path(model)
-    model.torchq_plan = plan  # type: ignore[assignment]
+    model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
     return model
 
 
-def _swap(model: nn.Module, plan: Plan, names: list[str], rounded: Mapping[str, Rounded]) -> None:
-    """In place, one layer after the other, so that each float weight can be freed before the next int8 one is made.
+def _paths(model: nn.Module, plan: Plan) -> list[str]:
+    """The modules that have a layer in int8. (No module itself: in place, nothing here may keep one alive.)"""
+    layers = find_layers(model)
+    return list(dict.fromkeys(layers[name].path for name in plan.int8_layers()))
+
+
+def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
+    """What becomes of the module at this path."""
+    layers = layers_of(path, model.get_submodule(path))
+    parts: dict[str, nn.Module] = {}
+    for layer in layers:
+        planned = plan.layers.get(layer.name)
+        int8 = planned is not None and planned.is_int8
+        parts[layer.part] = quantize_layer(model, plan, layer) if int8 else _float_part(layer)
+    return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
+
+
+def _float_part(layer: Layer) -> nn.Linear:
+    """The matrix of a layer that stays in float beside others of its module."""
+    part = nn.Linear(layer.in_features, layer.out_features, layer.matrix.bias is not None, device="meta")
+    part.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    if layer.matrix.bias is not None:
+        part.bias = nn.Parameter(layer.matrix.bias.detach().clone(), requires_grad=False)
+    return part
+
+
+def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
+    """The QuantizedLinear that `plan` makes of this layer of the float model."""
+    planned, (into, out) = plan.layers[layer.name], scales_around(plan.smoothings, layer.name)
+    quantized = QuantizedLinear.from_float(
+        layer.matrix if into is None and out is None else scaled(layer.matrix, into=into, out=out),
+        per_channel=planned.per_channel,
+        input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
+        output_qparams=plan.layers[planned.feeds].input_qparams if planned.feeds else None,
+        activation=activation_of(model.get_submodule(planned.activation) if planned.activation else None),
+        takes_codes=any(other.feeds == layer.name for other in plan.layers.values()),
+    )
+    if planned.rounding == "gptq":
+        take_rounded(layer.name, quantized, planned.weights)
+    return quantized
+
+
+def _swap(model: nn.Module, plan: Plan) -> None:
+    """In place, one module after the other, so that each float weight can be freed before the next int8 one is made.
 
     The last comes first: a layer takes floats as well as codes, so the model is right after each step, and stays so if
     memory runs out before the next.
     """
     places = _places(model)
-    for name in reversed(names):
-        quantized = quantize_layer(model, plan, name, rounded)
-        for children, key in places[id(model.get_submodule(name))]:
+    for path in reversed(_paths(model, plan)):
+        quantized = _int8_module(model, plan, path)
+        names = [layer.name for layer in layers_of(path, model.get_submodule(path))]
+        for children, key in places[id(model.get_submodule(path))]:
             children[key] = quantized
-        _fold(model, plan.layers[name])
+        for name in names:
+            if name in plan.layers:
+                _fold(model, plan.layers[name])
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
@@ -83,19 +140,19 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None
 
 def _fold(model: nn.Module, layer: LayerPlan) -> None:
     """Puts Folded in the place of the modules whose work this layer does."""
-    for name in _folded(layer):
+    for name in layer.folded:
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent)._modules[key] = Folded()
 
 
-def _copy(model: nn.Module, swaps: dict[int, QuantizedLinear]) -> nn.Module:
+def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
     """Deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights."""
     try:
         return copy.deepcopy(model, dict(swaps))
     except Exception as error:
-        raise TypeError(
-            f"torchq.convert: this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
-            "inplace=True, and no evaluate, to convert it as it is."
+        raise BadTypeError(
+            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True, and "
+            "no evaluate, to convert it as it is."
         ) from error
 
 
@@ -105,7 +162,7 @@ def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]
     return {
         name: scaled_parameters(model, plan.smoothings, name)
         for name in touched
-        if name not in plan.layers or not _is_int8(plan, name)
+        if name not in plan.layers or not plan.layers[name].is_int8
     }
 
 
@@ -121,96 +178,16 @@ def _smooth(model: nn.Module, plan: Plan) -> None:
         _replace(model, {name: scaled_parameters(model, alone, name) for name in (source, *smoothing.layers)})
 
 
-def quantize_layer(
-    model: nn.Module, plan: Plan, name: str, rounded: Mapping[str, Rounded] | None = None
-) -> QuantizedLinear:
-    """The QuantizedLinear that `plan` makes of this layer of `model`; `rounded` as in `apply_plan`."""
-    layer, linear = plan.layers[name], cast(nn.Linear, model.get_submodule(name))
-    into, out = scales_around(plan.smoothings, name)
-    quantized = QuantizedLinear.from_float(
-        linear if into is None and out is None else scaled_linear(linear, into=into, out=out),
-        per_channel=layer.per_channel,
-        input_qparams=layer.input_qparams if layer.kind == "int8 static" else None,
-        output_qparams=plan.layers[layer.feeds].input_qparams if layer.feeds else None,
-        activation=activation_of(model.get_submodule(layer.activation) if layer.activation else None),
-        takes_codes=any(other.feeds == name for other in plan.layers.values()),
-    )
-    if layer.rounding == "gptq":
-        take_rounded(name, quantized, (rounded or {}).get(name))
-    return quantized.train(linear.training)
-
-
-def _folded(layer: LayerPlan) -> tuple[str, ...]:
-    return layer.skipped if layer.activation is None else (layer.activation, *layer.skipped)
-
-
-def _is_int8(plan: Plan, name: str) -> bool:
-    return plan.layers[name].kind != "float"
-
-
-def _check_plan(model: nn.Module, plan: Plan, layers: dict[str, nn.Linear]) -> None:
-    """Raises ValueError for what an edit can get wrong."""
-    modules = dict(model.named_modules())
-
-    def require(ok: bool, name: str, problem: str) -> None:
-        if not ok:
-            raise ValueError(f"torchq.apply_plan: layer {name!r} {problem}.")
-
-    def is_static(name: str) -> bool:
-        layer = plan.layers.get(name)
-        return layer is not None and layer.kind == "int8 static" and layer.input_qparams is not None
-
-    for name, layer in plan.layers.items():
-        if name not in layers:
-            raise ValueError(f"torchq.apply_plan: the plan names layer {name!r}, which is no nn.Linear of the model.")
-        require(layer.kind in get_args(Kind), name, f"is to be {layer.kind!r}, expected one of {get_args(Kind)}")
-        if layer.kind == "int8 static":
-            require(layer.input_qparams is not None, name, "is static, but its input_qparams are None")
-        if layer.feeds is not None:
-            both = is_static(name) and is_static(layer.feeds)
-            require(both, name, f"feeds {layer.feeds!r}, so both must be static, with input_qparams")
-        if layer.input_qparams is not None:
-            scale, zero_point = layer.input_qparams
-            require(FLT_MIN <= scale <= FLT_MAX, name, f"has scale {scale}, expected a positive normal float32")
-            require(0 <= zero_point <= 255, name, f"has zero_point {zero_point}, expected one in [0, 255]")
-        for folded in _folded(layer):
-            module = modules.get(folded)
-            idle = folded != layer.activation and type(module) in (nn.ReLU, *IDLE)
-            foldable = idle or activation_of(module) != Activation.NONE
-            require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
-        smoothing = plan.smoothings.get(layer.smoothed or "")
-        require(
-            layer.smoothed is None or (smoothing is not None and name in smoothing.layers),
-            name,
-            f"expects its input smoothed in {layer.smoothed!r}, but plan.smoothings has none for it there. To undo a "
-            "smoothing, make its layers dynamic too, with smoothed=None",
-        )
-    for source, smoothing in plan.smoothings.items():
-        _check_smoothing(modules, plan, source, smoothing)
-
-
-def _check_smoothing(modules: dict[str, nn.Module], plan: Plan, source: str, smoothing: Smoothing) -> None:
-    def require(ok: bool, problem: str) -> None:
-        if not ok:
-            raise ValueError(f"torchq.apply_plan: the smoothing of {source!r} {problem}.")
-
-    module = modules.get(source)
-    require(can_scale(module), "is for no LayerNorm, RMSNorm or Linear with a weight of the model")
-    count = len(cast(torch.Tensor, cast(nn.Module, module).weight))
-    require(len(smoothing.scales) == count, f"has {len(smoothing.scales)} scales, expected {count}")
-    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in smoothing.scales)
-    require(positive, "has a scale that is not a positive normal float32")
-    for name in smoothing.layers:
-        takes = name in plan.layers and cast(nn.Linear, modules[name]).in_features == count
-        require(takes, f"names {name!r}, which is no layer of the plan with {count} inputs")
-        require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")
-
-
 def leave_fast_path(model: nn.Module) -> None:
     """Keeps torch's fused encoder kernels, which read weights without calling the layers, off what torchq changed."""
     for module in model.modules():
-        changed = any(isinstance(child, (QuantizedLinear, QATLinear)) for child in module.modules())
+        changed = any(_is_changed(child) for child in module.modules())
         if isinstance(module, nn.TransformerEncoderLayer) and changed:
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and changed:
             module.use_nested_tensor = False
+
+
+def _is_changed(module: nn.Module) -> bool:
+    kind = type_of(module)
+    return isinstance(module, Int8Module) or (kind is not None and kind.trained(module) is not None)

@@ -23,15 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.calibration.calibrate import Forward, evaluating
+from torchq.calibration.calibrate import Evidence, evaluating
+from torchq.errors import BadValueError
+from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
+from torchq.planning.apply import applied
 from torchq.planning.frontier import Frontier, Step
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.timing import interleaved
 
 Evaluate = Callable[[nn.Module], Any]
-Apply = Callable[[nn.Module, Plan], nn.Module]
 Run = Callable[[nn.Module], object]
+"""`run(model)`: a forward pass of one typical batch."""
 
 
 @dataclass(frozen=True)
@@ -89,55 +92,31 @@ def make_budget(evaluate: Evaluate | None, max_drop: float | None, calib_loader:
             )
         return None
     if calib_loader is None:
-        raise ValueError(
-            "torchq.convert: evaluate needs a calib_loader: its first batch tells which layers are sensitive."
-        )
+        raise BadValueError("evaluate needs a calib_loader: its first batch tells which layers are sensitive.")
     return Budget(evaluate, 0.01 if max_drop is None else max_drop)
 
 
-class FirstBatch:
-    """A `forward` that remembers the first batch it runs, so that other models can `run` it too.
-
-    >>> first = FirstBatch(lambda model, batch: model(batch))
-    >>> _ = first(nn.Identity(), torch.zeros(2)), first(nn.Identity(), torch.ones(2))
-    >>> first.run(nn.ReLU())
-    tensor([0., 0.])
-    """
-
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
-        self._batches: list[Any] = []
-
-    def __call__(self, model: nn.Module, batch: Any) -> object:
-        """forward(model, batch)."""
-        if not self._batches:
-            self._batches.append(batch)
-        return self.forward(model, batch)
-
-    def run(self, model: nn.Module) -> object:
-        """forward(model, the first batch)."""
-        return self.forward(model, self._batches[0])
-
-
-def fit(model: nn.Module, plan: Plan, budget: Budget, *, apply: Apply, run: Run) -> Plan:
+def fit(plan: Plan, evidence: Evidence, budget: Budget) -> Plan:
     """The plan with so many layers back in float that the metric drops by at most `max_drop`, and with its frontier.
 
     Everything is tried on copies; the model stays as it is. Warns where not one layer can stay in int8.
 
     Args:
-        model: the float model.
         plan: every layer in int8 that should be.
+        evidence: the model, and how to run a batch; a model prepared for training is measured in its float form.
         budget: the metric and its tolerance.
-        apply: `apply(model, plan)`: a copy of the model as the plan says.
-        run: `run(model)`: a forward pass of one typical batch.
 
     Raises:
         TypeError, ValueError: `evaluate` returned no number, or NaN, or infinity for the float model.
     """
-    search = _Search(model, plan, budget, apply, run)
+    assert evidence.run is not None  # make_budget wants a loader
+    model = evidence.model
+    if any(layer.trained for layer in find_layers(model).values()):
+        model = applied(model, return_to_float(plan, dict.fromkeys(plan.layers, "")))
+    search = _Search(model, plan, budget, evidence.run)
     fewest, enough = 0, len(search.names)  # enough layers in float fit the budget, fewer than `fewest` don't
     if enough and not search.fits(0):
-        search.sensitivity_db = sensitivity(model, plan, apply, run)
+        search.sensitivity_db = sensitivity(model, plan, evidence.run)
         while enough - fewest > 1:
             middle = (fewest + enough) // 2
             fewest, enough = (fewest, middle) if search.fits(middle) else (middle, enough)
@@ -152,9 +131,9 @@ def fit(model: nn.Module, plan: Plan, budget: Budget, *, apply: Apply, run: Run)
 class _Search:
     """What the search has measured so far: one step per number of layers returned to float."""
 
-    def __init__(self, model: nn.Module, plan: Plan, budget: Budget, apply: Apply, run: Run) -> None:
-        self.model, self.plan, self.budget, self.apply, self.run = model, plan, budget, apply, run
-        self.names = [name for name, layer in plan.layers.items() if layer.kind != "float"]
+    def __init__(self, model: nn.Module, plan: Plan, budget: Budget, run: Run) -> None:
+        self.model, self.plan, self.budget, self.run = model, plan, budget, run
+        self.names = plan.int8_layers()
         self.sensitivity_db: dict[str, float] = {}
         self.float_metric = budget.metric(model, "float model")
         if math.isinf(self.float_metric):
@@ -177,7 +156,7 @@ class _Search:
 
     def fits(self, returned: int) -> bool:
         """Measures that plan, and says whether it is within the budget."""
-        candidate = self.apply(self.model, self.plan_with(returned))
+        candidate = applied(self.model, self.plan_with(returned))
         metric = self.budget.metric(candidate, f"model with {returned} of {len(self.names)} int8 layers in float")
         with evaluating(self.model), evaluating(candidate):
             calls = {"float": partial(self.run, self.model), "int8": partial(self.run, candidate)}
@@ -199,20 +178,20 @@ class _Search:
         return Frontier(self.budget.max_drop, self.sensitivity_db, steps, chosen)
 
 
-def sensitivity(model: nn.Module, plan: Plan, apply: Apply, run: Run) -> dict[str, float]:
+def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
     """Per int8 layer, the SQNR in dB of the model's output with this layer alone in int8, the most sensitive first.
 
     The output is all floating-point tensors in what `run(model)` returns: a tensor, or a tuple, list or dict of them.
     If there is none, each layer's own output SQNR from the plan stands in. A layer that makes the output NaN, or
     changes its shape, comes first, with -inf.
     """
-    names = [name for name, layer in plan.layers.items() if layer.kind != "float"]
+    names = plan.int8_layers()
     with evaluating(model):
         exact = _floats(run(model))
     measured = {}
     for name in names:
         if exact.numel():
-            alone = apply(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
+            alone = applied(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
             with evaluating(alone):
                 output = _floats(run(alone))
             db = sqnr_db(exact, output) if output.shape == exact.shape else -math.inf
@@ -241,7 +220,7 @@ def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
         elif layer.feeds in reasons:
             layer = dataclasses.replace(layer, feeds=None, skipped=())
         layers[name] = layer
-    if all(layer.kind == "float" for layer in layers.values()):
+    if not any(layer.is_int8 for layer in layers.values()):
         return Plan({name: dataclasses.replace(layer, smoothed=None) for name, layer in layers.items()})
     return dataclasses.replace(plan, layers=layers)
 
@@ -268,5 +247,5 @@ def _warn(frontier: Frontier) -> None:
         f"float's {exact.metric:.6g}. The best, with {exact.returned - best.returned} of {exact.returned} layers in "
         f"int8, has {best.metric:.6g}, a drop of {frontier.drop(best):.3g}. So all layers are in float. Pass more "
         "calibration data or a larger max_drop; torchq.report(qmodel) shows what was measured.",
-        stacklevel=4,  # the caller of convert()
+        stacklevel=5,  # the caller of convert()
     )

@@ -1,136 +1,121 @@
 """The scheme of each layer, by measuring every candidate on the layer's own calibration rows."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.calibration.calibrate import Calibration
-from torchq.calibration.record import Record
+from torchq.calibration.calibrate import Evidence
+from torchq.calibration.record import Trial
 from torchq.config import QConfig
-from torchq.modules.linear import QuantizedLinear
-from torchq.modules.qat_linear import QATLinear
+from torchq.errors import BadValueError
+from torchq.modules.base import Matrix, Trained
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import QParams
-from torchq.observers import Observer
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.smoothing import scaled_parts
 
 
-def make_plan(
-    layers: Mapping[str, nn.Linear],
-    barred: Mapping[str, str],
-    calibration: Calibration | None,
-    config: QConfig,
-) -> Plan:
-    """Decides every layer alone: those in `barred` stay float for the reason given, the others as measured.
+def choose(plan: Plan, evidence: Evidence) -> Plan:
+    """Decides every layer alone: those planned to stay in float do, the others become what was measured best.
 
     Raises:
         ValueError: `activation="static"` and a layer the calibration data never reached.
     """
-    if config.activation == "static" and calibration is not None:
-        untrained = {name for name, layer in layers.items() if not isinstance(layer, QATLinear)}
-        missed = [name for name, record in calibration.records.items() if name in untrained and not record.has_data]
-        if missed:
-            raise ValueError(
-                f"torchq.convert: activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
-                "Pass data that runs these layers, exclude them, or use activation='auto'."
-            )
-    plans: dict[str, LayerPlan] = {}
-    for name, layer in layers.items():
-        if name in barred:
-            plans[name] = LayerPlan("float", barred[name])
-        elif isinstance(layer, QATLinear):
-            plans[name] = plan_trained(layer, None if calibration is None else calibration.records[name])
-        elif calibration is None:
-            plans[name] = LayerPlan("int8 dynamic", "no calibration data", config.weight == "per_channel")
-        else:
-            plans[name] = plan_layer(layer, calibration.records[name], config)
-    return Plan(plans)
+    if evidence.config.activation == "static":
+        _require_data(plan, evidence)
+    layers = {
+        name: _choose_layer(evidence.layers[name], evidence) if layer.is_int8 else layer
+        for name, layer in plan.layers.items()
+    }
+    return dataclasses.replace(plan, layers=layers)
 
 
-def plan_layer(
-    layer: nn.Linear,
-    record: Record,
-    config: QConfig,
-    ranges: Mapping[str, QParams] | None = None,
-    *,
-    into: Tensor | None = None,
-) -> LayerPlan:
-    """The scheme and range with the least error on the layer's sample, or float where none is good enough.
+def _require_data(plan: Plan, evidence: Evidence) -> None:
+    missed = [
+        name
+        for name, record in evidence.records.items()
+        if plan.layers[name].is_int8 and not record.has_data and evidence.layers[name].trained is None
+    ]
+    if missed:
+        raise BadValueError(
+            f"activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
+            "Pass data that runs these layers, exclude them, or use activation='auto'."
+        )
 
-    `ranges` are those of `static_ranges(record)`, for a caller that has them. `into` (K,) is what the record's inputs
-    were divided by, for the layer to take up.
-    """
+
+def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
+    config, record, trained = evidence.config, evidence.records.get(layer.name), layer.trained
+    if trained is not None:
+        return _plan_trained(layer, trained, record.whole if record is not None and record.has_data else None)
     per_channel = config.weight == "per_channel"
+    if record is None:
+        return LayerPlan("int8 dynamic", "no calibration data", per_channel)
     if record.calls == 0 and config.activation == "auto":
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
+    return plan_layer(layer, record.whole, config)
 
-    ranges = static_ranges(record) if ranges is None else ranges
-    measured = measure(layer, record.sample.rows, ranges, per_channel=per_channel, into=into)
-    observer = max(ranges, key=lambda name: measured[name])
+
+def plan_layer(layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | None = None) -> LayerPlan:
+    """The scheme and range with the least error on the rows of `trial`, or float where none is good enough.
+
+    `into` (K,) is what the inputs of the trial were divided by; the weight is multiplied by it.
+    """
+    per_channel = config.weight == "per_channel"
+    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
+    observer = max(trial.ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
-    numbers = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
-    enough = {"static": static >= config.min_sqnr_db, "dynamic": dynamic >= config.min_sqnr_db}  # nan is not
     if config.activation == "auto":
-        use_static = enough["static"] and static >= dynamic - config.margin_db
-        reason = f"{numbers}: {'static costs no accuracy' if use_static else 'static would cost accuracy'}"
+        close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # nan is not
+        use_static, reason = close, "static costs no accuracy" if close else "static would cost accuracy"
     else:
-        use_static = config.activation == "static"
-        reason = f"asked for; {numbers}"
-    if not enough["static" if use_static else "dynamic"]:
-        return LayerPlan("float", f"{numbers}: below min_sqnr_db = {config.min_sqnr_db:g}", sqnr_db=measured)
-    if not use_static:
-        return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
-    return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
+        use_static, reason = config.activation == "static", "asked for"
+    if not (static if use_static else dynamic) >= config.min_sqnr_db:
+        best = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
+        return LayerPlan("float", f"{best}: below min_sqnr_db = {config.min_sqnr_db:g}", sqnr_db=measured)
+    if use_static:
+        return LayerPlan("int8 static", reason, per_channel, trial.ranges[observer], observer, measured)
+    return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
 
 
-def plan_trained(layer: QATLinear, record: Record | None) -> LayerPlan:
+def _plan_trained(layer: Layer, trained: Trained, trial: Trial | None) -> LayerPlan:
     """The scheme and range this layer was trained with, whatever their error on the data: training made up for it."""
-    trained, reason = layer.input_range.qparams(), f"trained, {layer.input_range.origin}"
+    qparams, reason = trained.input_qparams, f"trained, {trained.origin}"
     measured = {}
-    if record is not None and record.has_data:
-        ranges = {} if trained is None else {"trained": trained}
-        measured = measure(layer, record.sample.rows, ranges, per_channel=layer.per_channel)
-    if trained is None:
-        return LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=measured)
-    return LayerPlan("int8 static", reason, layer.per_channel, trained, "trained", measured)
-
-
-def static_ranges(record: Record) -> dict[str, QParams]:
-    """What each observer of the record would quantize the input with; needs data."""
-    return {name: static_qparams(observer) for name, observer in record.observers.items()}
-
-
-def static_qparams(observer: Observer) -> QParams:
-    """The range of a static layer's input, from what an observer saw of it."""
-    scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
-    return QParams(float(scale), int(zero_point))
+    if trial is not None:
+        ranges = {} if qparams is None else {"trained": qparams}
+        measured = measure(layer.matrix, trial.rows, ranges, per_channel=trained.per_channel)
+    if qparams is None:
+        return LayerPlan("int8 dynamic", reason, trained.per_channel, sqnr_db=measured)
+    return LayerPlan("int8 static", reason, trained.per_channel, qparams, "trained", measured)
 
 
 @torch.no_grad()
 def measure(
-    layer: nn.Linear,
+    matrix: Matrix,
     rows: Tensor,
     ranges: Mapping[str, QParams],
     *,
     per_channel: bool = True,
     into: Tensor | None = None,
 ) -> dict[str, float]:
-    """Output SQNR in dB of each scheme, against the float layer on the same rows (R, K), by the real integer ops.
+    """Output SQNR in dB of each scheme, against the float matrix on the same rows (R, K), by the real integer ops.
 
-    All of inputs divided by `into` (K,), if given: the rows are, and the layer takes it up.
+    `into` (K,) is what the rows were divided by; the weight is multiplied by it.
 
     >>> _ = torch.manual_seed(0)
-    >>> layer, rows = nn.Linear(64, 64), torch.randn(32, 64)
-    >>> sorted(measure(layer, rows, {"minmax": QParams(0.03, 128)}))
+    >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
+    >>> sorted(measure(matrix, rows, {"minmax": QParams(0.03, 128)}))
     ['dynamic', 'minmax']
     """
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("dynamic", *ranges)}
-    for _, part in scaled_parts(layer, per_channel=per_channel, into=into):
+    for _, part in scaled_parts(matrix, per_channel=per_channel, into=into):
         bias = None if part.bias is None else part.bias.float()
         exact = nn.functional.linear(rows, part.weight.float(), bias)
         packed = QuantizedLinear.from_float(part, per_channel=per_channel).packed

@@ -1,52 +1,46 @@
 """describe(): the stats of each int8 layer as it finally is: smoothed, trained, and rounded."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchq import ops
-from torchq.calibration.calibrate import Calibration
-from torchq.modules.linear import QuantizedLinear
+from torchq.calibration.calibrate import Evidence
+from torchq.modules.base import Matrix
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
-from torchq.numerics.qparams import QParams, dequantize, fake_quantize
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize_weight
 from torchq.planning.plan import LayerPlan, LayerStats, Plan
-from torchq.planning.rounding import Rounded
 from torchq.planning.smoothing import scaled_parts, scales_around
 
 
-def describe(model: nn.Module, plan: Plan, calibration: Calibration, rounded: Mapping[str, Rounded]) -> Plan:
-    """The plan with the stats of every int8 layer that data reached; `rounded` as in `apply_plan`.
+def describe(plan: Plan, evidence: Evidence) -> Plan:
+    """The plan with the stats of every int8 layer that data reached.
 
     A smoothed layer is compared with the scaled layer on scaled rows: these are the weight and the input it gets.
     """
-    plans = dict(plan.layers)
+    layers = dict(plan.layers)
     for name, layer in plan.layers.items():
-        if layer.kind == "float" or not calibration.records[name].has_data:
+        record = evidence.records.get(name)
+        if not layer.is_int8 or record is None or not record.has_data:
             continue
-        sample, calls = calibration.records[name].sample, calibration.records[name].calls
         into, out = scales_around(plan.smoothings, name)
-        linear, rows = cast(nn.Linear, model.get_submodule(name)), sample.rows
-        if into is not None:
-            rows = rows / into
-        parts = scaled_parts(linear, per_channel=layer.per_channel, into=into, out=out)
-        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer, rounded.get(name))), torch.zeros(2)))
-        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(sample.seen / calls)))
-        plans[name] = dataclasses.replace(layer, stats=stats)
-    return dataclasses.replace(plan, layers=plans)
+        rows = record.sample.rows if into is None else record.sample.rows / into
+        parts = scaled_parts(evidence.layers[name].matrix, per_channel=layer.per_channel, into=into, out=out)
+        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer)), torch.zeros(2)))
+        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.seen / record.calls)))
+        layers[name] = dataclasses.replace(layer, stats=stats)
+    return dataclasses.replace(plan, layers=layers)
 
 
-def _weights(
-    parts: Iterable[tuple[slice, nn.Linear]], layer: LayerPlan, rounded: Rounded | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _weights(parts: Iterable[tuple[slice, Matrix]], layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
     """The weight of each part, in float and as the int8 layer has it."""
     for channels, part in parts:
-        if rounded is None:
-            codes, scale, _ = ops.unpack(QuantizedLinear.from_float(part, per_channel=layer.per_channel).packed)
+        if layer.weights is None:
+            codes, scale = quantize_weight(part.weight, per_channel=layer.per_channel)
         else:
-            codes, scale = rounded.weight[channels], rounded.scale[channels]
+            codes, scale = layer.weights.weight[channels], layer.weights.scale[channels]
         yield part.weight.detach(), dequantize(codes, scale, axis=0)
 
 

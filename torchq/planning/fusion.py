@@ -5,8 +5,8 @@ from collections import Counter
 
 from torch import nn
 
-from torchq.calibration.calibrate import Calibration
-from torchq.modules.linear import activation_of
+from torchq.calibration.calibrate import Evidence
+from torchq.modules.activations import activation_of
 from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
@@ -14,7 +14,7 @@ from torchq.planning.plan import LayerPlan, Plan
 IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
 
 
-def fuse(model: nn.Module, plan: Plan, calibration: Calibration) -> Plan:
+def fuse(plan: Plan, evidence: Evidence) -> Plan:
     """Folds each activation that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
 
     That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
@@ -22,15 +22,15 @@ def fuse(model: nn.Module, plan: Plan, calibration: Calibration) -> Plan:
     children and in no other way.
     """
     plans = dict(plan.layers)
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    for name, sequential in model.named_modules():
-        calls = calibration.calls[name]
+    places = Counter(id(child) for module in evidence.model.modules() for child in module._modules.values())
+    for name, sequential in evidence.model.named_modules():
+        calls = evidence.calls[name]
         if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential) or calls == 0:
             continue
         run: list[tuple[str, nn.Module | None]] = []
         for key, child in sequential._modules.items():
             path = f"{name}.{key}" if name else key
-            alone = child is not None and places[id(child)] == 1 and calibration.calls[path] == calls
+            alone = child is not None and places[id(child)] == 1 and evidence.calls[path] == calls
             run.append((path, child if alone else None))
         _fuse_run(run, plans)
     return dataclasses.replace(plan, layers=plans)
@@ -40,7 +40,7 @@ def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPla
     """One Sequential's children in order, None where others may see into one."""
 
     def is_int8(name: str, module: nn.Module | None) -> bool:
-        return module is not None and name in plans and plans[name].kind != "float"
+        return module is not None and name in plans and plans[name].is_int8
 
     for i, (name, layer) in enumerate(run):
         if not is_int8(name, layer):

@@ -1,17 +1,18 @@
 """Plan: per layer, what it becomes and why. Plain data: printable, JSON, and editable before it is applied.
 
-`make_plan` decides from the records of a calibration (or, without one, from the weights alone), by measuring each
-candidate scheme on the layer's own input sample with the real integer ops. `fuse` then joins neighbours. Between the
-two, `smooth_search` may replace what `make_plan` chose.
+Every stage of planning takes a Plan and the evidence, and gives a Plan: `choose` the scheme of each layer, `smooth`
+outliers out of activations, `fuse` neighbours, `round_weights`, `describe` what quantization did, `fit` a budget.
+`apply_plan` then makes it of a model.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from torchq.errors import BadValueError
 from torchq.numerics.qparams import QParams
 from torchq.planning.frontier import Frontier
 from torchq.text import to_json
@@ -65,6 +66,20 @@ class Smoothing:
     before_db: float
     after_db: float
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Smoothing":
+        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        numbers = {key: float(data[key]) for key in ("alpha", "before_db", "after_db")}
+        return cls(scales=tuple(data["scales"]), layers=tuple(data["layers"]), **numbers)
+
+
+class Rounded(NamedTuple):
+    """A layer's int8 weight (N, K), its scales (N,) and its bias (N,), rounded with calibration data."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
 
@@ -75,7 +90,7 @@ class LayerPlan:
 
     Args:
         kind: "int8 dynamic", "int8 static" or "float".
-        reason: why, in words and numbers.
+        reason: what decided on that, in a few words; the numbers are in the other fields.
         per_channel: one weight scale per output channel, or one per tensor.
         input_qparams: scale and zero point of a static layer's input.
         observer: the observer the static range came from.
@@ -86,8 +101,12 @@ class LayerPlan:
         feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
         smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
             `sqnr_db` are those of the divided input.
-        rounding: how the weights are rounded: "nearest", or "gptq" with calibration data, which a plan does not hold.
+        rounding: how the weights are rounded: "nearest", or "gptq" with calibration data.
+        gptq_db: output SQNR on held-out rows with weights rounded to nearest, and by GPTQ; whichever was taken.
+        no_gptq: why GPTQ was not tried, where it was asked for.
         stats: what quantization did to the weight and the input, measured on the layer's input sample.
+        weights: the rounded weights of a layer with `rounding="gptq"`. Neither JSON nor the plan of a converted model
+            holds them; `torchq.plan_of` reads them back.
     """
 
     kind: Kind
@@ -101,7 +120,20 @@ class LayerPlan:
     feeds: str | None = None
     smoothed: str | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
+    gptq_db: tuple[float, float] | None = None
+    no_gptq: str | None = None
     stats: LayerStats | None = None
+    weights: Rounded | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the layer is computed in int8."""
+        return self.kind != "float"
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """The modules whose work this layer does."""
+        return self.skipped if self.activation is None else (self.activation, *self.skipped)
 
     @property
     def measured_db(self) -> float | None:
@@ -112,10 +144,32 @@ class LayerPlan:
             return self.sqnr_db.get("gptq")
         return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it, without `weights`."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "weights"}
+        values["stats"] = self.stats and dataclasses.asdict(self.stats)
+        data: dict[str, Any] = to_json(values)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerPlan":
+        """The inverse of `to_dict`."""
+        pair, gptq, stats = data["input_qparams"], data["gptq_db"], data["stats"]
+        return cls(
+            **{
+                **data,
+                "input_qparams": pair and QParams(*pair),
+                "skipped": tuple(data["skipped"]),
+                "sqnr_db": {scheme: float(value) for scheme, value in data["sqnr_db"].items()},
+                "gptq_db": gptq and (float(gptq[0]), float(gptq[1])),
+                "stats": stats and LayerStats.from_dict(stats),
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The layer plans by module name, in model order, and the smoothings by the name of the module rescaled.
+    """The layer plans by name, in model order, and the smoothings by the name of the module rescaled.
 
     To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
     what the search for an accuracy budget measured.
@@ -134,40 +188,38 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
 
+    def int8_layers(self) -> list[str]:
+        """The names of the layers in int8."""
+        return [name for name, layer in self.layers.items() if layer.is_int8]
+
+    def without_weights(self) -> "Plan":
+        """The plan without the rounded weights, for whoever holds these in another form."""
+        layers = {name: dataclasses.replace(layer, weights=None) for name, layer in self.layers.items()}
+        return dataclasses.replace(self, layers=layers)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it: dicts, lists, strings and numbers."""
-        layers = {name: to_json(dataclasses.asdict(layer)) for name, layer in self.layers.items()}
+        """As JSON knows it: dicts, lists, strings and numbers. Rounded weights are not part of it."""
+        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
         return {"layers": layers, "smoothings": smoothings, "frontier": self.frontier and self.frontier.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
-        layers = {}
-        for name, values in data["layers"].items():
-            pair, stats = values["input_qparams"], values["stats"] and LayerStats.from_dict(values["stats"])
-            sqnr = {scheme: float(value) for scheme, value in values["sqnr_db"].items()}
-            given = {"input_qparams": pair and QParams(*pair), "skipped": tuple(values["skipped"]), "sqnr_db": sqnr}
-            layers[name] = LayerPlan(**{**values, **given, "stats": stats})
-        smoothings = {name: _smoothing(values) for name, values in data["smoothings"].items()}
+        layers = {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()}
+        smoothings = {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()}
         return cls(layers, smoothings, data["frontier"] and Frontier.from_dict(data["frontier"]))
 
 
-def _smoothing(values: Mapping[str, Any]) -> Smoothing:
-    numbers = {key: float(values[key]) for key in ("alpha", "before_db", "after_db")}
-    return Smoothing(scales=tuple(values["scales"]), layers=tuple(values["layers"]), **numbers)
-
-
-def plan_of(qmodel: nn.Module, function: str) -> Plan:
-    """The plan of a converted model, for torchq's `function` of this name.
+def attached_plan(qmodel: nn.Module) -> Plan:
+    """The plan that a converted model carries, without the rounded weights, which are in its layers.
 
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`.
     """
     plan = getattr(qmodel, "torchq_plan", None)
     if not isinstance(plan, Plan):
-        raise ValueError(
-            f"torchq.{function}: this {type(qmodel).__name__} has no torchq_plan. Pass the model that torchq.convert "
-            "returned."
+        raise BadValueError(
+            f"this {type(qmodel).__name__} has no torchq_plan. Pass the model that torchq.convert returned."
         )
     return plan

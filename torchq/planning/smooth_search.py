@@ -6,80 +6,86 @@ Each candidate is measured as any other scheme: by planning the scaled layers an
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchq.calibration.calibrate import Calibration
-from torchq.calibration.record import Record
-from torchq.config import QConfig
-from torchq.modules.qat_linear import QATLinear
-from torchq.numerics.qparams import QParams
-from torchq.planning.choose import plan_layer, static_qparams, static_ranges
+from torchq.calibration.calibrate import Evidence
+from torchq.calibration.record import Record, Trial
+from torchq.modules.registry import Layer
+from torchq.planning.choose import plan_layer
 from torchq.planning.plan import LayerPlan, Plan, Smoothing
 from torchq.planning.smoothing import ALPHAS, MIN_GAIN_DB, smoothing_scales
 
 
-def smooth(model: nn.Module, plan: Plan, calibration: Calibration, config: QConfig) -> Plan:
+def smooth(plan: Plan, evidence: Evidence) -> Plan:
     """Tries every alpha on each group of layers that share an input, and replaces their plans where one pays."""
-    plans, smoothings = dict(plan.layers), {}
-    for source, readers in calibration.readers.items():
-        if isinstance(model.get_submodule(source), nn.Linear) and config.weight == "per_tensor":
-            continue  # dividing its outputs would change its own weight codes
-        if any(isinstance(model.get_submodule(name), QATLinear) for name in (source, *readers)):
-            continue  # trained on what it has
-        if not all(plans[name].sqnr_db for name in readers):
-            continue  # nothing was measured
-        linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in readers}
-        records = {name: calibration.records[name] for name in readers}
-        judged = {name: record.judged() for name, record in records.items()}
-        before = {
-            name: plans[name] if judged[name] is records[name] else plan_layer(linear, judged[name], config)
-            for name, linear in linears.items()
+    for source, readers in evidence.readers.items():
+        if _may_be_smoothed(source, readers, plan, evidence):
+            plan = _smooth_one(source, readers, plan, evidence)
+    return plan
+
+
+def _may_be_smoothed(source: str, readers: tuple[str, ...], plan: Plan, evidence: Evidence) -> bool:
+    layers = evidence.layers
+    if source in layers and evidence.config.weight == "per_tensor":
+        return False  # dividing its outputs would change its own weight codes
+    if any(layers[name].trained for name in (source, *readers) if name in layers):
+        return False  # trained on what it has
+    return all(plan.layers[name].sqnr_db for name in readers)  # else nothing was measured
+
+
+def _smooth_one(source: str, readers: tuple[str, ...], plan: Plan, evidence: Evidence) -> Plan:
+    config = evidence.config
+    group = _Group([evidence.layers[name] for name in readers], evidence)
+    before = {
+        layer.name: plan_layer(layer, record.held_out(), config) if record.is_few else plan.layers[layer.name]
+        for layer, record in group.members
+    }
+    after = {alpha: group.planned(group.scales(alpha, held_out=True)) for alpha in ALPHAS}
+    alpha = _cheapest(before, after, config.margin_db)
+    if alpha is None:
+        return plan
+    scales = group.scales(alpha)
+    smoothing = Smoothing(tuple(scales.tolist()), readers, alpha, _mean_db(before), _mean_db(after[alpha]))
+    layers = dict(plan.layers)
+    for name, chosen in after[alpha].items():
+        ranges = None  # of all data, not only of the half that was judged
+        if chosen.observer is not None:
+            ranges = group.trial(evidence.records[name], scales, held_out=False).ranges[chosen.observer]
+        layers[name] = dataclasses.replace(chosen, smoothed=source, input_qparams=ranges)
+    return dataclasses.replace(plan, layers=layers, smoothings={**plan.smoothings, source: smoothing})
+
+
+class _Group:
+    """The readers of one input, tried with that input divided by some scales."""
+
+    def __init__(self, layers: list[Layer], evidence: Evidence) -> None:
+        self.members = [(layer, evidence.records[layer.name]) for layer in layers]
+        self._config = evidence.config
+        self._latest: tuple[Tensor, dict[int, Trial]] | None = None
+
+    def scales(self, alpha: float, *, held_out: bool = False) -> Tensor:
+        """The scales (K,), from the peaks of all data or of those rows that are not held out."""
+        trials = [record.held_out() if held_out else record.whole for _, record in self.members]
+        peak = torch.stack([trial.peak for trial in trials]).amax(dim=0)
+        return smoothing_scales(peak, [layer.weight for layer, _ in self.members], alpha)
+
+    def planned(self, scales: Tensor) -> dict[str, LayerPlan]:
+        """The plans of the layers for inputs divided by `scales`, judged on held-out rows where rows are few."""
+        return {
+            layer.name: plan_layer(layer, self.trial(record, scales, held_out=True), self._config, into=scales)
+            for layer, record in self.members
         }
-        after = {alpha: _plan_smoothed(linears, judged, _scales(linears, judged, alpha), config) for alpha in ALPHAS}
-        alpha = _cheapest(before, after, config.margin_db)
-        if alpha is None:
-            continue
-        old, new, scales = _mean_db(before), _mean_db(after[alpha]), _scales(linears, records, alpha)
-        smoothings[source] = Smoothing(tuple(scales.tolist()), readers, alpha, old, new)
-        for name, chosen in after[alpha].items():
-            reason = f"{chosen.reason}; smoothed in {source!r}, alpha {alpha:g}: {old:.1f} -> {new:.1f} dB"
-            ranges = None  # of all data, not only of the half that was judged
-            if chosen.observer is not None:
-                ranges = static_qparams(records[name].smoothed(scales).observers[chosen.observer])
-            plans[name] = dataclasses.replace(chosen, reason=reason, smoothed=source, input_qparams=ranges)
-    return dataclasses.replace(plan, layers=plans, smoothings=smoothings)
 
-
-def _scales(linears: Mapping[str, nn.Linear], records: Mapping[str, Record], alpha: float) -> Tensor:
-    """The scales (K,) for readers of one input."""
-    peak = torch.stack([record.peak for record in records.values()]).amax(dim=0)
-    return smoothing_scales(peak, [linear.weight for linear in linears.values()], alpha)
-
-
-def _plan_smoothed(
-    linears: Mapping[str, nn.Linear], records: Mapping[str, Record], scales: Tensor, config: QConfig
-) -> dict[str, LayerPlan]:
-    """The plans of these layers with their inputs divided by `scales`; layers that saw the same share the ranges."""
-    plans: dict[str, LayerPlan] = {}
-    known: list[tuple[Record, Record, dict[str, QParams]]] = []
-    for name, record in records.items():
-        found = next((entry for entry in known if _saw_the_same(entry[0], record)), None)
-        if found is None:
-            smoothed = record.smoothed(scales)
-            found = (record, smoothed, static_ranges(smoothed))
-            known.append(found)
-        plans[name] = plan_layer(linears[name], found[1], config, found[2], into=scales)
-    return plans
-
-
-def _saw_the_same(one: Record, other: Record) -> bool:
-    """Whether `Record.smoothed` gives the same for both, as for q, k and v of an attention."""
-    if one.extremes is None or other.extremes is None or not torch.equal(one.extremes, other.extremes):
-        return False
-    return torch.equal(one.observed, other.observed) and torch.equal(one.sample.rows, other.sample.rows)
+    def trial(self, record: Record, scales: Tensor, *, held_out: bool) -> Trial:
+        """The record's trial for inputs divided by `scales`: one for all layers that share the record."""
+        if self._latest is None or self._latest[0] is not scales:
+            self._latest = scales, {}
+        known = self._latest[1]
+        if id(record) not in known:
+            known[id(record)] = record.held_out(into=scales) if held_out else record.trial(into=scales)
+        return known[id(record)]
 
 
 def _cheapest(

@@ -6,18 +6,19 @@ the others a few codes. Dividing channel j by s_j and multiplying column j of th
     y = (x / s) · (w · s)ᵀ        s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
 but shares the difficulty between activations and weights, which have a scale per output channel. The division costs
-nothing at run time: it is folded into the weight and bias of the module that makes x, a LayerNorm, RMSNorm or Linear,
+nothing at run time: it is folded into the weight and bias of the module that makes x, a LayerNorm, RMSNorm or layer,
 and only where `dataflow` has proven that nobody else reads it.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from torchq.calibration.dataflow import NORMS
+from torchq.calibration.dataflow import NORMS, owns_weight
+from torchq.modules.base import Matrix
+from torchq.modules.registry import type_of
 from torchq.planning.plan import Smoothing
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
@@ -62,48 +63,48 @@ def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) ->
     return logs.exp2().float()
 
 
-def scaled_linear(linear: nn.Linear, *, into: Tensor | None = None, out: Tensor | None = None) -> nn.Linear:
-    """The layer for inputs divided by `into` (K,), its outputs divided by `out` (N,): a new one, the same dtype.
+def scaled(matrix: Matrix, *, into: Tensor | None = None, out: Tensor | None = None) -> Matrix:
+    """The matrix that takes x / `into` (K,) and gives y / `out` (N,): a new one, of the same dtype.
 
-    >>> linear, s = nn.Linear(4, 2), torch.tensor([1.0, 2.0, 4.0, 0.5])
+    >>> weight, s = torch.ones(2, 4), torch.tensor([1.0, 2.0, 4.0, 0.5])
     >>> x = torch.ones(1, 4)
-    >>> torch.allclose(scaled_linear(linear, into=s)(x / s), linear(x))
-    True
+    >>> (x / s) @ scaled(Matrix(weight, None), into=s).weight.T
+    tensor([[4., 4.]])
     """
-    scaled = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    for key, value in _scaled(linear, into, out).items():
-        setattr(scaled, key, nn.Parameter(value, requires_grad=False))
-    return scaled
+    weight, bias = matrix.weight.detach(), None if matrix.bias is None else matrix.bias.detach()
+    values = _scaled({"weight": weight} if bias is None else {"weight": weight, "bias": bias}, into, out)
+    return Matrix(values["weight"], values.get("bias"))
 
 
 def scaled_parts(
-    linear: nn.Linear, *, per_channel: bool = True, into: Tensor | None = None, out: Tensor | None = None
-) -> Iterator[tuple[slice, nn.Linear]]:
-    """`scaled_linear`, some output channels at a time: a scaled copy of all of a large layer would double its memory.
+    matrix: Matrix, *, per_channel: bool = True, into: Tensor | None = None, out: Tensor | None = None
+) -> Iterator[tuple[slice, Matrix]]:
+    """`scaled`, a part of the output channels at a time: a scaled copy of a whole large layer would double its memory.
 
-    All at once without `per_channel`, for who looks for a scale of all weights.
+    All channels at once without `per_channel`, for a caller that needs one scale of all weights.
 
-    >>> linear = nn.Linear(2**17, 5)
-    >>> [(channels, part.out_features) for channels, part in scaled_parts(linear)]
+    >>> matrix = Matrix(torch.zeros(5, 2**17), None)
+    >>> [(channels, len(part.weight)) for channels, part in scaled_parts(matrix)]
     [(slice(0, 2, None), 2), (slice(2, 4, None), 2), (slice(4, 5, None), 1)]
     """
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    count = weight.shape[0]
-    step = max(1, _PART_WEIGHTS // max(1, weight.shape[1])) if per_channel else max(1, count)
+    count, depth = matrix.weight.shape
+    step = max(1, _PART_WEIGHTS // max(1, depth)) if per_channel else max(1, count)
     for start in range(0, max(1, count), step):
         channels = slice(start, min(start + step, count))
-        part = nn.Linear(weight.shape[1], channels.stop - start, bias is not None, device="meta")
-        part.weight = nn.Parameter(weight[channels], requires_grad=False)
-        if bias is not None:
-            part.bias = nn.Parameter(bias[channels], requires_grad=False)
-        yield channels, scaled_linear(part, into=into, out=None if out is None else out[channels])
+        part = Matrix(matrix.weight[channels], None if matrix.bias is None else matrix.bias[channels])
+        yield channels, scaled(part, into=into, out=None if out is None else out[channels])
 
 
 def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, nn.Parameter]:
-    """New parameters of this module of `model`, a norm or a Linear, with all smoothings that touch it folded in."""
+    """New parameters of this module of `model`, a norm or a layer, with all smoothings that touch it folded in."""
     module = model.get_submodule(name)
+    kind = type_of(module)
+    held = module._parameters if kind is None else kind.matrices(module)[""]._asdict()
+    values = {key: value.detach() for key in ("weight", "bias") if (value := held.get(key)) is not None}
+    values = _scaled(values, *scales_around(smoothings, name))
+    if kind is not None:
+        values = kind.parameters(module, "", values)
     trained = {key for key, value in module._parameters.items() if value is not None and value.requires_grad}
-    values = _scaled(module, *scales_around(smoothings, name))
     return {key: nn.Parameter(value, requires_grad=key in trained) for key, value in values.items()}
 
 
@@ -113,23 +114,25 @@ def scales_around(smoothings: Mapping[str, Smoothing], name: str) -> tuple[Tenso
     return into, torch.tensor(smoothings[name].scales) if name in smoothings else None
 
 
-def can_scale(module: nn.Module | None) -> bool:
-    """Whether a factor can be folded into this module's weight and bias."""
-    kind = module is not None and (isinstance(module, nn.Linear) or type(module) in NORMS)
-    return kind and cast(nn.Module, module)._parameters.get("weight") is not None
+def channels_of(module: nn.Module | None) -> int | None:
+    """The output channels of a module whose weight and bias can rescale its output; None where they can't."""
+    kind = None if module is None else type_of(module)
+    if module is not None and kind is not None:
+        matrices = kind.matrices(module)
+        whole = list(matrices) == [""] and owns_weight(module, matrices[""].weight)
+        return len(matrices[""].weight) if whole else None
+    weight = module._parameters.get("weight") if module is not None and type(module) in NORMS else None
+    return None if weight is None else len(weight)
 
 
-def _scaled(module: nn.Module, into: Tensor | None, out: Tensor | None) -> dict[str, Tensor]:
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    assert weight is not None  # can_scale
-    parameters = {"weight": weight.detach().float()}
-    if bias is not None:
-        parameters["bias"] = bias.detach().float()
+def _scaled(values: Mapping[str, Tensor], into: Tensor | None, out: Tensor | None) -> dict[str, Tensor]:
+    dtype = values["weight"].dtype
+    new = {key: value.float() for key, value in values.items()}
     if into is not None:
-        parameters["weight"] = parameters["weight"] * into
+        new["weight"] = new["weight"] * into
     if out is not None:
-        parameters = {key: value / _column(out, value) for key, value in parameters.items()}
-    return {key: value.to(weight.dtype) for key, value in parameters.items()}
+        new = {key: value / _column(out, value) for key, value in new.items()}
+    return {key: value.to(dtype) for key, value in new.items()}
 
 
 def _column(scales: Tensor, value: Tensor) -> Tensor:

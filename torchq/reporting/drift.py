@@ -17,7 +17,7 @@ Hooks need eager calls: watch the model itself, not what torch.compile or torch.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.modules.linear import QuantizedLinear
+from torchq.errors import BadValueError, door
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.numerics.metrics import count_clipped
 from torchq.numerics.qparams import QParams
-from torchq.planning.plan import plan_of
+from torchq.planning.plan import Plan, attached_plan
 
 THRESHOLD = 0.001
 """A layer has drifted when it clips this share of all values more than in calibration.
@@ -100,8 +101,8 @@ class Drift:
         return "\n".join(lines) or f"no drift in {len(self.layers)} static layers"
 
 
-@contextmanager
-def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> Iterator[Drift]:
+@door("torchq.watch_drift")
+def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> AbstractContextManager[Drift]:
     """Inside, counts what every static layer clips. The counts are in the `Drift` it gives, also afterwards.
 
     Args:
@@ -124,14 +125,19 @@ def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> Iterator[
     ('',)
     """
     if not 0 <= threshold < 1:
-        raise ValueError(f"torchq.watch_drift: threshold must be a share in [0, 1), got {threshold}. Try {THRESHOLD}.")
-    plans, drift, handles = plan_of(qmodel, "watch_drift").layers, Drift(threshold), []
-    feeders = {plan.feeds: name for name, plan in plans.items()}
-    for name, plan in plans.items():
+        raise BadValueError(f"threshold must be a share in [0, 1), got {threshold}. Try {THRESHOLD}.")
+    return _watching(qmodel, attached_plan(qmodel), threshold)
+
+
+@contextmanager
+def _watching(qmodel: nn.Module, plan: Plan, threshold: float) -> Iterator[Drift]:
+    plans, drift, handles = plan.layers, Drift(threshold), []
+    feeders = {planned.feeds: name for name, planned in plans.items()}
+    for name, planned in plans.items():
         layer = qmodel.get_submodule(name)
         if not isinstance(layer, QuantizedLinear) or layer.input_qparams is None:
             continue
-        drift.layers[name] = LayerDrift(0.0 if plan.stats is None else plan.stats.clipped)
+        drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
         count = partial(drift.layers[name].count, qparams=layer.input_qparams)
         if layer.takes_codes:
             feeder = cast(QuantizedLinear, qmodel.get_submodule(feeders[name]))

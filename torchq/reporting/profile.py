@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from torchq.modules.linear import QuantizedLinear
+from torchq.errors import door
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.numerics.qparams import dequantize
-from torchq.planning.plan import plan_of
+from torchq.planning.plan import attached_plan
 from torchq.timing import interleaved
 
 
@@ -27,6 +28,7 @@ class LayerTime:
         return self.float_seconds / self.int8_seconds
 
 
+@door("torchq.profile_layers")
 @torch.no_grad()
 def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime]:
     """Times every int8 layer against the float layer of its shape and dtype, by name; `report` prints it as columns.
@@ -51,7 +53,7 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
     if rounds < 1:
         raise ValueError(f"torchq.profile_layers: rounds must be at least 1, got {rounds}.")
     times = {}
-    for name, plan in plan_of(qmodel, "profile_layers").layers.items():
+    for name, plan in attached_plan(qmodel).layers.items():
         layer = qmodel.get_submodule(name)
         if isinstance(layer, QuantizedLinear) and plan.stats is not None:
             times[name] = _time(layer, plan.stats.rows, rounds)

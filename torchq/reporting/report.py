@@ -1,6 +1,6 @@
 """report(): what a converted model is made of, layer by layer, as text and as plain data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,27 @@ from typing import Any
 from torch import nn
 
 from torchq import kernels, text
-from torchq.modules.linear import QuantizedLinear
+from torchq.errors import door
+from torchq.modules.base import Int8Module, float_size
 from torchq.planning.frontier import Frontier
-from torchq.planning.plan import plan_of
+from torchq.planning.plan import Plan, attached_plan
 from torchq.reporting.drift import Drift
 from torchq.reporting.profile import LayerTime
+from torchq.reporting.render import render
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One nn.Linear of the original model; None stands for what was not measured.
+    """One layer of the original model; None stands for what was not measured.
 
     Args:
-        name: of the module.
+        name: of the layer.
         kind: "int8 dynamic", "int8 static" or "float".
         kernel: that computes it.
-        bytes_before: of weight, scales and bias in float.
-        bytes_after: the same now, resident.
+        bytes_before: of weight and bias in float.
+        bytes_after: the same now, resident, with scales and padding.
         sqnr_db: of the layer's output, on its calibration sample.
-        reason: why it became what it is.
+        reason: what decided on what it became.
         weight_db: SQNR of the int8 weight.
         input_db: SQNR of the quantized input, on the sample.
         clipped: the share of the sample's values outside a static layer's range.
@@ -34,6 +36,12 @@ class LayerReport:
         int8_seconds: the same of this layer.
         drift: the share of values clipped at inference, from `watch_drift`.
         advice: what to do about that, if anything.
+        static_db: of the output under the best static range, with weights rounded to nearest.
+        dynamic_db: of the output under ranges per row, with weights rounded to nearest.
+        smoothing_db: what smoothing gained, in the mean of all layers that read the same input.
+        gptq_db: what GPTQ gained on held-out rows, or would have gained (`rounding`).
+        rounding: "nearest" or "gptq".
+        no_gptq: why GPTQ was not tried.
     """
 
     name: str
@@ -50,6 +58,12 @@ class LayerReport:
     int8_seconds: float | None = None
     drift: float | None = None
     advice: str | None = None
+    static_db: float | None = None
+    dynamic_db: float | None = None
+    smoothing_db: float | None = None
+    gptq_db: float | None = None
+    rounding: str = "nearest"
+    no_gptq: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of all Linear layers in float."""
+        """Bytes of all layers in float."""
         return sum(layer.bytes_before for layer in self.layers)
 
     @property
@@ -91,21 +105,16 @@ class Report:
         self.frontier.plot(path)
 
     def __str__(self) -> str:
-        columns = [_column(title, self.layers) for title in _CELLS]
-        shown = [column for column in columns if column[0] not in _OPTIONAL or set(column[1:]) != {"-"}]
-        head, *rows = zip(*shown, strict=True)
-        ratio = self.bytes_before / max(1, self.bytes_after)
-        before, after = text.size(self.bytes_before), text.size(self.bytes_after)
-        lines = [*text.table(head, rows), f"Linear layers: {before} -> {after} ({ratio:.2f}x smaller)"]
-        lines += [layer.advice for layer in self.layers if layer.advice is not None]
-        return "\n".join(lines if self.frontier is None else [*lines, "", str(self.frontier)])
+        return "\n".join(render(self))
 
 
+@door("torchq.report")
 def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None, drift: Drift | None = None) -> Report:
-    """What became of every nn.Linear of a converted model: scheme, kernel, bytes, SQNR, clipped share, times, reason.
+    """What became of every layer of a converted model: scheme, kernel, bytes, SQNR, clipped share, times, reason.
 
     SQNR and clipped share are those of the layer's own calibration sample, None where there was no calibration. After a
-    conversion with `evaluate`, the frontier of the accuracy budget is there too.
+    conversion with `evaluate`, the frontier of the accuracy budget is there too. Printed, it fits a terminal of 120
+    columns; with times or drift, these take the place of the columns on how the layer was chosen.
 
     Args:
         qmodel: from `torchq.convert`.
@@ -116,66 +125,58 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`.
 
-    >>> from torchq.conversion import convert
+    >>> from torchq import convert
     >>> report(convert(nn.Linear(64, 64))).layers[0].kind
     'int8 dynamic'
     """
-    plan = plan_of(qmodel, "report")
-    layers = []
-    for name, layer in plan.layers.items():
-        module, stats = qmodel.get_submodule(name), layer.stats
-        before, after = _layer_bytes(module)
-        time = None if profile is None else profile.get(name)
-        seen = None if drift is None else drift.layers.get(name)
-        layers.append(
-            LayerReport(
-                name,
-                layer.kind,
-                kernels.active() if isinstance(module, QuantizedLinear) else None,
-                before,
-                after,
-                layer.measured_db,
-                layer.reason,
-                weight_db=None if stats is None else stats.weight_db,
-                input_db=None if stats is None else stats.input_db,
-                clipped=None if stats is None else stats.clipped,
-                float_seconds=None if time is None else time.float_seconds,
-                int8_seconds=None if time is None else time.int8_seconds,
-                drift=None if seen is None else seen.share,
-                advice=None if drift is None else drift.advice(name),
-            )
-        )
+    plan = attached_plan(qmodel)
+    layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
     return Report(tuple(layers), plan.frontier)
 
 
-def _layer_bytes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, QuantizedLinear):
-        values = module.out_features * (module.in_features + module.has_bias)
-        return values * module.dtype.itemsize, module.packed.numel()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+def _layer_report(
+    qmodel: nn.Module, plan: Plan, name: str, profile: Mapping[str, LayerTime], drift: Drift | None
+) -> LayerReport:
+    layer, module, time = plan.layers[name], _module_of(qmodel, name), profile.get(name)
+    before, after = _sizes(module)
+    stats, seen = layer.stats, None if drift is None else drift.layers.get(name)
+    smoothing = plan.smoothings.get(layer.smoothed or "")
+    static = [db for scheme, db in layer.sqnr_db.items() if scheme not in ("dynamic", "gptq")]
+    return LayerReport(
+        name,
+        layer.kind,
+        kernels.active() if isinstance(module, Int8Module) else None,
+        before,
+        after,
+        layer.measured_db,
+        layer.reason,
+        weight_db=None if stats is None else stats.weight_db,
+        input_db=None if stats is None else stats.input_db,
+        clipped=None if stats is None else stats.clipped,
+        float_seconds=None if time is None else time.float_seconds,
+        int8_seconds=None if time is None else time.int8_seconds,
+        drift=None if seen is None else seen.share,
+        advice=None if drift is None else drift.advice(name),
+        static_db=max(static, default=None),
+        dynamic_db=layer.sqnr_db.get("dynamic"),
+        smoothing_db=None if smoothing is None else smoothing.after_db - smoothing.before_db,
+        gptq_db=None if layer.gptq_db is None else layer.gptq_db[1] - layer.gptq_db[0],
+        rounding=layer.rounding,
+        no_gptq=layer.no_gptq,
+    )
+
+
+def _module_of(qmodel: nn.Module, name: str) -> nn.Module:
+    """The layer's module: of its own in the int8 model, or, where all of its module stayed float, that one."""
+    while True:
+        try:
+            return qmodel.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Int8Module):
+        return module.float_bytes, module.int8_bytes
+    size = float_size(module)
     return size, size
-
-
-# Column titles, each with the field it shows and how.
-_CELLS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "layer": ("name", lambda name: name or "(root)"),
-    "scheme": ("kind", str),
-    "kernel": ("kernel", str),
-    "before": ("bytes_before", text.size),
-    "after": ("bytes_after", text.size),
-    "weight": ("weight_db", lambda db: f"{db:.1f} dB"),
-    "input": ("input_db", lambda db: f"{db:.1f} dB"),
-    "SQNR": ("sqnr_db", lambda db: f"{db:.1f} dB"),
-    "clipped": ("clipped", lambda share: f"{share:.2%}"),
-    "now": ("drift", lambda share: f"{share:.2%}"),
-    "float": ("float_seconds", text.duration),
-    "int8": ("int8_seconds", text.duration),
-    "reason": ("reason", str),
-}
-_OPTIONAL = ("weight", "input", "clipped", "now", "float", "int8")  # left out where no layer has a value
-
-
-def _column(title: str, layers: tuple[LayerReport, ...]) -> list[str]:
-    field, show = _CELLS[title]
-    values = [getattr(layer, field) for layer in layers]
-    return [title, *("-" if value is None else show(value) for value in values)]

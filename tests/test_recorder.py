@@ -1,0 +1,149 @@
+"""Layers that read the same tensor share a record, and every record is what it would be alone."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.numbers import normal
+from torchq import QConfig, convert
+from torchq.calibration import sharing
+from torchq.calibration.calibrate import calibrate
+from torchq.calibration.record import Record
+from torchq.calibration.sharing import Recorder
+from torchq.modules.registry import find_layers
+from torchq.observers import Histogram
+
+CONFIG = QConfig(sample_rows=8)
+
+
+class Attention(nn.Module):
+    """q, k and v of one tensor; what k reads may be changed by `between`."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.between = between
+
+    def forward(self, x):
+        q, k = self.q(x), self.k(self.between(x))
+        return self.o(q + self.v(x)) + k.mean()
+
+
+def records_of(model, data, config=CONFIG):
+    return calibrate(model, data, find_layers(model), config).records
+
+
+def alone(calls, config=CONFIG):
+    """The record of these calls (tensors), made by nobody else."""
+    record = Record.empty(calls[0].shape[-1], config)
+    for x in calls:
+        record.observe(x)
+    return record
+
+
+def assert_same(record, other):
+    assert (record.calls, record.sample.seen, record.gram_rows) == (other.calls, other.sample.seen, other.gram_rows)
+    assert torch.equal(record.sample.rows, other.sample.rows)
+    assert torch.equal(record.sample.positions, other.sample.positions)
+    assert torch.equal(record.extremes, other.extremes)
+    states = record.seen.state_dict(), other.seen.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_q_k_and_v_share_one_record(monkeypatch):
+    """Binned, sampled and multiplied once."""
+    updates, update = [], Histogram._update
+    monkeypatch.setattr(Histogram, "_update", lambda self, *args: updates.append(self) or update(self, *args))
+    records = records_of(Attention(), [normal(20, 16, seed=i) for i in range(3)])
+    assert records["q"] is records["k"] is records["v"]
+    assert records["o"] is not records["q"]
+    assert len(updates) == 2 * 3
+    assert_same(records["q"], alone([normal(20, 16, seed=i) for i in range(3)]))
+    assert torch.equal(records["q"].gram, alone([normal(20, 16, seed=i) for i in range(3)]).gram)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [torch.clone, torch.relu, lambda x: x.view(2, 10, 16), lambda x: x[:19], lambda x: x.mul_(2)],
+    ids=["copy", "function", "another view", "a part", "written in place"],
+)
+def test_another_tensor_is_another_record(between):
+    model = Attention(between)
+    records = records_of(model, [normal(20, 16, seed=i) for i in range(3)])
+    assert records["k"] is not records["q"]
+    assert_same(records["k"], alone([between(normal(20, 16, seed=i)).reshape(-1, 16) for i in range(3)]))
+
+
+def test_a_tensor_in_the_place_of_a_freed_one_is_another():
+    """Fresh memory is often that of what was freed last; values may be the same, or not."""
+    recorder = Recorder(CONFIG)
+    for name in "abcdefgh":
+        recorder.observe(name, torch.full((4, 16), float(ord(name))))
+    records = recorder.records()
+    assert len({id(record) for record in records.values()}) == 8
+    assert all((record.extremes == ord(name)).all() for name, record in records.items())
+
+
+def test_tensors_without_versions_are_not_shared():
+    with torch.inference_mode():
+        x = normal(4, 16)
+    recorder = Recorder(CONFIG)
+    for name in "ab":
+        recorder.observe(name, x)
+    records = recorder.records()
+    assert records["a"] is not records["b"]
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("observer", ["auto", "moving_average"])
+def test_any_order_of_calls_gives_each_layer_its_own_record(seed, observer):
+    """Layers share tensors, miss calls, are called twice, and part: each record is what it would be alone."""
+    config = QConfig(sample_rows=8, observer=observer)
+    draw, recorder, calls = random.Random(seed), Recorder(config), {name: [] for name in "abcd"}
+    likely = draw.choice([0.5, 0.9, 0.99])  # that a layer takes the common tensor
+    for step in range(draw.randrange(1, 30)):
+        common = normal(draw.choice([0, 1, 3, 20]), 4, seed=1000 * seed + step)
+        for name in draw.sample("abcd", 4):
+            if draw.random() < likely:
+                x = common
+            elif draw.random() < 0.5:
+                x = normal(5, 4, seed=draw.randrange(10**6))
+            else:
+                continue
+            for _ in range(1 if draw.random() < 0.97 else 2):
+                calls[name].append(x)
+                recorder.observe(name, x)
+    records = recorder.records()
+    assert set(records) == {name for name in calls if calls[name]}
+    for name, record in records.items():
+        if any(len(x) for x in calls[name]):
+            assert_same(record, alone(calls[name], config))
+        assert record.calls == len(calls[name])
+
+
+def test_a_layer_that_leaves_while_products_are_summed_keeps_the_rows_of_that_call():
+    """The one difference: they only steer the rounding of its weights."""
+    recorder, first, second, other = Recorder(CONFIG), normal(20, 16), normal(20, 16, seed=1), normal(20, 16, seed=2)
+    for x in (first, second):
+        recorder.observe("q", x)
+        recorder.observe("k", x if x is first else other)
+    records = recorder.records()
+    assert torch.equal(records["q"].gram, alone([first, second]).gram)
+    assert records["k"].gram_rows == 40
+    expected = first.T @ first + second.T @ second + other.T @ other
+    assert torch.allclose(records["k"].gram, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_plans_and_weights_are_those_without_sharing(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), nn.LayerNorm(16), Attention()).eval()
+    data = [normal(40, 16, seed=i) for i in range(4)]
+    shared = convert(model, data)
+    monkeypatch.setattr(sharing._Stream, "is_latest", lambda self, x: False)
+    assert len({id(record) for record in records_of(model, data).values()}) == 8
+    separate = convert(model, data)
+    assert shared.torchq_plan == separate.torchq_plan
+    states = shared.state_dict(), separate.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])

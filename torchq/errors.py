@@ -1,0 +1,51 @@
+"""Errors that name the public function the user called.
+
+What is wrong is often found far below that function, in code that several public functions share. Such code raises
+`BadValueError` or `BadTypeError` and says only what is wrong. The public function, marked by `@door("torchq.convert")`,
+puts its name in front and raises the plain ValueError or TypeError that the user sees.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class BadValueError(ValueError):
+    """A value that the public function called can't work with; its name is still missing from the message."""
+
+
+class BadTypeError(TypeError):
+    """The same for a type."""
+
+
+def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Marks a public function: errors of this module that leave it become plain ones that start with `name`.
+
+    Args:
+        name: as the user writes it.
+
+    >>> @door("torchq.half")
+    ... def half(x: int) -> int:
+    ...     if x % 2:
+    ...         raise BadValueError(f"x must be even, got {x}.")
+    ...     return x // 2
+    >>> half(3)
+    Traceback (most recent call last):
+    ValueError: torchq.half: x must be even, got 3.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except (BadValueError, BadTypeError) as error:
+                plain = ValueError if isinstance(error, BadValueError) else TypeError
+                raise plain(f"{name}: {error}").with_traceback(error.__traceback__) from error.__cause__
+
+        return wrapper
+
+    return decorate

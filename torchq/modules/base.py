@@ -1,0 +1,116 @@
+"""ModuleType: what torchq must know of one kind of float module, to calibrate, plan, convert and report it.
+
+A module type is one file here and one entry of `registry.TYPES`. Every stage of a conversion asks the entry, and none
+of them knows what the module is. What the stages decide about is a *matrix*: one weight, in nn.Linear's orientation,
+and the input it multiplies,
+
+    y = x · weightᵀ + bias        x (..., K), weight (N, K), bias (N,) or None
+
+A module has one or several of them, and stores them as it likes: transposed, stacked, packed. In the int8 module each
+becomes a QuantizedLinear.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchq.numerics.qparams import QParams
+
+if TYPE_CHECKING:
+    from torchq.modules.ranges import InputRange
+
+
+class Matrix(NamedTuple):
+    """One weight (N, K) of a module and its bias (N,), in nn.Linear's orientation: views of the module's parameters."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Trained(NamedTuple):
+    """How a module was trained to be quantized (`prepare_qat`).
+
+    Args:
+        input_qparams: the static range of its input; None for a range per token.
+        per_channel: one weight scale per output channel, or one for all.
+        origin: where the range came from, in words.
+    """
+
+    input_qparams: QParams | None
+    per_channel: bool
+    origin: str
+
+
+class Int8Module(nn.Module, ABC):
+    """What a float module becomes. A subclass says how many bytes it took in float."""
+
+    @property
+    @abstractmethod
+    def float_bytes(self) -> int:
+        """The bytes of its weights and biases in the dtype of the float module."""
+
+    @property
+    def int8_bytes(self) -> int:
+        """The bytes it takes now: int8 weights, scales, biases, padding."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+
+class ModuleType(ABC):
+    """One kind of float module. Methods take the module itself, and never change it unless they say so."""
+
+    name: str
+    """The type as a user knows it, for messages: "nn.Linear"."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is of this kind."""
+
+    @abstractmethod
+    def matrices(self, module: nn.Module) -> dict[str, Matrix]:
+        """Its matrices by part: the name of the QuantizedLinear within the int8 module, or "" if it is that itself."""
+
+    @abstractmethod
+    def parameters(self, module: nn.Module, part: str, matrix: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of `module`, by name, that make this `weight` and (where given) `bias` the part's matrix."""
+
+    @abstractmethod
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call with these arguments multiplies each part's weight by, as far as the call shows it."""
+
+    @abstractmethod
+    def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+        """The int8 module, of these parts: a QuantizedLinear each, or an nn.Linear where a part stays in float."""
+
+    def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
+        """Why this one must stay in float, whatever the data show; None if it need not."""
+        return None
+
+    # ---- Quantization-aware training -----------------------------------------------------------------------------
+
+    def trained(self, module: nn.Module) -> Trained | None:
+        """How it was trained to be quantized; None for a plain float module."""
+        return None
+
+    def why_untrainable(self, module: nn.Module) -> str | None:
+        """Why `prepare_qat` must leave it in float; None if `prepare` can turn it into its training form."""
+        return f"{self.name} has no training form"
+
+    def prepare(self, module: nn.Module, input_range: "InputRange", *, per_channel: bool) -> None:
+        """Turns `module` itself into its training form. Only where `why_untrainable` gives no reason."""
+        raise TypeError(f"{self.name} has no training form")
+
+    def release(self, module: nn.Module) -> None:
+        """Turns a training form itself back into the plain float module; changes nothing else."""
+        return
+
+
+def float_size(module: nn.Module) -> int:
+    """The bytes of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights and inputs that can be quantized."""

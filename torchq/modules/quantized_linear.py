@@ -1,0 +1,313 @@
+"""QuantizedLinear: nn.Linear in int8, and simulate(), the same in fake-quantized float.
+
+The packed weight is the only copy in memory. `state_dict()` and pickle hold canonical tensors, which are the same on
+every CPU; the packed form is derived from them wherever they arrive.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from torchq import _C, kernels, ops
+from torchq.modules.activations import FUNCTIONS
+from torchq.modules.base import Int8Module, Matrix
+from torchq.numerics.qparams import (
+    QParams,
+    dequantize,
+    fake_quantize,
+    float32_qparams,
+    quantize_weight,
+    row_qparams,
+)
+from torchq.ops import Activation
+
+# The overloads themselves: a call through the typed wrappers of torchq.ops costs 1.2 us more.
+_linear_dynamic = torch.ops.torchq.linear_dynamic.default
+_linear_static = torch.ops.torchq.linear_static.default
+
+_simulating = False
+
+
+@contextmanager
+def simulate() -> Iterator[None]:
+    """Inside, every QuantizedLinear computes in float on fake-quantized values: `dequantize(quantize(x)) · wᵀ + b`.
+
+    The integer path differs from it only by float32 rounding of the sums (and, where a layer's output is requantized
+    to u8, by one code where such a rounding crosses a tie). It is what the error of quantization is, without the speed.
+
+    >>> layer = QuantizedLinear.from_float(nn.Linear(8, 4))
+    >>> x = torch.ones(2, 8)
+    >>> with simulate():
+    ...     expected = layer(x)
+    >>> torch.allclose(layer(x), expected, atol=1e-6)
+    True
+    """
+    global _simulating
+    previous, _simulating = _simulating, True
+    try:
+        yield
+    finally:
+        _simulating = previous
+
+
+class QuantizedLinear(Int8Module):
+    """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
+
+    Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype. The
+    arithmetic is that of `ops.linear_dynamic` without `input_qparams`, and of `ops.linear_static` with them.
+
+    Args:
+        weight: int8 (out_features, in_features).
+        weight_scale: float32 (out_features,).
+        bias: float32 (out_features,), or None.
+        input_qparams: static scale and zero point of the input; None is dynamic, a pair per row.
+        output_qparams: gives u8 codes instead of floats, for a QuantizedLinear with these `input_qparams`.
+        activation: fused into the epilogue.
+        takes_codes: the layer before hands over u8 codes, in `input_qparams`; otherwise uint8 input is refused.
+        dtype: of the output where the input is u8 codes.
+
+    >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        input_qparams: QParams | None = None,
+        output_qparams: QParams | None = None,
+        activation: Activation = Activation.NONE,
+        takes_codes: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.has_bias = self.had_bias = bias is not None  # bias correction may add one later
+        self.input_qparams = float32_qparams(input_qparams)
+        self.output_qparams = float32_qparams(output_qparams)
+        self.activation = int(activation)
+        self.takes_codes = takes_codes
+        self.dtype = dtype
+        self.register_buffer("packed", ops.pack(weight, weight_scale, bias), persistent=False)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear | Matrix,
+        *,
+        per_channel: bool = True,
+        input_qparams: QParams | None = None,
+        output_qparams: QParams | None = None,
+        activation: Activation = Activation.NONE,
+        takes_codes: bool = False,
+    ) -> "QuantizedLinear":
+        """Quantizes the weight of an nn.Linear, symmetrically: `w_int8 = rne(w / scale)`, `scale = max|w| / 127`.
+
+        A `Matrix`, of any module, will do as well.
+
+        Raises:
+            ValueError: in_features > 65793, or a weight that is not on the CPU or not finite.
+            TypeError: a weight that is not a float.
+
+        >>> QuantizedLinear.from_float(nn.Linear(8, 4)).weight.dtype
+        torch.int8
+        """
+        weight = linear.weight.detach()
+        if weight.device.type != "cpu":
+            raise ValueError(
+                f"QuantizedLinear.from_float: the weight is on device {weight.device}, expected cpu. "
+                "Materialize the module there first (.cpu(), or load its weights)."
+            )
+        if weight.shape[1] > ops.MAX_DEPTH:
+            raise ValueError(
+                f"QuantizedLinear.from_float: in_features = {weight.shape[1]} is too deep: int32 sums of u8 x int8 "
+                f"products are exact up to {ops.MAX_DEPTH}. Leave this layer in float."
+            )
+        codes, scale = quantize_weight(weight, per_channel=per_channel)
+        return cls(
+            codes,
+            scale,
+            None if linear.bias is None else linear.bias.detach().float(),
+            input_qparams=input_qparams,
+            output_qparams=output_qparams,
+            activation=activation,
+            takes_codes=takes_codes,
+            dtype=weight.dtype,
+        )
+
+    @property
+    def float_bytes(self) -> int:
+        """The bytes of weight and bias in `dtype`, as the float layer had them."""
+        return self.out_features * (self.in_features + self.had_bias) * self.dtype.itemsize
+
+    @property
+    def int8_bytes(self) -> int:
+        """The bytes of the packed weight: codes, scales, bias and padding."""
+        return self.packed.numel()
+
+    def replace_weight(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer; the arguments of the class."""
+        self.has_bias = bias is not None
+        self.packed = ops.pack(weight, weight_scale, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """forward(), without nn.Module's and the dispatcher's part of the call where they have nothing to do.
+
+        1.3 us instead of 2.6 (docs/performance.md), where the arithmetic of a row by 768 x 768 weights takes 3.6.
+        """
+        y = NotImplemented if is_dynamo_compiling() or _simulating else _C.call_linear(self, QuantizedLinear, x)
+        return super().__call__(x) if y is NotImplemented else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if _simulating:
+            with torch.autocast("cpu", enabled=False):
+                return self._simulated(x)
+        packed = self._buffers["packed"]  # what self.packed finds after three failed look-ups
+        if self.input_qparams is None:
+            return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
+        scale, zero_point = self.input_qparams
+        if x.dtype == torch.uint8 and not self.takes_codes:
+            raise self._not_codes()
+        if self.output_qparams is not None:
+            y_scale, y_zero_point = self.output_qparams
+            return _linear_static(  # type: ignore[no-any-return]
+                x, packed, scale, zero_point, torch.uint8, y_scale, y_zero_point, self.activation
+            )
+        dtype = self.dtype if self.takes_codes else x.dtype
+        return _linear_static(x, packed, scale, zero_point, dtype, 1.0, 0, self.activation)  # type: ignore[no-any-return]
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        weight, weight_scale, bias = torch.ops.torchq.unpack(self.packed, self.in_features)
+        if x.dtype == torch.uint8:
+            if not self.takes_codes or self.input_qparams is None:
+                raise self._not_codes()
+            x = dequantize(x, *self.input_qparams)
+        rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if self.input_qparams is None:
+            rows = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
+        else:
+            rows = fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
+        y = nn.functional.linear(rows, dequantize(weight, weight_scale, axis=0), bias)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        y = FUNCTIONS[Activation(self.activation)](y)
+        if self.output_qparams is not None:  # float32, whatever the model's dtype: the next layer's codes, exactly
+            return fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
+        return y.to(self.dtype if self.takes_codes else x.dtype)
+
+    def _not_codes(self) -> TypeError:
+        return TypeError(
+            "QuantizedLinear: x must be float32, bfloat16 or float16, got uint8. Convert it first, as the float model "
+            "would need it: x.float()."
+        )
+
+    # ---- Canonical tensors: what state_dict and pickle hold ---------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """int8 (out_features, in_features), unpacked from the only copy: a new tensor at each access."""
+        return ops.unpack(self.packed)[0]
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """float32 (out_features,)."""
+        return ops.unpack(self.packed)[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """float32 (out_features,), or None."""
+        return ops.unpack(self.packed)[2]
+
+    def _canonical(self) -> dict[str, Tensor]:
+        weight, scale, bias = ops.unpack(self.packed)
+        tensors = {"weight": weight, "weight_scale": scale}
+        if bias is not None:
+            tensors["bias"] = bias
+        for side, pair in (("input", self.input_qparams), ("output", self.output_qparams)):
+            if pair is not None:
+                tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32)
+                tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32)
+        return tensors
+
+    def _adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Takes these canonical tensors over; the inverse of `_canonical`."""
+        self.packed = ops.pack(tensors["weight"], tensors["weight_scale"], tensors.get("bias"))
+        for side in ("input", "output"):
+            if f"{side}_scale" in tensors:
+                pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
+                setattr(self, f"{side}_qparams", pair)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + key: tensor for key, tensor in self._canonical().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = self._canonical()
+        given = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
+        for pair in _PAIRS:  # codes mean nothing without their scale: both or neither
+            if not all(key in given for key in pair):
+                given = {key: tensor for key, tensor in given.items() if key not in pair}
+        if strict:
+            missing_keys.extend(prefix + key for key in own if prefix + key not in state_dict)
+            ours = [key for key in state_dict if key.startswith(prefix)]
+            unexpected_keys.extend(key for key in ours if key[len(prefix) :] not in own)
+        wrong = [
+            key for key, tensor in given.items() if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype)
+        ]
+        for key in wrong:
+            error_msgs.append(
+                f"{prefix}{key}: expected {own[key].dtype} {tuple(own[key].shape)}, "
+                f"got {given[key].dtype} {tuple(given[key].shape)}."
+            )
+        if not wrong:
+            self._adopt({**own, **given})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
+        state["canonical"] = self._canonical()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        canonical = state.pop("canonical")
+        super().__setstate__(state)
+        self.register_buffer("packed", None, persistent=False)
+        self._adopt(canonical)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
+        # model.half() and friends: the weights stay int8, but the dtype given back to a float neighbour follows.
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Scheme and kernel, as `repr` shows them."""
+        scheme = "dynamic" if self.input_qparams is None else "static"
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.has_bias}"]
+        parts += [f"scheme={scheme}", f"kernel={kernels.active()}"]
+        if self.activation != Activation.NONE:
+            parts.append(f"activation={Activation(self.activation).name.lower()}")
+        if self.output_qparams is not None:
+            parts.append("out=uint8")
+        return ", ".join(parts)
+
+
+_PAIRS = (("weight", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))

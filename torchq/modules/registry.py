@@ -1,0 +1,104 @@
+"""The registry of module types that can become int8. All stages of a conversion ask here, and nowhere else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.linear import LinearType, QATLinearType
+
+TYPES: list[ModuleType] = [QATLinearType(), LinearType()]
+"""The first that matches a module is its type: a subclass comes before its base."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix of a module of the model: what a plan decides about.
+
+    Args:
+        path: the module's name in the model.
+        part: the matrix within the module; "" where it is the only one.
+        module: the float module.
+        kind: its type.
+
+    >>> layers = find_layers(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
+    >>> layers["0"].kind.name, layers["0"].in_features, layers["0"].out_features
+    ('nn.Linear', 8, 4)
+    """
+
+    path: str
+    part: str
+    module: nn.Module
+    kind: ModuleType
+
+    @property
+    def name(self) -> str:
+        """Its name in a plan, and that of its QuantizedLinear in the converted model."""
+        return ".".join(filter(None, (self.path, self.part)))
+
+    @property
+    def matrix(self) -> Matrix:
+        """Weight (N, K) and bias (N,), in the model's dtype."""
+        return self.kind.matrices(self.module)[self.part]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K)."""
+        return self.matrix.weight
+
+    @property
+    def trained(self) -> Trained | None:
+        """How it was trained to be quantized; None for a plain float layer."""
+        return self.kind.trained(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.weight.dtype
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+
+def type_of(module: nn.Module) -> ModuleType | None:
+    """The type of this module; None where torchq knows none, and the module stays as it is.
+
+    >>> type_of(nn.Linear(2, 2)).name, type_of(nn.ReLU())
+    ('nn.Linear', None)
+    """
+    return next((kind for kind in TYPES if kind.matches(module)), None)
+
+
+def type_names() -> str:
+    """All types as a user knows them, for messages."""
+    return ", ".join(dict.fromkeys(kind.name for kind in TYPES))
+
+
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every matrix that a registered type knows, by name, in model order; those of a shared module by its first name.
+
+    What lies within a module of a registered type belongs to it, and is not looked into.
+    """
+    found: dict[str, Layer] = {}
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        kind = type_of(module)
+        inside = None if kind is None else f"{path}." if path else ""
+        found.update({layer.name: layer for layer in layers_of(path, module)})
+    return found
+
+
+def layers_of(path: str, module: nn.Module) -> list[Layer]:
+    """The matrices of this module, which the model has at `path`; none where torchq does not know its type."""
+    kind = type_of(module)
+    return [] if kind is None else [Layer(path, part, module, kind) for part in kind.matrices(module)]

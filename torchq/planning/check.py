@@ -1,0 +1,83 @@
+"""What an edit of a plan can get wrong, checked before anything of the model is touched."""
+
+from collections.abc import Mapping
+from typing import get_args
+
+from torch import nn
+
+from torchq.errors import BadValueError
+from torchq.modules.activations import activation_of
+from torchq.modules.registry import Layer, type_names
+from torchq.numerics.qparams import FLT_MAX, FLT_MIN
+from torchq.ops import Activation
+from torchq.planning.fusion import IDLE
+from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
+from torchq.planning.smoothing import channels_of
+
+
+def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> None:
+    """Raises ValueError where `plan` can't be applied to this model, which has these layers."""
+    modules = dict(model.named_modules())
+    for name, planned in plan.layers.items():
+        if name not in layers:
+            raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")
+        _check_scheme(plan, name, planned)
+        _check_folded(modules, name, planned)
+        smoothing = plan.smoothings.get(planned.smoothed or "")
+        _require(
+            planned.smoothed is None or (smoothing is not None and name in smoothing.layers),
+            name,
+            f"expects its input smoothed in {planned.smoothed!r}, but plan.smoothings has none for it there. To undo a "
+            "smoothing, make its layers dynamic too, with smoothed=None",
+        )
+    for source, smoothing in plan.smoothings.items():
+        _check_smoothing(modules, layers, plan, source, smoothing)
+
+
+def _require(ok: bool, name: str, problem: str) -> None:
+    if not ok:
+        raise BadValueError(f"layer {name!r} {problem}.")
+
+
+def _check_scheme(plan: Plan, name: str, planned: LayerPlan) -> None:
+    _require(planned.kind in get_args(Kind), name, f"is to be {planned.kind!r}, expected one of {get_args(Kind)}")
+    if planned.kind == "int8 static":
+        _require(planned.input_qparams is not None, name, "is static, but its input_qparams are None")
+    if planned.feeds is not None:
+        both = _is_static(plan, name) and _is_static(plan, planned.feeds)
+        _require(both, name, f"feeds {planned.feeds!r}, so both must be static, with input_qparams")
+    if planned.input_qparams is not None:
+        scale, zero_point = planned.input_qparams
+        _require(FLT_MIN <= scale <= FLT_MAX, name, f"has scale {scale}, expected a positive normal float32")
+        _require(0 <= zero_point <= 255, name, f"has zero_point {zero_point}, expected one in [0, 255]")
+
+
+def _is_static(plan: Plan, name: str) -> bool:
+    planned = plan.layers.get(name)
+    return planned is not None and planned.kind == "int8 static" and planned.input_qparams is not None
+
+
+def _check_folded(modules: Mapping[str, nn.Module], name: str, planned: LayerPlan) -> None:
+    for folded in planned.folded:
+        module = modules.get(folded)
+        idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)
+        foldable = idle or activation_of(module) != Activation.NONE
+        _require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
+
+
+def _check_smoothing(
+    modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], plan: Plan, source: str, smoothing: Smoothing
+) -> None:
+    def require(ok: bool, problem: str) -> None:
+        if not ok:
+            raise BadValueError(f"the smoothing of {source!r} {problem}.")
+
+    count = channels_of(modules.get(source))
+    require(count is not None, f"is for no LayerNorm, RMSNorm or {type_names()} with a weight of the model")
+    require(len(smoothing.scales) == count, f"has {len(smoothing.scales)} scales, expected {count}")
+    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in smoothing.scales)
+    require(positive, "has a scale that is not a positive normal float32")
+    for name in smoothing.layers:
+        takes = name in plan.layers and layers[name].in_features == count
+        require(takes, f"names {name!r}, which is no layer of the plan with {count} inputs")
+        require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")

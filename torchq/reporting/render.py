@@ -1,0 +1,127 @@
+"""How a report is printed: one row a layer in at most 120 columns, and below it what is said in words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torchq import text
+
+if TYPE_CHECKING:
+    from torchq.reporting.report import LayerReport, Report
+
+WIDTH = 120
+
+_USUAL = ("static costs no accuracy", "static would cost accuracy")
+"""The reasons that the columns static and dynamic show."""
+
+
+def _db(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _gain(value: float) -> str:
+    return f"{value:+.1f}"
+
+
+# Column titles, each with the field it shows and how.
+_LAYER: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "scheme": ("kind", lambda kind: str(kind).removeprefix("int8 ")),
+    "before": ("bytes_before", text.size),
+    "after": ("bytes_after", text.size),
+    "weight": ("weight_db", _db),
+    "input": ("input_db", _db),
+    "output": ("sqnr_db", _db),
+    "clipped": ("clipped", lambda share: f"{share:.2%}"),
+}
+_CHOICE: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "static": ("static_db", _db),
+    "dynamic": ("dynamic_db", _db),
+    "smooth": ("smoothing_db", _gain),
+    "gptq": ("gptq_db", _gain),
+}
+_LATER: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "now": ("drift", lambda share: f"{share:.2%}"),
+    "float": ("float_seconds", text.duration),
+    "int8": ("int8_seconds", text.duration),
+}
+_ALWAYS = ("scheme", "before", "after", "output")  # the others only where a layer has a value
+
+_MEANINGS = {
+    "output": "weight, input, output: SQNR in dB.",
+    "clipped": "clipped: values outside the static range in calibration.",
+    "static": "static, dynamic: the output's SQNR under each scheme, weights rounded to nearest.",
+    "smooth": "smooth: gain in dB by smoothing.",
+    "gptq": "gptq: gain in dB by GPTQ on held-out rows; in brackets where it was too small to be taken.",
+    "now": "now: values clipped at inference.",
+    "float": "float, int8: time of the layer alone.",
+}
+
+
+def render(report: Report) -> list[str]:
+    """The lines of `str(report)`."""
+    layers = report.layers
+    later = [column for title in _LATER if (column := _column(title, _LATER, layers)) is not None]
+    choice = [column for title in _CHOICE if (column := _column(title, _CHOICE, layers)) is not None]
+    columns = [column for title in _LAYER if (column := _column(title, _LAYER, layers)) is not None]
+    columns += later or choice
+    room = WIDTH - sum(2 + max(map(len, column)) for column in columns)
+    names = ["layer", *(_shortened(layer.name or "(root)", max(room, 8)) for layer in layers)]
+    head, *rows = zip(names, *columns, strict=True)
+    lines = [*text.table(head, rows), _total(report)]
+    lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
+    lines += [line for entry in _words(layers) for line in _wrapped(entry)]
+    lines += [layer.advice for layer in layers if layer.advice is not None]
+    return lines if report.frontier is None else [*lines, "", str(report.frontier)]
+
+
+def _column(
+    title: str, cells: dict[str, tuple[str, Callable[[Any], str]]], layers: tuple[LayerReport, ...]
+) -> list[str] | None:
+    field, show = cells[title]
+    values = [getattr(layer, field) for layer in layers]
+    if title not in _ALWAYS and all(value is None for value in values):
+        return None
+    shown = ["-" if value is None else show(value) for value in values]
+    if title == "gptq":
+        taken = [layer.rounding == "gptq" or layer.gptq_db is None for layer in layers]
+        shown = [cell if ok else f"({cell})" for cell, ok in zip(shown, taken, strict=True)]
+    return [title, *shown]
+
+
+def _shortened(name: str, room: int) -> str:
+    """The end of a long name, which tells layers of a model apart."""
+    return name if len(name) <= room else "..." + name[len(name) - room + 3 :]
+
+
+def _total(report: Report) -> str:
+    before, after = text.size(report.bytes_before), text.size(report.bytes_after)
+    kernel = next((f", kernel {layer.kernel}" for layer in report.layers if layer.kernel is not None), "")
+    return (
+        f"these layers: {before} -> {after} ({report.bytes_before / max(1, report.bytes_after):.2f}x smaller){kernel}"
+    )
+
+
+def _words(layers: tuple[LayerReport, ...]) -> list[str]:
+    """What the columns can't say, each once with the layers it is true of."""
+    said: dict[str, list[str]] = {}
+    for layer in layers:
+        name = layer.name or "(root)"
+        if layer.kind == "float":
+            said.setdefault(f"left in float, {layer.reason}", []).append(name)
+        elif layer.reason not in _USUAL:
+            said.setdefault(layer.reason, []).append(name)
+        if layer.no_gptq is not None:
+            said.setdefault(f"rounded to nearest, no gptq: {layer.no_gptq}", []).append(name)
+    return [f"{reason}: {_listed(names, len(layers))}" for reason, names in said.items()]
+
+
+def _listed(names: list[str], of: int) -> str:
+    if len(names) == of > 1:
+        return f"all {of} layers"
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)
