@@ -22,6 +22,7 @@ collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
+    config.addinivalue_line("markers", "slow(seconds): takes more than 2 s; about so long, two workers on two cores")
     torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads
     absent = REQUIRED - set(kernels.names())
     if absent:

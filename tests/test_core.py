@@ -5,21 +5,22 @@ The tests of the core are a C++ program, tests/core. Here it is built as shipped
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from helpers.core import (
-    AVX512_FALSE_ALARMS,
     CORE,
     PLAIN,
-    PROGRAM,
     SANITIZERS,
     WARNINGS,
-    compile_all,
+    built,
     compiler,
+    core_as_shipped,
     core_sources,
+    jobs,
+    program_sources,
     run,
-    shipped_flags,
 )
 
 pytestmark = pytest.mark.subprocess
@@ -43,7 +44,7 @@ def forbidden(source: str) -> list[str]:
     return bad + FORBIDDEN_WORDS.findall(code)
 
 
-@pytest.mark.parametrize("path", sorted(CORE.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(path for path in CORE.rglob("*") if path.is_file()), ids=lambda path: path.name)
 def test_core_knows_no_torch_no_allocation_no_threads(path):
     assert forbidden(path.read_text()) == []
 
@@ -65,13 +66,10 @@ def test_the_check_above_can_fail(source, found):
     assert forbidden(source) == found
 
 
-def test_core_compiles_alone_and_calls_no_allocator(tmp_path):
+@pytest.mark.slow(seconds=11)
+def test_core_compiles_alone_and_calls_no_allocator():
     """Without an include directory, and with warnings as errors."""
-    avx512 = [source for source in core_sources() if "avx512" in source.name or "amx" in source.name]
-    others = [source for source in core_sources() if source not in avx512]
-    objects = compile_all(avx512, [*PLAIN, "-O2", *WARNINGS, *AVX512_FALSE_ALARMS], tmp_path)
-    objects += compile_all(others, [*PLAIN, "-O2", *WARNINGS], tmp_path)
-    symbols = run(["nm", "-C", "--undefined-only", *objects])
+    symbols = run(["nm", "-C", "--undefined-only", *core_as_shipped()])
     assert "torchq::packed_header" in symbols or "torchq::kernel_reference" in symbols, "nm listed nothing of the core"
     assert FORBIDDEN_SYMBOLS.findall(symbols) == []
 
@@ -82,22 +80,21 @@ def required_kernels() -> list[str]:
     return ["--require", names] if names else []
 
 
-@pytest.fixture(scope="module")
-def tests_of_the_core(tmp_path_factory):
-    """The test program without the core: object files."""
-    folder = tmp_path_factory.mktemp("tests")
-    return compile_all(sorted(PROGRAM.glob("*.cpp")), [*PLAIN, "-O2", *WARNINGS], folder)
+def sanitized() -> list[Path]:
+    return built("sanitized", jobs(core_sources(), *PLAIN, "-O1", "-g1", *SANITIZERS))
 
 
 @pytest.mark.parametrize(
-    ("flags", "arguments"),
-    [(shipped_flags(), []), ([*PLAIN, "-O1", "-g1", *SANITIZERS], ["--quick"])],
-    ids=["as shipped", "sanitizers"],
+    ("objects", "flags", "arguments"),
+    [
+        pytest.param(core_as_shipped, [], [], id="as shipped", marks=pytest.mark.slow(seconds=20)),
+        pytest.param(sanitized, SANITIZERS, ["--quick"], id="sanitizers", marks=pytest.mark.slow(seconds=40)),
+    ],
 )
-def test_core_passes_its_tests(tmp_path, tests_of_the_core, flags, arguments):
-    objects = compile_all(core_sources(), flags, tmp_path)
+def test_core_passes_its_tests(tmp_path, objects, flags, arguments):
+    tests = built("tests", jobs(program_sources(), *PLAIN, "-O2", *WARNINGS))
     program = tmp_path / "core_test"
-    run([*compiler(), *flags, *objects, *tests_of_the_core, "-o", program, "-pthread"])
+    run([*compiler(), *flags, *objects(), *tests, "-o", program, "-pthread"])
 
     output = run([program, "--seed", "1", *arguments, *required_kernels()])
 

@@ -7,11 +7,10 @@ import itertools
 import platform
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from helpers.core import CORE, compile_all, core_sources, run, shipped_flags
+from helpers.core import CORE, core_as_shipped, run
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the checks read x86-64 instructions")
 
@@ -91,11 +90,9 @@ def tiles(listing: list[Function], kernel: str) -> dict[tuple[int, int], Functio
 
 
 @pytest.fixture(scope="module")
-def listings(tmp_path_factory) -> dict[str, list[Function]]:
+def listings() -> dict[str, list[Function]]:
     """The disassembly of every file of the core as shipped, by the file's name."""
-    folder: Path = tmp_path_factory.mktemp("objects")
-    objects = compile_all(core_sources(), shipped_flags(), folder)
-    return {o.stem: functions(run(["objdump", "-d", "-C", "--no-show-raw-insn", o])) for o in objects}
+    return {o.stem: functions(run(["objdump", "-d", "-C", "--no-show-raw-insn", o])) for o in core_as_shipped()}
 
 
 every_kernel = pytest.mark.parametrize("kernel", DOTS)

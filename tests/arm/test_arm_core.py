@@ -7,7 +7,7 @@ import pytest
 
 import emulation
 from emulation import CPUS, CXX, MODE
-from helpers.core import PLAIN, PROGRAM, WARNINGS, core_sources, shipped_flags
+from helpers.core import PLAIN, WARNINGS, compile_all, core_sources, jobs, program_sources, shipped_flags
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +15,8 @@ def program(tmp_path_factory) -> Path:
     """The test program of the core, cross-compiled as shipped, with warnings as errors."""
     emulation.check_tools()
     folder = tmp_path_factory.mktemp("core")
-    objects = []
-    for flags, sources in ((shipped_flags(), core_sources()), ([*PLAIN, "-O2"], sorted(PROGRAM.glob("*.cpp")))):
-        for source in sources:
-            objects.append(folder / f"{source.stem}.o")
-            emulation.run([CXX, *flags, *WARNINGS, "-c", source, "-o", objects[-1]])
+    core = jobs(core_sources(), *shipped_flags(), *WARNINGS)
+    objects = compile_all(core | jobs(program_sources(), *PLAIN, "-O2", *WARNINGS), folder, [CXX])
     out = folder / "core_test"
     emulation.run([CXX, "-static", *objects, "-o", out, "-pthread"])
     return out

@@ -1,19 +1,23 @@
 """How the C++ core is compiled and its programs are run."""
 
 import ast
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # torch needs it too
 
 from helpers import ROOT
 
 CORE = ROOT / "csrc" / "gemm"
 PROGRAM = ROOT / "tests" / "core"
+BUILD = ROOT / "build" / "core"
 
 PLAIN = ["-std=c++17", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -39,7 +43,7 @@ def shipped_flags() -> list[str]:
     raise AssertionError("setup.py has no CXX_FLAGS = [...]")
 
 
-def run(command: list[str | Path]) -> str:
+def run(command: Sequence[str | Path]) -> str:
     """Runs a command and returns what it printed; a failure shows command and output."""
     # Without CPATH and its like nothing is found but what the command line names.
     env = {k: v for k, v in os.environ.items() if k not in {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"}}
@@ -51,21 +55,59 @@ def run(command: list[str | Path]) -> str:
     return done.stdout
 
 
-def compile_all(sources: list[Path], flags: list[str], folder: Path) -> list[Path]:
-    """Compiles every source into folder, as many at a time as there are processors."""
-    command = compiler()
+def jobs(sources: list[Path], *flags: str) -> dict[Path, list[str]]:
+    """What `compile_all` and `built` are given: each source, and its flags."""
+    return {source: list(flags) for source in sources}
+
+
+def compile_all(work: dict[Path, list[str]], folder: Path, command: list[str] | None = None) -> list[Path]:
+    """Compiles every source by its flags into folder, as many at a time as there are processors."""
+    command = command or compiler()
     # The largest first: the last one to start should not be the longest.
-    sources = sorted(sources, key=lambda source: (not source.name.startswith("kernel_a"), source.name))
+    sources = sorted(work, key=lambda source: (not source.name.startswith("kernel_a"), source.name))
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(run, [*command, *flags, "-c", source, "-o", out])
+        running = [
+            pool.submit(run, [*command, *work[source], "-c", source, "-o", out])
             for source, out in zip(sources, objects, strict=True)
         ]
-    for job in jobs:
+    for job in running:
         job.result()
     return objects
 
 
+def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
+    """Compiles into build/core/<name>, unless the same sources stand compiled by the same flags there.
+
+    So what several files test is built once, also by several workers of pytest.
+    """
+    command = compiler()
+    key = hashlib.sha256(run([*command, "--version"]).encode())
+    for source, flags in sorted(work.items()):
+        key.update(f"{source.name} {shlex.join([*command, *flags])}\n".encode())
+    for path in sorted(path for folder in (CORE, PROGRAM) for path in folder.rglob("*") if path.is_file()):
+        key.update(path.read_bytes())
+    folder = BUILD / name
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = folder / "complete"
+    with FileLock(f"{folder}.lock"):
+        if not stamp.exists() or stamp.read_text() != key.hexdigest():
+            stamp.unlink(missing_ok=True)
+            compile_all(work, folder, command)
+            stamp.write_text(key.hexdigest())
+    return [folder / f"{source.stem}.o" for source in work]
+
+
 def core_sources() -> list[Path]:
-    return sorted(CORE.glob("*.cpp"))
+    return sorted(CORE.rglob("*.cpp"))
+
+
+def program_sources() -> list[Path]:
+    return sorted(PROGRAM.glob("*.cpp"))
+
+
+def core_as_shipped() -> list[Path]:
+    """The core's object files by setup.py's flags: without an include directory, and with warnings as errors."""
+    avx512 = [path for path in core_sources() if "avx512" in path.name or "amx" in path.name]
+    flags = [*shipped_flags(), *WARNINGS]
+    return built("shipped", jobs(core_sources(), *flags) | jobs(avx512, *flags, *AVX512_FALSE_ALARMS))
