@@ -4,6 +4,7 @@
 #   make test        the whole suite
 #   make lint        ruff, mypy, clang-format
 #   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python; test-arm-full: all of it
+#   make guard      int8 against float32: a look at the speed, and a check of the answers
 #   make bench-core  percent of peak of every kernel this CPU runs
 #   make clean       remove what was built
 
@@ -11,29 +12,34 @@ PYTHON ?= python3
 CXX ?= g++
 VENV := .venv
 BIN := $(VENV)/bin
+SLOWEST := --durations=15 --durations-min=2  # a test that stands there should say so: @pytest.mark.slow(seconds=...)
 CORE := $(wildcard csrc/gemm/*)
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
 
-.PHONY: demo test test-arm test-arm-full lint bench-core clean
+.PHONY: demo test test-arm test-arm-full lint guard bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto $(SLOWEST)
 
-# Each file of tests on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs.
+# Tests of a group on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs, and
+# test_arm_torch.py for what the quick run leaves out.
 test-arm: $(VENV)/built
-	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadfile tests/arm
+	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadgroup $(SLOWEST) tests/arm
 
 test-arm-full: $(VENV)/built
-	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadfile tests/arm
+	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadgroup $(SLOWEST) tests/arm
 
 lint: $(VENV)/built
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+guard: $(VENV)/built
+	$(BIN)/python -m benchmarks.guard
 
 bench-core: build/bench_core
 	build/bench_core

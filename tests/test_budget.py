@@ -84,7 +84,7 @@ def test_bisection_finds_the_shortest_prefix_in_so_many_evaluations(layers):
         evaluate = enough_floats(k)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            qmodel = convert(model, DATA, evaluate=evaluate, max_drop=0.5)
+            qmodel = convert(model, DATA, config=STATIC, evaluate=evaluate, max_drop=0.5)
         frontier = qmodel.torchq_plan.frontier
         assert linears(qmodel) == [name for name in linears(model) if name in list(frontier.sensitivity_db)[:k]]
         assert frontier.steps[frontier.chosen].returned == len(linears(qmodel)) == k
