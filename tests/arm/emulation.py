@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock  # torch needs it too
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "arm"
 DEBIAN, SITE, PACKAGE = BUILD / "debian", BUILD / "site", BUILD / "package"
@@ -86,10 +88,9 @@ def make_debian() -> None:
     if (DEBIAN / "complete").exists():
         return
     shutil.rmtree(DEBIAN, ignore_errors=True)
-    BUILD.mkdir(parents=True, exist_ok=True)  # mmdebstrap makes one folder, not its parents
     packages = "python3.11,libpython3.11-dev,libgomp1,libstdc++6"
     command = ["mmdebstrap", "-q", "--arch=arm64", "--variant=extract", f"--include={packages}", "bookworm", DEBIAN]
-    run(command)
+    run(command)  # makes one folder, not its parents
     # Found before this machine's own by -L: torch reads which CPU it runs on.
     entry = "processor\t: {}\nFeatures\t: fp asimd atomics asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
     (DEBIAN / "proc").mkdir(exist_ok=True)
@@ -126,8 +127,23 @@ def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
     )
 
 
+def sources_of_package() -> str:
+    """Hashes all that the package is built from."""
+    folders = ROOT / "csrc", ROOT / "torchq"
+    inside = [path for folder in folders for path in folder.rglob("*") if path.suffix not in {".so", ".pyc"}]
+    found = hashlib.sha256()
+    for path in sorted(path for path in [*inside, ROOT / "setup.py", ROOT / "pyproject.toml"] if path.is_file()):
+        found.update(f"{path.relative_to(ROOT)};".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def make_package() -> None:
-    """Builds the project by its own setup.py, in the emulated Python."""
+    """Builds the project by its own setup.py, in the emulated Python: half a minute, if a source has changed."""
+    stamp, wanted = BUILD / "package.complete", sources_of_package()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    shutil.rmtree(PACKAGE, ignore_errors=True)  # a file that is no more must not be found there
     include = DEBIAN / "usr/include"
     shared = f"{CXX} -shared"
     os.chdir(ROOT)
@@ -142,13 +158,17 @@ def make_package() -> None:
         LDCXXSHARED=shared,
         PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}",  # ninja
     )
+    stamp.write_text(wanted)
 
 
 def make_all() -> None:
+    """Makes what is not there yet; of several that call it at a time, one does."""
     check_tools()
-    make_debian()
-    make_site()
-    make_package()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):
+        make_debian()
+        make_site()
+        make_package()
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ import emulation
 from emulation import CPUS, MODE, PACKAGE, ROOT
 
 TESTS = ROOT / "tests"
-# What a quick run tests on each CPU. Every test of a kernel goes through all kernels of its CPU.
-QUICK = {
-    "neoverse-n1": ["test_kernels.py", "test_ops.py"],
-    "max": [
-        "test_kernels.py",
-        "test_ops.py",
-        "test_linear.py",
-        "test_activations.py",
-        "test_convert.py",
-        "test_inplace.py",
+# What runs, and on which CPU; every test of a kernel goes through all kernels of its CPU. A quick run takes what an
+# architecture can change: the bits of every op, as recorded on x86-64, on the CPU of each kernel; that kernels are
+# found, forced and refused; and on the CPU that has them all, every op against the oracle. The longest come first.
+RUNS = {
+    "full": [("max", ""), ("neoverse-n1", "")],
+    "quick": [
+        ("max", "test_ops.py"),
+        ("max", "test_golden.py test_kernels.py"),
+        ("neoverse-n1", "test_golden.py test_kernels.py"),
     ],
 }
 # Why a test may be skipped there; any other reason is a failure.
@@ -38,28 +37,27 @@ def _beside_the_package(monkeypatch):
     monkeypatch.chdir(PACKAGE)
 
 
+@pytest.mark.slow(seconds=100)
+@pytest.mark.parametrize(("cpu", "files"), RUNS.get(MODE, []))
+def test_the_project_passes_its_tests(cpu, files):
+    """The files named, or all that are not about Arm, on the kernels of this CPU, its best one required."""
+    paths = [TESTS / name for name in files.split()] or [TESTS, f"--ignore={TESTS / 'arm'}"]
+    kernels = list(CPUS.values())
+    required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
+    options = ["-q", "-rs", "-p", "no:cacheprovider"]
+    output = emulation.python("-m", "pytest", *options, *paths, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
+    print(output)
+    assert re.search(r"[1-9]\d* passed", output.splitlines()[-1])
+    skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    assert [line for line in skips if not any(reason in line for reason in SKIPS)] == []
+
+
 @pytest.mark.parametrize("cpu", ["neoverse-n1", "max"])
 def test_the_best_kernel_is_active(cpu):
     """And CPU features are named as /proc/cpuinfo does. (torch's own libraries need more than cortex-a53 has.)"""
     code = "import torchq; from torchq import _C; print(torchq.kernels.active(), *_C.cpu_features())"
     features = {"neoverse-n1": "asimd asimddp", "max": "asimd asimddp i8mm"}[cpu]
     assert emulation.python("-c", code, cpu=cpu).split("\n")[-2] == f"{CPUS[cpu]} {features}"
-
-
-@pytest.mark.parametrize("cpu", QUICK)
-def test_the_project_passes_its_tests(cpu):
-    """The torch ops, QuantizedLinear and convert(), in the full run everything, on the kernels of this CPU."""
-    files = [TESTS, f"--ignore={TESTS / 'arm'}"]
-    if MODE == "quick":
-        files = [*(TESTS / name for name in QUICK[cpu]), "-k", "not digits"]  # training on them takes four minutes
-    kernels = list(CPUS.values())
-    required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
-    options = ["-q", "-rs", "-p", "no:cacheprovider"]
-    output = emulation.python("-m", "pytest", *options, *files, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
-    print(output)
-    assert re.search(r"[1-9]\d* passed", output.splitlines()[-1])
-    skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
-    assert [line for line in skips if not any(reason in line for reason in SKIPS)] == []
 
 
 def test_a_model_moves_between_architectures(tmp_path):
