@@ -16,13 +16,15 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
 
+SLOW = 2  # seconds; a test that takes longer carries the mark, with how long
+
 # Those cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
 collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
-    config.addinivalue_line("markers", "slow(seconds): takes more than 2 s; about so long, two workers on two cores")
+    config.addinivalue_line("markers", f"slow(seconds): more than {SLOW}; about so many, two workers on two cores")
     torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads
     absent = REQUIRED - set(kernels.names())
     if absent:
@@ -38,6 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("subprocess"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names what was slow without saying so. Only a line to read: how busy the machine was, nobody knows."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    slow = [r for r in reports if r.when == "call" and r.duration > 2 * SLOW and "slow" not in r.keywords]
+    if slow and not os.environ.get("TORCHQ_EMULATED"):
+        terminalreporter.section(f"more than {2 * SLOW} s, and not marked slow(seconds=...)")
+        for report in sorted(slow, key=lambda report: -report.duration):
+            terminalreporter.line(f"{report.duration:.1f} s  {report.nodeid}")
 
 
 def pytest_report_header() -> list[str]:

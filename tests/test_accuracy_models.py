@@ -129,6 +129,7 @@ def test_gpt_sees_no_later_byte(data):
         assert torch.equal(model(inputs)[:, :64], model(changed)[:, :64])
 
 
+@pytest.mark.slow(seconds=3)
 def test_quick_mlp_evaluation_keeps_accuracy(data):
     """Real digits, trained in a second: torchq auto is within 0.5 points of float, on the outlier twin within 1."""
     recipe = Recipe("mlp", width=128, depth=2, steps=150, batch=64, learning_rate=2e-3)

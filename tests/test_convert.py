@@ -259,6 +259,7 @@ def test_copies_and_files_of_a_converted_model(config):
     assert state["stem.weight"].dtype == torch.int8
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own
 @by_activation
 def test_compiled_is_exact(config):

@@ -57,6 +57,7 @@ def run(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow(seconds=7)
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch was built without gloo")
 def test_all_reduce_over_two_processes(tmp_path):
     """Every rank ends with what one process would have merged."""

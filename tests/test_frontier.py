@@ -91,6 +91,7 @@ def test_copies_of_the_model_keep_the_frontier():
     assert copy.deepcopy(qmodel).torchq_plan == qmodel.torchq_plan
 
 
+@pytest.mark.slow(seconds=3)
 def test_the_example_in_the_documentation(capsys):
     """It runs, and does what the page says: int8 ruins the metric, and one layer in float brings it back."""
     names: dict = {}

@@ -276,6 +276,7 @@ print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
 """
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 @pytest.mark.parametrize("forced", sorted({"", kernels.runnable()[-1], kernels.runnable()[-2:][0]}))
 def test_the_environment_variable_forces_a_kernel(forced):
@@ -285,6 +286,7 @@ def test_the_environment_variable_forces_a_kernel(forced):
     assert python(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}", "")
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 def test_a_bad_environment_variable_fails_at_import():
     """With the variable's name in the message."""
@@ -294,6 +296,7 @@ def test_a_bad_environment_variable_fails_at_import():
     assert error == f"ValueError: TORCHQ_KERNEL: 'avxvnni' is not a kernel. Compiled in: {compiled}."
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 def test_an_environment_variable_this_cpu_cannot_obey_fails_at_import():
     """Never a silent fallback."""

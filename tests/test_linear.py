@@ -343,7 +343,9 @@ def compute_elsewhere(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.subprocess)])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=[pytest.mark.subprocess, pytest.mark.slow(seconds=5)])]
+)
 def test_other_processes(generator, set_threads, method):
     """They use one thread, as a DataLoader's workers do, because OpenMP's threads do not survive a fork."""
     layer = QuantizedLinear.from_float(linear(512, 512, generator))

@@ -122,6 +122,7 @@ def test_merging_with_nothing_changes_nothing(cls):
     assert same_state(observer, reference)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("cls", [MinMaxObserver, *HISTOGRAMS])
 @repeatable
 @given(batches_of_floats, st.randoms(use_true_random=False))

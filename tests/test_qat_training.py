@@ -58,6 +58,7 @@ def hard(digits):
     return model
 
 
+@pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
 def test_qat_recovers_what_ptq_loses(digits, hard, ranges):
     """Measured: float 93 %, PTQ 65 %, with QAT 91 % (learned) and 92 % (observed).
@@ -79,6 +80,7 @@ def test_qat_recovers_what_ptq_loses(digits, hard, ranges):
             assert accuracy(qmodel, digits) == accuracy(model, digits)
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize(
     "make", [lambda p: torch.optim.SGD(p, lr=0.5), lambda p: torch.optim.AdamW(p, lr=3e-3)], ids=["sgd", "adamw"]
 )
@@ -137,6 +139,7 @@ def run_two(tmp_path, ranges):
     return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow(seconds=9)
 def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
     """Both ranks hold the same, and the same as one process with the whole batch: means of gradients are the mean."""
     first, second = run_two(tmp_path, "learned")
@@ -155,6 +158,7 @@ def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
             assert not torch.equal(expected, start[name]), name
 
 
+@pytest.mark.slow(seconds=9)
 def test_ddp_broadcasts_observed_ranges(tmp_path):
     """Before each forward both take rank 0's; what they differ by is one step of the average, of the last batch."""
     first, second = run_two(tmp_path, "observed")

@@ -101,6 +101,7 @@ def test_compiled_equals_eager(generator, scheme):
     assert not torch.equal(simulated, model(x))  # two computations were compared, not one
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 @pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
 def test_inductor_equals_eager(generator, mode):
