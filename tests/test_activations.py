@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
+from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, kernels, ops, simulate
 from torchq.modules.folded import Folded
 from torchq.ops import Activation
@@ -109,6 +110,6 @@ def test_convert_folds_it(activation, scheme):
 
 def test_two_curves_are_not_one():
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.GELU(), nn.SiLU(), nn.Linear(8, 8)).eval()
-    qmodel = convert(model, [torch.randn(16, 8, generator=torch.Generator().manual_seed(0))])
+    qmodel = convert(model, [normal(16, 8)])
     assert qmodel.torchq_plan.layers["0"].activation == "1"
     assert [type(module) for module in qmodel[1:4]] == [Folded, nn.GELU, nn.SiLU]

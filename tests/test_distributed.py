@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from helpers.numbers import normal
 from torchq.observers import (
     EntropyObserver,
     Histogram,
@@ -28,7 +29,7 @@ RANKS = 2
 
 def batch(rank):
     """Of another magnitude in each process, so that the limits differ."""
-    return 10.0 ** (3 * rank) * torch.randn(50, 4, generator=torch.Generator().manual_seed(rank))
+    return 10.0 ** (3 * rank) * normal(50, 4, seed=rank)
 
 
 def merged():

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from helpers import ROOT
+from helpers.numbers import normal
 from torchq import QuantizedLinear, convert, report
 from torchq.planning.frontier import Frontier, Step
 
 DOCUMENT = ROOT / "docs" / "accuracy-budget.md"
-DATA = [torch.randn(8, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+DATA = [normal(8, 32, seed=i) for i in range(3)]
 
 
 def model():
@@ -36,7 +37,7 @@ def test_bytes_and_times_are_those_of_the_models():
         assert step.bytes == sum(t.numel() * t.element_size() for t in [*converted.parameters(), *converted.buffers()])
     assert frontier.steps[-1].bytes == 4 * (32 * 32 + 32 + 32 * 32 + 32 + 32 * 8 + 8)
     assert [step.bytes for step in frontier.steps] == sorted(step.bytes for step in frontier.steps)
-    assert all(0 < step.seconds < 1 and step.speedup > 0 for step in frontier.steps)
+    assert all(step.seconds > 0 and step.speedup > 0 for step in frontier.steps)
     assert frontier.steps[-1].speedup == 1
 
 

@@ -260,7 +260,7 @@ def call(function, name):
 def python(code, **environment):
     """A fresh interpreter: (exit code, output, the last line of its errors)."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
     return done.returncode, done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
 

@@ -157,8 +157,8 @@ def test_real_times_are_shown_in_the_report():
     for layer in result.layers:
         time = times[layer.name]
         assert (layer.float_seconds, layer.int8_seconds) == (time.float_seconds, time.int8_seconds)
-        assert 0 < layer.int8_seconds < 0.1
-        assert 0 < layer.float_seconds < 0.1
+        assert layer.int8_seconds > 0
+        assert layer.float_seconds > 0
     assert str(result).splitlines()[0].split()[-2:] == ["float", "int8"]
 
 

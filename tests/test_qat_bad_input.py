@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from helpers import ROOT
+from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat
 from torchq.modules.qat_linear import QATLinear
 
-X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+X = normal(6, 8)
 DYNAMIC = QConfig(activation="dynamic")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.compare import assert_identical
-from helpers.numbers import random_float
+from helpers.numbers import normal, random_float
 from torchq import fake_quantize, ops
 from torchq.modules.ranges import LearnedRange, ObservedRange, PerToken, fake_quantize_weight
 from torchq.numerics.qparams import dequantize, qparams_from_range
@@ -78,7 +78,7 @@ def test_an_end_at_zero_is_not_pushed_across():
 
 def test_a_learned_range_shrinks_to_what_is_there():
     """Descent on the error itself, from a range six times too wide for 4000 values of N(0, 1)."""
-    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    x = normal(4000)
     learned = LearnedRange(-20.0, 20.0)
     optimizer = torch.optim.Adam(learned.parameters(), lr=0.01)
     errors = []

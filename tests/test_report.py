@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.numbers import normal
 from torchq import QConfig, convert, kernels, profile_layers, report, watch_drift
 from torchq.reporting.report import LayerReport
 
-X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+X = normal(16, 64)
 
 # packed: a header of 64, per panel of 16 columns 192 and 16 for each k in groups of 8, behind the last one 16 for each
 # k to a whole step of 64, and one byte for each column that is missing.
@@ -76,7 +77,7 @@ def test_the_table():
 
 
 def test_the_table_of_measured_and_of_large_layers():
-    qmodel = convert(nn.Linear(1024, 1024), [torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))])
+    qmodel = convert(nn.Linear(1024, 1024), [normal(16, 1024)])
     result = report(qmodel)
     _, _, row, total, *_, last = str(result).splitlines()
     layer = result.layers[0]

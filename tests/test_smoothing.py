@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.numbers import normal
 from helpers.smoothable import DATA, Block, K, X, only_smoothed
 from torchq import QConfig, convert
 from torchq.numerics.metrics import sqnr_db
@@ -185,7 +186,7 @@ def test_ranges_that_fit_few_rows_are_not_believed():
     for layer in layers[::2]:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     model, data = nn.Sequential(*layers).eval(), [batch.flatten(0, 1)[:32] for batch in DATA]
-    new = torch.randn(2000, K, generator=torch.Generator().manual_seed(1))
+    new = normal(2000, K, seed=1)
     plain, smooth = (convert(model, data, config=QConfig(activation="static", smoothing=s)) for s in ("none", "auto"))
     assert sqnr_db(model(new), smooth(new)) > sqnr_db(model(new), plain(new)) - 1
 

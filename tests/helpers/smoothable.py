@@ -1,8 +1,8 @@
 """A norm with three outlier channels and two Linears that read it, for the tests of smoothing and of its proof."""
 
-import torch
 from torch import nn
 
+from helpers.numbers import normal
 from torchq import QConfig
 from torchq.calibration.calibrate import calibrate
 from torchq.modules.registry import find_layers
@@ -10,8 +10,8 @@ from torchq.planning.apply import apply_plan
 from torchq.planning.plan import LayerPlan, Plan, Smoothing
 
 K = 32
-DATA = [torch.randn(4, 16, K, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-X = torch.randn(4, 16, K, generator=torch.Generator().manual_seed(9))
+DATA = [normal(4, 16, K, seed=i) for i in range(3)]
+X = normal(4, 16, K, seed=9)
 
 
 def read(m, x):
