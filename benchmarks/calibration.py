@@ -2,6 +2,7 @@
 
     taskset -c 0 python -m benchmarks.calibration                # auto, the most that convert does by itself
     taskset -c 0 python -m benchmarks.calibration --rounding nearest --outliers 5
+    taskset -c 0 python -m benchmarks.calibration --sharing      # what one record for q, k and v saves
 
 The limit is 1.5 times the float forward passes over the same loader, plus 20 s. All on one thread, in CPU time, which
 other work on the machine disturbs less than the clock; the float passes are timed before and after, and the faster of
@@ -21,11 +22,17 @@ from torch import Tensor, nn
 
 import torchq
 from benchmarks.smoothing import transformer
+from torchq.calibration.calibrate import calibrate
+from torchq.calibration.record import Record
+from torchq.calibration.sharing import _Stream
+from torchq.config import Rounding
+from torchq.modules.registry import find_layers
+from torchq.observers import Histogram
 
 WIDTH, BLOCKS, HEADS, TOKENS = 768, 12, 12, 10_000
 LOADER = (8, 8, 128)  # batches, sequences of each, tokens of each
 FACTOR, EXTRA = 1.5, 20.0
-PARTS = ("calibrate", "make_plan", "smooth", "round_weights", "describe", "apply_plan")
+PARTS = ("calibrate", "choose", "smooth", "fuse", "round_weights", "describe", "applied")
 
 
 @torch.no_grad()
@@ -45,10 +52,9 @@ def float_seconds(model: nn.Module, loader: list[Tensor]) -> float:
 
 
 @contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Inside, the CPU time of each part of `convert` is added up."""
-    seconds = dict.fromkeys(PARTS, 0.0)
-    module = importlib.import_module("torchq.convert")
+def timed_parts(parts: dict[str, Any]) -> Iterator[dict[str, float]]:
+    """Inside, the CPU time of each of these functions is added up: their names, each with the owner to patch it in."""
+    seconds = dict.fromkeys(parts, 0.0)
 
     def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,25 +67,36 @@ def timed_parts() -> Iterator[dict[str, float]]:
         return call
 
     with ExitStack() as stack:
-        for name in PARTS:
-            stack.enter_context(patch.object(module, name, timed(name, getattr(module, name))))
+        for name, owner in parts.items():
+            stack.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
         yield seconds
 
 
-def main() -> None:
-    """Prints the times, and whether they are within the limit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounding", nargs="+", default=["nearest", "auto"], help="of QConfig")
-    parser.add_argument("--outliers", type=int, default=0, help="outlier channels of each norm")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    model = language_model(arguments.outliers)
-    loader = list(torch.randint(TOKENS, LOADER, generator=torch.Generator().manual_seed(0)))
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {LOADER} tokens", flush=True)
+def print_sharing(model: nn.Module, loader: list[Tensor]) -> None:
+    """Prints what binning and XᵀX cost where layers share the record of a tensor, and where each has its own."""
+    config, layers = torchq.QConfig(smoothing="none"), find_layers(model)
+    found: dict[str, tuple[dict[str, float], float]] = {}
+    for name, sharing in (("a record for each layer", False), ("a record for each tensor", True)):
+        with ExitStack() as stack:
+            if not sharing:
+                stack.enter_context(patch.object(_Stream, "is_latest", lambda self, x: False))
+            seconds = stack.enter_context(timed_parts({"observe": Histogram, "_sum_products": Record}))
+            records = calibrate(model, loader, layers, config).records.values()
+        grams = {id(record): record.gram.nbytes for record in records if record.gram is not None}
+        found[name] = seconds, sum(grams.values()) / 2**20
+        print(f"{name}: binning {seconds['observe']:.2f} s, XᵀX {seconds['_sum_products']:.2f} s", end="")
+        print(f" and {found[name][1]:.0f} MiB", flush=True)
+    (before, large), (after, small) = found.values()
+    saved = [1 - after[key] / before[key] for key in ("observe", "_sum_products")]
+    print(f"saved: {saved[0]:.0%} of the binning, {saved[1]:.0%} of XᵀX, {1 - small / large:.0%} of its memory")
+
+
+def print_times(model: nn.Module, loader: list[Tensor], roundings: list[Rounding]) -> None:
+    """Prints the times of `convert` and of its parts, and whether they are within the limit."""
     float_seconds(model, loader[:1])
     passes = float_seconds(model, loader)
-    for rounding in arguments.rounding:
-        with timed_parts() as parts:
+    for rounding in roundings:
+        with timed_parts(dict.fromkeys(PARTS, importlib.import_module("torchq.conversion"))) as parts:
             start = time.process_time()
             torchq.convert(model, loader, config=torchq.QConfig(rounding=rounding))
             total = time.process_time() - start
@@ -89,6 +106,23 @@ def main() -> None:
         print(", ".join(f"{name} {parts[name]:.1f}" for name in PARTS if parts[name]))
         verdict = "ok" if total <= limit else "ABOVE"
         print(f"limit {FACTOR} x {passes:.1f} + {EXTRA:g} = {limit:.1f} s: {verdict}", flush=True)
+
+
+def main() -> None:
+    """Prints what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounding", nargs="+", default=["nearest", "auto"], help="of QConfig")
+    parser.add_argument("--outliers", type=int, default=0, help="outlier channels of each norm")
+    parser.add_argument("--sharing", action="store_true", help="what one record for q, k and v saves, instead")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = language_model(arguments.outliers)
+    loader = list(torch.randint(TOKENS, LOADER, generator=torch.Generator().manual_seed(0)))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {LOADER} tokens", flush=True)
+    if arguments.sharing:
+        print_sharing(model, loader)
+    else:
+        print_times(model, loader, arguments.rounding)
 
 
 if __name__ == "__main__":

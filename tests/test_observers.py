@@ -292,7 +292,7 @@ def test_observers_by_name():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_are_refused_and_leave_no_trace(cls, bad):
     observer = observed(cls(), normal(9))
-    match = rf"torchq.{cls.__name__}.observe: expected finite .* got 2 NaN or Inf among the 4 of x. Find"
+    match = rf"torchq.observers.{cls.__name__}.observe: expected finite .* got 2 NaN or Inf among the 4 of x. Find"
     with pytest.raises(ValueError, match=match):
         observer.observe(torch.tensor([1e9, bad, 0.0, bad]))
     with pytest.raises(ValueError, match="got 1 NaN or Inf among the 1"):
@@ -304,7 +304,7 @@ def test_non_finite_values_are_refused_and_leave_no_trace(cls, bad):
 def test_nothing_observed(cls):
     empty = observed(cls(), [])
     for call in (empty.range, empty.qparams, lambda: empty.seen):
-        with pytest.raises(ValueError, match=f"torchq.{cls.__name__}: expected at least one .* Call observe"):
+        with pytest.raises(ValueError, match=f"torchq.observers.{cls.__name__}: expected at least one .* Call observe"):
             call()
 
 
@@ -327,10 +327,13 @@ def test_wrong_arguments(cls):
         (lambda: PercentileObserver(0), r"percentile must be in \(0, 100\], got 0. It is in percent"),
         (lambda: PercentileObserver(100.1), r"percentile must be in \(0, 100\], got 100.1"),
         (lambda: PercentileObserver(math.nan), r"percentile must be in \(0, 100\], got nan"),
-        (lambda: Histogram(0), "torchq.Histogram: bins must be a power of two and at least 2, got 0"),
+        (lambda: Histogram(0), "torchq.observers.Histogram: bins must be a power of two and at least 2, got 0"),
         (lambda: MinMaxObserver(channels=0), r"MinMaxObserver: channels must be None or at least 1, got 0"),
-        (lambda: EntropyObserver(128), "torchq.EntropyObserver: bins must be at least 256, got 128"),
-        (lambda: PercentileObserver(bins=7), "torchq.PercentileObserver: bins must be a power of two .* got 7"),
+        (lambda: EntropyObserver(128), "torchq.observers.EntropyObserver: bins must be at least 256, got 128"),
+        (
+            lambda: PercentileObserver(bins=7),
+            r"observers.PercentileObserver: bins must be a power of two .* got 7",
+        ),
         (lambda: make_observer("max"), "one of minmax, moving_average, percentile, mse, entropy, got 'max'"),
         (
             lambda: PercentileObserver(99).merge(PercentileObserver(98)),

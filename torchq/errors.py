@@ -27,14 +27,14 @@ def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     Args:
         name: as the user writes it.
 
-    >>> @door("torchq.half")
+    >>> @door("half")
     ... def half(x: int) -> int:
     ...     if x % 2:
     ...         raise BadValueError(f"x must be even, got {x}.")
     ...     return x // 2
     >>> half(3)
     Traceback (most recent call last):
-    ValueError: torchq.half: x must be even, got 3.
+    ValueError: half: x must be even, got 3.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -13,6 +13,8 @@ import torch  # noqa: F401  (its libraries must be loaded before _C)
 
 from torchq import _C
 
+__all__ = ["ENVIRONMENT_VARIABLE", "active", "last_used", "names", "runnable", "tile", "use"]
+
 ENVIRONMENT_VARIABLE = "TORCHQ_KERNEL"
 
 

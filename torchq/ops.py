@@ -12,6 +12,19 @@ from torch import Tensor
 
 from torchq import _C
 
+__all__ = [
+    "MAX_DEPTH",
+    "Activation",
+    "gemm",
+    "linear_dynamic",
+    "linear_static",
+    "out_features",
+    "pack",
+    "packed_bytes",
+    "quantize_per_token",
+    "unpack",
+]
+
 MAX_DEPTH = _C.MAX_DEPTH
 """The deepest exact sum: 255 * 128 * K < 2^31 holds up to K = 65793."""
 

@@ -93,10 +93,7 @@ class Record:
         self.seen.observe(rows)
         self.sample.add(rows)
         self.calls += 1
-        if self.gram is not None and self.gram_rows < GRAM_ROWS * rows.shape[1]:
-            first = rows[: GRAM_ROWS * rows.shape[1] - self.gram_rows]
-            self.gram.addmm_(first.T, first)
-            self.gram_rows += len(first)
+        self._sum_products(rows)
         if len(rows) > 0:
             extremes = _extremes(rows)
             if self.extremes is not None:
@@ -142,6 +139,13 @@ class Record:
         """Whether new rows are likely to leave the ranges of some channels."""
         rows = self.sample.rows
         return self.sample.seen < ROWS_PER_CHANNEL * rows.shape[1] and len(rows) >= 2
+
+    def _sum_products(self, rows: Tensor) -> None:
+        """Adds rows to XᵀX, as long as it has not enough."""
+        if self.gram is not None and self.gram_rows < GRAM_ROWS * rows.shape[1]:
+            first = rows[: GRAM_ROWS * rows.shape[1] - self.gram_rows]
+            self.gram.addmm_(first.T, first)
+            self.gram_rows += len(first)
 
     def _trial(self, seen: Tensor, rows: Tensor, extremes: Tensor, into: Tensor | None) -> Trial:
         """A trial whose ranges cover `seen` and, for min-max, `extremes` (2, K); all of it divided by `into`."""

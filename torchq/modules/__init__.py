@@ -1,4 +1,5 @@
 """The modules that compute in int8, their training forms, and the registry of the float modules they replace."""
 
-from torchq.modules.quantized_linear import QuantizedLinear as QuantizedLinear
-from torchq.modules.quantized_linear import simulate as simulate
+from torchq.modules.quantized_linear import QuantizedLinear, simulate
+
+__all__ = ["QuantizedLinear", "simulate"]

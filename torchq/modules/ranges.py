@@ -179,7 +179,7 @@ class ObservedRange(nn.Module):
     def __init__(self, lo: float = math.nan, hi: float = math.nan, *, momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise ValueError(f"torchq.ObservedRange: momentum must be in [0, 1), got {momentum}. Try 0.9.")
+            raise ValueError(f"ObservedRange: momentum must be in [0, 1), got {momentum}. Try 0.9.")
         self.momentum, self.frozen = momentum, False
         self.register_buffer("ends", torch.tensor([lo, hi], dtype=torch.float32))
 

@@ -91,7 +91,7 @@ def choose_qparams(
     return _from_range(lo, hi, dtype, symmetric)
 
 
-@door("torchq.qparams_from_range")
+@door("torchq.numerics.qparams.qparams_from_range")
 def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The scale and zero point that cover [min(lo, 0), max(hi, 0)], elementwise.
 

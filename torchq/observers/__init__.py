@@ -20,20 +20,30 @@ Clipping beats min-max where outliers are rare and carry little of the output: a
 a few saturated values. It loses where the large values *are* the signal: heavy tails, or the few outlier channels of a
 transformer. On the sentence encoder of the design notes, static activations reach 18.5 dB of SQNR with min-max and
 6.9 dB clipped to 99.9 %. `mse` weighs both sides by the values' energy, and so does not fall into that trap; but what a
-layer makes of its input, only its output shows. So measure, with `qparams.sqnr_db`.
+layer makes of its input, only its output shows. So measure, with `torchq.sqnr_db`.
 
 All but `moving_average` read their range from one and the same `Histogram`: `share` looks at it through each of them.
 """
 
 from collections.abc import Callable
 
-from torchq.observers.base import MinMaxObserver as MinMaxObserver
-from torchq.observers.base import MovingAverageObserver as MovingAverageObserver
-from torchq.observers.base import Observer as Observer
-from torchq.observers.clipping import EntropyObserver as EntropyObserver
-from torchq.observers.clipping import MSEObserver as MSEObserver
-from torchq.observers.clipping import PercentileObserver as PercentileObserver
-from torchq.observers.histogram import Histogram as Histogram
+from torchq.observers.base import MinMaxObserver, MovingAverageObserver, Observer
+from torchq.observers.clipping import EntropyObserver, MSEObserver, PercentileObserver
+from torchq.observers.histogram import Histogram
+
+__all__ = [
+    "OBSERVERS",
+    "SHARED",
+    "EntropyObserver",
+    "Histogram",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "Observer",
+    "PercentileObserver",
+    "make_observer",
+    "share",
+]
 
 # By the names QConfig(observer=...) takes. Each is called with the percentile, which only one of them uses.
 OBSERVERS: dict[str, Callable[[float], Observer]] = {
@@ -55,7 +65,7 @@ def make_observer(name: str, *, percentile: float = 99.9) -> Observer:
     'MinMaxObserver'
     """
     if name not in OBSERVERS:
-        raise ValueError(f"torchq.make_observer: name must be one of {', '.join(OBSERVERS)}, got {name!r}.")
+        raise ValueError(f"torchq.observers.make_observer: name must be one of {', '.join(OBSERVERS)}, got {name!r}.")
     return OBSERVERS[name](percentile)
 
 

@@ -36,7 +36,7 @@ class Observer:
     def __init__(self, *, channels: int | None = None) -> None:
         if channels is not None and channels < 1:
             raise ValueError(
-                f"torchq.{type(self).__name__}: channels must be None or at least 1, got {channels}. "
+                f"torchq.observers.{type(self).__name__}: channels must be None or at least 1, got {channels}. "
                 "Pass the size of the last dimension."
             )
         self.channels = channels
@@ -54,11 +54,13 @@ class Observer:
         """
         name = type(self).__name__
         if not x.is_floating_point():
-            raise TypeError(f"torchq.{name}.observe: x must be floating point, got {x.dtype}. Pass x.float().")
+            raise TypeError(
+                f"torchq.observers.{name}.observe: x must be floating point, got {x.dtype}. Pass x.float()."
+            )
         if self.channels is not None and x.shape[-1:] != (self.channels,):
             raise ValueError(
-                f"torchq.{name}.observe: the last dimension of x must be the {self.channels} channels, got shape "
-                f"{list(x.shape)}. Move the channels there with x.movedim(axis, -1)."
+                f"torchq.observers.{name}.observe: the last dimension of x must be the {self.channels} channels, got "
+                f"shape {list(x.shape)}. Move the channels there with x.movedim(axis, -1)."
             )
         if x.numel() == 0:
             return
@@ -67,7 +69,7 @@ class Observer:
         if not (lo.isfinite() & hi.isfinite()).all():
             bad = x.numel() - int(x.isfinite().sum())
             raise ValueError(
-                f"torchq.{name}.observe: expected finite float32 values, got {bad} NaN or Inf among the "
+                f"torchq.observers.{name}.observe: expected finite float32 values, got {bad} NaN or Inf among the "
                 f"{x.numel()} of x. Find the layer that makes them, or leave this batch out."
             )
         self._fold(x.shape[0], lo, hi)
@@ -82,10 +84,10 @@ class Observer:
         """
         name = type(self).__name__
         if type(other) is not type(self):
-            raise TypeError(f"torchq.{name}.merge: other must be a {name}, got {type(other).__name__}.")
+            raise TypeError(f"torchq.observers.{name}.merge: other must be a {name}, got {type(other).__name__}.")
         if self._settings() != other._settings():
             raise ValueError(
-                f"torchq.{name}.merge: expected the settings {self._settings()}, got {other._settings()}. "
+                f"torchq.observers.{name}.merge: expected the settings {self._settings()}, got {other._settings()}. "
                 "Make both observers with the same arguments."
             )
         if other.count:
@@ -118,7 +120,7 @@ class Observer:
         """The smallest and the largest value observed, exactly: float32 (). ValueError if there was none."""
         if not self.count:
             raise ValueError(
-                f"torchq.{type(self).__name__}: expected at least one observed value, got none. "
+                f"torchq.observers.{type(self).__name__}: expected at least one observed value, got none. "
                 "Call observe() first; if you did, the calibration data never reached this layer."
             )
         return self._lo.clone(), self._hi.clone()
@@ -142,7 +144,7 @@ class Observer:
         got = {key: tuple(value.shape) for key, value in state.items()}
         if got != expected:
             raise ValueError(
-                f"torchq.{type(self).__name__}.load_state_dict: expected the shapes {expected}, got {got}. "
+                f"torchq.observers.{type(self).__name__}.load_state_dict: expected the shapes {expected}, got {got}. "
                 "Load it into an observer made with the same arguments."
             )
         self._load(state)
@@ -218,7 +220,9 @@ class MovingAverageObserver(Observer):
     def __init__(self, momentum: float = 0.9, *, channels: int | None = None) -> None:
         super().__init__(channels=channels)
         if not 0 <= momentum < 1:
-            raise ValueError(f"torchq.MovingAverageObserver: momentum must be in [0, 1), got {momentum}. Try 0.9.")
+            raise ValueError(
+                f"torchq.observers.MovingAverageObserver: momentum must be in [0, 1), got {momentum}. Try 0.9."
+            )
         self.momentum = momentum
         self.batches = 0
         self._average = torch.zeros(2, *self._shape, dtype=torch.float64)

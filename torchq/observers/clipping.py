@@ -45,7 +45,7 @@ class PercentileObserver(Histogram):
         super().__init__(bins, channels=channels)
         if not 0 < percentile <= 100:
             raise ValueError(
-                f"torchq.PercentileObserver: percentile must be in (0, 100], got {percentile}. "
+                f"torchq.observers.PercentileObserver: percentile must be in (0, 100], got {percentile}. "
                 "It is in percent: 99.9 covers all but one value in a thousand."
             )
         self.percentile = float(percentile)
@@ -139,7 +139,9 @@ class EntropyObserver(Histogram):
     def __init__(self, bins: int = 2048, *, channels: int | None = None) -> None:
         super().__init__(bins, channels=channels)
         if bins < 2 * LEVELS:
-            raise ValueError(f"torchq.EntropyObserver: bins must be at least {2 * LEVELS}, got {bins}. Try 2048.")
+            raise ValueError(
+                f"torchq.observers.EntropyObserver: bins must be at least {2 * LEVELS}, got {bins}. Try 2048."
+            )
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The clipped range, lo <= 0 <= hi, never wider than min-max. ValueError if nothing was observed."""
@@ -169,7 +171,7 @@ _AROUND = [2 ** (torch.arange(-5, 6, dtype=torch.float64) / steps) for steps in 
 def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """The squared error of u8 codes for [lo, hi], summed over a histogram whose bins are evenly filled.
 
-    With s and z the scale and zero point of `torchq.qparams` (in float64), x has the code z + k, where
+    With s and z the scale and zero point of `torchq.numerics.qparams` (in float64), x has the code z + k, where
     k = clamp(round(x / s), -z, 255 - z), and the error r = x - k s, whether rounded or saturated. So
 
         integral from 0 to x of r^2  =  k s^3 / 12 + r^3 / 3

@@ -55,7 +55,8 @@ class Histogram(Observer):
         super().__init__(channels=channels)
         if bins < 2 or bins & (bins - 1):
             raise ValueError(
-                f"torchq.{type(self).__name__}: bins must be a power of two and at least 2, got {bins}. Try 2048."
+                f"torchq.observers.{type(self).__name__}: bins must be a power of two and at least 2, got {bins}. "
+                "Try 2048."
             )
         self.bins = bins
         self.counts = torch.zeros(*self._shape, bins, dtype=torch.int64)

@@ -99,7 +99,7 @@ class Report:
         """
         if self.frontier is None:
             raise ValueError(
-                "torchq.Report.plot: this model has no frontier. Convert it with an accuracy budget: "
+                "torchq.reporting.report.Report.plot: this model has no frontier. Convert it with an accuracy budget: "
                 "torchq.convert(model, loader, evaluate=..., max_drop=...)."
             )
         self.frontier.plot(path)

@@ -1,0 +1,151 @@
+"""The public door: names that exist, types that stay, no dependency that nobody imports."""
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+import torchq
+from helpers import ROOT
+
+PACKAGE = ROOT / "torchq"
+
+
+def test_public_names():
+    """The whole interface, so that a new name is a decision. dir() shows it, and nothing else."""
+    functions = {"apply_plan", "choose_qparams", "convert", "dequantize", "fake_quantize", "freeze_ranges", "plan_of"}
+    functions |= {"prepare_qat", "profile_layers", "quantize", "report", "simulate", "sqnr_db", "watch_drift"}
+    assert set(torchq.__all__) == functions | {"Plan", "QConfig", "QuantizedLinear", "kernels", "observers", "ops"}
+    assert dir(torchq) == sorted([*torchq.__all__, "__version__"])
+
+
+def test_no_public_name_hides_a_module():
+    """So that `import torchq.<name>` and `torchq.<name>` are the same thing."""
+    for name in torchq.__all__:
+        is_module = importlib.util.find_spec(f"torchq.{name}") is not None
+        assert is_module == isinstance(getattr(torchq, name), types.ModuleType), name
+
+
+def resolve(dotted):
+    """What `import torchq` and a user's own imports find under this name."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ImportError(dotted)
+
+
+def names_in(text):
+    return {match[0] for match in re.finditer(r"(?<![\w/.:-])torchq(\.[A-Za-z_]\w*)+(?!\w*[:{])", text)}
+
+
+WRITTEN = [*sorted(PACKAGE.rglob("*.py")), *sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_name_that_is_written_exists(path):
+    """In messages, docstrings and documentation."""
+    for name in names_in(path.read_text()):
+        resolve(name)
+
+
+def test_the_check_above_can_fail():
+    assert names_in("torchq.convert: see torchq.nothing_like_it() or `torchq.ops.pack`, torchq/ops.py") >= {
+        *("torchq.nothing_like_it", "torchq.ops.pack")
+    }
+    with pytest.raises(AttributeError):
+        resolve("torchq.nothing_like_it")
+    with pytest.raises(AttributeError):
+        resolve("torchq.convert.apply_plan")  # a function has no such attribute
+
+
+USER = """
+import torch
+import torchq
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+data = [torch.randn(4, 8)]
+model: Net = torchq.prepare_qat(Net(), data)
+qmodel: Net = torchq.convert(model, data, config=torchq.QConfig(activation="dynamic"))
+qmodel.embed(data[0])
+again: Net = torchq.apply_plan(Net(), torchq.plan_of(qmodel))
+plan: torchq.Plan = torchq.Plan.from_dict(torchq.plan_of(qmodel).to_dict())
+db: float = torchq.sqnr_db(data[0], again.embed(data[0]))
+with torchq.simulate(), torchq.kernels.use("reference"):
+    print(torchq.report(qmodel), db, plan)
+with torchq.watch_drift(qmodel) as drift:
+    print(drift.recalibrate)
+"""
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=30)
+def test_a_users_script_passes_mypy_strict(tmp_path):
+    """convert, prepare_qat and apply_plan give the type they got; and a wrong use of it is found."""
+    (tmp_path / "good.py").write_text(USER)
+    (tmp_path / "bad.py").write_text(USER.replace("qmodel.embed(", "qmodel.embeds("))
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ROOT / ".mypy_cache", "good.py", "bad.py"],
+        cwd=tmp_path,
+        env={"MYPYPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = run.stdout.splitlines()
+    assert [line for line in lines if line.startswith("good.py")] == [], run.stdout + run.stderr
+    assert any(line.startswith("bad.py") and "not callable" in line for line in lines), run.stdout
+
+
+WITHOUT_NUMPY = """
+import sys, warnings
+sys.modules["numpy"] = None  # importing it is an ImportError
+warnings.simplefilter("ignore")  # torch's own
+import pickle, torch, torchq
+from torch import nn
+data = torch.randn(64, 16)
+qmodel = torchq.convert(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [data])
+assert "layer" in str(torchq.report(qmodel))
+assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
+"""
+
+
+@pytest.mark.subprocess
+def test_numpy_is_not_needed():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_run_time_dependencies_are_imported():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[(.*)\]", text, re.MULTILINE)[1]
+    imported = {
+        match[1]
+        for path in PACKAGE.rglob("*.py")
+        for match in re.finditer(r"^(?:from|import) (\w+)", path.read_text(), re.M)
+    }
+    for name in re.findall(r'"(\w+)', listed):
+        assert name in imported, f"{name} is a run-time dependency that nothing imports"
