@@ -24,13 +24,14 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto $(SLOWEST)
 
-# Tests of a group on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs, and
-# test_arm_torch.py for what the quick run leaves out.
+# Each file of tests on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs.
+# What the quick run leaves out is in test_arm_core.py, test_arm_torch.py and test_arm_bits.py: under emulation a CPU is
+# 20 to 50 times slower, so it takes what an architecture can change.
 test-arm: $(VENV)/built
-	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadgroup $(SLOWEST) tests/arm
+	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadfile $(SLOWEST) tests/arm
 
 test-arm-full: $(VENV)/built
-	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadgroup $(SLOWEST) tests/arm
+	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadfile $(SLOWEST) tests/arm
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from torchq import kernels, ops
 from torchq.planning import budget
 from torchq.timing import interleaved
 
-pytest.register_assert_rewrite("helpers")  # before any test imports it
+pytest.register_assert_rewrite("helpers", "emulation")  # before any test imports them
 SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 # The kernels this machine must run: skipping one of them is a failure. CI sets it.
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}

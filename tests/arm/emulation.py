@@ -7,6 +7,7 @@ runs at full speed, but `subprocess.run([sys.executable, ...])` does not work: s
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock  # torch needs it too
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "arm"
+TESTS, BUILD = ROOT / "tests", ROOT / "build" / "arm"
 DEBIAN, SITE, PACKAGE = BUILD / "debian", BUILD / "site", BUILD / "package"
 MODE = os.environ.get("TORCHQ_ARM", "")
 CXX = "aarch64-linux-gnu-g++"
@@ -33,6 +34,10 @@ PINNED = ["numpy", "tqdm", "safetensors", "setuptools", "pybind11", "pytest", "h
 OTHERS = ["filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "iniconfig"]
 OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals"]
 OTHERS += ["cloudpickle"]
+
+# Why a test may be skipped under emulation; any other reason is a failure.
+SKIPS = ["emulated by qemu-user", "the checks read x86-64 instructions", "this CPU cannot run neon_i8mm"]
+SKIPS += ["this CPU runs every kernel"]
 
 NEEDED = {
     CXX: "g++-aarch64-linux-gnu",
@@ -125,6 +130,19 @@ def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
         TORCHQ_EMULATED="1",
         **environment,
     )
+
+
+def project_passes(cpu: str, *files: str) -> None:
+    """Runs these test files of the project, or all but those about Arm, with all of the CPU's kernels required."""
+    paths = [TESTS / name for name in files] or [TESTS, f"--ignore={TESTS / 'arm'}"]
+    kernels = list(CPUS.values())
+    required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
+    options = ["-q", "-rs", "-p", "no:cacheprovider"]
+    output = python("-m", "pytest", *options, *paths, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
+    print(output)
+    assert re.search(r"[1-9]\d* passed", output.splitlines()[-1])
+    skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
+    assert [line for line in skips if not any(reason in line for reason in SKIPS)] == []
 
 
 def sources_of_package() -> str:

@@ -9,8 +9,6 @@ import emulation
 from emulation import CPUS, CXX, MODE
 from helpers.core import PLAIN, WARNINGS, compile_all, core_sources, jobs, program_sources, shipped_flags
 
-pytestmark = pytest.mark.xdist_group("core")
-
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:

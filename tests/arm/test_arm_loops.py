@@ -9,8 +9,6 @@ from benchmarks import arm_analysis
 from benchmarks.arm_analysis import PRODUCTS, Loop, loops_in, main_loop, tile_rows
 from emulation import check_tools
 
-pytestmark = pytest.mark.xdist_group("loops")
-
 ROWS = range(1, 7)
 every_kernel = pytest.mark.parametrize("kernel", PRODUCTS)
 

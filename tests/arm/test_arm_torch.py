@@ -1,6 +1,5 @@
 """The package itself, built for aarch64 by its own setup.py, under an emulated arm64 Python with torch 2.10.0."""
 
-import re
 import subprocess
 import sys
 
@@ -8,22 +7,6 @@ import pytest
 
 import emulation
 from emulation import CPUS, MODE, PACKAGE, ROOT
-
-TESTS = ROOT / "tests"
-# What runs, and on which CPU; every test of a kernel goes through all kernels of its CPU. A quick run takes what an
-# architecture can change: the bits of every op, as recorded on x86-64, on the CPU of each kernel; that kernels are
-# found, forced and refused; and on the CPU that has them all, every op against the oracle. The longest come first.
-RUNS = {
-    "full": [("max", ""), ("neoverse-n1", "")],
-    "quick": [
-        ("max", "test_ops.py"),
-        ("max", "test_golden.py test_kernels.py"),
-        ("neoverse-n1", "test_golden.py test_kernels.py"),
-    ],
-}
-# Why a test may be skipped there; any other reason is a failure.
-SKIPS = ["emulated by qemu-user", "the checks read x86-64 instructions", "this CPU cannot run neon_i8mm"]
-SKIPS += ["this CPU runs every kernel"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,19 +20,10 @@ def _beside_the_package(monkeypatch):
     monkeypatch.chdir(PACKAGE)
 
 
-@pytest.mark.slow(seconds=100)
-@pytest.mark.parametrize(("cpu", "files"), RUNS.get(MODE, []))
-def test_the_project_passes_its_tests(cpu, files):
-    """The files named, or all that are not about Arm, on the kernels of this CPU, its best one required."""
-    paths = [TESTS / name for name in files.split()] or [TESTS, f"--ignore={TESTS / 'arm'}"]
-    kernels = list(CPUS.values())
-    required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
-    options = ["-q", "-rs", "-p", "no:cacheprovider"]
-    output = emulation.python("-m", "pytest", *options, *paths, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
-    print(output)
-    assert re.search(r"[1-9]\d* passed", output.splitlines()[-1])
-    skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
-    assert [line for line in skips if not any(reason in line for reason in SKIPS)] == []
+@pytest.mark.slow(seconds=90)
+def test_the_project_passes_its_tests():
+    """On the CPU with all kernels: in a quick run those of the ops against the oracle, in the full run everything."""
+    emulation.project_passes("max", *(["test_ops.py"] if MODE == "quick" else []))
 
 
 @pytest.mark.parametrize("cpu", ["neoverse-n1", "max"])
@@ -64,7 +38,7 @@ def test_a_model_moves_between_architectures(tmp_path):
     """Saved on x86-64 it gives the same bits under aarch64, with every kernel; and the reverse."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
-    exchange = TESTS / "arm" / "exchange.py"
+    exchange = ROOT / "tests" / "arm" / "exchange.py"
 
     def on_this_machine(*arguments):
         done = subprocess.run(
