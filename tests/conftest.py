@@ -15,7 +15,6 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 # The kernels this machine must run: skipping one of them is a failure. CI sets it.
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
-
 SLOW = 2  # seconds; a test that takes longer carries the mark, with how long
 
 # Those cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.

@@ -37,6 +37,7 @@ def build(tmp_path, *, path, torch_stub=None, **environment):
     return run.stderr
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.subprocess
 def test_build_without_a_compiler_says_so(tmp_path):
     error = build(tmp_path, path=str(tmp_path))
@@ -44,6 +45,7 @@ def test_build_without_a_compiler_says_so(tmp_path):
     assert "apt-get install g++" in error
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.subprocess
 def test_build_with_a_wrong_cxx_names_it(tmp_path):
     error = build(tmp_path, path=os.environ["PATH"], CXX="no-such-compiler")
