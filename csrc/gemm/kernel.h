@@ -9,28 +9,7 @@
 
 #include <cstdint>
 
-// VEX-encoded VPDPBUSD needs g++ 11 or clang 12.
-#if !defined(TORCHQ_HAS_AVX_VNNI)
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define TORCHQ_HAS_AVX_VNNI 1
-#else
-#define TORCHQ_HAS_AVX_VNNI 0
-#endif
-#endif
-
-// AMX's instructions, written in assembly, need binutils 2.34, which came before g++ 11, or clang 11.
-#if !defined(TORCHQ_HAS_AMX)
-#define TORCHQ_HAS_AMX TORCHQ_HAS_AVX_VNNI
-#endif
-
-// USMMLA needs g++ 10 or clang 16.
-#if !defined(TORCHQ_HAS_I8MM)
-#if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
-#define TORCHQ_HAS_I8MM 1
-#else
-#define TORCHQ_HAS_I8MM 0
-#endif
-#endif
+#include "compiler.h"
 
 namespace torchq {
 

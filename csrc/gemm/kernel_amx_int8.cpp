@@ -32,6 +32,7 @@ namespace amx_int8 {
 using Code = uint8_t;
 #include "vec512.inc"
 
+#include "rows_x86.inc"
 #include "rows.inc"
 
 constexpr bool kZeroPointFirst = false;

@@ -24,6 +24,7 @@ namespace avx2 {
 using Code = int16_t;
 #include "vec256.inc"
 
+#include "rows_x86.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 1, kSplit = 2, kAhead = 1024, kOneRowAhead = 0, kUnroll = 1;
@@ -40,6 +41,10 @@ inline Ints dot(Ints acc, Ints a, Ints w) { return add(acc, _mm256_madd_epi16(a,
 // Columns 0-3 and 4-7 as pairs -> columns 0-7: the horizontal add works within 128-bit halves, the permute mends that.
 inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(lo, hi), 0b11011000); }
 
+#include "multiply_broadcast.inc"
+#include "epilogue.inc"
+#include "finish.inc"
+#include "plain.inc"
 #include "tile.inc"
 
 // Half a panel at a time: its second 8 columns are the same tile, with every pointer moved.

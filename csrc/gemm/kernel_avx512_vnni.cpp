@@ -24,6 +24,7 @@ namespace avx512_vnni {
 using Code = uint8_t;
 #include "vec512.inc"
 
+#include "rows_x86.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kOneRowAhead = 512, kUnroll = 1;
@@ -37,6 +38,10 @@ inline Ints broadcast(const Code* p) {
 inline Ints dot(Ints acc, Ints a, Ints w) { return _mm512_dpbusd_epi32(acc, a, w); }
 inline Ints join(Ints whole, Ints) { return whole; }
 
+#include "multiply_broadcast.inc"
+#include "epilogue.inc"
+#include "finish.inc"
+#include "plain.inc"
 #include "tile.inc"
 
 template <int kRows>

@@ -28,7 +28,7 @@ namespace neon {
 using Code = uint8_t;
 constexpr uint8_t kFlip = 0x80;
 constexpr int64_t kRun = 8;
-#define TORCHQ_ROWS "rows_neon.inc"
+#include "rows_neon.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 2, kSplit = 2, kAhead = 512, kOneRowAhead = 0, kUnroll = 1;
@@ -49,6 +49,10 @@ inline Ints dot(Ints acc, Ints a, Ints w) {
 }
 inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 
+#include "multiply_broadcast.inc"
+#include "epilogue.inc"
+#include "finish.inc"
+#include "plain_neon.inc"
 #include "tile.inc"
 
 // Half a panel at a time: its second 8 columns are the same tile, with every pointer moved.

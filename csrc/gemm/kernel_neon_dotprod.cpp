@@ -31,7 +31,7 @@ namespace neon_dotprod {
 using Code = uint8_t;
 constexpr uint8_t kFlip = 0x80;
 constexpr int64_t kRun = 8;
-#define TORCHQ_ROWS "rows_neon.inc"
+#include "rows_neon.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
@@ -44,7 +44,10 @@ inline Ints dot_lane(Ints acc, Ints codes, Ints weights) {
 }
 inline Ints join(Ints whole, Ints) { return whole; }
 
-#define TORCHQ_MULTIPLY "multiply_lanes.inc"
+#include "multiply_lanes.inc"
+#include "epilogue.inc"
+#include "finish.inc"
+#include "plain_neon.inc"
 #include "tile.inc"
 
 void run(const Block& b) {

@@ -31,7 +31,7 @@ namespace neon_i8mm {
 using Code = uint8_t;
 constexpr uint8_t kFlip = 0;
 constexpr int64_t kRun = 16;
-#define TORCHQ_ROWS "rows_neon.inc"
+#include "rows_neon.inc"
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
@@ -50,7 +50,10 @@ inline Ints second_halves(Ints a, Ints b) {
 }
 inline Ints join(Ints whole, Ints) { return whole; }
 
-#define TORCHQ_MULTIPLY "multiply_pairs.inc"
+#include "multiply_pairs.inc"
+#include "epilogue.inc"
+#include "finish.inc"
+#include "plain_neon.inc"
 #include "tile.inc"
 
 void run(const Block& b) {
