@@ -115,7 +115,6 @@ const Kernel* find_kernel(const char* name);
 // Whether a kernel of this name exists on any architecture or compiler, compiled in here or not.
 bool is_kernel_name(const char* name);
 
-uint32_t cpu_features();
 bool can_run(const Kernel& kernel);
 // Whether a kernel multiplies by weights packed in this layout: its own, and `reference` any.
 bool reads(const Kernel& kernel, Layout layout);

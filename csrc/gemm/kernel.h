@@ -10,38 +10,10 @@
 #include <cstdint>
 
 #include "compiler.h"
+#include "cpu.h"
+#include "types.h"
 
 namespace torchq {
-
-// The CPU features kernels ask for. A kernel can run where (needs & have) == needs.
-enum Feature : uint32_t {
-  kAvx2 = 1u << 0,        // AVX2 and F16C
-  kAvxVnni = 1u << 1,     // VEX-encoded VPDPBUSD
-  kAvx512Vnni = 1u << 2,  // AVX512 F, BW, DQ, VL and VNNI
-  kAsimd = 1u << 3,       // Advanced SIMD, in every armv8.0-a
-  kAsimdDp = 1u << 4,     // SDOT
-  kI8mm = 1u << 5,        // USMMLA
-  kAmxInt8 = 1u << 6,     // AMX tiles and TDPBUSD, and the operating system's leave to use them
-};
-
-// The element types the core reads and writes.
-enum class DType : int { f32, bf16, f16, u8, i8, i32 };
-
-// 16-bit floats as bits: what the row functions load from.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-constexpr int64_t element_bytes(DType d) {
-  return d == DType::f32 || d == DType::i32 ? 4 : d == DType::bf16 || d == DType::f16 ? 2 : 1;
-}
-
-// The function applied to y after the bias; activations.inc has the formulas.
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
-constexpr int kActivations = 5;
 
 // How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k; P16c8: 16 columns x 8.
 enum class Layout : uint32_t { p16c4 = 1, p16c8 = 2 };

@@ -73,7 +73,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("system", "answers", "kernels"), ANSWERS)
 def test_detection(tmp_path, system, answers, kernels):
-    """dispatch.cpp as each system compiles it, the system's functions replaced: what is asked, and what follows."""
+    """cpu.cpp and dispatch.cpp as each system compiles them, its functions replaced: what is asked, what follows."""
     here, out = Path(__file__).parent / "stand_ins", tmp_path / "dispatch_test"
     flags = [*PLAIN, *WARNINGS, "-O1", *SYSTEMS[system], "-I", here]
     emulation.run([CXX, *flags, "-c", here / "dispatch_test.cpp", "-o", f"{out}.o"])

@@ -1,5 +1,6 @@
-// dispatch.cpp with an operating system's answers given on the command line: SDOT, USMMLA, and A for Apple's silicon.
-// Prints the kernels that can run, in the order of preference. The kernels are no more than their needs.
+// cpu.cpp and dispatch.cpp with an operating system's answers given on the command line: SDOT, USMMLA, and A for
+// Apple's silicon. Prints the kernels that can run, in the order of preference. The kernels are no more than their
+// needs.
 
 #include <stdint.h>
 #include <stdio.h>
@@ -25,6 +26,7 @@ extern "C" unsigned long answer_of_linux(unsigned long what) noexcept {
 }
 #endif
 
+#include "../../../csrc/gemm/cpu.cpp"
 #include "../../../csrc/gemm/dispatch.cpp"
 
 #if defined(__APPLE__)
@@ -40,10 +42,10 @@ extern "C" int IsProcessorFeaturePresent(unsigned feature) { return feature == 4
 #endif
 
 namespace torchq {
-const Kernel kernel_neon = {"neon", kAsimd, {}, {}, 1, nullptr, nullptr, nullptr};
-const Kernel kernel_neon_dotprod = {"neon_dotprod", kAsimd | kAsimdDp, {}, {}, 1, nullptr, nullptr, nullptr};
-const Kernel kernel_neon_i8mm = {"neon_i8mm", kAsimd | kI8mm, {}, {}, 1, nullptr, nullptr, nullptr};
-const Kernel kernel_reference = {"reference", 0, {}, {}, 1, nullptr, nullptr, nullptr};
+const Kernel kernel_neon = {"neon", kAsimd};
+const Kernel kernel_neon_dotprod = {"neon_dotprod", kAsimd | kAsimdDp};
+const Kernel kernel_neon_i8mm = {"neon_i8mm", kAsimd | kI8mm};
+const Kernel kernel_reference = {"reference", 0};
 }  // namespace torchq
 
 int main(int, char** arguments) {
