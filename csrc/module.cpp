@@ -39,7 +39,8 @@ std::vector<Row> table() {
   std::vector<Row> rows;
   for (int i = 0; i < torchq::kernel_count(); ++i) {
     const torchq::Kernel& k = torchq::kernel_at(i);
-    rows.push_back({k.name, feature_names(k.needs), {k.tile.m, k.tile.n, k.tile.k}, torchq::can_run(k)});
+    rows.push_back(
+        {k.name, feature_names(k.needs), {k.tiling.tile.m, k.tiling.tile.n, k.tiling.tile.k}, torchq::can_run(k)});
   }
   return rows;
 }
@@ -74,6 +75,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("active", [] { return std::string(torchq::active_kernel().name); }, "The kernel the ops use now.");
   m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
   m.def("force", &force, py::arg("name").none(true), "Forces a kernel; None gives the choice back.");
-  m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel of the latest op call.");
+  m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
   torchq::add_direct_calls(m);
 }

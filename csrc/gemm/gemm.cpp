@@ -21,13 +21,9 @@
 namespace torchq {
 namespace {
 
-constexpr int64_t kWeightsNear = 2 << 20;  // what fits in L2 of the CPUs with a kernel that asks: bytes
-// Rows up to which every thread quantizes them all and takes columns; the latter where the kernel is so fast that
-// reading the weights, by each thread its own, takes longer than that.
-constexpr int64_t kSplitColumnsUpTo = 32, kSplitFarColumnsUpTo = 128;
-
-constexpr int64_t kRowsTogether = 32;     // rows quantized together, one step of all after the other ...
-constexpr int64_t kRowsInL1 = 16 * 1024;  // ... if their x, read twice, stays in L1: bytes
+constexpr int64_t kWeightsNear = 2 << 20;  // L2 of the CPUs with AMX, whose kernel alone distinguishes
+constexpr int64_t kRowsTogether = 32;      // rows quantized together, one step of all after the other ...
+constexpr int64_t kRowsInL1 = 16 * 1024;   // ... if their x, read twice, stays in L1: bytes
 
 constexpr float kRoundsToInteger = 0x1.8p23f;  // above it floats are integers: x + this - this is rne(x), and no call
 
@@ -49,15 +45,16 @@ bool far(const PackedHeader& header) { return packed_bytes(header.n, header.k) >
 
 // The kernel asked for, or the one that it leaves small problems to.
 const Kernel& kernel_that_runs(const Kernel& kernel, const Problem& p) {
-  const Few& few = kernel.few;
-  if (!few.kernel) return kernel;
+  const SmallProblems& small = kernel.small;
+  if (!small.kernel) return kernel;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
-  const bool small = p.m <= (far(header) ? few.rows_from_far : few.rows) || p.m * header.n * header.k <= few.work;
-  return small ? *few.kernel : kernel;
+  const int max_rows = far(header) ? small.max_rows_beyond_l2 : small.max_rows;
+  return p.m <= max_rows || p.m * header.n * header.k <= small.max_work ? *small.kernel : kernel;
 }
 
-const Tile& tile_for(const Kernel& kernel, int64_t m) {
-  return m > kernel.tile.m && m <= kernel.tall.m ? kernel.tall : kernel.tile;
+const TileShape& tile_for(const Kernel& kernel, int64_t m) {
+  const Tiling& tiling = kernel.tiling;
+  return m > tiling.tile.m && m <= tiling.tall.m ? tiling.tall : tiling.tile;
 }
 
 // Codes that arrive ready made: copied, moved from int8 to u8 or back, or widened, to what the kernel reads.
@@ -67,9 +64,9 @@ void load_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
   for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
 }
 
-// Where the scratch holds rows [0, row] and code k of that row, k a multiple of 8: Kernel::rows_together.
+// Where the scratch holds rows [0, row] and code k of that row, k a multiple of 8: CodeFormat::interleaved_rows.
 uint8_t* code_at(const Kernel& kernel, uint8_t* codes, int64_t row, int64_t k, int64_t stride) {
-  if (kernel.rows_together == 1) return codes + row * stride + k * kernel.code_bytes;
+  if (kernel.codes.interleaved_rows == 1) return codes + row * stride + k * kernel.codes.bytes;
   return codes + row / 2 * 2 * stride + row % 2 * 8 + k * 2;
 }
 
@@ -88,22 +85,22 @@ struct Scratch {
 };
 
 // Rows quantized at a time: whole tiles, whose codes fit the budget.
-int64_t block_rows(const Kernel& kernel, const Tile& tile, int64_t m, int64_t k) {
-  const int64_t fit = kernel.codes_budget / codes_stride(k, kernel.code_bytes);
+int64_t block_rows(const Kernel& kernel, const TileShape& tile, int64_t m, int64_t k) {
+  const int64_t fit = kernel.tiling.codes_budget / codes_stride(k, kernel.codes.bytes);
   return std::min(round_up(m, tile.m), std::max<int64_t>(fit / tile.m, 1) * tile.m);
 }
 
-int64_t ragged_bytes(const Kernel& kernel, const Tile& tile, int64_t rows) {
-  return kernel.sweeps ? rows * kPanelColumns * 4 : int64_t{tile.m} * tile.n * 4;
+int64_t ragged_bytes(const Kernel& kernel, const TileShape& tile, int64_t rows) {
+  return kernel.tiling.own_loops ? rows * kPanelColumns * 4 : int64_t{tile.m} * tile.n * 4;
 }
 
-int64_t sums_bytes(const Kernel& kernel, int64_t rows) { return kernel.sweeps ? rows * kSumColumns * 4 : 0; }
+int64_t sums_bytes(const Kernel& kernel, int64_t rows) { return kernel.tiling.own_loops ? rows * kSumColumns * 4 : 0; }
 
-Scratch carve(const Kernel& kernel, const Tile& tile, int64_t rows, int64_t k, void* memory) {
+Scratch carve(const Kernel& kernel, const TileShape& tile, int64_t rows, int64_t k, void* memory) {
   auto* base = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
   Scratch s;
   s.codes = base;
-  s.ragged = s.codes + rows * codes_stride(k, kernel.code_bytes);
+  s.ragged = s.codes + rows * codes_stride(k, kernel.codes.bytes);
   s.sums = reinterpret_cast<int32_t*>(s.ragged + ragged_bytes(kernel, tile, rows));
   s.scale = reinterpret_cast<float*>(s.sums + sums_bytes(kernel, rows) / 4);
   s.zero_point = reinterpret_cast<int32_t*>(s.scale + rows);
@@ -113,17 +110,17 @@ Scratch carve(const Kernel& kernel, const Tile& tile, int64_t rows, int64_t k, v
 // Codes that arrive ready made.
 void copy_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int64_t rows, int64_t k, const Scratch& s) {
   const bool is_signed = p.x_dtype == DType::i8;
-  const uint8_t flip = is_signed != (kernel.code_shift == 128) ? 0x80 : 0;
+  const uint8_t flip = is_signed != (kernel.codes.shift == 128) ? 0x80 : 0;
   for (int64_t r = 0; r < rows; ++r, x += p.x_stride) {
-    uint8_t* codes = code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes));
-    if (kernel.rows_together == 2)
+    uint8_t* codes = code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.codes.bytes));
+    if (kernel.codes.interleaved_rows == 2)
       load_paired_codes(x, flip, k, codes);
-    else if (kernel.code_bytes == 1)
+    else if (kernel.codes.bytes == 1)
       load_codes(x, flip, k, codes);
     else
       load_codes(x, flip, k, reinterpret_cast<int16_t*>(codes));
     s.scale[r] = p.x_qparams.scale;
-    s.zero_point[r] = p.x_qparams.zero_point + (is_signed ? 128 : 0) - kernel.code_shift;
+    s.zero_point[r] = p.x_qparams.zero_point + (is_signed ? 128 : 0) - kernel.codes.shift;
   }
 }
 
@@ -140,20 +137,20 @@ void quantize_rows(const Kernel& kernel, const Problem& p, const uint8_t* x, int
   }
   for (int64_t r = 0; r < rows; ++r) {
     kernel.quantize(x + r * p.x_stride, p.x_dtype, k, 1.0f / s.scale[r], s.zero_point[r],
-                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.code_bytes)), p.per_token);
-    s.zero_point[r] -= kernel.code_shift;
+                    code_at(kernel, s.codes, r, 0, codes_stride(k, kernel.codes.bytes)), p.per_token);
+    s.zero_point[r] -= kernel.codes.shift;
   }
 }
 
 void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows, int64_t k, const Scratch& all) {
   const auto* x = static_cast<const uint8_t*>(p.x) + row * p.x_stride;
-  const int64_t stride = codes_stride(k, kernel.code_bytes);
+  const int64_t stride = codes_stride(k, kernel.codes.bytes);
   // The last group may be partly filled. Its weights are zero, its codes must only be readable.
   for (int64_t r = 0; k % 8 && r < rows; ++r)
-    std::memset(code_at(kernel, all.codes, r, k / 8 * 8, stride), 0, 8 * kernel.code_bytes);
+    std::memset(code_at(kernel, all.codes, r, k / 8 * 8, stride), 0, 8 * kernel.codes.bytes);
   if (p.x_dtype == DType::u8 || p.x_dtype == DType::i8) return copy_rows(kernel, p, x, rows, k, all);
   const int64_t fit = kRowsInL1 / std::max<int64_t>(k * element_bytes(p.x_dtype), 1);
-  const int64_t step = round_up(std::min(std::max<int64_t>(fit, 1), kRowsTogether), kernel.rows_together);
+  const int64_t step = round_up(std::min(std::max<int64_t>(fit, 1), kRowsTogether), kernel.codes.interleaved_rows);
   for (int64_t r = 0; r < rows; r += step) {
     const Scratch s{all.codes + r * stride, nullptr, nullptr, all.scale + r, all.zero_point + r};
     quantize_rows(kernel, p, x + r * p.x_stride, std::min(step, rows - r), k, s);
@@ -162,7 +159,7 @@ void load_rows(const Kernel& kernel, const Problem& p, int64_t row, int64_t rows
 
 // What quantizing left behind the last code of each row, or a row before it.
 void clear_step(const Kernel& kernel, int64_t rows, int64_t k, const Scratch& s) {
-  const int64_t rest = round_up(k, kernel.step) - k, stride = codes_stride(k, kernel.code_bytes);
+  const int64_t rest = round_up(k, kernel.codes.depth_multiple) - k, stride = codes_stride(k, kernel.codes.bytes);
   for (int64_t r = 0; rest && r < rows; ++r) std::memset(s.codes + r * stride + k, 0, rest);
 }
 
@@ -216,10 +213,10 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
   const QParams q = choose_qparams(kernel.range(x, dtype, k));
   kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch, true);
   auto* from = static_cast<uint8_t*>(scratch);
-  const uint8_t flip = kernel.code_shift == 128 ? 0x80 : 0;
-  if (kernel.rows_together == 2)
+  const uint8_t flip = kernel.codes.shift == 128 ? 0x80 : 0;
+  if (kernel.codes.interleaved_rows == 2)
     for (int64_t i = 0; i < k; ++i) codes[i] = code_at(kernel, from, 0, i / 8 * 8, 0)[i % 8] ^ flip;
-  else if (kernel.code_bytes == 1)
+  else if (kernel.codes.bytes == 1)
     load_codes(from, flip, k, codes);
   else
     for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(static_cast<const int16_t*>(scratch)[i]);
@@ -229,8 +226,9 @@ QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k
 namespace {
 
 bool split_columns(const Kernel& kernel, const Problem& p) {
-  const bool slow_weights = kernel.sweeps && far(*static_cast<const PackedHeader*>(p.packed));
-  return p.m <= (slow_weights ? kSplitFarColumnsUpTo : kSplitColumnsUpTo);
+  const Threading& threading = kernel.threading;
+  const bool beyond_l2 = far(*static_cast<const PackedHeader*>(p.packed));
+  return p.m <= (beyond_l2 ? threading.max_rows_by_columns_beyond_l2 : threading.max_rows_by_columns);
 }
 
 }  // namespace
@@ -238,8 +236,9 @@ bool split_columns(const Kernel& kernel, const Problem& p) {
 int count_parts(const Kernel& asked, const Problem& p, int max_threads) {
   const Kernel& kernel = kernel_that_runs(asked, p);
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
-  const int64_t work = std::max<int64_t>(p.m, kernel.min_rows) * header.n * header.k / kernel.part_work;
-  const Tile& tile = tile_for(kernel, p.m);
+  const int64_t work =
+      std::max<int64_t>(p.m, kernel.threading.min_rows) * header.n * header.k / kernel.threading.work_per_thread;
+  const TileShape& tile = tile_for(kernel, p.m);
   const int64_t pieces =
       split_columns(kernel, p) ? ceil_div(panel_count(header.n) * kPanelColumns, tile.n) : ceil_div(p.m, tile.m);
   return static_cast<int>(std::max<int64_t>(std::min({work, pieces, int64_t{max_threads}}), 1));
@@ -256,9 +255,9 @@ Part part(const Kernel& asked, const Problem& p, int index, int count) {
 
 size_t scratch_bytes(const Kernel& asked, const Problem& p) {
   const Kernel& kernel = kernel_that_runs(asked, p);
-  const Tile& tile = tile_for(kernel, p.m);
+  const TileShape& tile = tile_for(kernel, p.m);
   const int64_t k = static_cast<const PackedHeader*>(p.packed)->k, rows = block_rows(kernel, tile, p.m, k);
-  return 64 + rows * (codes_stride(k, kernel.code_bytes) + sizeof(float) + sizeof(int32_t)) +
+  return 64 + rows * (codes_stride(k, kernel.codes.bytes) + sizeof(float) + sizeof(int32_t)) +
          ragged_bytes(kernel, tile, rows) + sums_bytes(kernel, rows);
 }
 
@@ -268,7 +267,7 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
   if (part.row_begin == part.row_end) return;
   const PackedHeader& header = *static_cast<const PackedHeader*>(p.packed);
   const int64_t k = header.k, y_bytes = element_bytes(p.y_dtype);
-  const Tile& tile = tile_for(kernel, p.m);
+  const TileShape& tile = tile_for(kernel, p.m);
   const int64_t group = tile.n / kPanelColumns;
   const int64_t max_rows = block_rows(kernel, tile, p.m, k);
   const Scratch s = carve(kernel, tile, max_rows, k, memory);
@@ -277,7 +276,7 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
   Block b{};
   b.layout = header.layout;
   b.k_groups = ceil_div(k, layout_depth(header.layout));
-  b.codes_stride = codes_stride(k, kernel.code_bytes);
+  b.codes_stride = codes_stride(k, kernel.codes.bytes);
   b.panel_stride = panel_bytes(k);
   b.out_stride = p.y_stride;
   b.out_dtype = p.y_dtype;
@@ -288,9 +287,9 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
   // Tiles are laid out over all rows, the larger ones first, and blocks balanced over all tiles: a last block of few
   // rows would read every panel for them.
   const int64_t all_rows = part.row_end - part.row_begin, tiles = ceil_div(all_rows, tile.m);
-  const int64_t together = kernel.rows_together, units = ceil_div(all_rows, together);
-  const int64_t each = kernel.full_tiles ? tile.m / together : units / tiles;
-  const int64_t larger = kernel.full_tiles ? 0 : units % tiles;
+  const int64_t together = kernel.codes.interleaved_rows, units = ceil_div(all_rows, together);
+  const int64_t each = kernel.tiling.full_tiles ? tile.m / together : units / tiles;
+  const int64_t larger = kernel.tiling.full_tiles ? 0 : units % tiles;
   const int64_t larger_tile = (each + 1) * together, smaller_tile = each * together;
   const int64_t stride = b.codes_stride, y_stride = p.y_stride;
   const auto row_of = [&](int64_t tile) {
@@ -302,7 +301,7 @@ void run_part(const Kernel& asked, const Problem& p, const Part& part, void* mem
     const int64_t rows = row_of(end) - row;
     load_rows(kernel, p, row, rows, k, s);
     clear_step(kernel, rows, k, s);
-    if (kernel.sweeps) {
+    if (kernel.tiling.own_loops) {
       sweep(kernel, b, p, part, row, rows, s);
       continue;
     }

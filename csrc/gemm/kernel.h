@@ -1,10 +1,10 @@
 // What a kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
 //
-// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, the tile it computes, three
-// functions, and what else sets it apart. Its file names what differs from the defaults here; constexpr, so that no
-// code built for that CPU runs to make it. All kernels agree bit for bit, integers and floats; `reference` is the
-// definition. (Where two different NaNs meet, a weight scale's and a bias's, which of them survives is open, as in IEEE
-// 754.)
+// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, three functions, and how it
+// differs from the defaults below. A kernel's row is constexpr, so that no code compiled for its CPU runs to build it.
+//
+// All kernels give the same bits, integers and floats; `reference` is the definition. One thing is open, as it is in
+// IEEE 754: where two different NaNs meet, say a weight's scale and a bias, either may survive.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,8 @@
 
 namespace torchq {
 
+// ---- Weights ----------------------------------------------------------------------------------------------------
+
 // How the weights of a panel lie in memory. P16c4: 16 columns x 4 consecutive k; P16c8: 16 columns x 8.
 enum class Layout : uint32_t { p16c4 = 1, p16c8 = 2 };
 constexpr int layout_depth(Layout layout) { return layout == Layout::p16c8 ? 8 : 4; }
@@ -22,19 +24,16 @@ constexpr int layout_depth(Layout layout) { return layout == Layout::p16c8 ? 8 :
 constexpr int64_t kPanelColumns = 16;
 constexpr int64_t kPanelMeta = 3 * kPanelColumns * 4;  // [colsum i32 x16][scale f32 x16][bias f32 x16]
 
-// The largest block one run() computes (rows, columns: whole panels), and how many k lie together in a panel.
-struct Tile {
-  int m, n, k;
-};
+// ---- What a kernel's functions take and give --------------------------------------------------------------------
 
-// The smallest and largest of a row's values and 0; finite is false if the row holds a NaN or an infinity, and then lo
+// The smallest and the largest of a row's values and 0. If the row holds a NaN or an infinity, finite is false, and lo
 // and hi mean nothing.
 struct RowRange {
   float lo, hi;
   bool finite;
 };
 
-// One block of y = x · wᵀ, full depth. Codes and panels are what gemm.cpp and pack.cpp prepared.
+// One block of y = x · wᵀ, full depth. Codes and panels are what codes.cpp and pack.cpp prepared.
 //
 //   acc[r, c] = Σ_k codes[r, k]·w[c, k] - zero_point[r]·colsum[c]                      exact, int32
 //   y[r, c]   = act(float(acc[r, c]) * (scale[r] * panel.scale[c]) + panel.bias[c])    float32, each operation rounded
@@ -42,12 +41,12 @@ struct RowRange {
 //               u8: clamp(rne(y * out_inv_scale) + out_zero_point, 0, 255), NaN gives 0, or
 //               i32: acc itself
 //
-// out always has room for `panels` whole panels per row; gemm.cpp redirects the ragged last one.
+// out always has room for `panels` whole panels per row; gemm.cpp redirects a panel that y only partly fills.
 struct Block {
-  int m;                      // rows, 1 .. tile.m or tall.m
-  int panels;                 // panels of 16 columns, 1 .. n / 16 of that tile
+  int m;                      // rows: 1 to the m of the tile shape in use; with own_loops any number
+  int panels;                 // panels of 16 columns: 1 to n / 16 of that tile shape; with own_loops any number
   int64_t k_groups;           // ceil(K / layout_depth(layout))
-  const void* codes;          // row r starts codes_stride * r bytes further; padded to whole groups, or steps
+  const void* codes;          // row r starts codes_stride * r bytes further, and is padded to whole groups
   int64_t codes_stride;       // bytes
   const float* scale;         // [m]
   const int32_t* zero_point;  // [m]
@@ -59,63 +58,93 @@ struct Block {
   Activation activation;
   float out_inv_scale;     // u8 out only
   int32_t out_zero_point;  // u8 out only
-  Layout layout;           // of the panels. Not above: after panels it makes gcc store pairs that loads then wait for
-  int32_t* sums;           // m x kSumColumns, for a kernel that sweeps: room for sums of a part of the depth
+  Layout layout;           // of the panels. It must not follow `panels`: g++ would store both at once and load them
+                           // one by one, and the CPU cannot forward such a store
+  int32_t* sums;           // with own_loops: room for m x kSumColumns sums of a part of the depth
 };
 
 // Columns of Block::sums.
 constexpr int64_t kSumColumns = 32;
 
+// ---- What sets a kernel apart, by concept -----------------------------------------------------------------------
+
+// How the codes of a row lie in the scratch.
+struct CodeFormat {
+  // Bytes of one code: 1 (u8), or 2 (the same code widened to int16).
+  int bytes = 1;
+  // The scratch holds code - shift. 128 where the multiplier takes signed bytes, else 0. Block::zero_point is shifted
+  // by the same amount, so no sum changes.
+  int32_t shift = 0;
+  // 2 where the multiplier takes two rows at once, else 1. Rows 2i and 2i + 1 then alternate every 8 bytes, from where
+  // row 2i starts: quantize() writes 8 bytes and skips 8. Tiles start at even rows.
+  int interleaved_rows = 1;
+  // run() reads this many k at once. From K to the next multiple of it the codes of a row are 0.
+  int depth_multiple = 1;
+};
+
+// The largest block that one run() computes: rows, columns (whole panels), and how many k lie together in a panel.
+struct TileShape {
+  int m, n, k;
+};
+
+// How a problem is cut into tiles.
+struct Tiling {
+  TileShape tile = {0, 0, 0};
+  // A shape of more rows and fewer columns, or m = 0 for none. It is used for problems of more than tile.m rows and at
+  // most tall.m, because one tile of all rows reads each weight once, where two tiles would read it twice.
+  TileShape tall = {0, 0, 0};
+  // How rows are divided. False: into tiles of nearly equal heights (10 rows with tile.m = 6 are 5 + 5). True: into as
+  // many full tiles as there are, and one tile for the rest (6 + 4).
+  bool full_tiles = false;
+  // run() takes any number of rows and panels, and has its own loops over tiles. `tile` is then the unit by which
+  // problems are divided into parts and blocks.
+  bool own_loops = false;
+  // The most bytes of codes quantized at once. They stay in L2 while the panels stream past them.
+  int64_t codes_budget = 512 * 1024;
+};
+
 struct Kernel;
 
-// A kernel of the same layout and codes, faster for small problems, and the size up to which it is. It also takes
-// problems without depth. kernel null: there is none.
-struct Few {
-  const Kernel* kernel;
-  int rows, rows_from_far;  // the latter where the weights do not fit in L2, so that reading them takes the time
-  int64_t work;             // or so many multiply-adds
+// Which problems another kernel computes faster. It must read the same layout of weights. A problem goes there if any
+// of these limits holds, or if it has no depth. kernel = null: none.
+struct SmallProblems {
+  const Kernel* kernel = nullptr;
+  int max_rows = 0;
+  int max_rows_beyond_l2 = 0;  // where the weights do not fit in L2, so that reading them takes most of the time
+  int64_t max_work = 0;        // multiply-adds
+};
+
+// When another thread pays, and what it gets.
+struct Threading {
+  // Multiply-adds that justify waking one more thread, which takes about 5 us. Fewer rows than min_rows take as long
+  // as min_rows, and count as these.
+  int64_t work_per_thread = 1 << 20;
+  int min_rows = 2;
+  // Up to this many rows, a thread gets a range of columns and quantizes all rows for itself. Beyond, it gets a range
+  // of rows.
+  int max_rows_by_columns = 32;
+  int max_rows_by_columns_beyond_l2 = 32;  // where the weights do not fit in L2
 };
 
 struct Kernel {
   const char* name = nullptr;  // as /proc/cpuinfo spells the feature
   uint32_t needs = 0;          // Feature bits
   Layout layout = Layout::p16c4;
-  Tile tile = {0, 0, 0};
-  int code_bytes = 1;  // one activation code in the scratch: 1 (u8), or 2 (the same code widened to int16)
 
-  // x: k values of dtype f32, bf16 or f16.
+  // The range of k values of dtype f32, bf16 or f16.
   RowRange (*range)(const void* x, DType dtype, int64_t k) = nullptr;
-  // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255), NaN gives 0. Writes whole vectors: codes has room
-  // for k rounded up to 64.
-  // own: scale and zero point are choose_qparams() of x's own range, so that |x * inv_scale| < 256, or all is NaN and
-  // the zero point 0; a kernel may then leave out what else needs clamping.
+  // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255); NaN gives 0. Writes whole vectors: codes has room for
+  // k rounded up to 64.
+  // own: the caller promises that scale and zero point are choose_qparams() of this row's range. Then either
+  // |x * inv_scale| < 256, or all products are NaN and the zero point is 0, and a kernel may clamp less.
   void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes,
                    bool own) = nullptr;
   void (*run)(const Block& block) = nullptr;
 
-  // What the scratch holds is code - code_shift: 0, or 128 where the multiplier takes signed bytes. Block::zero_point
-  // is shifted alike, which changes no sum.
-  int32_t code_shift = 0;
-  // 1, or 2 where the multiplier takes two rows at once: the codes of rows 2i and 2i + 1 lie in turns of 8 bytes, from
-  // where row 2i starts. quantize() writes every other 8 bytes, and tiles start at even rows.
-  int rows_together = 1;
-  // A tile of more rows and fewer columns, for problems of more rows than tile.m that it holds all of: they read each
-  // weight once instead of twice. m = 0: none.
-  Tile tall = {0, 0, 0};
-
-  // run() takes any number of rows and panels at once and orders its tiles itself; `tile` is then what parts and blocks
-  // of rows are made of.
-  bool sweeps = false;
-  // Rows go to as many full tiles as there are, and the rest to one, instead of to tiles of nearly equal heights: 10
-  // with tile.m 6 to 6 + 4, not 5 + 5.
-  bool full_tiles = false;
-  // run() takes so many k at once, more than a group: the codes of a row are 0 from K to the next multiple.
-  int step = 1;
-  Few few = {nullptr, 0, 0, 0};
-  int64_t codes_budget = 512 * 1024;  // bytes of quantized rows kept in L2 beside the streaming panels
-  // Multiply-adds that pay for waking one more thread, about 5 us; fewer rows than min_rows cost as much as these.
-  int64_t part_work = 1 << 20;
-  int min_rows = 2;
+  CodeFormat codes = {};
+  Tiling tiling = {};
+  SmallProblems small = {};
+  Threading threading = {};
 };
 
 extern const Kernel kernel_reference;

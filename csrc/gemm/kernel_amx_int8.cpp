@@ -340,16 +340,17 @@ constexpr Kernel kernel_amx_int8 = [] {
   Kernel k;
   k.name = "amx_int8";
   k.needs = kAvx512Vnni | kAmxInt8;
-  k.tile = {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4};
+  k.tiling.tile = {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4};
   k.range = amx_int8::range;
   k.quantize = amx_int8::quantize;
   k.run = amx_int8::run;
-  k.sweeps = true;
-  k.step = 64;
-  k.few = {&kernel_avx512_vnni, 3, 8, 1 << 16};
-  k.codes_budget = 1 << 20;
-  k.part_work = 4 << 20;
-  k.min_rows = 16;
+  k.tiling.own_loops = true;
+  k.codes.depth_multiple = 64;
+  k.small = {&kernel_avx512_vnni, 3, 8, 1 << 16};
+  k.tiling.codes_budget = 1 << 20;
+  k.threading.work_per_thread = 4 << 20;
+  k.threading.min_rows = 16;
+  k.threading.max_rows_by_columns_beyond_l2 = 128;  // a thread then reads only its own weights, which take longest
   return k;
 }();
 

@@ -63,8 +63,8 @@ constexpr Kernel kernel_avx2 = [] {
   Kernel k;
   k.name = "avx2";
   k.needs = kAvx2;
-  k.tile = {avx2::kMaxRows, 16, 4};
-  k.code_bytes = 2;
+  k.tiling.tile = {avx2::kMaxRows, 16, 4};
+  k.codes.bytes = 2;
   k.range = avx2::range;
   k.quantize = avx2::quantize;
   k.run = avx2::run;

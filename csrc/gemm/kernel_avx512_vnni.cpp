@@ -69,11 +69,11 @@ constexpr Kernel kernel_avx512_vnni = [] {
   Kernel k;
   k.name = "avx512_vnni";
   k.needs = kAvx512Vnni;
-  k.tile = {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4};
+  k.tiling.tile = {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4};
   k.range = avx512_vnni::range;
   k.quantize = avx512_vnni::quantize;
   k.run = avx512_vnni::run;
-  k.tall = {8, 48, 4};
+  k.tiling.tall = {8, 48, 4};
   return k;
 }();
 

@@ -23,11 +23,11 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   Kernel k;
   k.name = "avx512vl_vnni";
   k.needs = kAvx2 | kAvx512Vnni;
-  k.tile = {avx512vl_vnni::kMaxRows, 16, 4};
+  k.tiling.tile = {avx512vl_vnni::kMaxRows, 16, 4};
   k.range = avx512vl_vnni::range;
   k.quantize = avx512vl_vnni::quantize;
   k.run = avx512vl_vnni::run;
-  k.full_tiles = true;  // as in avx_vnni
+  k.tiling.full_tiles = true;  // as in avx_vnni
   return k;
 }();
 

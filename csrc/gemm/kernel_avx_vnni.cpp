@@ -22,12 +22,12 @@ constexpr Kernel kernel_avx_vnni = [] {
   Kernel k;
   k.name = "avx_vnni";
   k.needs = kAvx2 | kAvxVnni;
-  k.tile = {avx_vnni::kMaxRows, 16, 4};
+  k.tiling.tile = {avx_vnni::kMaxRows, 16, 4};
   k.range = avx_vnni::range;
   k.quantize = avx_vnni::quantize;
   k.run = avx_vnni::run;
-  k.full_tiles = true;  // ten sums of a tile of 5 wait for their latency whenever one is late
-  k.codes_budget = 768 * 1024;
+  k.tiling.full_tiles = true;  // ten sums of a tile of 5 wait for their latency whenever one is late
+  k.tiling.codes_budget = 768 * 1024;
   return k;
 }();
 

@@ -71,11 +71,11 @@ constexpr Kernel kernel_neon = [] {
   Kernel k;
   k.name = "neon";
   k.needs = kAsimd;
-  k.tile = {neon::kMaxRows, 16, 4};
+  k.tiling.tile = {neon::kMaxRows, 16, 4};
   k.range = neon::range;
   k.quantize = neon::quantize;
   k.run = neon::run;
-  k.code_shift = 128;
+  k.codes.shift = 128;
   return k;
 }();
 

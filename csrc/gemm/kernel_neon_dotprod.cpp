@@ -61,11 +61,11 @@ constexpr Kernel kernel_neon_dotprod = [] {
   Kernel k;
   k.name = "neon_dotprod";
   k.needs = kAsimd | kAsimdDp;
-  k.tile = {neon_dotprod::kMaxRows, 16, 4};
+  k.tiling.tile = {neon_dotprod::kMaxRows, 16, 4};
   k.range = neon_dotprod::range;
   k.quantize = neon_dotprod::quantize;
   k.run = neon_dotprod::run;
-  k.code_shift = 128;
+  k.codes.shift = 128;
   return k;
 }();
 

@@ -68,11 +68,11 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.name = "neon_i8mm";
   k.needs = kAsimd | kI8mm;
   k.layout = Layout::p16c8;
-  k.tile = {neon_i8mm::kMaxRows, 16, 8};
+  k.tiling.tile = {neon_i8mm::kMaxRows, 16, 8};
   k.range = neon_i8mm::range;
   k.quantize = neon_i8mm::quantize;
   k.run = neon_i8mm::run;
-  k.rows_together = 2;
+  k.codes.interleaved_rows = 2;
   return k;
 }();
 

@@ -85,7 +85,7 @@ void run(const Block& b) {
 constexpr Kernel kernel_reference = [] {
   Kernel k;
   k.name = "reference";
-  k.tile = {1, 16, 4};
+  k.tiling.tile = {1, 16, 4};
   k.range = reference::range;
   k.quantize = reference::quantize;
   k.run = reference::run;

@@ -53,8 +53,9 @@ __attribute__((format(printf, 3, 4))) inline bool check(const char* who, bool ok
 
 // ---- Kernels ----------------------------------------------------------------------------------------------------
 
-// The kernels this CPU can run, reference first: the others are compared with it. One that leaves small problems to
-// another is here a second time, leaving only those without depth: else most problems of these tests would pass it by.
+// The kernels this CPU can run, the reference first, with which the others are compared. A kernel that leaves small
+// problems to another one is here a second time, as a copy that leaves it only problems without depth. Otherwise most
+// problems of these tests would never reach it.
 inline const std::vector<const Kernel*>& runnable() {
   static std::vector<Kernel> alone;
   static const std::vector<const Kernel*> kernels = [] {
@@ -64,9 +65,9 @@ inline const std::vector<const Kernel*>& runnable() {
       const Kernel& kernel = kernel_at(i);
       if (!can_run(kernel) || &kernel == &kernel_reference) continue;
       found.push_back(&kernel);
-      if (!kernel.few.kernel) continue;
+      if (!kernel.small.kernel) continue;
       alone.push_back(kernel);
-      alone.back().few = {kernel.few.kernel, 0, 0, 0};
+      alone.back().small = {kernel.small.kernel, 0, 0, 0};
       found.push_back(&alone.back());
     }
     return found;

@@ -29,14 +29,14 @@ void test_dispatch() {
     check("core", names.insert(kernel.name).second, "the name is taken twice");
     check("core", find_kernel(kernel.name) == &kernel, "find_kernel() finds another row");
     check("core", is_kernel_name(kernel.name), "is_kernel_name() does not know it");
-    check("core", reads(kernel, kernel.layout) && layout_depth(kernel.layout) == kernel.tile.k, "its layout is amiss");
+    check("core", reads(kernel, kernel.layout) && layout_depth(kernel.layout) == kernel.tiling.tile.k,
+          "its layout is amiss");
     check("core", reads(kernel_reference, kernel.layout), "the reference does not read its layout");
-    const Kernel* few = kernel.few.kernel;
-    check("core",
-          !few || (few->layout == kernel.layout && few->code_bytes == kernel.code_bytes && few->few.kernel == nullptr),
-          "the kernel for few rows reads other weights or codes, or passes them on");
-    check("core", !few || (few->needs & kernel.needs) == few->needs,
-          "the kernel for few rows may not run where it does");
+    const Kernel* small = kernel.small.kernel;
+    check("core", !small || (small->layout == kernel.layout && small->small.kernel == nullptr),
+          "the kernel for small problems reads other weights, or passes them on");
+    check("core", !small || (small->needs & kernel.needs) == small->needs,
+          "the kernel for small problems may not run where it does");
     check("core", can_run(kernel) == ((kernel.needs & ~cpu_features()) == 0), "can_run() contradicts cpu_features()");
     if (!can_run(kernel)) continue;
     if (!best) best = &kernel;

@@ -73,8 +73,8 @@ std::vector<int64_t> sorted(const std::set<int64_t>& sizes) { return {sizes.begi
 std::vector<int64_t> row_counts() {
   std::set<int64_t> sizes{0, 1, 2};
   for (const Kernel* kernel : runnable()) {
-    for (int m = 1; m <= kernel->tile.m + 1; ++m) sizes.insert(m);
-    sizes.insert(2 * kernel->tile.m + 1);
+    for (int m = 1; m <= kernel->tiling.tile.m + 1; ++m) sizes.insert(m);
+    sizes.insert(2 * kernel->tiling.tile.m + 1);
   }
   return sorted(sizes);
 }
@@ -83,7 +83,7 @@ std::vector<int64_t> row_counts() {
 std::vector<int64_t> column_counts() {
   std::set<int64_t> sizes{0, 1, 15, 16, 17};
   for (const Kernel* kernel : runnable()) {
-    const int n = kernel->tile.n;
+    const int n = kernel->tiling.tile.n;
     sizes.insert({n - 1, n, n + 1, 2 * n + 1});
     for (int panels = kPanelColumns; panels < n; panels += kPanelColumns) sizes.insert({panels, panels + 1});
   }
@@ -117,7 +117,7 @@ void test_blocks(bool quick) {
     Stage stage(rows, weights, Side::end, 0);
     const Problem problem = stage.problem({DType::f32, Activation::none, {1.0f, 0}});
     for (const Kernel* kernel : runnable())
-      check(kernel->name, scratch_bytes(*kernel, problem) < static_cast<size_t>(m * k * kernel->code_bytes),
+      check(kernel->name, scratch_bytes(*kernel, problem) < static_cast<size_t>(m * k * kernel->codes.bytes),
             "all rows fit into one block: this test needs more rows");
   }
 }

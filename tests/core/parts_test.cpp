@@ -79,7 +79,7 @@ void check_far_weights(const Kernel& kernel) {
     now("parts of m=%d n=1000 k=4096", static_cast<int>(m));
     const std::vector<Part> parts = parts_of(kernel, problem, 3);
     check_cover(kernel, parts, m, n);
-    const bool columns = m <= (kernel.sweeps ? 128 : 32);
+    const bool columns = m <= (kernel.tiling.own_loops ? 128 : 32);
     check(kernel.name, (parts[0].row_end == m) == columns, "expected a split by %s", columns ? "columns" : "rows");
   }
 }

@@ -25,19 +25,19 @@ uint32_t bits_of(float x) {
 int64_t room_for(int64_t k) { return (k + 63) / 64 * 64; }
 
 // kernel.quantize() of a row in guarded memory, one int per code. Runs of 8 codes may lie apart: kernel.h,
-// rows_together.
+// CodeFormat::interleaved_rows.
 std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zp) {
-  const int64_t bytes = room_for(k) * kernel.code_bytes * kernel.rows_together;
+  const int64_t bytes = room_for(k) * kernel.codes.bytes * kernel.codes.interleaved_rows;
   uint8_t* codes = codes_memory.place(bytes, Side::end);
   std::memset(codes, kCanary, bytes);
   kernel.quantize(x, dtype, k, inverse, zp, codes, false);
   std::vector<int> out(k);
   for (int64_t i = 0; i < k; ++i) {
-    const int64_t at = i / 8 * 8 * kernel.rows_together + i % 8;
-    const auto byte = static_cast<uint8_t>(codes[at] + kernel.code_shift);
-    out[i] = kernel.code_bytes == 1 ? byte : reinterpret_cast<const int16_t*>(codes)[at];
+    const int64_t at = i / 8 * 8 * kernel.codes.interleaved_rows + i % 8;
+    const auto byte = static_cast<uint8_t>(codes[at] + kernel.codes.shift);
+    out[i] = kernel.codes.bytes == 1 ? byte : reinterpret_cast<const int16_t*>(codes)[at];
   }
-  for (int64_t i = 0; kernel.rows_together == 2 && i < room_for(k); ++i)
+  for (int64_t i = 0; kernel.codes.interleaved_rows == 2 && i < room_for(k); ++i)
     if (codes[i / 8 * 16 + 8 + i % 8] != kCanary && i / 8 * 16 + 8 < bytes)
       check(kernel.name, false, "byte %d of the other row was written", static_cast<int>(i));
   return out;
