@@ -21,9 +21,8 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of
 # Every kernel of every architecture: a file is empty where its architecture is not the target.
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
-SOURCES = ["csrc/torch_ops.cpp", "csrc/direct.cpp", "csrc/module.cpp"] + [
-    f"csrc/gemm/{name}.cpp" for name in ["cpu", "dispatch", "gemm", "pack", *(f"kernel_{k}" for k in KERNELS)]
-]
+CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
+SOURCES = ["csrc/torch_ops.cpp", "csrc/direct.cpp", "csrc/module.cpp", *(f"csrc/gemm/{name}.cpp" for name in CORE)]
 
 
 def check_torch() -> None:

@@ -191,7 +191,7 @@ def instructions_per_mac(kernel: str, layer: tuple[int, int, int], built: tuple[
 
 
 def tile_rows(m: int, together: int, tile: int = 6) -> list[int]:
-    """The rows of each tile that m rows are cut into: run_part() of gemm.cpp."""
+    """The rows of each tile that m rows are cut into: RowTiles of gemm.cpp."""
     units, tiles = -(-m // together), -(-m // tile)
     starts = [(units // tiles * t + min(t, units % tiles)) * together for t in range(tiles + 1)]
     return [min(end, m) - start for start, end in pairwise(starts)]

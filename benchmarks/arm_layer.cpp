@@ -28,17 +28,14 @@ int main(int argc, char** argv) {
 
   torchq::Problem problem{};
   problem.m = m;
-  problem.x = x.data();
-  problem.x_stride = k * 4;
-  problem.x_dtype = torchq::DType::f32;
-  problem.per_token = true;
-  problem.x_qparams = problem.y_qparams = {1.0f, 0};
-  problem.packed = packed.data();
-  problem.y = y.data();
-  problem.y_stride = n * 4;
-  problem.y_dtype = torchq::DType::f32;
-  std::vector<uint8_t> scratch(torchq::scratch_bytes(*kernel, problem));
-  for (int64_t i = 0; i < times; ++i)
-    torchq::run_part(*kernel, problem, torchq::part(*kernel, problem, 0, 1), scratch.data());
+  problem.x = {x.data(), k * 4, torchq::DType::f32, true, {1.0f, 0}};
+  problem.weights = torchq::packed_header(packed.data(), static_cast<int64_t>(packed.size()));
+  problem.y = {y.data(), n * 4, torchq::DType::f32, {1.0f, 0}};
+  std::vector<uint8_t> scratch(torchq::schedule(*kernel, problem).scratch_bytes);
+  for (int64_t i = 0; i < times; ++i) {
+    torchq::Job job = torchq::schedule(*kernel, problem);
+    job.parts = 1;
+    torchq::run(job, 0, scratch.data());
+  }
   return 0;
 }

@@ -47,26 +47,26 @@ class Layer {
     for (int64_t i = 0; i < s.m * s.k; ++i) x_[i] = std::normal_distribution<float>()(random);
     codes_.resize(s.m * s.k, 77);
     problem_.m = s.m;
-    problem_.packed = packed;
-    problem_.x_qparams = problem_.y_qparams = {1.0f, 128};
-    problem_.y = aligned<float>(y_bytes_, s.m * s.n);
-    problem_.y_stride = s.n * 4;
-    problem_.y_dtype = torchq::DType::f32;
-    problem_.activation = torchq::Activation::none;
-    problem_.per_token = true;
-    scratch_.resize(torchq::scratch_bytes(kernel, problem_));
+    problem_.x.per_token = true;
+    problem_.x.qparams = {1.0f, 128};
+    problem_.weights = static_cast<const torchq::PackedHeader*>(packed);
+    problem_.y = {aligned<float>(y_bytes_, s.m * s.n), s.n * 4, torchq::DType::f32, {1.0f, 128}};
+    scratch_.resize(torchq::schedule(kernel, problem_).scratch_bytes);
   }
 
   double rate(bool ready_made) {
-    problem_.x = ready_made ? static_cast<const void*>(codes_.data()) : x_;
-    problem_.x_stride = shape_.k * (ready_made ? 1 : 4);
-    problem_.x_dtype = ready_made ? torchq::DType::u8 : torchq::DType::f32;
+    problem_.x.data = ready_made ? static_cast<const void*>(codes_.data()) : x_;
+    problem_.x.stride = shape_.k * (ready_made ? 1 : 4);
+    problem_.x.dtype = ready_made ? torchq::DType::u8 : torchq::DType::f32;
     const double ops = 2.0 * shape_.m * shape_.n * shape_.k;
     // About a millisecond at most: some rounds must fall between two ticks of the kernel's timer, 4 ms.
     const int repeats = std::max(1, static_cast<int>(5e8 / ops));
     const double start = seconds();
-    for (int i = 0; i < repeats; ++i)
-      torchq::run_part(kernel_, problem_, torchq::part(kernel_, problem_, 0, 1), scratch_.data());
+    for (int i = 0; i < repeats; ++i) {
+      torchq::Job job = torchq::schedule(kernel_, problem_);
+      job.parts = 1;
+      torchq::run(job, 0, scratch_.data());
+    }
     return ops * repeats / (seconds() - start);
   }
 

@@ -140,14 +140,14 @@ PyObject* multiply(PyObject* x_object, const Layer& layer) {
   if (problem.m == 0 || header->n == 0 || !kernel) return nullptr;
 
   const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
-  PyObject* y = new_output(x, header->n, *y_dtype, &problem.y);
+  PyObject* y = new_output(x, header->n, *y_dtype, &problem.y.data);
   if (!y) return nullptr;
-  problem.x = data_of(x);
-  problem.x_dtype = x_dtype->ours;
-  problem.x_stride = header->k * element_bytes(x_dtype->ours);
-  problem.packed = header;
-  problem.y_dtype = y_dtype->ours;
-  problem.y_stride = header->n * element_bytes(y_dtype->ours);
+  problem.x.data = data_of(x);
+  problem.x.dtype = x_dtype->ours;
+  problem.x.stride = header->k * element_bytes(x_dtype->ours);
+  problem.weights = header;
+  problem.y.dtype = y_dtype->ours;
+  problem.y.stride = header->n * element_bytes(y_dtype->ours);
   if (problem.m * header->n * header->k < kKeepGilBelow) {
     run(*kernel, problem);
   } else {
@@ -194,13 +194,13 @@ bool read(PyObject* state, Layer* out) {
   out->packed = PyDict_GetItemWithError(buffers, names.packed);
   Problem& p = out->problem;
   p.activation = static_cast<Activation>(activation);
-  p.x_qparams = p.y_qparams = {1.0f, 0};
-  p.per_token = input == Py_None;
-  if (!out->packed || p.per_token) return out->packed;
+  p.x.qparams = p.y.qparams = {1.0f, 0};
+  p.x.per_token = input == Py_None;
+  if (!out->packed || p.x.per_token) return out->packed;
   out->takes_codes = get(names.takes_codes) == Py_True;
   if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
   if (output != Py_None) out->y_dtype = &kDTypes[1];
-  return read(input, &p.x_qparams) && (output == Py_None || read(output, &p.y_qparams));
+  return read(input, &p.x.qparams) && (output == Py_None || read(output, &p.y.qparams));
 }
 
 // The state of a module whose call is nothing but cls.forward(): its type is cls, no hook on it or on all modules, no

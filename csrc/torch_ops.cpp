@@ -155,13 +155,13 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   Tensor y = empty(sizes, x.dim(), y_type);
   if (rows.count == 0 || header.n == 0) return y;
   problem.m = rows.count;
-  problem.x = rows.x.const_data_ptr();
-  problem.x_dtype = x_dtype;
-  problem.x_stride = rows.stride * torchq::element_bytes(x_dtype);
-  problem.packed = packed.const_data_ptr();
-  problem.y = y.mutable_data_ptr();
-  problem.y_dtype = y_dtype;
-  problem.y_stride = header.n * torchq::element_bytes(y_dtype);
+  problem.x.data = rows.x.const_data_ptr();
+  problem.x.dtype = x_dtype;
+  problem.x.stride = rows.stride * torchq::element_bytes(x_dtype);
+  problem.weights = &header;
+  problem.y.data = y.mutable_data_ptr();
+  problem.y.dtype = y_dtype;
+  problem.y.stride = header.n * torchq::element_bytes(y_dtype);
   torchq::run(kernel_for(op, header.layout), problem);
   return y;
 }
@@ -181,7 +181,7 @@ torchq::QParams qparams_of(const char* op, const char* what, double scale, int64
 
 Problem plain_problem() {
   Problem p{};
-  p.x_qparams = p.y_qparams = {1.0f, 0};
+  p.x.qparams = p.y.qparams = {1.0f, 0};
   return p;
 }
 
@@ -241,7 +241,7 @@ Tensor linear_dynamic(const Tensor& x, const Tensor& packed, int64_t activation)
   const std::optional<DType> dtype = float_dtype(type);
   CHECK(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(type), '.');
   Problem p = plain_problem();
-  p.per_token = true;
+  p.x.per_token = true;
   p.activation = activation_of(op, activation);
   return multiply(op, "x", x, *dtype, packed, type, *dtype, p);
 }
@@ -257,8 +257,8 @@ Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int6
   CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
         '.');
   Problem p = plain_problem();
-  p.x_qparams = qparams_of(op, "x", x_scale, x_zero_point);
-  if (codes_out) p.y_qparams = qparams_of(op, "y", y_scale, y_zero_point);
+  p.x.qparams = qparams_of(op, "x", x_scale, x_zero_point);
+  if (codes_out) p.y.qparams = qparams_of(op, "y", y_scale, y_zero_point);
   p.activation = activation_of(op, activation);
   return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, p);
 }
@@ -290,21 +290,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 
 }  // namespace
 
-constexpr int kMaxThreads = 1 << 16;  // more than torch has
-
 void torchq::run(const Kernel& kernel, const Problem& problem) {
-  if (problem.m * problem.y_stride > kHugeOutput) prefer_huge_pages(problem.y, problem.m * problem.y_stride);
-  int parts = count_parts(kernel, problem, kMaxThreads);
-  if (parts > 1) parts = std::min(parts, static_cast<int>(torch::stable::get_num_threads()));
+  if (problem.m * problem.y.stride > kHugeOutput) prefer_huge_pages(problem.y.data, problem.m * problem.y.stride);
+  Job job = schedule(kernel, problem);
+  if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
   const auto work = [&](int64_t begin, int64_t end) {
     static thread_local std::vector<uint8_t> scratch;
-    const size_t bytes = scratch_bytes(kernel, problem);
-    if (scratch.size() < bytes) scratch.resize(bytes);
-    for (int64_t i = begin; i < end; ++i)
-      run_part(kernel, problem, part(kernel, problem, static_cast<int>(i), parts), scratch.data());
+    if (scratch.size() < job.scratch_bytes) scratch.resize(job.scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch.data());
   };
-  if (parts == 1) return work(0, 1);
-  torch::stable::parallel_for(0, parts, 1, work);
+  if (job.parts == 1) return work(0, 1);
+  torch::stable::parallel_for(0, job.parts, 1, work);
 }
 
 STABLE_TORCH_LIBRARY(torchq, m) {

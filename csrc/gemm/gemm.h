@@ -1,14 +1,16 @@
-// The int8 GEMM core: the whole public face. Plain C++17: no torch, no Python, no allocation, no threads.
+// The int8 GEMM core: its whole public face. Plain C++17: no torch, no Python, no allocation, no threads.
 //
 //   y = act(dequantize(codes(x) · wᵀ) + bias)
 //
-// x (M, K) is quantized to u8 codes row by row into the caller's scratch, w (N, K) int8 is packed once into panels,
-// products are exact in int32, and the epilogue runs from registers. The caller owns every buffer and every thread:
+// x (M, K) is quantized row by row to u8 codes in the caller's scratch. w (N, K) int8 is packed once, into panels.
+// Products are exact in int32. The caller owns every buffer and every thread:
 //
-//   pack_begin, pack_panels        weights -> packed
-//   count_parts, part, run_part    a problem, cut into independent parts, one per thread
+//   pack_begin, pack_panels    weights -> packed
+//   schedule                   how a problem is computed, and in how many parts
+//   run                        one part; each may run on a thread of its own
 #pragma once
 
+#include <cfloat>
 #include <cstddef>
 #include <cstdint>
 
@@ -21,14 +23,17 @@ constexpr int64_t kMaxDepth = 65793;
 
 // ---- Packed weights (pack.cpp) ----------------------------------------------------------------------------------
 //
-//   [header, 64 bytes][panel 0][panel 1]...[room to read][N encoding]
+//   [header, 64 bytes][panel 0][panel 1]...[padding][N encoding]
 //
-// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. Weights in layout P16c4: for each
-// group of 4 k, 16 columns x 4 bytes; P16c8: for each group of 8 k, 16 columns x 8 bytes. Zero-padded, in either layout
-// to whole groups of 8, so that the length does not depend on the kernel the weights are packed for. A kernel that
-// takes 64 k at once reads on into the next panel, and behind the last one into room of as many bytes: these weights
-// meet codes of 0. The bytes after that are unused: their number, 16 * panels - N, lets the length of the buffer tell N
-// once K is known, so shapes can be inferred without reading it.
+// A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. In layout P16c4 the weights are groups
+// of 4 k, each 16 columns x 4 bytes; in P16c8 groups of 8 k, each 16 columns x 8 bytes. In either layout K is padded
+// with zeros to a multiple of 8, so that the length does not depend on the kernel that the weights are packed for.
+//
+// A kernel that takes 64 k at once reads past the end of a panel, into the next one or into the padding behind the last
+// one. What it reads there does not matter, for the codes beyond K are 0.
+//
+// The N encoding is 16 * panels - N unused bytes. With them the length of the buffer tells N once K is known, so shapes
+// can be inferred without reading the data.
 
 struct PackedHeader {
   uint32_t magic;
@@ -41,13 +46,13 @@ static_assert(sizeof(PackedHeader) == 64);
 
 constexpr int64_t panel_count(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 7) / 8 * 8 * kPanelColumns; }
-constexpr int64_t room_to_read(int64_t k) { return ((k + 63) / 64 * 64 - (k + 7) / 8 * 8) * kPanelColumns; }
+constexpr int64_t padding_bytes(int64_t k) { return ((k + 63) / 64 * 64 - (k + 7) / 8 * 8) * kPanelColumns; }
 constexpr int64_t packed_bytes(int64_t n, int64_t k) {
-  return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + room_to_read(k) +
+  return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + padding_bytes(k) +
          (panel_count(n) * kPanelColumns - n);
 }
 
-// The header of a buffer, or null if these bytes were not written by pack_begin().
+// The header of a buffer, or null if pack_begin() did not write these bytes.
 const PackedHeader* packed_header(const void* packed, int64_t bytes);
 
 void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed);
@@ -56,7 +61,7 @@ void pack_panels(const int8_t* weight, const float* scale, const float* bias, vo
 // The exact inverse of pack_begin + pack_panels; bias may be null.
 void unpack(const void* packed, int8_t* weight, float* scale, float* bias);
 
-// ---- Activations ------------------------------------------------------------------------------------------------
+// ---- Activations (codes.cpp) ------------------------------------------------------------------------------------
 
 // The affine map x = (code - zero_point) * scale, codes in [0, 255].
 struct QParams {
@@ -64,10 +69,13 @@ struct QParams {
   int32_t zero_point;
 };
 
+// Every scale is a positive normal float32: within these bounds.
+constexpr float kMinScale = FLT_MIN, kMaxScale = FLT_MAX;
+
 // Scale and zero point for a row with this range, so that 0.0 is exact:
 //   scale = hi / 255 - lo / 255,  zero_point = clamp(rne(-lo * (1 / scale)), 0, 255)
-// A row whose scale would be below FLT_MIN (zeros, say) gets scale 1. A row with NaN or infinity gets scale NaN, so its
-// outputs are NaN.
+// Where the scale would be below kMinScale, for a row of zeros say, it is 1. A row with a NaN or an infinity gets scale
+// NaN, so its outputs are NaN.
 QParams choose_qparams(const RowRange& range);
 
 // Quantizes one row, x [k] of dtype f32 / bf16 / f16, with its own scale and zero point, into k bytes.
@@ -75,35 +83,59 @@ QParams choose_qparams(const RowRange& range);
 QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k, uint8_t* codes, void* scratch);
 size_t row_scratch_bytes(int64_t k);
 
-// ---- A problem, and its parts (gemm.cpp) ------------------------------------------------------------------------
+// ---- A problem (schedule.cpp, gemm.cpp) -------------------------------------------------------------------------
+
+// The rows that codes are made of.
+struct Input {
+  const void* data;  // (m, K): f32 / bf16 / f16, quantized here; u8, codes already; i8, codes - 128
+  int64_t stride;    // bytes between rows
+  DType dtype;
+  bool per_token;   // each row gets its own scale and zero point; else qparams
+  QParams qparams;  // of i8 too: x = (value - zero_point) * scale
+};
+
+struct Output {
+  void* data;      // (m, N)
+  int64_t stride;  // bytes between rows
+  DType dtype;
+  QParams qparams;  // u8 only
+};
 
 struct Problem {
   int64_t m;
-  const void* x;     // (m, K); f32 / bf16 / f16: quantized here. u8: codes already. i8: codes - 128.
-  int64_t x_stride;  // bytes between rows
-  DType x_dtype;
-  bool per_token;  // each row its own scale and zero point; else x_qparams
-  QParams x_qparams;
-  const void* packed;
-  void* y;  // (m, N), rows y_stride bytes apart
-  int64_t y_stride;
-  DType y_dtype;
-  QParams y_qparams;  // u8 out only
+  Input x;
+  const PackedHeader* weights;  // the start of a packed buffer
+  Output y;
   Activation activation;
 };
+
+// How a problem is computed. schedule() derives it once; every part reads it.
+struct Job {
+  const Problem* problem;
+  const Kernel* kernel;  // the one that runs: the one asked for, or the one that it leaves small problems to
+  TileShape tile;        // of that kernel
+  bool by_columns;       // a part is a range of panels, else a range of rows
+  int parts;             // 1, or as many as there are threads that pay. The caller may lower it.
+  int64_t block_rows;    // rows quantized at once
+  int64_t codes_stride;  // bytes between rows of codes in the scratch
+  size_t scratch_bytes;
+};
+
+// The problem must outlive the job.
+Job schedule(const Kernel& kernel, const Problem& problem);
 
 // A rectangle of y: rows and panels, half open.
 struct Part {
   int64_t row_begin, row_end, panel_begin, panel_end;
 };
 
-// How many threads this problem pays for, 1 .. max_threads.
-int count_parts(const Kernel& kernel, const Problem& problem, int max_threads);
-// The index-th of count parts. Together they cover y exactly once; some may be empty.
-Part part(const Kernel& kernel, const Problem& problem, int index, int count);
-size_t scratch_bytes(const Kernel& kernel, const Problem& problem);
-void run_part(const Kernel& kernel, const Problem& problem, const Part& part, void* scratch);
-// The kernel of the latest run_part() or quantize_row() in this process, or null: how a test knows what really ran.
+// The index-th of job.parts parts. Together they cover y exactly once; some may be empty.
+Part part_of(const Job& job, int index);
+
+// Computes a part. scratch: job.scratch_bytes, which parts running at the same time must not share.
+void run(const Job& job, int index, void* scratch);
+
+// The kernel that really ran in the latest run() or quantize_row() of this process, or null.
 const Kernel* last_kernel();
 
 // ---- Dispatch (dispatch.cpp) ------------------------------------------------------------------------------------
@@ -116,15 +148,15 @@ const Kernel* find_kernel(const char* name);
 bool is_kernel_name(const char* name);
 
 bool can_run(const Kernel& kernel);
-// Whether a kernel multiplies by weights packed in this layout: its own, and `reference` any.
+// Whether a kernel multiplies by weights packed in this layout. A kernel reads its own layout, and `reference` any.
 bool reads(const Kernel& kernel, Layout layout);
 
 // The kernel the ops use: the best this CPU can run, unless one was forced.
 const Kernel& active_kernel();
-// The kernel to multiply by weights in this layout: the active one if it reads it, else, unless one was forced, the
-// best other. Null if there is none; `reference`, a hundred times slower, is not taken unasked.
+// The kernel to multiply by weights in this layout: the active one if it reads the layout; else, unless a kernel was
+// forced, the best that does. Null if there is none. `reference`, a hundred times slower, is never taken unasked.
 const Kernel* kernel_for(Layout layout);
-// Forces a kernel (it must be one this CPU can run); null gives the choice back.
+// Forces a kernel, which this CPU must be able to run. Null ends that.
 void force_kernel(const Kernel* kernel);
 const Kernel* forced_kernel();
 

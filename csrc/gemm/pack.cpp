@@ -56,7 +56,7 @@ void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed
   header.k = k;
   header.has_bias = has_bias;
   std::memcpy(packed, &header, sizeof(header));
-  std::memset(panel_at(packed, k, panel_count(n)), 0, room_to_read(k) + panel_count(n) * kPanelColumns - n);
+  std::memset(panel_at(packed, k, panel_count(n)), 0, padding_bytes(k) + panel_count(n) * kPanelColumns - n);
 }
 
 void pack_panels(const int8_t* weight, const float* scale, const float* bias, void* packed, int64_t begin,

@@ -154,6 +154,7 @@ void test_numbers(bool quick);  // numbers_test.cpp: scalar.h and choose_qparams
 void test_rows(bool quick);     // rows_test.cpp
 void test_gemm(bool quick);     // gemm_test.cpp
 void test_parts();              // parts_test.cpp
+void test_schedule();           // schedule_test.cpp: what schedule() decides, shown by spy kernels
 void test_pack();               // pack_test.cpp: pack, unpack, packed_header
 void test_dispatch();           // core_test.cpp
 

@@ -160,6 +160,7 @@ int main(int argc, char** argv) {
   test_numbers(arguments.quick);
   test_pack();
   test_rows(arguments.quick);
+  test_schedule();
   test_parts();
   test_gemm(arguments.quick);
   return report();

@@ -57,7 +57,7 @@ void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
   now("pack layout=%d n=%d k=%d bias=%d side=%s", static_cast<int>(layout), static_cast<int>(n), static_cast<int>(k),
       !w.bias.empty(), side == Side::end ? "end" : "start");
   const int64_t panels = panel_count(n), bytes = packed_bytes(n, k);
-  check("core", bytes == 64 + panels * panel_bytes(k) + room_to_read(k) + 16 * panels - n, "packed_bytes is %d",
+  check("core", bytes == 64 + panels * panel_bytes(k) + padding_bytes(k) + 16 * panels - n, "packed_bytes is %d",
         static_cast<int>(bytes));
 
   uint8_t* packed = memory.place(bytes, side);

@@ -9,8 +9,10 @@ namespace torchq::test {
 namespace {
 
 std::vector<Part> parts_of(const Kernel& kernel, const Problem& problem, int count) {
+  Job job = schedule(kernel, problem);
+  job.parts = count;
   std::vector<Part> parts;
-  for (int i = 0; i < count; ++i) parts.push_back(part(kernel, problem, i, count));
+  for (int i = 0; i < count; ++i) parts.push_back(part_of(job, i));
   return parts;
 }
 
@@ -34,13 +36,14 @@ void check_cover(const Kernel& kernel, const std::vector<Part>& parts, int64_t m
 
 // Two threads, each with every second part and its own scratch, into one y.
 std::vector<uint8_t> run_on_two_threads(const Kernel& kernel, Stage& stage, const Out& out, int count) {
-  const Problem p = stage.problem(out, kernel.layout);
+  Problem into = stage.problem(out, kernel.layout);
   std::vector<uint8_t> region = stage.blank(out);
-  Problem into = p;
-  into.y = region.data();
+  into.y.data = region.data();
+  Job job = schedule(kernel, into);
+  job.parts = count;
   const auto work = [&](int first) {
-    std::vector<uint8_t> scratch(scratch_bytes(kernel, into));
-    for (int i = first; i < count; i += 2) run_part(kernel, into, part(kernel, into, i, count), scratch.data());
+    std::vector<uint8_t> scratch(job.scratch_bytes);
+    for (int i = first; i < count; i += 2) torchq::run(job, i, scratch.data());
   };
   std::thread other(work, 1);
   work(0);
@@ -56,24 +59,23 @@ void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kin
   const std::vector<uint8_t> whole = stage.run(kernel, out);
   for (int count = 1; count <= 5; ++count) {
     now("%d parts, %s", count, describe(rows, weights, out, "random").c_str());
-    std::vector<Part> parts = parts_of(kernel, stage.problem(out), count);
-    check_cover(kernel, parts, m, n);
-    std::reverse(parts.begin(), parts.end());
-    stage.compare(kernel.name, out, stage.run(kernel, out, parts), whole);
-    std::rotate(parts.begin(), parts.begin() + count / 2, parts.end());
-    stage.compare(kernel.name, out, stage.run(kernel, out, parts), whole);
+    check_cover(kernel, parts_of(kernel, stage.problem(out), count), m, n);
+    std::vector<int> order(count);
+    for (int i = 0; i < count; ++i) order[i] = count - 1 - i;
+    stage.compare(kernel.name, out, stage.run(kernel, out, order, count), whole);
+    std::rotate(order.begin(), order.begin() + count / 2, order.end());
+    stage.compare(kernel.name, out, stage.run(kernel, out, order, count), whole);
     stage.compare(kernel.name, out, run_on_two_threads(kernel, stage, out, count), whole);
   }
 }
 
-// Weights that no L2 holds: a kernel faster than they can be read has each thread read its own, for more rows than
-// others.
-void check_far_weights(const Kernel& kernel) {
+// Weights that no L2 holds. Up to how many rows each thread reads only its own weights is the kernel's to say.
+void check_weights_beyond_l2(const Kernel& kernel) {
   const int64_t n = 1000, k = 4096;
   std::vector<uint8_t> packed(packed_bytes(n, k));
   pack_begin(kernel.layout, n, k, false, packed.data());
   Problem problem{};
-  problem.packed = packed.data();
+  problem.weights = reinterpret_cast<const PackedHeader*>(packed.data());
   for (int64_t m : {9, 32, 33, 128, 129}) {
     problem.m = m;
     now("parts of m=%d n=1000 k=4096", static_cast<int>(m));
@@ -84,21 +86,16 @@ void check_far_weights(const Kernel& kernel) {
   }
 }
 
-// How many parts a problem is worth: never more than asked for, one for little work, all for much.
+// How many parts a problem is worth: one for little work, many for much.
 void check_counts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool large) {
   const Weights weights{n, k, std::vector<int8_t>(n * k), std::vector<float>(n), {}};
   const std::vector<uint8_t> packed = packed_of(weights, kernel.layout);
   Problem problem{};
   problem.m = m;
-  problem.packed = packed.data();
-  for (int threads : {1, 2, 5, 64}) {
-    now("count_parts of m=%d n=%d k=%d for %d threads", static_cast<int>(m), static_cast<int>(n), static_cast<int>(k),
-        threads);
-    const int count = count_parts(kernel, problem, threads);
-    check(kernel.name, count >= 1 && count <= threads, "expected 1 .. %d, got %d", threads, count);
-    const int want = large ? std::min(threads, 5) : 1;
-    check(kernel.name, large ? count >= want : count == want, "expected %d, got %d", want, count);
-  }
+  problem.weights = reinterpret_cast<const PackedHeader*>(packed.data());
+  now("parts of m=%d n=%d k=%d", static_cast<int>(m), static_cast<int>(n), static_cast<int>(k));
+  const int parts = schedule(kernel, problem).parts;
+  check(kernel.name, large ? parts >= 5 : parts == 1, "expected %s, got %d", large ? "at least 5" : "1", parts);
 }
 
 }  // namespace
@@ -109,7 +106,7 @@ void test_parts() {
       for (int64_t n : {0, 1, 16, 70, 200}) check_parts(*kernel, m, n, 37, {DType::f32, true});
     check_parts(*kernel, 3, 70, 9001, {DType::bf16, true});
     check_parts(*kernel, 70, 33, 9001, {DType::u8, false});
-    check_far_weights(*kernel);
+    check_weights_beyond_l2(*kernel);
     check_counts(*kernel, 0, 16, 16, false);
     check_counts(*kernel, 1, 0, 0, false);
     check_counts(*kernel, 6, 64, 64, false);

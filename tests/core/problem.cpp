@@ -84,7 +84,7 @@ std::vector<uint8_t> packed_of(const Weights& w, Layout layout) {
   pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed.data(), 0,
               panel_count(w.n));
   packed.resize(packed.size() - (16 * panel_count(w.n) - w.n));
-  std::memset(packed.data() + packed.size() - room_to_read(w.k), kCanary, room_to_read(w.k));
+  std::memset(packed.data() + packed.size() - padding_bytes(w.k), kCanary, padding_bytes(w.k));
   return packed;
 }
 
@@ -120,16 +120,10 @@ int64_t Stage::y_bytes(const Out& out) const {
 Problem Stage::problem(const Out& out, Layout layout) {
   Problem p{};
   p.m = rows_.m;
-  p.x = x_;
-  p.x_stride = (rows_.k + pad_) * element_bytes(rows_.dtype);
-  p.x_dtype = rows_.dtype;
-  p.per_token = rows_.per_token;
-  p.x_qparams = rows_.q;
-  p.packed = packed_[layout == Layout::p16c8];
-  p.y = y_memory.place(y_bytes(out) + kMargin, side_) + y_offset();
-  p.y_stride = y_stride(out);
-  p.y_dtype = out.dtype;
-  p.y_qparams = out.q;
+  p.x = {x_, (rows_.k + pad_) * element_bytes(rows_.dtype), rows_.dtype, rows_.per_token, rows_.q};
+  p.weights = reinterpret_cast<const PackedHeader*>(packed_[layout == Layout::p16c8]);
+  uint8_t* y = y_memory.place(y_bytes(out) + kMargin, side_) + y_offset();
+  p.y = {y, y_stride(out), out.dtype, out.q};
   p.activation = out.activation;
   return p;
 }
@@ -148,27 +142,28 @@ std::vector<uint8_t> Stage::expected(const Out& out, const Sums& sums) const {
   return region;
 }
 
-std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts) {
-  return run(kernel, out, parts, kernel.layout);
-}
-
-std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts, Layout layout) {
+std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<int>& parts, int count,
+                                Layout layout) {
   const Problem p = problem(out, layout);
-  uint8_t* region = static_cast<uint8_t*>(p.y) - y_offset();
-  const size_t region_bytes = y_bytes(out) + kMargin, scratch = scratch_bytes(kernel, p);
+  uint8_t* region = static_cast<uint8_t*>(p.y.data) - y_offset();
+  const size_t region_bytes = y_bytes(out) + kMargin;
   std::memset(region, kCanary, region_bytes);
-  for (const Part& part : parts) {
-    uint8_t* memory = scratch_memory.place(scratch, side_);
-    std::memset(memory, kCanary, scratch);  // nothing may be read before it is written
-    run_part(kernel, p, part, memory);
-    if (last_kernel() != &kernel) check(kernel.name, false, "last_kernel() is another one");
+  Job job = schedule(kernel, p);
+  job.parts = count;
+  for (int part : parts) {
+    uint8_t* memory = scratch_memory.place(job.scratch_bytes, side_);
+    std::memset(memory, kCanary, job.scratch_bytes);  // nothing may be read before it is written
+    torchq::run(job, part, memory);
+    if (last_kernel() != job.kernel) check(kernel.name, false, "last_kernel() is another one");
   }
   return {region, region + region_bytes};
 }
 
-std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out) {
-  return run(kernel, out, {part(kernel, problem(out), 0, 1)});
+std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out, const std::vector<int>& parts, int count) {
+  return run(kernel, out, parts, count, kernel.layout);
 }
+
+std::vector<uint8_t> Stage::run(const Kernel& kernel, const Out& out) { return run(kernel, out, {0}, 1); }
 
 bool Stage::compare(const char* who, const Out& out, const std::vector<uint8_t>& got,
                     const std::vector<uint8_t>& want) const {

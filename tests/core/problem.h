@@ -24,7 +24,7 @@ Rows rows_of(const std::vector<float>& values, int64_t m, int64_t k, Kind kind);
 // u8 codes that fill most of [0, 255] and exceed it on both sides, for these sums.
 QParams output_qparams(const Sums& sums, const Weights& weights);
 
-// Everything of a packed buffer that run_part() may read: not the bytes after the last panel.
+// Everything of a packed buffer that run() may read: not the bytes after the last panel.
 std::vector<uint8_t> packed_of(const Weights& weights, Layout layout);
 
 std::string describe(const Rows& rows, const Weights& weights, const Out& out, const char* fill);
@@ -40,9 +40,10 @@ class Stage {
   static constexpr int64_t kMargin = 64;
   std::vector<uint8_t> blank(const Out& out) const;
   std::vector<uint8_t> expected(const Out& out, const Sums& sums) const;
-  // Runs the parts in this order on one thread.
-  std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts, Layout layout);
-  std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<Part>& parts);
+  // Runs these parts of `count`, in this order, on one thread.
+  std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<int>& parts, int count,
+                           Layout layout);
+  std::vector<uint8_t> run(const Kernel& kernel, const Out& out, const std::vector<int>& parts, int count);
   std::vector<uint8_t> run(const Kernel& kernel, const Out& out);
   // One check of who: memcmp, and where the first difference lies.
   bool compare(const char* who, const Out& out, const std::vector<uint8_t>& got,
