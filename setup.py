@@ -22,7 +22,8 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
 CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
-SOURCES = ["csrc/torch_ops.cpp", "csrc/direct.cpp", "csrc/module.cpp", *(f"csrc/gemm/{name}.cpp" for name in CORE)]
+SOURCES = [f"csrc/{name}.cpp" for name in ["torch_ops", "run", "direct", "module"]]
+SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 
 
 def check_torch() -> None:
@@ -57,7 +58,7 @@ def extension_arguments() -> dict:
         SOURCES,
         include_dirs=[pybind11.get_include()],
         extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
-        depends=[os.path.join("csrc/gemm", f) for f in os.listdir("csrc/gemm")],
+        depends=[os.path.join(folder, f) for folder in ("csrc", "csrc/gemm") for f in os.listdir(folder) if "." in f],
     )
     if "torch_python" in module.libraries:  # the stable ABI is all we link
         module.libraries.remove("torch_python")

@@ -11,10 +11,10 @@
 
 #include "direct.h"
 
-#include <cfloat>
 #include <string>
 
 #include "dlpack.h"
+#include "linear.h"
 #include "run.h"
 
 namespace py = pybind11;
@@ -54,6 +54,7 @@ constexpr DTypePair kDTypes[] = {{DType::f32, {dlpack::kFloat, 32, 1}},
                                  {DType::u8, {dlpack::kUInt, 8, 1}},
                                  {DType::bf16, {dlpack::kBfloat, 16, 1}},
                                  {DType::f16, {dlpack::kFloat, 16, 1}}};
+constexpr const DTypePair* kU8 = &kDTypes[1];
 
 const DTypePair* find(const dlpack::DataType& type) {
   for (const DTypePair& p : kDTypes)
@@ -114,41 +115,42 @@ PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype,
   return static_cast<PyObject*>(y);
 }
 
-// What a layer's state says of its product.
+// What the state of a QuantizedLinear says about its product.
 struct Layer {
   PyObject* packed;
-  const DTypePair* y_dtype;  // null: as x
+  const DTypePair* y_dtype;  // null: that of x
   bool takes_codes;
-  Problem problem;
+  LayerNumbers numbers;
 };
+
+// The header of packed weights, or null.
+const PackedHeader* header_of(PyObject* object) {
+  dlpack::Tensor packed;
+  const bool bytes = view(object, &packed) && packed.ndim == 1 && is_contiguous(packed) && find(packed.dtype) == kU8;
+  return bytes ? packed_header(data_of(packed), packed.shape[0]) : nullptr;
+}
 
 // Null with no error set: not a case for us.
 PyObject* multiply(PyObject* x_object, const Layer& layer) {
-  dlpack::Tensor x, packed;
-  if (!torch_.exchange || !plain_eager() || !view(x_object, &x) || !view(layer.packed, &packed)) return nullptr;
+  dlpack::Tensor x;
+  if (!torch_.exchange || !plain_eager() || !view(x_object, &x)) return nullptr;
   const DTypePair* x_dtype = find(x.dtype);
-  const PackedHeader* header = packed.ndim == 1 && is_contiguous(packed) && find(packed.dtype) == &kDTypes[1]
-                                   ? packed_header(data_of(packed), packed.shape[0])
-                                   : nullptr;
-  if (!x_dtype || !header || (x_dtype->ours == DType::u8 && !layer.takes_codes)) return nullptr;
-  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != header->k || !is_contiguous(x)) return nullptr;
+  const PackedHeader* weights = header_of(layer.packed);
+  if (!x_dtype || !weights || (x_dtype == kU8 && !layer.takes_codes)) return nullptr;
+  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return nullptr;
   if (!falsy(PyObject_GetAttr(x_object, torch_.requires_grad))) return nullptr;
-  Problem problem = layer.problem;
-  problem.m = 1;
-  for (int i = 0; i + 1 < x.ndim; ++i) problem.m *= x.shape[i];
-  const Kernel* kernel = kernel_for(header->layout);
-  if (problem.m == 0 || header->n == 0 || !kernel) return nullptr;
+  int64_t count = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) count *= x.shape[i];
+  const Kernel* kernel = kernel_for(weights->layout);
+  if (count == 0 || weights->n == 0 || !kernel) return nullptr;
 
   const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
-  PyObject* y = new_output(x, header->n, *y_dtype, &problem.y.data);
+  void* data;
+  PyObject* y = new_output(x, weights->n, *y_dtype, &data);
   if (!y) return nullptr;
-  problem.x.data = data_of(x);
-  problem.x.dtype = x_dtype->ours;
-  problem.x.stride = header->k * element_bytes(x_dtype->ours);
-  problem.weights = header;
-  problem.y.dtype = y_dtype->ours;
-  problem.y.stride = header->n * element_bytes(y_dtype->ours);
-  if (problem.m * header->n * header->k < kKeepGilBelow) {
+  const Rows rows{data_of(x), count, weights->k, x_dtype->ours};
+  const Problem problem = linear_problem(layer.numbers, rows, *weights, data, y_dtype->ours);
+  if (count * weights->n * weights->k < kKeepGilBelow) {
     run(*kernel, problem);
   } else {
     Py_BEGIN_ALLOW_THREADS;
@@ -165,42 +167,42 @@ PyObject* or_not_implemented(PyObject* y) {
   Py_RETURN_NOTIMPLEMENTED;
 }
 
-bool read(PyObject* value, int64_t limit, int32_t* out) {
+bool read(PyObject* value, bool (*allowed)(int64_t), int32_t* out) {
   if (!value || !PyLong_Check(value)) return false;
   const long number = PyLong_AsLong(value);
   *out = static_cast<int32_t>(number);
-  return number >= 0 && number <= limit;
+  return allowed(number);
 }
 
-bool read(PyObject* value, float* out) {
+bool read_scale(PyObject* value, float* out) {
   if (!PyFloat_CheckExact(value)) return false;
   const double number = PyFloat_AS_DOUBLE(value);
   *out = static_cast<float>(number);
-  return number >= FLT_MIN && number <= FLT_MAX;
+  return is_scale(number);
 }
 
 // A pair (scale, zero_point).
 bool read(PyObject* value, QParams* out) {
   return value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2 &&
-         read(PyTuple_GET_ITEM(value, 0), &out->scale) && read(PyTuple_GET_ITEM(value, 1), 255, &out->zero_point);
+         read_scale(PyTuple_GET_ITEM(value, 0), &out->scale) &&
+         read(PyTuple_GET_ITEM(value, 1), is_zero_point, &out->zero_point);
 }
 
-// The attributes of a QuantizedLinear, as its forward() uses them.
+// The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
 bool read(PyObject* state, Layer* out) {
   const auto get = [&](PyObject* name) { return PyDict_GetItemWithError(state, name); };
   PyObject *buffers = get(names.buffers), *input = get(names.input_qparams), *output = get(names.output_qparams);
+  LayerNumbers& numbers = out->numbers;
   int32_t activation;
-  if (!buffers || !input || !output || !read(get(names.activation), kActivations - 1, &activation)) return false;
+  if (!buffers || !input || !output || !read(get(names.activation), is_activation, &activation)) return false;
   out->packed = PyDict_GetItemWithError(buffers, names.packed);
-  Problem& p = out->problem;
-  p.activation = static_cast<Activation>(activation);
-  p.x.qparams = p.y.qparams = {1.0f, 0};
-  p.x.per_token = input == Py_None;
-  if (!out->packed || p.x.per_token) return out->packed;
+  numbers.activation = static_cast<Activation>(activation);
+  numbers.per_token = input == Py_None;
+  if (!out->packed || numbers.per_token) return out->packed;
   out->takes_codes = get(names.takes_codes) == Py_True;
   if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
-  if (output != Py_None) out->y_dtype = &kDTypes[1];
-  return read(input, &p.x.qparams) && (output == Py_None || read(output, &p.y.qparams));
+  if (output != Py_None) out->y_dtype = kU8;
+  return read(input, &numbers.x) && (output == Py_None || read(output, &numbers.y));
 }
 
 // The state of a module whose call is nothing but cls.forward(): its type is cls, no hook on it or on all modules, no

@@ -1,4 +1,4 @@
-// A problem on torch's threads: what the torch ops and the direct calls share.
+// The core's work on torch's threads: what the torch ops and the direct calls share.
 #pragma once
 
 #include "gemm/gemm.h"
@@ -7,5 +7,16 @@ namespace torchq {
 
 // Computes problem.y with this kernel, on as many of torch's threads as the problem pays for.
 void run(const Kernel& kernel, const Problem& problem);
+
+// Weights in memory: weight (n, k), scale [n], bias [n]. has_bias: a bias of no elements may be a null pointer, too.
+struct Weights {
+  int64_t n, k;
+  const int8_t* weight;
+  const float *scale, *bias;
+  bool has_bias;
+};
+
+// Packs weights into a fresh buffer of packed_bytes(n, k).
+void pack(Layout layout, const Weights& weights, void* packed);
 
 }  // namespace torchq

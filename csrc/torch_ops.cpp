@@ -1,13 +1,9 @@
-// torch.ops.torchq.*: schemas, argument checks, threads. The only file that sees torch, through its stable ABI
-// (torch >= 2.10), so one build serves every later torch. The fakes stand in torchq/ops.py.
+// torch.ops.torchq.*: schemas and argument checks. Like run.cpp it sees torch only through the stable ABI (torch >=
+// 2.10), so that one build serves every later torch. The fakes are in torchq/ops.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <optional>
@@ -16,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "linear.h"
 #include "run.h"
 
 namespace {
@@ -23,7 +20,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torchq::DType;
-using torchq::Problem;
+using torchq::LayerNumbers;
+using torchq::Rows;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -32,8 +30,8 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Like STD_TORCH_CHECK, without the build machine's file name and line in front of the user's message. A macro, so that
-// the parts of a message are computed only if it is needed: shape_of() alone costs half a microsecond.
+// Like STD_TORCH_CHECK, but without the build machine's file name and line in front of the user's message. It is a
+// macro so that the parts of a message are computed only if it is needed: shape_of() alone takes half a microsecond.
 #define CHECK(ok, ...)            \
   do {                            \
     if (!(ok)) fail(__VA_ARGS__); \
@@ -72,7 +70,7 @@ std::string shape_of(const Tensor& t) {
   return out.str();
 }
 
-constexpr int64_t kMaxDims = 64;  // torch's own limit; shapes stay off the heap
+constexpr int64_t kMaxDims = 64;  // torch's own limit, so that shapes fit on the stack
 
 Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
   int64_t strides[kMaxDims], stride = 1;
@@ -101,13 +99,14 @@ const torchq::PackedHeader& header_of(const char* op, const Tensor& packed) {
   return *header;
 }
 
-// x as rows of K elements: any leading dimensions, and row strides of a 2-D view as they are.
-struct Rows {
-  Tensor x;
-  int64_t count, stride;  // stride in elements
+// x as rows of K elements. `held` keeps the memory alive: x itself, or a contiguous copy of it.
+struct HeldRows {
+  Tensor held;
+  Rows rows;
 };
 
-Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
+// Any leading dimensions; a 2-D view keeps its row stride and is not copied.
+HeldRows rows_of(const char* op, const char* argument, const Tensor& x, DType dtype, int64_t k) {
   check_cpu(op, argument, x);
   CHECK(x.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar.");
   const int64_t last = x.size(x.dim() - 1);
@@ -115,24 +114,10 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x, int64_t k) {
         argument, ": ", shape_of(x), ").");
   int64_t count = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
-  if (x.is_contiguous()) return {x, count, k};
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= 0) return {x, count, x.stride(0)};
-  return {torch::stable::contiguous(x), count, k};
-}
-
-// Bytes from which huge pages pay. Weights are read at every call: from two huge pages on, of which one surely lies
-// within. An output is written once: from where glibc no longer recycles freed memory but maps fresh pages each time.
-constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
-
-// Asks for huge pages under a fresh buffer, where the system has them: fewer page faults when it is first written, and
-// fewer TLB misses when it is read again and again.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096;  // madvise wants whole pages, and looks for huge ones within them itself
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be refused
-#endif
+  if (x.is_contiguous()) return {x, {x.const_data_ptr(), count, k, dtype}};
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= 0) return {x, {x.const_data_ptr(), count, x.stride(0), dtype}};
+  Tensor copy = torch::stable::contiguous(x);
+  return {copy, {copy.const_data_ptr(), count, k, dtype}};
 }
 
 const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
@@ -147,42 +132,28 @@ const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
 
 // The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
-                ScalarType y_type, DType y_dtype, Problem problem) {
-  const torchq::PackedHeader& header = header_of(op, packed);
-  const Rows rows = rows_of(op, argument, x, header.k);
+                ScalarType y_type, DType y_dtype, const LayerNumbers& layer) {
+  const torchq::PackedHeader& weights = header_of(op, packed);
+  const HeldRows input = rows_of(op, argument, x, x_dtype, weights.k);
   int64_t sizes[kMaxDims];
-  *(std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1) = header.n;
+  *(std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1) = weights.n;
   Tensor y = empty(sizes, x.dim(), y_type);
-  if (rows.count == 0 || header.n == 0) return y;
-  problem.m = rows.count;
-  problem.x.data = rows.x.const_data_ptr();
-  problem.x.dtype = x_dtype;
-  problem.x.stride = rows.stride * torchq::element_bytes(x_dtype);
-  problem.weights = &header;
-  problem.y.data = y.mutable_data_ptr();
-  problem.y.dtype = y_dtype;
-  problem.y.stride = header.n * torchq::element_bytes(y_dtype);
-  torchq::run(kernel_for(op, header.layout), problem);
+  if (input.rows.count == 0 || weights.n == 0) return y;
+  torchq::run(kernel_for(op, weights.layout),
+              torchq::linear_problem(layer, input.rows, weights, y.mutable_data_ptr(), y_dtype));
   return y;
 }
 
 torchq::Activation activation_of(const char* op, int64_t activation) {
-  CHECK(activation >= 0 && activation < torchq::kActivations, op,
+  CHECK(torchq::is_activation(activation), op,
         ": activation must be 0 (none), 1 (relu), 2 (gelu), 3 (gelu_tanh) or 4 (silu), got ", activation, '.');
   return static_cast<torchq::Activation>(activation);
 }
 
 torchq::QParams qparams_of(const char* op, const char* what, double scale, int64_t zero_point) {
-  CHECK(scale >= 1.17549435e-38 && scale <= 3.402823466e38, op, ": ", what,
-        "_scale must be a positive normal float32, got ", scale, '.');
-  CHECK(zero_point >= 0 && zero_point <= 255, op, ": ", what, "_zero_point must be in [0, 255], got ", zero_point, '.');
+  CHECK(torchq::is_scale(scale), op, ": ", what, "_scale must be a positive normal float32, got ", scale, '.');
+  CHECK(torchq::is_zero_point(zero_point), op, ": ", what, "_zero_point must be in [0, 255], got ", zero_point, '.');
   return {static_cast<float>(scale), static_cast<int32_t>(zero_point)};
-}
-
-Problem plain_problem() {
-  Problem p{};
-  p.x.qparams = p.y.qparams = {1.0f, 0};
-  return p;
 }
 
 // ---- The ops ----------------------------------------------------------------------------------------------------
@@ -206,13 +177,13 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
-  if (packed.numel() >= kHugeWeights) prefer_huge_pages(packed.mutable_data_ptr(), packed.numel());
-  torchq::pack_begin(torchq::active_kernel().layout, n, k, bias.has_value(), packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, torchq::panel_count(n), 4, [&](int64_t begin, int64_t end) {
-    torchq::pack_panels(static_cast<const int8_t*>(w.const_data_ptr()), static_cast<const float*>(s.const_data_ptr()),
-                        b ? static_cast<const float*>(b->const_data_ptr()) : nullptr, packed.mutable_data_ptr(), begin,
-                        end);
-  });
+  const torchq::Weights weights{n,
+                                k,
+                                static_cast<const int8_t*>(w.const_data_ptr()),
+                                static_cast<const float*>(s.const_data_ptr()),
+                                b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
+                                b.has_value()};
+  torchq::pack(torchq::active_kernel().layout, weights, packed.mutable_data_ptr());
   return packed;
 }
 
@@ -232,7 +203,7 @@ Tensor gemm(const Tensor& a, const Tensor& packed) {
   const char* op = "torchq::gemm";
   CHECK(a.scalar_type() == ScalarType::Char, op, ": a must be int8, got ", name_of(a.scalar_type()),
         ". Quantize it first with torchq.quantize().");
-  return multiply(op, "a", a, DType::i8, packed, ScalarType::Int, DType::i32, plain_problem());
+  return multiply(op, "a", a, DType::i8, packed, ScalarType::Int, DType::i32, LayerNumbers());
 }
 
 Tensor linear_dynamic(const Tensor& x, const Tensor& packed, int64_t activation) {
@@ -240,10 +211,10 @@ Tensor linear_dynamic(const Tensor& x, const Tensor& packed, int64_t activation)
   const ScalarType type = x.scalar_type();
   const std::optional<DType> dtype = float_dtype(type);
   CHECK(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(type), '.');
-  Problem p = plain_problem();
-  p.x.per_token = true;
-  p.activation = activation_of(op, activation);
-  return multiply(op, "x", x, *dtype, packed, type, *dtype, p);
+  LayerNumbers layer;
+  layer.per_token = true;
+  layer.activation = activation_of(op, activation);
+  return multiply(op, "x", x, *dtype, packed, type, *dtype, layer);
 }
 
 Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int64_t x_zero_point, ScalarType out_dtype,
@@ -256,11 +227,11 @@ Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int6
         name_of(x.scalar_type()), '.');
   CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
         '.');
-  Problem p = plain_problem();
-  p.x.qparams = qparams_of(op, "x", x_scale, x_zero_point);
-  if (codes_out) p.y.qparams = qparams_of(op, "y", y_scale, y_zero_point);
-  p.activation = activation_of(op, activation);
-  return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, p);
+  LayerNumbers layer;
+  layer.x = qparams_of(op, "x", x_scale, x_zero_point);
+  if (codes_out) layer.y = qparams_of(op, "y", y_scale, y_zero_point);
+  layer.activation = activation_of(op, activation);
+  return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, layer);
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
@@ -269,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   CHECK(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(x.scalar_type()), '.');
   CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar.");
   const int64_t k = x.size(x.dim() - 1);
-  const Rows rows = rows_of(op, "x", x, k);
+  const HeldRows input = rows_of(op, "x", x, *dtype, k);
   int64_t sizes[kMaxDims];
   int64_t* last = std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1;
   Tensor codes = empty(sizes, x.dim(), ScalarType::Byte);
@@ -277,11 +248,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   Tensor scale = empty(sizes, x.dim(), ScalarType::Float), zero_point = empty(sizes, x.dim(), ScalarType::Int);
   const torchq::Kernel& kernel = torchq::active_kernel();
   std::vector<uint8_t> scratch(torchq::row_scratch_bytes(k));
-  const auto* from = static_cast<const uint8_t*>(rows.x.const_data_ptr());
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const torchq::QParams q =
-        torchq::quantize_row(kernel, from + r * rows.stride * torchq::element_bytes(*dtype), *dtype, k,
-                             static_cast<uint8_t*>(codes.mutable_data_ptr()) + r * k, scratch.data());
+  const auto* from = static_cast<const uint8_t*>(input.rows.data);
+  const int64_t stride = input.rows.stride * torchq::element_bytes(*dtype);
+  for (int64_t r = 0; r < input.rows.count; ++r) {
+    auto* to = static_cast<uint8_t*>(codes.mutable_data_ptr()) + r * k;
+    const torchq::QParams q = torchq::quantize_row(kernel, from + r * stride, *dtype, k, to, scratch.data());
     static_cast<float*>(scale.mutable_data_ptr())[r] = q.scale;
     static_cast<int32_t*>(zero_point.mutable_data_ptr())[r] = q.zero_point;
   }
@@ -289,19 +260,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 }
 
 }  // namespace
-
-void torchq::run(const Kernel& kernel, const Problem& problem) {
-  if (problem.m * problem.y.stride > kHugeOutput) prefer_huge_pages(problem.y.data, problem.m * problem.y.stride);
-  Job job = schedule(kernel, problem);
-  if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
-  const auto work = [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<uint8_t> scratch;
-    if (scratch.size() < job.scratch_bytes) scratch.resize(job.scratch_bytes);
-    for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch.data());
-  };
-  if (job.parts == 1) return work(0, 1);
-  torch::stable::parallel_for(0, job.parts, 1, work);
-}
 
 STABLE_TORCH_LIBRARY(torchq, m) {
   m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");

@@ -66,6 +66,12 @@ def test_the_check_above_can_fail(source, found):
     assert forbidden(source) == found
 
 
+def test_only_run_cpp_has_threads():
+    threads = re.compile(r"\b(parallel_for|get_num_threads|thread_local|std::thread|omp)\b")
+    sources = {path.name: path.read_text() for path in CORE.parent.glob("*.*")}
+    assert {name for name, text in sources.items() if threads.search(text)} == {"run.cpp"}
+
+
 @pytest.mark.slow(seconds=11)
 def test_core_compiles_alone_and_calls_no_allocator():
     """Without an include directory, and with warnings as errors."""

@@ -1,0 +1,68 @@
+// The only file with threads, which are torch's, reached through the stable ABI. It includes no pybind11 and no DLPack
+// header: torch's headers may not meet those.
+
+#include "run.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <vector>
+
+namespace torchq {
+namespace {
+
+// From how many bytes on huge pages pay. Weights are read at every call: it takes room for two huge pages, one of which
+// then surely lies within. An output is written once: it pays from the size at which glibc no longer recycles freed
+// memory, but maps fresh pages for each allocation.
+constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
+
+constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a thread
+
+// Requests huge pages for a fresh buffer, where the system has them. They mean fewer page faults when it is first
+// written, and fewer TLB misses whenever it is read.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;  // madvise takes whole pages, and finds the huge ones within them itself
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // it may refuse, which is no error
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Each thread keeps its scratch from call to call.
+void* thread_scratch(size_t bytes) {
+  static thread_local std::vector<uint8_t> scratch;
+  if (scratch.size() < bytes) scratch.resize(bytes);
+  return scratch.data();
+}
+
+}  // namespace
+
+void run(const Kernel& kernel, const Problem& problem) {
+  const int64_t y_bytes = problem.m * problem.y.stride;
+  if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
+  Job job = schedule(kernel, problem);
+  if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
+  if (job.parts == 1) return run(job, 0, thread_scratch(job.scratch_bytes));
+  torch::stable::parallel_for(0, job.parts, 1, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(job.scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch);
+  });
+}
+
+void pack(Layout layout, const Weights& w, void* packed) {
+  const int64_t bytes = packed_bytes(w.n, w.k);
+  if (bytes >= kHugeWeights) prefer_huge_pages(packed, bytes);
+  pack_begin(layout, w.n, w.k, w.has_bias, packed);
+  torch::stable::parallel_for(0, panel_count(w.n), kPanelsPerThread, [&](int64_t begin, int64_t end) {
+    pack_panels(w.weight, w.scale, w.bias, packed, begin, end);
+  });
+}
+
+}  // namespace torchq
