@@ -1,6 +1,6 @@
-// DLPack's exchange table as this project uses it: the memory layout that the DLPack specification 1.3 fixes
-// (https://dmlc.github.io/dlpack/latest/). Declared here because torch's own copy of the header may not be included
-// together with the stable ABI. A table of the same major version has these fields in these places.
+// DLPack's exchange table, as far as this project uses it. The DLPack specification 1.3 fixes its memory layout
+// (https://dmlc.github.io/dlpack/latest/), and every table of the same major version has these fields in these places.
+// It is declared here because torch's copy of the header may not be included together with the stable ABI.
 #pragma once
 
 #include <cstdint>
@@ -42,18 +42,18 @@ struct ManagedTensor {
   Tensor tensor;
 };
 
-// What a framework offers under type(tensor).__dlpack_c_exchange_api__, a capsule named "dlpack_exchange_api". Each
-// function returns 0, or -1 with the error reported. Those that take or give Python objects need the GIL.
+// What a framework publishes as type(tensor).__dlpack_c_exchange_api__, a capsule named "dlpack_exchange_api". Each
+// function returns 0, or reports an error and returns -1. Those that take or give Python objects need the GIL.
 struct Exchange {
   using ReportError = void (*)(void* context, const char* kind, const char* message);
 
   Version version;
   Exchange* older;
-  // A new tensor of the prototype's dtype, device and shape; its memory is not initialized.
+  // A new tensor with the dtype, device and shape of the prototype. Its memory is not initialized.
   int (*allocate)(Tensor* prototype, ManagedTensor** out, void* context, ReportError);
   int (*export_tensor)(void* object, ManagedTensor** out);
   int (*import_tensor)(ManagedTensor* stolen, void** object);
-  // A view, valid while the object is and as long as nothing changes it; null if not offered.
+  // A view of the object, valid until the object changes or dies. Null if the framework has no such function.
   int (*view)(void* object, Tensor* out);
   int (*current_stream)(int32_t device_type, int32_t device_id, void** out);
 };

@@ -1,5 +1,5 @@
-// The call of a linear layer as a Problem. The torch ops and the direct calls differ in what they accept; what they
-// then compute is filled in here, once.
+// The call of a linear layer as a Problem. The torch ops and the direct calls may differ in what they accept, but not
+// in what they compute: both fill their Problem here.
 #pragma once
 
 #include "gemm/gemm.h"
@@ -8,8 +8,8 @@ namespace torchq {
 
 // The numbers of a layer: what linear_dynamic and linear_static take beside their tensors. For gemm the defaults.
 struct LayerNumbers {
-  bool per_token = false;          // dynamic: each row of x its own scale and zero point; else x
-  QParams x{1.0f, 0}, y{1.0f, 0};  // y: where it is u8
+  bool per_token = false;          // dynamic: each row of the input gets its own scale and zero point
+  QParams x{1.0f, 0}, y{1.0f, 0};  // of a static input, and of u8 output
   Activation activation = Activation::none;
 };
 

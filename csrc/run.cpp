@@ -15,9 +15,9 @@
 namespace torchq {
 namespace {
 
-// From how many bytes on huge pages pay. Weights are read at every call: it takes room for two huge pages, one of which
-// then surely lies within. An output is written once: it pays from the size at which glibc no longer recycles freed
-// memory, but maps fresh pages for each allocation.
+// Sizes in bytes from which huge pages pay. Weights, which every call reads: twice a huge page, so that they surely
+// contain a whole one. An output, which is written once: the size from which glibc maps fresh pages for each allocation
+// instead of recycling freed memory.
 constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
 
 constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a thread

@@ -130,7 +130,7 @@ const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
   return *kernel;
 }
 
-// The shared part of every op that multiplies: checks x, allocates y (leading dimensions of x, N), runs.
+// What all ops that multiply have in common: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, const LayerNumbers& layer) {
   const torchq::PackedHeader& weights = header_of(op, packed);

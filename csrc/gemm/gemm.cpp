@@ -109,8 +109,7 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
     b.panel = panel_at(p, panel, b.panel_stride);
     const int64_t columns = std::min(b.panels * kPanelColumns, n - panel * kPanelColumns);
     const bool whole = columns == b.panels * kPanelColumns;
-    // The loop below sets only what changes from tile to tile, from locals: for all the compiler knows, run() changes
-    // b.
+    // The loop sets only what changes from tile to tile, from locals: for all the compiler knows, run() changes b.
     int64_t left = rows;
     const uint8_t* codes = s.rows.codes;
     const float* scale = s.rows.scale;
@@ -137,8 +136,7 @@ void run(const Job& job, int index, void* memory) {
   if (part.row_begin == part.row_end) return;
   const Scratch s = carve(job, memory);
   Block b = common_block(job);
-  // Tiles are laid out over all rows of the part, and blocks are made of nearly equal numbers of tiles: a small last
-  // block would read every panel for its few rows.
+  // Blocks are nearly equal numbers of tiles. A small last block would read every panel for its few rows.
   const RowTiles tiles(job, part);
   const int64_t blocks = ceil_div(tiles.count * job.tile.m, job.block_rows);
   for (int64_t block = 0; block < blocks; ++block) {

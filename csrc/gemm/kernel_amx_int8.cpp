@@ -1,21 +1,26 @@
-// AMX-INT8 (Sapphire Rapids and its successors): 16 x 16 outputs and 64 k in one instruction, eight tile registers.
+// AMX-INT8 (Sapphire Rapids and its successors): one instruction computes 16 x 16 outputs over 64 k. There are eight
+// tile registers of 16 rows x 64 bytes.
 //
-//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles, 1 a row of codes, 10 at least
-//   TILELOADD tmm, [p + s]    16 rows of 64 bytes, s apart                    8 cycles from L1, 21 from L2
+//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles: 1 per row of codes, at least
+//   10 TILELOADD tmm, [p + s]    16 rows of 64 bytes, s bytes apart              8 cycles from L1, 21 from L2
 //   TILESTORED                                                                16 cycles
 //
-// 16 groups of 4 k of a P16c4 panel, 16 rows of 64 bytes, are one tile of weights as they lie. TDPBUSD neither
-// saturates nor rounds, and wraps only past int32.
+// A tile of weights is 16 groups of 4 k of a P16c4 panel, which are 16 rows of 64 bytes as they lie. TDPBUSD neither
+// saturates nor rounds, and wraps only past int32, which kMaxDepth excludes.
 //
-// Registers: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4 products; for up to 16 rows
-// 1 x 4 accumulators, 1 and 3; for a few more than 32, 3 x 1, 3 and 1. The tiles of a pair may be of fewer rows than
-// 16, and of the last pair the first rows may be computed twice: so rows are balanced, and the tiles are configured
-// once.
+// Registers. For more than 16 rows: 2 x 2 accumulators, 2 tiles of codes, 2 of weights, so that 4 loads feed 4
+// products. For up to 16 rows: 1 x 4 accumulators, 1 tile of codes, 3 of weights. For a few more than 32 rows: 3 x 1
+// accumulators, 3 tiles of codes, 1 of weights.
 //
-// From L2, 4 loads take longer than 4 products. So the depth is cut where a pair of panels does not fit in L1: while
-// one of its parts is there, all rows pass over it, and the sums wait in L2 (Block::sums).
+// Rows are divided evenly, into pairs of tiles that all have the same height, which may be less than 32. Where the
+// division leaves a remainder, the last pair begins a few rows early and computes those rows a second time: 65 rows are
+// 3 pairs of 22. One tile configuration then serves the whole call.
 //
-// Sums go to L1 first, for they can be read from there only, while the next tile starts to multiply.
+// Depth. From L2, 4 loads take longer than 4 products. So where a pair of panels does not fit in L1, the depth is cut
+// into parts. While one part of the panels is in L1, all rows pass over it, and the sums wait in L2 (Block::sums).
+//
+// Sums can leave a tile register only to memory. They are stored to L1 while the next tile starts to multiply, and the
+// epilogue reads them from there.
 
 #include "kernel.h"
 
@@ -40,18 +45,22 @@ constexpr bool kZeroPointFirst = false;
 #include "epilogue.inc"
 
 constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGroups = kTileDepth / 4;
-// A pair of panels and two tiles of codes of this depth fit in L1, 48 KiB. Where the depth is cut, into parts of about
-// so many steps: each costs reading and writing sums.
+// A step is 64 k. A pair of panels and two tiles of codes of kStepsInL1 steps fit in L1, 48 KiB. Deeper problems are
+// cut into parts of about kStepsPerPart steps. Shorter parts would load and store the sums more often.
 constexpr int64_t kStepsInL1 = 12, kStepsPerPart = 8;
-// Where it is not cut, a tile of rows meets so many panels, up to 400 KB in L2, before the next one does: of a row of y
-// more than two lines are written while its page is known. 1024x3072x768: 2.5 -> 2.0 ms.
+// Where the depth is not cut, a tile of rows passes over this many panels, up to 400 KB in L2, before the next tile of
+// rows does. It then writes long stretches of each row of y, and so needs fewer TLB entries at a time.
+// 1024x3072x768: 2.5 -> 2.0 ms.
 constexpr int kPanelsTogether = 32;
-// Up to so many rows, where the depth is not cut, three tiles of rows cost less than two pairs: their products take a
-// cycle a row, those 10 each. 33x768x768 14.8 -> 13.7 us. (Deeper, the pairs' fewer loads count for more.)
+// From 33 to this many rows, and where the depth is not cut, three tiles of rows are faster than two pairs: the tiles
+// of the pairs would be so low that each product takes the minimum of 10 cycles. 33x768x768: 14.8 -> 13.7 us. Where the
+// depth is cut, pairs win, since they need fewer loads.
 constexpr int kThreeTilesUpTo = 39;
-constexpr int64_t kWeightsInL2 = 3 << 19;  // what stays there, of 2 MiB, beside codes and outputs: bytes
+constexpr int64_t kWeightsInL2 = 3 << 19;  // bytes of weights that stay in an L2 of 2 MiB beside codes and outputs
 
-// ---- Tiles. In assembly, because the intrinsics of g++ 12 do not tell the compiler that memory is read. ----
+// ---- Tile registers ---------------------------------------------------------------------------------------------
+//
+// In assembly, because the intrinsics of g++ 12 do not tell the compiler that they read memory.
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -60,7 +69,7 @@ struct TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// 45 ns. Other users of tiles in this thread must not find ours: release_tiles().
+// Takes 45 ns. release_tiles() must follow, so that other users of tiles in this thread do not find our configuration.
 inline void configure(const int (&rows)[8]) {
   TileConfig config;
   for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
@@ -85,9 +94,9 @@ TORCHQ_INLINE void dot_tile() {
   __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kCodes), "i"(kWeights));
 }
 
-// ---- Sums that wait to be finished ----
+// ---- The epilogue -----------------------------------------------------------------------------------------------
 
-// Rows of sums, and where they go.
+// Rows of complete sums, and what the epilogue needs to turn them into outputs.
 struct Waiting {
   const int32_t* sums;
   int rows;
@@ -111,7 +120,7 @@ TORCHQ_INLINE void finish_by(const Epilogue& e, const Block& b, Waiting w) {
   }
 }
 
-// The commonest output without its branches.
+// The commonest output gets code without branches.
 template <int kWide>
 __attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, const Waiting& w) {
   if (e.dtype == DType::f32 && e.activation == Activation::none)
@@ -119,38 +128,37 @@ __attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, co
   finish_by<kWide>(e, b, w);
 }
 
-// ---- Multiplying ----
+// ---- Multiplying ------------------------------------------------------------------------------------------------
 
-// Outputs of up to kTall x 16 rows and kWide panels, over a part of the depth.
-struct Tile {
+// Up to kTall x 16 rows and kWide panels of outputs, over one part of the depth: what the accumulators hold at once.
+struct OutputTile {
   const uint8_t *codes, *weights;
   int64_t steps;
-  bool from_zero;  // else the sums start from what lies where they go
-  bool complete;   // the last part of the depth: what waits to be finished then
-  int32_t* sums;   // rows x kWide x 16
+  bool from_zero;  // the first part of the depth; else the sums continue from those in `sums`
+  bool complete;   // the last part of the depth, after which the epilogue takes `waiting`
+  int32_t* sums;   // rows x kWide x 16, where the accumulators are stored
   Waiting waiting;
 };
 
-// The accumulator of a tile of rows and a panel, and where its sums lie.
+// The accumulators, one per tile of rows and panel, and where each is stored.
 template <int kTall, int kWide>
 struct Accumulators {
-  static constexpr int64_t kStride = kWide * 64;  // of sums, bytes
+  static constexpr int64_t kStride = kWide * 64;  // bytes between rows of sums
   int64_t second_row;                             // where the second tile of rows begins; the third at twice that
 
   template <int kIndex>
-  int32_t* place(const Tile& t) const {
+  int32_t* place(const OutputTile& t) const {
     constexpr int kRow = kIndex / (4 / kTall), kPanel = kIndex % (4 / kTall);
     return t.sums + (kRow * second_row * kWide + kPanel) * 16;
   }
-  // The old sums leave and the new ones begin. Between the products of the first step, for in a row four stores would
-  // take longer than it: in a loop of 32 x 32 x 64 in L1, 47 instead of 69 % of peak.
+  // Stores the old sums and starts the new ones. Callers put it between the products of the first step. Four stores in
+  // a row would take longer than the step: in a loop of 32 x 32 x 64 in L1, 47 % of peak instead of 69 %.
   template <int kIndex>
-  TORCHQ_INLINE void exchange(const Tile& before, const Tile& now) const {
+  TORCHQ_INLINE void exchange(const OutputTile& before, const OutputTile& now) const {
     store_tile<kIndex>(place<kIndex>(before), kStride);
     now.from_zero ? zero_tile<kIndex>() : load_tile<kIndex>(place<kIndex>(now), kStride);
   }
-  // To where they go.
-  void leave(const Tile& t) const {
+  void store_all(const OutputTile& t) const {
     store_tile<0>(place<0>(t), kStride);
     if constexpr (kTall == 3 || kWide > 1) store_tile<1>(place<1>(t), kStride);
     if constexpr (kTall > 1 || kWide > 2) store_tile<2>(place<2>(t), kStride);
@@ -158,7 +166,7 @@ struct Accumulators {
   }
 };
 
-// One step of 64 k. exchange.at<i>() comes before accumulator i is added to.
+// One step of 64 k. It calls exchange.at<i>() before it adds to accumulator i.
 template <int kTall, int kWide, class Exchange>
 TORCHQ_INLINE void step(const uint8_t* codes, int64_t codes_stride, int64_t second, const uint8_t* weights,
                         int64_t panel_stride, const Exchange& exchange) {
@@ -193,24 +201,24 @@ struct NoExchange {
 template <int kTall, int kWide>
 struct FirstExchange {
   Accumulators<kTall, kWide> accumulators;
-  const Tile &before, &now;
+  const OutputTile &before, &now;
   template <int kIndex>
   TORCHQ_INLINE void at() const {
     accumulators.template exchange<kIndex>(before, now);
   }
 };
 
-// Weights needed next, asked for while several tiles multiply by the present ones: L2 has them when their turn comes.
-// 512x4096x4096, whose weights are in L3: 5.7 -> 5.4 ms. (Where one tile is all, the hardware's prefetcher does better
-// alone.)
-struct Ahead {
-  const uint8_t *next, *end;  // of the first panel; the others lie panel_stride further
+// The weights needed next, prefetched into L2 while several tiles of rows multiply by the present ones.
+// 512x4096x4096, whose weights are in L3: 5.7 -> 5.4 ms. With a single tile of rows the hardware's prefetcher does
+// better alone.
+struct Prefetch {
+  const uint8_t *next, *end;  // in the first panel; the other panels lie panel_stride further
   int64_t panel_stride;
-  int lines;  // of each panel, every step
+  int lines;  // cache lines of each panel, at every step
 };
 
 template <int kWide>
-TORCHQ_INLINE void ask_for(Ahead& a) {
+TORCHQ_INLINE void prefetch(Prefetch& a) {
   if (a.next >= a.end) return;
   for (int i = 0; i < a.lines; ++i, a.next += 64) {
     TORCHQ_UNROLL
@@ -218,34 +226,35 @@ TORCHQ_INLINE void ask_for(Ahead& a) {
   }
 }
 
-// Multiplies a tile. In its first step the sums of the one before leave their registers; if complete they are finished.
-// (Finishing a row or two after each step, or later, is no faster.)
+// Multiplies a tile. Its first step stores the sums of the tile before, which go through the epilogue if they are
+// complete. (To spread the epilogue over the steps, a row or two after each, is no faster.)
 template <int kTall, int kWide>
-__attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64_t second_row, const Tile& before,
-                                        const Tile& t, Ahead& ahead) {
+__attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64_t second_row, const OutputTile& before,
+                                        const OutputTile& t, Prefetch& ahead) {
   const int64_t codes_stride = b.codes_stride, panel_stride = b.panel_stride, second = second_row * codes_stride;
   const uint8_t *codes = t.codes, *weights = t.weights;
   step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride,
                      FirstExchange<kTall, kWide>{{second_row}, before, t});
-  ask_for<kWide>(ahead);
+  prefetch<kWide>(ahead);
   if (before.complete) finish_rows<kWide>(e, b, before.waiting);
   for (int64_t s = 1; s < t.steps; ++s) {
     codes += kTileDepth, weights += kTileBytes;
     step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride, NoExchange());
-    ask_for<kWide>(ahead);
+    prefetch<kWide>(ahead);
   }
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// How a sweep goes: rows in tiles of up to kTall x 16, columns in groups of kWide panels, the depth in parts.
+// The loops over a block: rows in tiles of up to kTall x 16, columns in groups of kWide panels, the depth in parts.
 template <int kTall, int kWide>
 struct Sweep {
   const Block& b;
-  int64_t tiles, height, first_rows;  // rows of a pair of tiles, and of its first
+  int64_t tiles, height;  // how many tiles of up to kTall x 16 rows, and the rows of each
+  int64_t first_rows;     // the rows of each tile register but the last, which may have fewer
   int64_t steps, parts;
-  int group;  // panels that a tile of rows meets one after the other
+  int group;  // panels that a tile of rows passes over before the next tile of rows does
 
   explicit Sweep(const Block& block) : b(block) {
     tiles = ceil_div(b.m, kTall * kTileRows), height = ceil_div(b.m, tiles), first_rows = ceil_div(height, kTall);
@@ -267,8 +276,9 @@ struct Sweep {
   const uint8_t* weights(int panel, int64_t part) const {
     return b.panel + panel * b.panel_stride + kPanelMeta + step_of(part) * kTileBytes;
   }
-  // The index-th tile's share of the weights that follow these: the next part's, or those of the next group of panels.
-  Ahead ahead_of(int panel, int64_t part, int64_t index, int end_panel) const {
+  // The index-th tile's share of the weights that are needed next: those of the next part of the depth, or after the
+  // last part those of the next group of panels.
+  Prefetch ahead_of(int panel, int64_t part, int64_t index, int end_panel) const {
     const bool same = part + 1 < parts;
     const int next_panel = same ? panel : panel + group;
     const int64_t next_part = same ? part + 1 : 0;
@@ -277,15 +287,15 @@ struct Sweep {
     const uint8_t *begin = weights(next_panel, next_part), *end = begin + steps_of(next_part) * kTileBytes;
     return {begin + index * lines * steps_of(part) * 64, end, b.panel_stride, lines};
   }
-  Tile tile(int panel, int64_t part, int64_t index, int32_t* complete) const {
+  OutputTile tile(int panel, int64_t part, int64_t index, int32_t* complete) const {
     const int64_t row = smaller(index * height, b.m - height);
-    Tile t;
+    OutputTile t;
     t.codes = static_cast<const uint8_t*>(b.codes) + row * b.codes_stride + step_of(part) * kTileDepth;
     t.weights = weights(panel, part);
     t.steps = steps_of(part);
     t.from_zero = part == 0;
     t.complete = part == parts - 1;
-    t.sums = parts == 1 ? complete : b.sums + index * height * kWide * 16;  // not row: rows in two tiles have two sums
+    t.sums = parts == 1 ? complete : b.sums + index * height * kWide * 16;  // by index: a row in two tiles has two sums
     uint8_t* out = static_cast<uint8_t*>(b.out) + row * b.out_stride;
     out += panel * kPanelColumns * element_bytes(b.out_dtype);
     const uint8_t* meta = b.panel + panel * b.panel_stride;
@@ -300,24 +310,24 @@ void sweep(const Epilogue& e, const Block& b, int first_panel, int end_panel) {
   const Sweep<kTall, kWide> s(b);
   s.configure_tiles();
   alignas(64) int32_t complete[kTall * kTileRows * kWide * 16];
-  Tile before{};
-  before.sums = complete;  // what is in the registers at first may go there
+  OutputTile before{};
+  before.sums = complete;  // the first exchange stores here what the registers happen to hold
   for (int group = first_panel; group < end_panel; group += s.group)
     for (int64_t part = 0; part < s.parts; ++part)
       for (int64_t i = 0; i < s.tiles; ++i)
         for (int panel = group; panel < smaller(group + s.group, end_panel); panel += kWide) {
-          const Tile t = s.tile(panel, part, i, complete);
-          Ahead ahead = s.ahead_of(panel, part, i, end_panel);
+          const OutputTile t = s.tile(panel, part, i, complete);
+          Prefetch ahead = s.ahead_of(panel, part, i, end_panel);
           multiply<kTall, kWide>(e, b, s.first_rows, before, t, ahead);
           before = t;
         }
-  Accumulators<kTall, kWide>{s.first_rows}.leave(before);
+  Accumulators<kTall, kWide>{s.first_rows}.store_all(before);
   finish_rows<kWide>(e, b, before.waiting);
   release_tiles();
 }
 
 void run(const Block& b) {
-  alignas(64) float curved[4 * kLanes];  // of a row
+  alignas(64) float curved[4 * kLanes];  // of one row
   const Epilogue e{b.out_dtype, b.activation, splat(b.out_inv_scale), code_map(b.out_zero_point),
                    b.activation > Activation::relu ? curved : nullptr};
   const bool three = b.m > 2 * kTileRows && b.m <= kThreeTilesUpTo && b.k_groups <= kStepsInL1 * kGroups;

@@ -47,7 +47,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 #include "plain.inc"
 #include "tile.inc"
 
-// Half a panel at a time: its second 8 columns are the same tile, with every pointer moved.
+// Half a panel at a time. The second 8 columns are the same tile with its pointers moved.
 void run(const Block& b) {
   const TileFn compute = pick_rows<kVectors>(b.m);
   compute(b);

@@ -1,5 +1,6 @@
-// AVX512-VNNI at 256 bits: the source of avx_vnni in the EVEX encoding. It is for CPUs that lower their clock for
-// 512-bit work, and it runs avx_vnni's code on the many that have AVX512-VNNI but no AVX-VNNI (Ice Lake, Zen 4).
+// AVX512-VNNI at 256 bits: the source of avx_vnni in the EVEX encoding. It serves CPUs that lower their clock for
+// 512-bit work. It also lets the many CPUs with AVX512-VNNI but without AVX-VNNI (Ice Lake, Zen 4) run avx_vnni's code,
+// and so test it.
 
 #include "kernel.h"
 

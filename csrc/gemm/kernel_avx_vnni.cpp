@@ -26,7 +26,7 @@ constexpr Kernel kernel_avx_vnni = [] {
   k.range = avx_vnni::range;
   k.quantize = avx_vnni::quantize;
   k.run = avx_vnni::run;
-  k.tiling.full_tiles = true;  // ten sums of a tile of 5 wait for their latency whenever one is late
+  k.tiling.full_tiles = true;  // the 10 accumulators of 5 rows barely cover the latency: any delay stalls them
   k.tiling.codes_budget = 768 * 1024;
   return k;
 }();

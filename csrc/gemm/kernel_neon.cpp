@@ -1,11 +1,11 @@
 // NEON, armv8.0-a: tile 6 x 8, exact for all codes and weights.
 //
-// Codes are moved to the signed side (code - 128), so that both factors are signed bytes:
+// The scratch holds code - 128, so that both factors are signed bytes:
 //
-//   SMULL v.8h, v.8b, v.8b    8 products to int16: |-128·-128| = 16384 fits, but the sum of two may be 32768, so
-//                             SMLAL2 on top of it, which saves a quarter of the instructions, would be wrong there
+//   SMULL v.8h, v.8b, v.8b    8 products to int16. |-128·-128| = 16384 fits, but the sum of two such products is 32768.
+//                             So SMLAL2, which would save a quarter of the instructions, cannot add to it.
 //   SADALP v.4s, v.8h         adjacent products added to int32 sums, exact
-//   LD1R v.2s                 4 codes of a row, twice: 2 columns to a register
+//   LD1R v.2s                 4 codes of a row, twice: for the 2 columns of a register
 //
 // Each accumulator holds (k0·k1, k2·k3) sums of 2 columns; the last step adds the pairs.
 //
@@ -42,7 +42,7 @@ inline Ints broadcast(const Code* p) {
 }
 inline Ints dot(Ints acc, Ints a, Ints w) {
   const int8x8_t codes = vget_low_s8(vreinterpretq_s8_s32(a)), weights = vget_low_s8(vreinterpretq_s8_s32(w));
-  int16x8_t products;  // in assembly, and in order, as in vec_neon.inc
+  int16x8_t products;  // in assembly, and volatile to keep the order: see load_pair() in vec_neon.inc
   __asm__ volatile("smull %0.8h, %1.8b, %2.8b" : "=w"(products) : "w"(codes), "w"(weights));
   __asm__ volatile("sadalp %0.4s, %1.8h" : "+w"(acc) : "w"(products));
   return acc;
@@ -55,7 +55,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "plain_neon.inc"
 #include "tile.inc"
 
-// Half a panel at a time: its second 8 columns are the same tile, with every pointer moved.
+// Half a panel at a time. The second 8 columns are the same tile with its pointers moved.
 void run(const Block& b) {
   const TileFn compute = pick_rows<kVectors>(b.m);
   compute(b);

@@ -3,7 +3,8 @@
 //   SDOT v.4s, v.16b, v.4b[i]   acc += Σ of 4 s8 x s8, 16 products
 //                               latency 3 to 4, and 1 from accumulator to accumulator on Neoverse; 2 a cycle on
 //                               Neoverse N1, 4 on V1, V2 and Apple's
-//   LDR q                       16 codes of a row, for 4 groups: the lane is in the instruction, nothing is broadcast
+//   LDR q                       16 codes of a row, for 4 groups. The instruction names the lane, so nothing is
+//   broadcast.
 //
 // Both operands are signed, so the scratch holds code - 128. Sums wrap only past int32, which kMaxDepth excludes.
 //
@@ -36,7 +37,7 @@ constexpr int64_t kRun = 8;
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
 
-// In assembly, as the accumulator stays in its register: around the intrinsic g++ 12 copies some back and forth.
+// In assembly, which keeps the accumulator in its register. Around the intrinsic g++ 12 copies some back and forth.
 template <int kLane>
 inline Ints dot_lane(Ints acc, Ints codes, Ints weights) {
   __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(acc) : "w"(weights), "w"(codes), "i"(kLane));
@@ -51,7 +52,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "tile.inc"
 
 void run(const Block& b) {
-  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always: no table
+  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always, and faster than a jump table
   pick_rows<kVectors>(b.m)(b);
 }
 

@@ -4,8 +4,8 @@
 //                               latency 3, and 1 from accumulator to accumulator; 2 a cycle on Neoverse N2, 4 on V2
 //   LDR q                       2 rows, or 2 columns, x 8 k
 //
-// Codes stay unsigned. Sums wrap only past int32, which kMaxDepth excludes. Weights in P16c8; codes in the scratch two
-// rows at a time. ZIP1 and ZIP2 take the 2 x 2 blocks apart once, at the end.
+// Codes stay unsigned. Sums wrap only past int32, which kMaxDepth excludes. Weights are in P16c8, and the scratch holds
+// the codes of two rows together. ZIP1 and ZIP2 take the 2 x 2 blocks apart once, at the end.
 //
 // Registers (32 q): 24 accumulators, 6 codes (two groups'), 2 weights. 11 registers loaded feed 24 products.
 
@@ -36,8 +36,8 @@ constexpr int64_t kRun = 16;
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1;
 
-// In assembly, as the accumulator stays in its register: around the intrinsic g++ 12 copies some back and forth. And in
-// order (volatile), or clang 16 loads all weights first and has no registers left.
+// In assembly, which keeps the accumulator in its register. Around the intrinsic g++ 12 copies some back and forth.
+// volatile keeps the order: clang 16 would load all weights first and run out of registers.
 inline Ints dot_block(Ints acc, Ints codes, Ints weights) {
   __asm__ volatile("usmmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(codes), "w"(weights));
   return acc;
@@ -57,7 +57,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "tile.inc"
 
 void run(const Block& b) {
-  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always: no table
+  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always, and faster than a jump table
   pick_rows<kVectors>(b.m)(b);
 }
 

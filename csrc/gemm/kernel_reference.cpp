@@ -1,4 +1,4 @@
-// The definition. Every other kernel gives these integers and these floats, bit for bit.
+// The definition of the arithmetic. Every other kernel gives these integers and these floats, bit for bit.
 
 #include <cmath>
 

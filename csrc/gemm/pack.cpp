@@ -14,7 +14,7 @@ uint8_t* panel_at(void* packed, int64_t k, int64_t index) {
   return static_cast<uint8_t*>(packed) + sizeof(PackedHeader) + index * panel_bytes(k);
 }
 
-// The three per-column rows at the start of a panel.
+// The start of a panel: three numbers per column.
 struct PanelMeta {
   int32_t colsum[kPanelColumns];
   float scale[kPanelColumns];
@@ -22,7 +22,7 @@ struct PanelMeta {
 };
 static_assert(sizeof(PanelMeta) == kPanelMeta);
 
-// A column of a panel is every 16th run of kDepth bytes. The depth is a constant for the sake of its copies.
+// A column of a panel is every 16th run of kDepth bytes. kDepth is a constant so that its copies are single moves.
 template <int kDepth>
 void scatter(const int8_t* row, int64_t k, uint8_t* column) {
   const int64_t whole = k / kDepth;

@@ -1,4 +1,4 @@
-// 16-bit floats in plain C++, rounded as the instructions do: the reference kernel's conversions.
+// 16-bit floats in plain C++, for the reference kernel. They round as the instructions of the other kernels do.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 namespace torchq {
 namespace {
 
-// L2 of the CPUs with AMX. Only amx_int8 distinguishes weights that do not fit in it.
+// The size of L2 in CPUs with AMX, in bytes. Only amx_int8 has different limits for weights that do not fit in it.
 constexpr int64_t kL2Bytes = 2 << 20;
 
 // The kernel asked for, or the one that it leaves small problems to.

@@ -1,4 +1,4 @@
-// The buffers of one part, carved from the caller's scratch; and the arithmetic of dividing things.
+// The buffers of one part, carved from the caller's scratch; and integer arithmetic for dividing work.
 #pragma once
 
 #include "codes.h"
