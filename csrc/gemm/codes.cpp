@@ -7,6 +7,8 @@
 #include <cstring>
 #include <limits>
 
+#include "divide.h"
+
 namespace torchq {
 namespace {
 
@@ -16,8 +18,6 @@ constexpr int64_t kBatchRows = 32, kBatchBytes = 16 * 1024;
 constexpr float kRoundsToInteger = 0x1.8p23f;  // floats above it are integers: (x + this) - this is rne(x), inline
 
 std::atomic<const Kernel*> last{nullptr};
-
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Where code k of a row lies, k a multiple of 8. stride: bytes between rows. See CodeFormat::interleaved_rows.
 uint8_t* code_at(const CodeFormat& format, uint8_t* codes, int64_t row, int64_t k, int64_t stride) {

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "codes.h"
+#include "divide.h"
 #include "scratch.h"
 
 namespace torchq {

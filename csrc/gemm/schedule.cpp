@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "divide.h"
 #include "gemm.h"
 #include "scratch.h"
 
@@ -10,6 +11,8 @@ namespace {
 
 // The size of L2 in CPUs with AMX, in bytes. Only amx_int8 has different limits for weights that do not fit in it.
 constexpr int64_t kL2Bytes = 2 << 20;
+
+constexpr int64_t kMaxParts = 1 << 16;  // more than there are threads
 
 // The kernel asked for, or the one that it leaves small problems to.
 const Kernel& choose_kernel(const Kernel& kernel, int64_t m, const PackedHeader& weights, bool beyond_l2) {

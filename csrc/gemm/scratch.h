@@ -1,18 +1,11 @@
-// The buffers of one part, carved from the caller's scratch; and integer arithmetic for dividing work.
+// The buffers of one part, carved from the caller's scratch.
 #pragma once
 
 #include "codes.h"
+#include "divide.h"
 #include "gemm.h"
 
 namespace torchq {
-
-constexpr int64_t kMaxParts = 1 << 16;  // more than there are threads
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Where the index-th of count nearly equal pieces of [0, n) starts.
-constexpr int64_t piece(int64_t n, int64_t index, int64_t count) { return n * index / count; }
 
 struct Scratch {
   CodeRows rows;    // of a block
