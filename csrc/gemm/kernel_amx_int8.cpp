@@ -1,8 +1,8 @@
 // AMX-INT8 (Sapphire Rapids and its successors): one instruction computes 16 x 16 outputs over 64 k. There are eight
 // tile registers of 16 rows x 64 bytes.
 //
-//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    16 cycles: 1 per row of codes, at least
-//   10 TILELOADD tmm, [p + s]    16 rows of 64 bytes, s bytes apart              8 cycles from L1, 21 from L2
+//   TDPBUSD tmm, tmm, tmm     acc (16 x 16) += u8 (16 x 64) · s8 (64 x 16)    1 cycle per row of codes, at least 10
+//   TILELOADD tmm, [p + s]    16 rows of 64 bytes, s bytes apart              8 cycles from L1, 21 from L2
 //   TILESTORED                                                                16 cycles
 //
 // A tile of weights is 16 groups of 4 k of a P16c4 panel, which are 16 rows of 64 bytes as they lie. TDPBUSD neither

@@ -3,8 +3,7 @@
 //   SDOT v.4s, v.16b, v.4b[i]   acc += Σ of 4 s8 x s8, 16 products
 //                               latency 3 to 4, and 1 from accumulator to accumulator on Neoverse; 2 a cycle on
 //                               Neoverse N1, 4 on V1, V2 and Apple's
-//   LDR q                       16 codes of a row, for 4 groups. The instruction names the lane, so nothing is
-//   broadcast.
+//   LDR q                       16 codes of a row, for 4 groups; SDOT names the lane, so nothing is broadcast
 //
 // Both operands are signed, so the scratch holds code - 128. Sums wrap only past int32, which kMaxDepth excludes.
 //
