@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import may_run
 from torchq import QuantizedLinear, kernels, ops
 
-X = torch.ones(2, 5)
+X = torch.ones(64, 64)  # large enough that no kernel leaves the product to another
 
 
 def packed():
     """In the layout that the active kernel reads."""
-    return ops.pack(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))
+    return ops.pack(torch.ones(64, 64, dtype=torch.int8), torch.ones(64))
 
 
 CALLS = {
@@ -26,7 +27,7 @@ CALLS = {
     "linear_static": lambda: ops.linear_static(X, packed(), 1.0, 0, torch.float32),
     "linear_static, codes": lambda: ops.linear_static(X.byte(), packed(), 1.0, 0, torch.uint8),
     "quantize_per_token": lambda: ops.quantize_per_token(X),
-    "QuantizedLinear": lambda: QuantizedLinear(torch.ones(3, 5, dtype=torch.int8), torch.ones(3))(X),
+    "QuantizedLinear": lambda: QuantizedLinear(torch.ones(64, 64, dtype=torch.int8), torch.ones(64))(X),
 }
 
 
@@ -87,7 +88,7 @@ def test_empty_matrices_and_packing_run_no_kernel(kernel):
     with kernels.use(other):
         CALLS["gemm"]()
     ops.linear_dynamic(X[:0], packed())
-    ops.gemm(X.char(), ops.pack(torch.ones(0, 5, dtype=torch.int8), torch.ones(0)))
+    ops.gemm(X.char(), ops.pack(torch.ones(0, 64, dtype=torch.int8), torch.ones(0)))
     ops.unpack(packed())
     assert kernels.last_used() == other
     CALLS["gemm"]()  # leaves last_used() as the fixture wants it
@@ -188,7 +189,7 @@ def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
                 packed = ops.pack(weight, scale)
             assert ops.gemm(a, packed).tolist() == [[281, -12746]]
             readers = [k for k in kernels.runnable() if kernels.tile(k)[2] == kernels.tile(name)[2]]
-            assert kernels.last_used() == readers[0]
+            assert kernels.last_used() in may_run(readers[0])
         if depths == {4}:
             with pytest.raises(RuntimeError, match="packed in layout P16c8 while another kernel was active"):
                 ops.gemm(a, in_layout(packed, 2))
@@ -267,9 +268,9 @@ def python(code, **environment):
 
 SHOW = """
 import torch, torchq
-one = torch.ones(1, 1, dtype=torch.int8)
+one = torch.ones(64, 64, dtype=torch.int8)
 before = torchq.kernels.last_used()
-torchq.ops.gemm(one, torchq.ops.pack(one, torch.ones(1)))
+torchq.ops.gemm(one, torchq.ops.pack(one, torch.ones(64)))
 with torchq.kernels.use(torchq.kernels.runnable()[0]):
     inside = torchq.kernels.active()
 print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
