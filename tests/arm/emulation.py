@@ -123,7 +123,7 @@ def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
     interpreter = DEBIAN / "usr/bin/python3.11"
     return run(
         ["qemu-aarch64-static", "-L", DEBIAN, "-cpu", cpu, interpreter, *arguments],
-        PYTHONPATH=f"{PACKAGE}:{SITE}",
+        PYTHONPATH=f"{PACKAGE}:{SITE}:{ROOT}",  # the last for benchmarks, of which a test uses some
         PYTHONNOUSERSITE="1",
         PYTHONDONTWRITEBYTECODE="1",
         OMP_NUM_THREADS="1",
