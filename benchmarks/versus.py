@@ -69,7 +69,7 @@ def _bind(function: Callable[..., Any], *arguments: Any) -> Call:
 def _layers(n: int, k: int) -> dict[str, Callable[..., Any]]:
     from torch import nn
 
-    from torchq.modules.linear import QuantizedLinear
+    from torchq import QuantizedLinear
 
     linear = nn.Linear(k, n)
     static: dict[str, Any] = {"input_qparams": X_PAIR, "output_qparams": Y_PAIR}

@@ -80,7 +80,7 @@ def test_stats_are_those_of_the_smoothed_and_rounded_layer(config):
     rows = inputs(smoothed)
     for name in ("b", "up", "down"):
         linear, layer, stats = smoothed.get_submodule(name), qmodel.get_submodule(name), plan.layers[name].stats
-        codes = layer.weight.float() * layer.weight_scale[:, None]
+        codes = layer.weight_int8.float() * layer.weight_scale[:, None]
         assert stats.weight_db == pytest.approx(sqnr_db(linear.weight, codes), abs=1e-3)
         assert stats.rows == 64
         if layer.input_qparams is not None and name == "b":

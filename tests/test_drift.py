@@ -84,7 +84,7 @@ def test_the_counts_of_codes_are_taken_before_the_clipping():
     x = 2 * FRESH
     layer = watched(qmodel, x).layers["2"]
     first = QuantizedLinear(
-        qmodel[0].weight, qmodel[0].weight_scale, qmodel[0].bias, input_qparams=qmodel[0].input_qparams
+        qmodel[0].weight_int8, qmodel[0].weight_scale, qmodel[0].bias.clone(), input_qparams=qmodel[0].input_qparams
     )
     values = first(x).relu()
     scale, zero_point = qmodel[2].input_qparams

@@ -123,7 +123,7 @@ def test_a_chain_agrees_with_its_simulation(kinds):
     assert apart.max() <= 1
     assert torch.equal(values, fake_quantize(values, *last.input_qparams, dtype=torch.uint8))
     assert apart.float().mean() < 0.01
-    weight = dequantize(last.weight, last.weight_scale, axis=0).abs()
+    weight = dequantize(last.weight_int8, last.weight_scale, axis=0).abs()
     rounding = 2 * 32 * 2.0**-24 * (values.abs() @ weight.T + last.bias.abs())
     assert ((actual - expected).abs() <= last.input_qparams.scale * apart.float() @ weight.T + rounding).all()
 

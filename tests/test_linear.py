@@ -59,11 +59,11 @@ def test_from_float_quantizes_the_weight(generator, dtype, per_channel, bias):
     axis = 0 if per_channel else None
     scale, _ = choose_qparams(source.weight, axis=axis)
     layer = QuantizedLinear.from_float(source, per_channel=per_channel)
-    assert_identical(layer.weight, quantize(source.weight, scale, axis=axis))
+    assert_identical(layer.weight_int8, quantize(source.weight, scale, axis=axis))
     assert_identical(layer.weight_scale, scale.expand(N).contiguous())
-    assert layer.weight.abs().amax() == 127
+    assert layer.weight_int8.abs().amax() == 127
     if bias:
-        assert_identical(layer.bias, source.bias.detach().float())
+        assert_identical(layer.bias.clone(), source.bias.detach())
     else:
         assert layer.bias is None
     assert layer.dtype == dtype
@@ -74,13 +74,13 @@ def test_what_from_float_was_given_can_be_read_back(generator):
     layer = QuantizedLinear.from_float(source, **VARIANTS["codes out"])
     assert (layer.in_features, layer.out_features, layer.has_bias) == (K, N, True)
     assert (layer.input_qparams, layer.output_qparams, layer.activation) == (INPUT, OUTPUT, Activation.RELU)
-    assert (layer.weight.dtype, layer.weight_scale.dtype, layer.bias.dtype) == (torch.int8, *[torch.float32] * 2)
-    assert (layer.weight.shape, layer.weight_scale.shape, layer.bias.shape) == ((N, K), (N,), (N,))
+    assert (layer.weight_int8.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
+    assert (layer.weight_int8.shape, layer.weight_scale.shape, layer.bias.shape) == ((N, K), (N,), (N,))
     assert layer.takes_codes is False
-    assert list(layer.parameters()) == []
+    assert [tuple(parameter.shape) for parameter in layer.parameters()] == [(N, K), (N,)]
     weight = source.weight.detach().clone()
-    layer.weight.zero_()  # a new tensor at each access
-    assert layer.weight.any()
+    layer.weight_int8.zero_()  # a new tensor at each access
+    assert layer.weight_int8.any()
     assert_identical(source.weight.detach(), weight)
 
 
@@ -185,7 +185,7 @@ def test_empty_layers(n, k, scheme):
     source = nn.Linear(k, n)
     nn.init.constant_(source.bias, 0.5)
     layer = QuantizedLinear.from_float(source, **VARIANTS[scheme])
-    assert (layer.weight.shape, layer.weight_scale.shape) == ((n, k), (n,))
+    assert (layer.weight_int8.shape, layer.weight_scale.shape) == ((n, k), (n,))
     for shape in ((3, k), (2, 0, k), (k,)):
         x, expected = torch.ones(shape), torch.full((*shape[:-1], n), 0.5 if k == 0 else 0.0)
         assert_identical(layer(x), expected)
@@ -212,7 +212,7 @@ def test_from_float_refuses():
 @pytest.mark.parametrize("bias", [False, True])
 def test_state_dict_holds_canonical_tensors(generator, bias, kwargs):
     layer = layer_of(generator, bias=bias, **kwargs)
-    expected = {"weight": (torch.int8, (N, K)), "weight_scale": (torch.float32, (N,))}
+    expected = {"weight_int8": (torch.int8, (N, K)), "weight_scale": (torch.float32, (N,))}
     if bias:
         expected["bias"] = torch.float32, (N,)
     for side in ("input", "output"):
@@ -220,7 +220,7 @@ def test_state_dict_holds_canonical_tensors(generator, bias, kwargs):
             expected |= {f"{side}_scale": (torch.float32, ()), f"{side}_zero_point": (torch.int32, ())}
     state = nn.ModuleDict({"fc": layer}).state_dict()
     assert {key: (t.dtype, t.shape) for key, t in state.items()} == {f"fc.{key}": v for key, v in expected.items()}
-    assert_identical(state["fc.weight"], layer.weight)
+    assert_identical(state["fc.weight_int8"], layer.weight_int8)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
@@ -246,7 +246,7 @@ def test_strict_loading_into_a_module_of_other_weights(generator, bias, kwargs):
     file.seek(0)
     others = {key: QParams(0.5, 3) if key.endswith("qparams") else value for key, value in kwargs.items()}
     target = layer_of(generator, bias=bias, **others)
-    assert not torch.equal(target.weight, layer.weight)
+    assert not torch.equal(target.weight_int8, layer.weight_int8)
     target.load_state_dict(torch.load(file, weights_only=True), strict=True)
     loaded = target.state_dict()
     for key, tensor in layer.state_dict().items():
@@ -256,8 +256,11 @@ def test_strict_loading_into_a_module_of_other_weights(generator, bias, kwargs):
 
 
 BAD_STATES = {
-    "shape": ({"weight": torch.ones(N, K + 1, dtype=torch.int8)}, r"fc\.weight: expected .*33, 50.*got .*33, 51"),
-    "dtype": ({"weight": torch.ones(N, K)}, r"fc\.weight: expected torch.int8 .*got torch.float32"),
+    "shape": (
+        {"weight_int8": torch.ones(N, K + 1, dtype=torch.int8)},
+        r"fc\.weight_int8: expected .*33, 50.*got .*33, 51",
+    ),
+    "dtype": ({"weight_int8": torch.ones(N, K)}, r"fc\.weight_int8: expected torch.int8 .*got torch.float32"),
     "scale": ({"weight_scale": torch.ones(1)}, r"fc\.weight_scale: expected .*\(33,\), got .*\(1,\)"),
     "bias": ({"bias": torch.ones(N).half()}, r"fc\.bias: expected torch.float32 .*got torch.float16"),
 }
@@ -275,7 +278,7 @@ def test_a_tensor_that_does_not_fit_changes_nothing(generator, replaced, message
     assert_same_layer(layer, before, random_float(4, K, generator=generator))
 
 
-@pytest.mark.parametrize("missing", ["weight", "weight_scale", "input_scale", "input_zero_point"])
+@pytest.mark.parametrize("missing", ["weight_int8", "weight_scale", "input_scale", "input_zero_point"])
 def test_codes_are_never_paired_with_the_scale_of_others(generator, missing):
     """A weight without its scale, or a scale without its zero point, is reported and left out whole."""
     layer = layer_of(generator, input_qparams=INPUT)
@@ -289,7 +292,7 @@ def test_codes_are_never_paired_with_the_scale_of_others(generator, missing):
             assert_identical(tensor, before[key], key)
 
 
-@pytest.mark.parametrize("unexpected", ["gain", "packed", "input_scale", "inner.weight"])
+@pytest.mark.parametrize("unexpected", ["gain", "packed", "weight", "inner.weight"])
 def test_unexpected_keys_are_reported(generator, unexpected):
     model = nn.ModuleDict({"fc": layer_of(generator)})
     state = model.state_dict() | {f"fc.{unexpected}": torch.ones(1)}
@@ -299,11 +302,11 @@ def test_unexpected_keys_are_reported(generator, unexpected):
 
 def test_loading_what_is_there_when_not_strict(generator):
     layer, bias = layer_of(generator), torch.full((N,), 2.0)
-    weight = layer.weight
+    weight = layer.weight_int8
     result = layer.load_state_dict({"bias": bias, "gain": bias}, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["weight", "weight_scale"], ["gain"])
-    assert_identical(layer.bias, bias)
-    assert_identical(layer.weight, weight)
+    assert (result.missing_keys, result.unexpected_keys) == (["weight_int8", "weight_scale"], ["gain"])
+    assert_identical(layer.bias.clone(), bias)
+    assert_identical(layer.weight_int8, weight)
 
 
 COPIES = {
@@ -339,7 +342,7 @@ def test_copies_are_equal_and_independent(generator, duplicate, kwargs):
 
 
 def compute_elsewhere(layer, x):
-    return layer(x).tolist(), layer.weight.tolist()
+    return layer(x).tolist(), layer.weight_int8.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
@@ -355,7 +358,7 @@ def test_other_processes(generator, set_threads, method):
     with multiprocessing.get_context(method).Pool(1, torch.set_num_threads, (1,)) as pool:
         running = pool.apply_async(compute_elsewhere, (layer, x))
         result = running.get(timeout=600)  # a deadlock reaches it, a busy machine does not
-    assert result == (y.tolist(), layer.weight.tolist())
+    assert result == (y.tolist(), layer.weight_int8.tolist())
 
 
 def test_size_in_memory_and_on_disk(generator):

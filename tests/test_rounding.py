@@ -115,7 +115,7 @@ def test_convert_gains_on_new_data(activation, weight, rounding):
     held_out_before, held_out_after = plan.gptq_db
     assert plan.sqnr_db["gptq"] == held_out_after > held_out_before
     assert torch.equal(after.weight_scale, before.weight_scale)
-    assert not torch.equal(after.weight, before.weight)
+    assert not torch.equal(after.weight_int8, before.weight_int8)
     assert sqnr_db(linear(x), after(x)) > sqnr_db(linear(x), before(x)) + 0.5
 
 
@@ -127,7 +127,7 @@ def test_auto_leaves_weights_that_gain_nothing():
     assert plan.rounding == "nearest"
     assert plan.gptq_db[1] < plan.gptq_db[0] + 0.5
     assert plan.weights is None
-    assert torch.equal(auto.weight, nearest.weight)
+    assert torch.equal(auto.weight_int8, nearest.weight_int8)
     assert torch.equal(auto.bias, nearest.bias)
 
 
@@ -138,7 +138,7 @@ def test_too_few_rows_are_refused(config):
     plan = qmodel.torchq_plan.layers[""]
     assert plan.rounding == "nearest"
     assert "15 calibration rows beside the held-out ones, gptq needs 16 for 64 inputs" in plan.no_gptq
-    assert torch.equal(qmodel.weight, convert(linear, data, config=NEAREST).weight)
+    assert torch.equal(qmodel.weight_int8, convert(linear, data, config=NEAREST).weight_int8)
 
 
 def test_too_deep_a_layer_is_refused(monkeypatch):
@@ -265,7 +265,7 @@ def test_a_parametrized_weight_is_rounded_as_it_is():
     linear, data = layer_and_data()
     plain = convert(linear, data, config=GPTQ)
     normed = convert(parametrizations.weight_norm(linear), data, config=GPTQ)
-    assert (normed.weight - plain.weight).abs().max() <= 1  # weight_norm's own float32 rounding
+    assert (normed.weight_int8 - plain.weight_int8).abs().max() <= 1  # weight_norm's own float32 rounding
 
 
 def smoothed_pair():

@@ -70,5 +70,5 @@ def bound(layer, x):
     else:
         scale, zero_point = layer.input_qparams
         rows = (quantize(rows, scale, zero_point, dtype=torch.uint8).double() - zero_point) * scale
-    total = rows.abs() @ (layer.weight.double() * layer.weight_scale[:, None]).abs().T
+    total = rows.abs() @ (layer.weight_int8.double() * layer.weight_scale[:, None]).abs().T
     return 2.0**-24 * ((k + 8) * total + 2 * layer.bias.double().abs())

@@ -55,7 +55,8 @@ class Int8Module(nn.Module, ABC):
     @property
     def int8_bytes(self) -> int:
         """The bytes it takes now: int8 weights, scales, biases, padding."""
-        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+        tensors = (*self.parameters(), *self.buffers())
+        return sum({tensor: tensor.untyped_storage().nbytes() for tensor in tensors}.values())  # a FloatView has none
 
 
 class ModuleType(ABC):

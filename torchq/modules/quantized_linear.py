@@ -1,13 +1,8 @@
-"""QuantizedLinear: nn.Linear in int8, and simulate(), the same in fake-quantized float.
-
-The packed weight is the only copy in memory. `state_dict()` and pickle hold canonical tensors, which are the same on
-every CPU; the packed form is derived from them wherever they arrive.
-"""
+"""QuantizedLinear: nn.Linear in int8, and simulate(), the same in fake-quantized float."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +10,8 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C, kernels, ops
 from torchq.modules.activations import FUNCTIONS
-from torchq.modules.base import Int8Module, Matrix
+from torchq.modules.base import Matrix
+from torchq.modules.packed_weights import PackedWeights
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -55,14 +51,14 @@ def simulate() -> Iterator[None]:
         _simulating = previous
 
 
-class QuantizedLinear(Int8Module):
+class QuantizedLinear(PackedWeights):
     """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
 
     Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype. The
     arithmetic is that of `ops.linear_dynamic` without `input_qparams`, and of `ops.linear_static` with them.
 
     Args:
-        weight: int8 (out_features, in_features).
+        weight_int8: int8 (out_features, in_features).
         weight_scale: float32 (out_features,).
         bias: float32 (out_features,), or None.
         input_qparams: static scale and zero point of the input; None is dynamic, a pair per row.
@@ -75,11 +71,9 @@ class QuantizedLinear(Int8Module):
     torch.Size([2, 4])
     """
 
-    packed: Tensor
-
     def __init__(
         self,
-        weight: Tensor,
+        weight_int8: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None = None,
         *,
@@ -90,14 +84,14 @@ class QuantizedLinear(Int8Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = weight_int8.shape
         self.has_bias = self.had_bias = bias is not None  # bias correction may add one later
         self.input_qparams = float32_qparams(input_qparams)
         self.output_qparams = float32_qparams(output_qparams)
         self.activation = int(activation)
         self.takes_codes = takes_codes
         self.dtype = dtype
-        self.register_buffer("packed", ops.pack(weight, weight_scale, bias), persistent=False)
+        self._set_packed(ops.pack(weight_int8, weight_scale, bias))
 
     @classmethod
     def from_float(
@@ -118,7 +112,7 @@ class QuantizedLinear(Int8Module):
             ValueError: in_features > 65793, or a weight that is not on the CPU or not finite.
             TypeError: a weight that is not a float.
 
-        >>> QuantizedLinear.from_float(nn.Linear(8, 4)).weight.dtype
+        >>> QuantizedLinear.from_float(nn.Linear(8, 4)).weight_int8.dtype
         torch.int8
         """
         weight = linear.weight.detach()
@@ -154,11 +148,6 @@ class QuantizedLinear(Int8Module):
         """The bytes of the packed weight: codes, scales, bias and padding."""
         return self.packed.numel()
 
-    def replace_weight(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer; the arguments of the class."""
-        self.has_bias = bias is not None
-        self.packed = ops.pack(weight, weight_scale, bias)
-
     def __call__(self, x: Tensor) -> Tensor:
         """forward(), without nn.Module's and the dispatcher's part of the call where they have nothing to do.
 
@@ -187,7 +176,7 @@ class QuantizedLinear(Int8Module):
         return _linear_static(x, packed, scale, zero_point, dtype, 1.0, 0, self.activation)  # type: ignore[no-any-return]
 
     def _simulated(self, x: Tensor) -> Tensor:
-        weight, weight_scale, bias = torch.ops.torchq.unpack(self.packed, self.in_features)
+        weight, weight_scale, bias = self._unpacked()
         if x.dtype == torch.uint8:
             if not self.takes_codes or self.input_qparams is None:
                 raise self._not_codes()
@@ -210,94 +199,6 @@ class QuantizedLinear(Int8Module):
             "would need it: x.float()."
         )
 
-    # ---- Canonical tensors: what state_dict and pickle hold ---------------------------------------------------------
-
-    @property
-    def weight(self) -> Tensor:
-        """int8 (out_features, in_features), unpacked from the only copy: a new tensor at each access."""
-        return ops.unpack(self.packed)[0]
-
-    @property
-    def weight_scale(self) -> Tensor:
-        """float32 (out_features,)."""
-        return ops.unpack(self.packed)[1]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """float32 (out_features,), or None."""
-        return ops.unpack(self.packed)[2]
-
-    def _canonical(self) -> dict[str, Tensor]:
-        weight, scale, bias = ops.unpack(self.packed)
-        tensors = {"weight": weight, "weight_scale": scale}
-        if bias is not None:
-            tensors["bias"] = bias
-        for side, pair in (("input", self.input_qparams), ("output", self.output_qparams)):
-            if pair is not None:
-                tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32)
-                tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32)
-        return tensors
-
-    def _adopt(self, tensors: dict[str, Tensor]) -> None:
-        """Takes these canonical tensors over; the inverse of `_canonical`."""
-        self.packed = ops.pack(tensors["weight"], tensors["weight_scale"], tensors.get("bias"))
-        for side in ("input", "output"):
-            if f"{side}_scale" in tensors:
-                pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
-                setattr(self, f"{side}_qparams", pair)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + key: tensor for key, tensor in self._canonical().items()})
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = self._canonical()
-        given = {key: state_dict[prefix + key] for key in own if prefix + key in state_dict}
-        for pair in _PAIRS:  # codes mean nothing without their scale: both or neither
-            if not all(key in given for key in pair):
-                given = {key: tensor for key, tensor in given.items() if key not in pair}
-        if strict:
-            missing_keys.extend(prefix + key for key in own if prefix + key not in state_dict)
-            ours = [key for key in state_dict if key.startswith(prefix)]
-            unexpected_keys.extend(key for key in ours if key[len(prefix) :] not in own)
-        wrong = [
-            key for key, tensor in given.items() if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype)
-        ]
-        for key in wrong:
-            error_msgs.append(
-                f"{prefix}{key}: expected {own[key].dtype} {tuple(own[key].shape)}, "
-                f"got {given[key].dtype} {tuple(given[key].shape)}."
-            )
-        if not wrong:
-            self._adopt({**own, **given})
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
-        state["canonical"] = self._canonical()
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        canonical = state.pop("canonical")
-        super().__setstate__(state)
-        self.register_buffer("packed", None, persistent=False)
-        self._adopt(canonical)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
-        # model.half() and friends: the weights stay int8, but the dtype given back to a float neighbour follows.
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
     def extra_repr(self) -> str:
         """Scheme and kernel, as `repr` shows them."""
         scheme = "dynamic" if self.input_qparams is None else "static"
@@ -308,6 +209,3 @@ class QuantizedLinear(Int8Module):
         if self.output_qparams is not None:
             parts.append("out=uint8")
         return ", ".join(parts)
-
-
-_PAIRS = (("weight", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))

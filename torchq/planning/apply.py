@@ -11,6 +11,8 @@ from torchq.errors import BadTypeError, door
 from torchq.modules.activations import activation_of
 from torchq.modules.base import Int8Module
 from torchq.modules.folded import Folded
+from torchq.modules.hugging_face import refuse_save_pretrained
+from torchq.modules.packed_weights import check_state
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
@@ -67,6 +69,9 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
     finally:
         leave_fast_path(model)
     model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
+    if plan.int8_layers():
+        model.register_load_state_dict_pre_hook(check_state)
+        refuse_save_pretrained(model)
     return model
 
 

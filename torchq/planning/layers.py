@@ -13,7 +13,7 @@ from torchq import ops
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.base import FLOATS, Int8Module
-from torchq.modules.registry import Layer, find_layers, type_names
+from torchq.modules.registry import Layer, find_layers, type_names, type_of
 from torchq.planning.plan import LayerPlan, Plan
 
 
@@ -50,11 +50,12 @@ def select_layers(
             "Convolutions, recurrent layers and embeddings are not supported."
         )
     barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(layers, config.exclude).items()}
+    tied = _tied(model)
     for name, layer in layers.items():
         if name in barred:
             continue
         _check_layer(layer)
-        reason = why_float(model, layer)
+        reason = why_float(model, layer) or tied.get(layer.path)
         if reason is not None:
             barred[name] = reason
     return layers, barred
@@ -115,6 +116,25 @@ def unprepared(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
     reasons = {name: layer.reason for name, layer in known.items() if layer.kind == "float"}
     names = [name for name, layer in layers.items() if layer.trained is None]
     return {name: reasons.get(name, "prepare_qat left it in float") for name in names}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """By the path of a module of a registered type that shares a parameter with one of another type: the reason.
+
+    Such as a head whose weight is the embedding's table: in int8 it would be a second copy.
+    """
+    others: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if type_of(module) is None:
+            others.update({id(p): (path, module) for p in module._parameters.values() if p is not None})
+    found = {}
+    for path, module in model.named_modules():
+        shared = [others[id(p)] for p in module._parameters.values() if id(p) in others]
+        if type_of(module) is not None and shared:
+            other, owner = shared[0]
+            kind = type(owner).__name__
+            found[path] = f"its weight is that of {other!r} ({kind}) too; int8 would be a second copy of it"
+    return found
 
 
 def _prefixes(name: str) -> list[str]:

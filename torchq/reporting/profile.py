@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import linear
 
 from torchq.errors import door
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.numerics.qparams import dequantize
 from torchq.planning.plan import attached_plan
 from torchq.timing import interleaved
 
@@ -63,8 +62,8 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
 def _time(layer: QuantizedLinear, rows: int, rounds: int) -> LayerTime:
     x = torch.randn(rows, layer.in_features).to(layer.dtype)
     codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8)
-    weight = dequantize(layer.weight, layer.weight_scale, axis=0).to(layer.dtype)
-    bias: Tensor | None = None if layer.bias is None else layer.bias.to(layer.dtype)
+    weight = layer.weight.clone()
+    bias = None if layer.bias is None else layer.bias.clone()
     calls = {"float": partial(linear, x, weight, bias), "int8": partial(layer, codes if layer.takes_codes else x)}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])

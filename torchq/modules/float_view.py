@@ -1,0 +1,179 @@
+"""FloatView: what `weight` and `bias` of an int8 layer are to code that knows nn.Linear.
+
+Much code reads a layer's weight beside calling it: its dtype and device, its norm, `F.linear(x, layer.weight)`, a LoRA
+adapter that merges. A FloatView has what such code expects, the float dtype of the model, the shape, the device, no
+gradient, and costs nothing as long as only these are read. Where its values are used, the int8 weight is dequantized,
+so they are those that the layer computes with. It is read only: a write would be lost, and so is an error, also through
+a view of it (`weight[0] = 1`, `weight.data.mul_(2)`).
+
+It is a tensor subclass without memory of its own (a "wrapper subclass"): torch hands it every operation, and it runs
+the operation on the dequantized values.
+"""
+
+import sys
+from collections.abc import Callable, ItemsView
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torchq.numerics.qparams import dequantize
+
+
+class FloatView(Tensor):
+    """A read-only float tensor whose values are made when they are needed.
+
+    >>> view = FloatView(lambda: torch.ones(2, 3), torch.empty(2, 3, device="meta"), torch.device("cpu"))
+    >>> view.shape, view.dtype, float(view.sum())
+    (torch.Size([2, 3]), torch.float32, 6.0)
+    >>> view.mul_(2)
+    Traceback (most recent call last):
+    RuntimeError: torchq: the weight of an int8 layer can't be written (aten::mul_). ...
+    """
+
+    # No Python between an attribute such as dtype and its value: 0.1 us.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    make: Callable[[], Tensor]
+    _like: Tensor
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> Any:
+        """A view that looks like `like`, a tensor on the meta device; `make()` gives its values."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=device,
+            requires_grad=False,
+            storage_size=0,
+        )
+
+    def __init__(self, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> None:
+        self.make = make
+        self._like = like
+        self._is_param = True  # isinstance(view, nn.Parameter), as for the weight of an nn.Linear
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Runs an operation on the values; refuses to write, and keeps a view of a view read only."""
+        kwargs = kwargs or {}
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and any(isinstance(leaf, FloatView) for leaf in tree_leaves(given.get(argument.name))):
+                raise read_only(func._schema.name)
+        first = args[0] if args else None
+        if isinstance(first, FloatView) and any(each.alias_info is not None for each in func._schema.returns):
+            return _view(func, first, args[1:], kwargs)
+        args, kwargs = tree_map_only(FloatView, lambda view: view.make(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @property
+    def data(self) -> Tensor:
+        """The view itself, detached; setting it is an error."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise read_only("data")
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FloatView":
+        """No gradient can be asked for: an int8 weight is not trained."""
+        if requires_grad:
+            raise RuntimeError(
+                "torchq: the weight of an int8 layer gets no gradient. Train the float model with "
+                "torchq.prepare_qat(model, loader) before it is converted, or adapters (LoRA) beside the int8 layers."
+            )
+        return self
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values, as Tensor.numpy() gives them."""
+        return self.make().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values, as Tensor.tolist() gives them."""
+        return self.make().tolist()
+
+    def __array__(self, dtype: Any = None) -> Any:
+        array = self.make().numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.make().__dlpack__(**kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.detach()  # read only, so as good as a copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.make().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"FloatView of int8 ({self.make()!r})"
+
+
+def weight_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView:
+    """The weight (N, K) of a packed matrix, as float."""
+
+    def make() -> Tensor:
+        weight, scale, _ = torch.ops.torchq.unpack(packed, k)
+        return dequantize(weight, scale, axis=0).to(dtype)
+
+    return FloatView(make, torch.empty(n, k, dtype=dtype, device="meta"), packed.device)
+
+
+def bias_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView:
+    """The bias (N,) of a packed matrix, as float."""
+
+    def make() -> Tensor:
+        bias: Tensor = torch.ops.torchq.unpack(packed, k)[2]
+        return bias.to(dtype)
+
+    return FloatView(make, torch.empty(n, dtype=dtype, device="meta"), packed.device)
+
+
+class FloatViews(dict[str, Any]):
+    """The `_parameters` of an int8 layer: views only, so that no parameter given from outside is lost unnoticed.
+
+    torch.export takes a model's parameters by name into its program, used or not, and would store all of them in float.
+    To it the layer has none; a model that reads `layer.weight` itself gets its values there as a constant.
+    """
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if not isinstance(value, FloatView):
+            raise read_only(name)
+        super().__setitem__(name, value)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        """The views by name."""
+        return {}.items() if _is_exporting() else super().items()
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export is at work: it reads parameters before and after it says so itself (is_exporting)."""
+    trace = sys.modules.get("torch.export._trace")
+    return torch.compiler.is_exporting() or getattr(trace, "_EXPORT_FLAGS", None) is not None
+
+
+def _view(func: Any, base: FloatView, args: Any, kwargs: Any) -> Any:
+    """What a view operation gives: read-only views again, whose values come from the base's."""
+    meta = func(base._like, *args, **kwargs)
+
+    def made(pick: Callable[[Any], Tensor], like: Tensor) -> FloatView:
+        return FloatView(lambda: pick(func(base.make(), *args, **kwargs)), like, base.device)
+
+    if isinstance(meta, Tensor):
+        return made(lambda result: result, meta)
+    return [made(itemgetter(i), each) for i, each in enumerate(meta)]
+
+
+def read_only(what: str) -> RuntimeError:
+    """The error of a write; `what` names it."""
+    return RuntimeError(
+        f"torchq: the weight of an int8 layer can't be written ({what}). Change, tie, resize or initialize the float "
+        "model before it is converted, or leave this layer in float with QConfig(exclude=(name,)); a converted model "
+        "takes other weights by load_state_dict(), and for one call by functional_call() with named_buffers() instead."
+    )

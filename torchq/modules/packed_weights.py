@@ -1,0 +1,230 @@
+"""PackedWeights: the int8 weight of a layer, as memory, as a checkpoint, and as what foreign code reads.
+
+The packed weight is the only copy in memory. A checkpoint (`state_dict()`, pickle) holds canonical tensors, which are
+the same on every CPU; the packed form is made of them wherever they arrive. The int8 codes have a name of their own,
+`weight_int8`, in both: a float model that is given such a checkpoint reports it as missing and unexpected keys. To
+foreign code the layer has `weight` and `bias` in float (`FloatView`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from torchq import ops
+from torchq.modules.base import Int8Module
+from torchq.modules.float_view import FloatViews, bias_view, read_only, weight_view
+from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, dequantize
+
+_SIDES = ("input", "output")
+_OWN = (
+    "weight_int8",
+    "weight_scale",
+    "bias",
+    *(f"{side}_{what}" for side in _SIDES for what in ("scale", "zero_point")),
+)
+_READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale")
+
+
+class PackedWeights(Int8Module):
+    """Weight int8 (N, K), its scales (N,), a bias (N,) or none, and the static qparams of input and output, if any."""
+
+    packed: Tensor
+    in_features: int
+    out_features: int
+    has_bias: bool
+    dtype: torch.dtype
+    input_qparams: QParams | None
+    output_qparams: QParams | None
+
+    def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer."""
+        self.has_bias = bias is not None
+        self._set_packed(ops.pack(weight_int8, weight_scale, bias))
+
+    def _set_packed(self, packed: Tensor) -> None:
+        if "packed" in self._buffers:
+            self.packed = packed
+        else:
+            self.register_buffer("packed", packed, persistent=False)
+        shape = (self.out_features, self.in_features)
+        views = FloatViews(weight=weight_view(packed, *shape, self.dtype))
+        if self.has_bias:
+            views["bias"] = bias_view(packed, *shape, self.dtype)
+        self.__dict__["_parameters"] = views
+
+    # ---- What foreign code reads -------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight (out_features, in_features) in the model's dtype: a read-only `FloatView`."""
+        if is_dynamo_compiling():  # which can't trace a tensor subclass: it gets the values
+            codes, scale, _ = self._unpacked()
+            return dequantize(codes, scale, axis=0).to(self.dtype)
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out_features,) in the model's dtype, read only; None without one."""
+        if is_dynamo_compiling():
+            return self._unpacked()[2].to(self.dtype) if self.has_bias else None
+        return self._parameters.get("bias")
+
+    @property
+    def weight_int8(self) -> Tensor:
+        """The codes, int8 (out_features, in_features): unpacked from the only copy, a new tensor at each access."""
+        return self._unpacked()[0]
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """float32 (out_features,)."""
+        return self._unpacked()[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _READ_ONLY:
+            raise read_only(name)
+        super().__setattr__(name, value)
+
+    def _unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.torchq.unpack(self.packed, self.in_features)  # type: ignore[no-any-return]
+
+    # ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _canonical(self) -> dict[str, Tensor]:
+        weight, scale, bias = self._unpacked()
+        tensors = {"weight_int8": weight, "weight_scale": scale}
+        if self.has_bias:
+            tensors["bias"] = bias
+        device = self.packed.device
+        for side, pair in self._pairs().items():
+            tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=device)
+            tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32, device=device)
+        return tensors
+
+    def _pairs(self) -> dict[str, QParams]:
+        pairs = {"input": self.input_qparams, "output": self.output_qparams}
+        return {side: pair for side, pair in pairs.items() if pair is not None}
+
+    def _expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each canonical tensor."""
+        n, k = self.out_features, self.in_features
+        tensors = {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(tensors)
+        if self.has_bias:
+            expected["bias"] = (torch.float32, (n,))
+        for side in self._pairs():
+            expected |= {f"{side}_scale": (torch.float32, ()), f"{side}_zero_point": (torch.int32, ())}
+        return expected
+
+    def _adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Takes these canonical tensors over; the inverse of `_canonical`."""
+        for side in _SIDES:
+            if f"{side}_scale" in tensors:
+                pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
+                setattr(self, f"{side}_qparams", pair)
+        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], tensors.get("bias")))
+
+    def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""
+        expected, found = self._expected(), []
+        for name in _OWN:
+            key, tensor = prefix + name, state_dict.get(prefix + name)
+            if tensor is None:
+                continue
+            if name not in expected:
+                found.append(f"{key}: {self._other_scheme(name)}")
+            elif (tensor.dtype, tuple(tensor.shape)) != expected[name]:
+                dtype, shape = expected[name]
+                found.append(f"{key}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}.")
+            elif tensor.is_meta:
+                found.append(f"{key}: is on the meta device and has no values. Load the checkpoint to the CPU.")
+            elif name.endswith("_scale") and not bool(((tensor >= FLT_MIN) & (tensor <= FLT_MAX)).all()):
+                found.append(f"{key}: scales must be positive normal float32 numbers; this one has others.")
+            elif name.endswith("_zero_point") and not 0 <= int(tensor) <= 255:
+                found.append(f"{key}: a zero point must be in [0, 255], got {int(tensor)}.")
+        return found
+
+    def _other_scheme(self, name: str) -> str:
+        what = "has a bias" if name == "bias" else "is static" if name.startswith("input") else "gives u8 codes"
+        return (
+            f"the saved layer {what}, this one is not so. Make the model by the saved one's plan first: "
+            "torchq.apply_plan(model, plan), with the plan of the saved model (qmodel.torchq_plan.to_dict() is JSON)."
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + key: tensor for key, tensor in self._canonical().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        expected = self._expected()
+        given = {key: state_dict[prefix + key] for key in expected if prefix + key in state_dict}
+        for pair in _PAIRS:  # codes mean nothing without their scale: both or neither
+            if not all(key in given for key in pair):
+                given = {key: tensor for key, tensor in given.items() if key not in pair}
+        if strict:
+            missing_keys.extend(prefix + key for key in expected if prefix + key not in state_dict)
+            ours = [key for key in state_dict if key.startswith(prefix)]
+            unexpected_keys.extend(key for key in ours if key[len(prefix) :] not in _OWN)
+        found = self.problems(state_dict, prefix)
+        error_msgs.extend(found)
+        if not found and given:
+            own = {} if given.keys() == expected.keys() else self._canonical()
+            self._adopt({**own, **given})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
+        state["_parameters"] = {}
+        state["canonical"] = self._canonical()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        canonical = state.pop("canonical")
+        super().__setstate__(state)
+        self._adopt(canonical)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedWeights":
+        # model.half() and friends: the weights stay int8, but the dtype given back to a float neighbour follows.
+        self.__dict__["_parameters"] = {}  # views are made anew, not converted
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        self._set_packed(self.packed)
+        return self
+
+
+_PAIRS = (("weight_int8", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))
+
+
+def check_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    """A `load_state_dict` pre-hook of a converted model: refuses a bad checkpoint before anything of it is loaded.
+
+    Raises:
+        RuntimeError: with every key whose value, shape or dtype no int8 layer of the model can take.
+    """
+    found: list[str] = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, PackedWeights):
+            found += layer.problems(state_dict, f"{prefix}{name}." if name else prefix)
+    plan = getattr(module, "torchq_plan", None)
+    for name, planned in ({} if plan is None else plan.layers).items():
+        if planned.feeds:
+            found += _disagreement(state_dict, f"{prefix}{name}.output", f"{prefix}{planned.feeds}.input")
+    if found:
+        raise RuntimeError("torchq: this checkpoint can't be loaded, and nothing of it was:\n\t" + "\n\t".join(found))
+
+
+def _disagreement(state_dict: dict[str, Any], writer: str, reader: str) -> list[str]:
+    """Whether the u8 codes that one layer gives mean something else to the layer that takes them."""
+    pairs = [[state_dict.get(f"{side}_{what}") for what in ("scale", "zero_point")] for side in (writer, reader)]
+    if any(value is None for pair in pairs for value in pair) or pairs[0] == pairs[1]:
+        return []
+    return [f"{writer}_scale: these codes are read with another {reader}_scale or {reader}_zero_point."]
