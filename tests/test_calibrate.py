@@ -22,7 +22,7 @@ Pair = namedtuple("Pair", "image label")
 def assert_saw(record, rows, calls):
     """`rows` fit the sample, so it holds all of them, in order."""
     assert torch.equal(record.sample.rows, rows)
-    assert record.sample.seen == len(rows)
+    assert record.sample.rows_seen == len(rows)
     assert record.calls == calls
     for observer in record.whole.observers.values():
         assert observer.count == rows.numel()
@@ -237,7 +237,7 @@ def test_a_sample_keeps_every_row_with_equal_probability():
     for rows in torch.arange(20_000.0).unsqueeze(1).split(171):
         sample.add(rows)
     kept = sample.rows.flatten().long()
-    assert sample.seen == 20_000
+    assert sample.rows_seen == 20_000
     assert len(kept.unique()) == 2000
     tenths = torch.bincount(kept // 2000, minlength=10)
     assert (tenths - 200).abs().max() <= 64

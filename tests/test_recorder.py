@@ -44,11 +44,12 @@ def alone(calls, config=CONFIG):
 
 
 def assert_same(record, other):
-    assert (record.calls, record.sample.seen, record.gram_rows) == (other.calls, other.sample.seen, other.gram_rows)
+    assert (record.calls, record.sample.rows_seen) == (other.calls, other.sample.rows_seen)
+    assert record.gram_rows == other.gram_rows
     assert torch.equal(record.sample.rows, other.sample.rows)
     assert torch.equal(record.sample.positions, other.sample.positions)
     assert torch.equal(record.extremes, other.extremes)
-    states = record.seen.state_dict(), other.seen.state_dict()
+    states = record.observer.state_dict(), other.observer.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 

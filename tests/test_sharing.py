@@ -57,7 +57,7 @@ def test_a_layer_used_twice_is_one_layer_that_saw_both_inputs(inplace, rounding)
     record = calibrate(model, DATA, find_layers(model), QConfig()).records["fc"]
     first = model.norm(torch.cat(DATA))
     both = torch.cat([first, 100 * model.fc(first)])
-    assert (record.calls, record.sample.seen) == (4, len(both))
+    assert (record.calls, record.sample.rows_seen) == (4, len(both))
     torch.testing.assert_close(record.extremes, torch.stack(torch.aminmax(both, dim=0)), rtol=1e-5, atol=1e-4)
 
     qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(rounding=rounding))

@@ -1,4 +1,4 @@
-"""prepare_qat(): quantization-aware training. prepare_qat -> train as ever -> convert."""
+"""prepare_qat(): quantization-aware training. prepare_qat -> train as usual -> convert."""
 
 import copy
 import dataclasses
@@ -42,26 +42,27 @@ def prepare_qat(
 ) -> M:
     """Returns the model with its nn.Linear layers ready to train on int8 values; `convert` then makes them int8.
 
-    The layers taken are those that `convert` would take; each becomes a `QATLinear`, on the same parameters. Example:
-    docs/qat.md; gradients: torchq/modules/ranges.py. `torchq_plan`, an attribute of the model, says what each will be.
+    It takes the layers that `convert` would take, and turns each into a `QATLinear` with the same parameters. There is
+    an example in docs/qat.md, and the gradients are in torchq/modules/ranges.py. `torchq_plan`, an attribute of the
+    model, says what each layer will become.
 
     Args:
-        model: a model on the CPU; once prepared it may be moved anywhere to train. Left as it was, unless `inplace`.
-        calib_loader: typical batches, as for `convert`: where the static ranges start. A layer they never reach stays
-            float if its range is to be learned.
-        config: a QConfig, of which `weight`, `activation`, `smoothing`, `exclude` and what describes the observers
-            count. "auto" is "static" here: training makes up for what a fixed range loses, and static is the faster at
-            inference. Smoothing, where it is proven safe, rescales the parameters to train: the same float function.
+        model: a model on the CPU. Once prepared, it may be trained on any device. Left as it was, unless `inplace`.
+        calib_loader: typical batches, as for `convert`. They give the initial static ranges. A layer they never reach
+            stays float if its range is to be learned.
+        config: a QConfig. Only `weight`, `activation`, `smoothing`, `exclude` and the options of the observers are
+            used. "auto" means "static" here: training compensates what a fixed range loses, and static is faster at
+            inference. Smoothing, where it is proven safe, rescales the parameters; the float function stays the same.
         ranges: of static inputs. "learned": parameters, trained with the weights. "observed": buffers, a moving
             average over the training batches. "auto": learned with a calib_loader, observed without.
         forward: `forward(model, batch)`: how to run one batch of calib_loader.
-        inplace: prepare `model` itself and return it. Nothing is changed if anything fails.
+        inplace: prepare `model` itself and return it. If anything fails, it is unchanged.
         progress: a progress bar over calib_loader; None shows it on a terminal only.
 
     Raises:
         TypeError: `model` is not a module or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model, or none that can be quantized; already prepared or converted; weights not
-            on the CPU; "learned" without a calib_loader; and as `convert` for the loader and the config.
+            on the CPU; "learned" without a calib_loader; or what `convert` raises for the loader and the config.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> qat_model = prepare_qat(model, [torch.randn(16, 8)])
@@ -78,8 +79,8 @@ def prepare_qat(
     elif calib_loader is None:
         starts = {name: ObservedRange() for name in free}
     else:
-        seen = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
-        evidence = calibrate(model, calib_loader, free, seen, forward=forward, progress=progress)
+        static_config = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
+        evidence = calibrate(model, calib_loader, free, static_config, forward=forward, progress=progress)
         smoothings = _smoothings(evidence)
         starts = _starts(evidence, smoothings, ranges)
     reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
@@ -88,7 +89,7 @@ def prepare_qat(
         raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
     if not inplace:
         model = _copy(model)
-    _fold(model, smoothings)
+    _rescale_parameters(model, smoothings)
     for name, start in starts.items():
         layer = layers[name]
         layer.kind.prepare(model.get_submodule(layer.path), start, per_channel=config.weight == "per_channel")
@@ -98,10 +99,10 @@ def prepare_qat(
 
 
 def freeze_ranges(model: nn.Module) -> None:
-    """Fixes the input ranges of all prepared layers: learned ones are trained no further, observed ones stop moving.
+    """Fixes the input ranges of all prepared layers: learned ones are no longer trained, observed ones stop moving.
 
-    Useful for the last epochs, in which the weights settle on a fixed grid. `model.eval()` fixes observed ranges too,
-    and with them what else depends on the mode.
+    Useful for the last epochs: the weights then settle on a fixed grid. `model.eval()` fixes observed ranges too, but
+    also changes everything else that depends on the mode, such as dropout.
 
     Raises:
         ValueError: no layer of `model` is prepared.
@@ -121,7 +122,7 @@ def freeze_ranges(model: nn.Module) -> None:
 def _check(
     model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, ranges: str
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """All that can be wrong before any work: the model's layers, and those that must stay float with reasons."""
+    """Checks all arguments before any work. Returns the layers, and the reasons of those that must stay float."""
     if ranges not in get_args(Ranges):
         raise BadValueError(f"ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
     layers, barred = select_layers(model, calib_loader, config)
@@ -146,24 +147,24 @@ def _check(
 
 
 def _smoothings(evidence: Evidence) -> dict[str, Smoothing]:
-    """Those that pay on static inputs, by the module to rescale; none that would change a parameter others use too."""
+    """The smoothings that help on static inputs, by the module they rescale. None changes a shared parameter."""
     model = evidence.model
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    alone = {
+    unshared = {
         source: readers
         for source, readers in evidence.readers.items()
         if all(uses[id(p)] == 1 for name in (source, *readers) for p in model.get_submodule(name).parameters())
     }
-    names = [name for readers in alone.values() for name in readers]
+    names = [name for readers in unshared.values() for name in readers]
     plan = Plan(
         {name: plan_layer(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in names}
     )
-    return smooth(plan, dataclasses.replace(evidence, readers=alone)).smoothings
+    return smooth(plan, dataclasses.replace(evidence, readers=unshared)).smoothings
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, smoothings: Mapping[str, Smoothing]) -> None:
-    """Rescales the parameters themselves: an optimizer may hold them."""
+def _rescale_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing]) -> None:
+    """Folds the smoothings into the parameters in place, since an optimizer may already hold them."""
     for name in {name: None for source, smoothing in smoothings.items() for name in (source, *smoothing.layers)}:
         for key, value in scaled_parameters(model, smoothings, name).items():
             model.get_submodule(name).get_parameter(key).copy_(value)
@@ -190,7 +191,7 @@ def _plan(
 
 
 def _starts(evidence: Evidence, smoothings: Mapping[str, Smoothing], ranges: Ranges) -> dict[str, InputRange]:
-    """Where the static range of each layer starts; a layer without data is missing if its range is to be learned."""
+    """The initial static range of each layer. A layer without data is left out if its range is to be learned."""
     starts: dict[str, InputRange] = {}
     for name, layer in evidence.layers.items():
         record = evidence.records[name]
@@ -204,7 +205,7 @@ def _starts(evidence: Evidence, smoothings: Mapping[str, Smoothing], ranges: Ran
 
 
 def _best_range(layer: Layer, record: Record, into: torch.Tensor | None, config: QConfig) -> tuple[float, float]:
-    """The range of the observer that gives the layer's output the highest SQNR, as in `choose`."""
+    """The range of the observer with the highest output SQNR for this layer, as in `choose`."""
     trial, per_channel = record.trial(into=into), config.weight == "per_channel"
     measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
     lo, hi = trial.observers[max(trial.ranges, key=lambda name: measured[name])].range()

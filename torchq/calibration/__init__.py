@@ -1,1 +1,1 @@
-"""Calibration: runs of the float model on typical data, and what they showed of each layer."""
+"""Calibration: runs the float model on typical data, and records what each layer reads."""

@@ -1,4 +1,4 @@
-"""How a batch of the user's loader is given to the model."""
+"""How the model is called with a batch of the user's loader."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ Forward = Callable[[nn.Module, Any], object]
 
 
 def call_with_batch(model: nn.Module, batch: Any) -> object:
-    """Calls `model` with a batch as loaders give them: a tensor, (input, label, ...), or a dict of arguments.
+    """Calls `model` with a batch in one of the usual forms: a tensor, (input, label, ...), or a dict of arguments.
 
     >>> import torch
     >>> call_with_batch(nn.ReLU(), (torch.tensor(-1.0), "a label"))

@@ -21,25 +21,28 @@ from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.registry import Layer
 
 MIN_ROWS = 16
-"""Fewer input rows of a layer are a warning: of n + 1 rows, each is the largest with probability 1 / (n + 1)."""
+"""A layer with fewer input rows gets a warning.
+
+After n rows, the next one has a probability of 1 / (n + 1) of holding a new largest value: 6 % after 16 rows.
+"""
 
 
 @dataclass
 class Evidence:
-    """What is known of a model when its plan is made: the one thing that all stages of planning read.
+    """What is known about a model when its plan is made. All stages of planning read it.
 
-    Without calibration data all but the first three are empty.
+    Without calibration data, all but the first three are empty.
 
     Args:
         model: the float model.
-        layers: what can become int8, by name.
-        config: how.
-        records: what calibration saw, by layer; layers that read the same tensors share a record. All of `layers`
-            have one, or, without data, none.
+        layers: the layers that can become int8, by name.
+        config: how to quantize.
+        records: what calibration recorded, by layer. Layers that read the same tensors share a record. Each of `layers`
+            has one; without data, none has.
         calls: how often each nn.Sequential and each of its children was called. Equal counts prove that the children
-            ran as parts of their Sequential, in order, and in no other way.
-        readers: the layers that read a module's output, for each module of which it is proven that nothing else does.
-        batches: how many were run.
+            ran only as parts of their Sequential.
+        readers: for each module whose output is proven to be read by layers only, the names of these layers.
+        batches: how many batches were run.
         run: runs the first batch through a model.
     """
 
@@ -64,15 +67,14 @@ def calibrate(
 ) -> Evidence:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
 
-    The model is left as it was: hooks removed, training flags restored, also when a batch fails. What the loader may
-    give:
+    The model is left as it was: hooks are removed and training flags restored, also when a batch fails. Special cases:
 
-    * batches of any and of different sizes, sequence lengths and leading dimensions: a layer's rows are what counts,
-      so they give what the same rows in one batch would;
-    * constant values, a constant channel, nothing but zeros: all ranges are finite, and zero stays exact;
-    * a layer called twice in a forward, or under two names, is one layer that saw the rows of all calls; a weight that
-      two layers share is quantized for each by its own rows;
-    * a layer that only training calls is one that no batch reaches (see `choose`).
+    * Batches may differ in size, sequence length and leading dimensions. Only the rows count: the result is the same as
+      for one batch with all rows.
+    * Constant values, a constant channel, and all zeros are allowed: all ranges stay finite, and zero stays exact.
+    * A layer called twice in a forward, or under two names, is one layer, with the rows of all calls.
+    * A weight shared by two layers is quantized twice, each time by the rows of that layer.
+    * A layer that is only called in training counts as one that no batch reaches (see `choose`).
 
     Args:
         model: the float model.
@@ -80,7 +82,7 @@ def calibrate(
             its keyword arguments (keys it does not know, such as labels, are left out).
         layers: the layers to record, by name.
         config: which observers, and how many sample rows.
-        forward: `forward(model, batch)` instead of that rule.
+        forward: `forward(model, batch)`, which then replaces this rule for calling the model.
         progress: a progress bar: None shows it on a terminal only.
 
     Raises:
@@ -95,7 +97,7 @@ def calibrate(
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(dataflow.watching())  # first: recording an input is not a use of it
+        stack.enter_context(dataflow.watching())  # first, so recording runs within the layer's call
         stack.enter_context(_recording(recorder, evidence, dataflow))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
@@ -120,8 +122,8 @@ def _run(call: Forward, batch: Any, model: nn.Module) -> object:
 
 
 def warn_of_few_rows(records: Mapping[str, Record]) -> None:
-    """One warning, for the caller of `convert`, if a layer saw any input rows, but fewer than MIN_ROWS."""
-    few = {name: record.sample.seen for name, record in records.items() if 0 < record.sample.seen < MIN_ROWS}
+    """Warns the caller of `convert`, once, if some layers got input rows, but fewer than MIN_ROWS."""
+    few = {name: record.sample.rows_seen for name, record in records.items() if 0 < record.sample.rows_seen < MIN_ROWS}
     if not few:
         return
     name, rows = min(few.items(), key=lambda item: item[1])
@@ -136,7 +138,7 @@ def warn_of_few_rows(records: Mapping[str, Record]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no fused attention path, which would bypass the layers' own forward."""
+    """Inside: eval mode, no gradients, and no fused attention kernels, which would bypass the layers' forward."""
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -162,7 +164,7 @@ def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> It
         for layer in layers:
             x = inputs.get(layer.part)
             if not isinstance(x, Tensor) or not _fits(layer, x):
-                continue  # the module itself will say what is wrong with it
+                continue  # the module's own forward will raise the error
             try:
                 with dataflow.paused():
                     recorder.observe(layer.name, x)

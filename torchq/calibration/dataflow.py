@@ -1,9 +1,9 @@
-"""Dataflow: which layers read a module's output, and the proof that nothing else does.
+"""Dataflow: finds which layers read a module's output, and proves that nothing else does.
 
-A module's output may be rescaled, `y -> y / s`, if every reader is a layer whose weight takes the factor up. One
-reader nobody thought of, a residual sum or a second return value, would get wrong numbers silently. So `Dataflow`
-watches every torch operation of the calibration runs (a TorchDispatchMode), knows tensors by their storage, which every
-view shares, and gives up on an output at the first operation outside its readers that touches it.
+A module's output may be rescaled, `y -> y / s`, if every reader is a layer whose weight can be multiplied by s. One
+overlooked reader, such as a residual sum or a second return value, would silently get wrong numbers. So `Dataflow`
+watches every torch operation of the calibration runs (it is a TorchDispatchMode). It identifies tensors by their
+storage, which all views share. It refuses an output at the first operation outside its readers that touches it.
 """
 
 from collections import Counter
@@ -24,38 +24,43 @@ NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 _aten = torch.ops.aten
 _EACH_VALUE = (_aten.relu.default, _aten.relu_.default)  # f(y / s) = f(y) / s for positive s
-_OTHER_DIMS = (_aten.mean.dim, _aten.select.int, _aten.slice.Tensor)  # linear, and no channel meets another
+_OTHER_DIMS = (_aten.mean.dim, _aten.select.int, _aten.slice.Tensor)  # linear, and they combine no two channels
 
 
 class Dataflow(TorchDispatchMode):
-    """Watches runs of a model, and tells whose output is read by known layers only.
+    """Watches runs of a model, and finds the modules whose output is read by known layers only.
 
-    Sources are the layers themselves, and LayerNorm and RMSNorm modules with a weight over the last dimension. Taken
-    for proven is an output about which all of this was seen, in every call of every batch:
+    A source is a module whose output may be rescaled: a layer, or a LayerNorm or RMSNorm with a weight over the last
+    dimension. Its owner is the module whose forward calls it. An output counts as proven if all of this held in every
+    call of every batch:
 
-    * its storage was touched by no operation outside the calls of `layers`, and those took the whole tensor as input;
-      but for ReLU, and mean, select and slice over other dims than the channels: their results are outputs like it;
-    * it was gone when the module that owns the source returned: nobody kept it or passed it on;
-    * the readers belong to that owner too, have no other place in the model, and had no other input;
-    * the source's weight was read by nobody else, and nobody listens to the source;
-    * the owner has no layer that could read the output too, by its number of inputs, and that no batch reached: one
-      only used in training, or an expert that was never chosen.
+    * No operation touched its storage outside the calls of `layers`, and those took the whole tensor as their input.
+      Exceptions are ReLU, and mean, select and slice over dims other than the channels. Their results are treated as
+      outputs of the same source.
+    * It was freed by the time the owner returned, so nothing kept it or returned it.
+    * Its readers belong to the same owner, appear nowhere else in the model, and had no other input.
+    * Nothing else read the source's weight, and the source has no hooks.
+    * The owner has no other layer that no batch reached and whose number of inputs would fit the output: a head used in
+      training only, say, or an expert that was never chosen.
 
-    What it cannot see is what else a branch does that no batch took, and operations in threads that the model starts.
+    It cannot see what other operations a branch would run that no batch took, or operations in threads that the model
+    starts.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         super().__init__()
         self._model = model
         places = Counter(id(child) for module in model.modules() for child in module._modules.values())
-        alone = {
+        unshared = {
             name: module for name, module in model.named_modules() if places[id(module)] == 1 and _is_plain(module)
         }
         self._layers = {name: layer for name, layer in layers.items() if not layer.part}  # whole modules
         self._readable = {
-            name for name, layer in self._layers.items() if name in alone and owns_weight(layer.module, layer.weight)
+            name for name, layer in self._layers.items() if name in unshared and owns_weight(layer.module, layer.weight)
         }
-        self._sources = {name: module for name, module in alone.items() if name in self._readable or _is_norm(module)}
+        self._sources = {
+            name: module for name, module in unshared.items() if name in self._readable or _is_norm(module)
+        }
         self._owners = {name: _owner(model, name) for name in self._sources}
         self._weights = {
             storage_key(parameter): name for name, module in self._sources.items() for parameter in module.parameters()
@@ -63,13 +68,13 @@ class Dataflow(TorchDispatchMode):
         self._unreached = {} if not layers else dict(_matrices_called(model))
         self._refused: set[str] = set()
         self._inputs: dict[str, set[str | None]] = {}  # by layer: the sources of its inputs, None for any other input
-        self._outputs: dict[int, _Output] = {}  # alive now, by storage
-        self._calls: list[set[int]] = []  # the calls under way: which storages each may touch
+        self._outputs: dict[int, _Output] = {}  # the outputs that exist now, by storage
+        self._calls: list[set[int]] = []  # a stack of the running calls: the storages that each may touch
 
     @property
     def readers(self) -> dict[str, tuple[str, ...]]:
         """For each source whose readers are proven: the layers that read it, in model order."""
-        found: dict[str, tuple[str, ...]] = {}
+        proven_readers: dict[str, tuple[str, ...]] = {}
         for source in self._sources:
             readers = tuple(name for name, inputs in self._inputs.items() if source in inputs)
             inside = f"{self._owners[source]}." if self._owners[source] else ""
@@ -78,11 +83,11 @@ class Dataflow(TorchDispatchMode):
                 for name in readers
             )
             if readers and proven and not self._may_be_read_unseen(source, inside):
-                found[source] = tuple(name for name in self._layers if name in readers)
-        return found
+                proven_readers[source] = tuple(name for name in self._layers if name in readers)
+        return proven_readers
 
     def _may_be_read_unseen(self, source: str, inside: str) -> bool:
-        """Whether a matrix that no batch reached could take this output, as it is or flattened."""
+        """Whether a matrix that no batch reached could read this output, as it is or flattened."""
         layer = self._layers.get(source)
         channels = len(cast(Tensor, self._sources[source].weight)) if layer is None else layer.out_features
         return any(
@@ -93,7 +98,7 @@ class Dataflow(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks and the dispatch mode, for the runs inside; call `end_batch` after each."""
+        """Installs the hooks and the dispatch mode for the runs inside; call `end_batch` after each batch."""
         handles = []
         for name in self._layers | self._sources:
             module = self._model.get_submodule(name)
@@ -112,9 +117,9 @@ class Dataflow(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, operations run unseen, at full speed: seeing one costs tens of microseconds.
+        """Inside, operations are not watched and run at full speed; watching one costs tens of microseconds.
 
-        Where a mode of the model's own lies above this one, both go on watching.
+        If the model has entered a dispatch mode of its own on top of this one, both go on watching.
         """
         if _get_current_dispatch_mode() is self:
             with _pop_mode_temporarily():
@@ -123,13 +128,13 @@ class Dataflow(TorchDispatchMode):
             yield
 
     def end_batch(self) -> None:
-        """An output whose owner has not returned by now was not called by it."""
+        """Refuses the outputs still tracked: their owner never returned, so something else called their source."""
         self._refused.update(output.source for output in self._outputs.values())
         self._outputs.clear()
         self._calls.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, and refuses the sources it touches without being a known reader."""
+        """Runs the operation; refuses every source whose output or weight it touches outside a known reader."""
         if func in _EACH_VALUE or func in _OTHER_DIMS:
             output = self._output(args[0])
             if output is not None and not self._calls and (func in _EACH_VALUE or _keeps_channels(func, args)):
@@ -169,7 +174,7 @@ class Dataflow(TorchDispatchMode):
             self._track(name, y)
 
     def _output(self, x: Any) -> "_Output | None":
-        """The output that x is, whole; None for other tensors, and views of an output that are not known."""
+        """The output that x is the whole of; None for other tensors, and for unknown views of an output."""
         key = storage_key(x)
         output = None if key is None else self._outputs.get(key)
         return output if output is not None and geometry(x) in output.geometries else None
@@ -181,7 +186,10 @@ class Dataflow(TorchDispatchMode):
         self._outputs[key].geometries.add(geometry(y))
 
     def _close(self, owner: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        """The owner returns: what its sources gave must be gone. (The weak reference keeps the address from reuse.)"""
+        """The owner returns: refuses the outputs of its sources that still exist.
+
+        (While the weak reference to a storage exists, no other storage gets its address.)
+        """
         for key, output in list(self._outputs.items()):
             if self._owners[output.source] == owner:
                 if not output.storage.expired():
@@ -190,7 +198,7 @@ class Dataflow(TorchDispatchMode):
 
 
 class _Output(NamedTuple):
-    """A storage that holds outputs of `source`, and the views of it that may be read."""
+    """A storage that holds an output of `source`, and the geometries of the views of it that may be read."""
 
     source: str
     storage: StorageWeakRef
@@ -198,7 +206,7 @@ class _Output(NamedTuple):
 
 
 def _keeps_channels(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether this mean, select or slice is over other dims than the last, which holds the channels."""
+    """Whether this mean, select or slice leaves the last dim, which holds the channels, alone."""
     rank, dims = args[0].dim(), args[1] if len(args) > 1 else 0
     if dims is None:
         return False
@@ -207,9 +215,9 @@ def _keeps_channels(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _matrices_called(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
-    """The modules of a registered type by all their names, each with the inputs its matrices take.
+    """The modules of a registered type, under all their names, with the numbers of inputs of their matrices.
 
-    Not those of an nn.MultiheadAttention, which calls none.
+    Children of an nn.MultiheadAttention are left out: it reads their weights without calling them.
     """
     for name, module in model.named_modules(remove_duplicate=False):
         kind, parent = type_of(module), model.get_submodule(name.rpartition(".")[0])
@@ -218,12 +226,12 @@ def _matrices_called(model: nn.Module) -> Iterator[tuple[str, list[int]]]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module runs as its class says, and nobody listens."""
+    """Whether the module runs its class's forward and has no hooks."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def owns_weight(module: nn.Module, weight: Tensor) -> bool:
-    """Whether this weight lies in a parameter of the module itself, and is not computed (by a parametrization)."""
+    """Whether this weight is a parameter of the module itself, rather than computed (by a parametrization)."""
     return storage_key(weight) in {storage_key(parameter) for parameter in module._parameters.values()}
 
 
@@ -234,7 +242,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _owner(model: nn.Module, name: str) -> str:
-    """The module whose forward calls this one: the nearest that has a forward."""
+    """The module whose forward calls this one: the nearest parent that has a forward."""
     owner = name.rpartition(".")[0]
     while owner and isinstance(model.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
         owner = owner.rpartition(".")[0]
@@ -242,7 +250,7 @@ def _owner(model: nn.Module, name: str) -> str:
 
 
 def storage_key(value: Any) -> int | None:
-    """The identity of a tensor's storage; None for what has none."""
+    """A key that identifies a tensor's storage; None for values without one."""
     if not isinstance(value, Tensor):
         return None
     try:
@@ -252,5 +260,5 @@ def storage_key(value: Any) -> int | None:
 
 
 def geometry(tensor: Any) -> tuple[Any, ...]:
-    """How a tensor looks at its storage."""
+    """How a tensor views its storage: dtype, shape, strides and offset."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()

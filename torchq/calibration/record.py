@@ -1,4 +1,4 @@
-"""Record: what calibration saw of one input, in memory that does not grow with the data.
+"""Record: what calibration keeps about one input, in memory that does not grow with the data.
 
 Layers that read the same tensor in every call (q, k and v of an attention) share one record: see `sharing`.
 """
@@ -17,25 +17,25 @@ from torchq.numerics.qparams import QParams
 from torchq.observers import Histogram, Observer, make_observer, share
 
 SAMPLE_BYTES = 2 * 2**20
-"""The most one record's sample may hold, whatever `QConfig.sample_rows` says."""
+"""The maximum size of one record's sample, whatever `QConfig.sample_rows` says."""
 
 MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}
-"""By `QConfig.rounding`: the most inputs of a layer for which XᵀX is kept. 4096 are 64 MiB and seconds of rounding."""
+"""For each `QConfig.rounding`, the largest K for which XᵀX is kept. K = 4096 takes 64 MiB, and seconds of rounding."""
 
 ROWS_PER_CHANNEL = 20
-"""Rows seen for each input channel, from which on a new row seldom leaves the range of any channel."""
+"""With at least this many rows for each input channel, a new row seldom lies outside the range of any channel."""
 
 GRAM_ROWS = 4
-"""XᵀX takes in the first 4 K rows: enough for its K x K numbers, at a cost that does not grow with more batches."""
+"""XᵀX is summed over the first 4 K rows: enough for its K x K numbers, and further batches cost nothing."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a quantization scheme is tried on: the ranges a static input may have, and rows to measure the output on.
+    """The data to try quantization schemes with: candidate ranges for a static input, and rows to measure on.
 
     Args:
-        observers: what saw the values that the ranges cover, by name.
-        rows: float32 (R, K).
+        observers: the observers that propose the ranges, by name.
+        rows: float32 (R, K), the rows to measure on.
         peak: max|x_j| of each input channel over the values that the ranges cover, (K,).
     """
 
@@ -46,27 +46,28 @@ class Trial:
     @cached_property
     def ranges(self) -> dict[str, QParams]:
         """The scale and zero point that each observer proposes for a static input."""
-        found = {}
+        qparams = {}
         for name, observer in self.observers.items():
             scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
-            found[name] = QParams(float(scale), int(zero_point))
-        return found
+            qparams[name] = QParams(float(scale), int(zero_point))
+        return qparams
 
 
 @dataclass
 class Record:
-    """What calibration saw of one input.
+    """What calibration keeps about one input.
 
     Args:
-        seen: all its values: one histogram for all observers if `config.observer` is "auto", or the one asked for.
-        sample: some of its rows.
+        observer: the observer of all its values. If `config.observer` is "auto", a histogram from which all observers
+            are derived.
+        sample: a random sample of its rows.
         config: which observers.
-        calls: how often a layer was called with it.
+        calls: how many calls were recorded.
         extremes: the smallest and the largest value of each channel, (2, K).
-        gram: XᵀX of the first `gram_rows` rows, float32 (K, K); None unless weights are to be rounded by it.
+        gram: XᵀX of the first `gram_rows` rows, float32 (K, K); None if no weights will be rounded with it.
     """
 
-    seen: Observer
+    observer: Observer
     sample: Sample
     config: QConfig
     calls: int = 0
@@ -76,7 +77,7 @@ class Record:
 
     @classmethod
     def empty(cls, in_features: int, config: QConfig) -> "Record":
-        """A record that has seen nothing, for the observers `config` asks for."""
+        """A record without data, for the observers `config` asks for."""
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, in_features))))
         wanted = in_features <= MAX_GRAM_DEPTH[config.rounding]
         gram = torch.zeros(in_features, in_features) if wanted else None
@@ -84,13 +85,13 @@ class Record:
 
     @property
     def has_data(self) -> bool:
-        """Whether any value was seen; a layer may have been called with empty inputs only."""
-        return self.seen.count > 0
+        """Whether any value was recorded. False after calls with empty inputs only."""
+        return self.observer.count > 0
 
     def observe(self, x: Tensor) -> None:
-        """Takes the input of one call, (..., K)."""
+        """Records the input of one call, (..., K)."""
         rows = x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        self.seen.observe(rows)
+        self.observer.observe(rows)
         self.sample.add(rows)
         self.calls += 1
         self._sum_products(rows)
@@ -103,24 +104,25 @@ class Record:
 
     @cached_property
     def whole(self) -> Trial:
-        """Ranges from all that was seen, the sample to measure on. For a record that takes nothing more."""
-        return Trial(self._observers(self.seen), self.sample.rows, _peak(self.extremes))
+        """A trial with ranges from all values, measured on the sample. Cached, so only for a finished record."""
+        return Trial(self._observers(self.observer), self.sample.rows, _peak(self.extremes))
 
     def trial(self, *, into: Tensor | None = None) -> Trial:
         """The same for inputs divided by `into` (K,).
 
-        Exact for the min-max range; the other observers see the sample instead of all rows.
+        The min-max range is exact. The other observers get only the sample, since a histogram of all channels together
+        can't be divided channel by channel.
         """
         if into is None or self.extremes is None:
             return self.whole
         return self._trial(self.sample.rows, self.sample.rows, self.extremes, into)
 
     def held_out(self, *, into: Tensor | None = None) -> Trial:
-        """A trial whose rows did not make its ranges, where the rows seen are few: half of the sample for each.
+        """`trial`, but if rows are few, one half of the sample gives the ranges and the other half is measured on.
 
-        The range of each channel is what smoothing divides by, and a new row is beyond it in K / n channels on
-        average, n being the rows seen: every range fits the rows that made it, and no others. Where the rows are many
-        (`ROWS_PER_CHANNEL`), this is `trial`.
+        Smoothing divides each channel by its range. After n rows, a new row lies outside the range of K / n channels on
+        average. If that is often, measuring on the rows that gave the ranges would be too optimistic. With many rows
+        (`ROWS_PER_CHANNEL`) it hardly happens.
         """
         if not self.is_few:
             return self.trial(into=into)
@@ -136,30 +138,33 @@ class Record:
 
     @property
     def is_few(self) -> bool:
-        """Whether new rows are likely to leave the ranges of some channels."""
+        """Whether new rows are likely to lie outside the ranges of some channels."""
         rows = self.sample.rows
-        return self.sample.seen < ROWS_PER_CHANNEL * rows.shape[1] and len(rows) >= 2
+        return self.sample.rows_seen < ROWS_PER_CHANNEL * rows.shape[1] and len(rows) >= 2
 
     def _sum_products(self, rows: Tensor) -> None:
-        """Adds rows to XᵀX, as long as it has not enough."""
+        """Adds rows to XᵀX, until it has GRAM_ROWS * K of them."""
         if self.gram is not None and self.gram_rows < GRAM_ROWS * rows.shape[1]:
             first = rows[: GRAM_ROWS * rows.shape[1] - self.gram_rows]
             self.gram.addmm_(first.T, first)
             self.gram_rows += len(first)
 
-    def _trial(self, seen: Tensor, rows: Tensor, extremes: Tensor, into: Tensor | None) -> Trial:
-        """A trial whose ranges cover `seen` and, for min-max, `extremes` (2, K); all of it divided by `into`."""
+    def _trial(self, range_rows: Tensor, rows: Tensor, extremes: Tensor, into: Tensor | None) -> Trial:
+        """A trial measured on `rows`, with ranges from `range_rows` and, for min-max, `extremes` (2, K).
+
+        `into` (K,) divides all three.
+        """
         observer = _new_observer(self.config)
-        observer.observe(seen if into is None else seen / into)
+        observer.observe(range_rows if into is None else range_rows / into)
         if into is not None and self.config.observer in ("auto", "minmax"):
             observer.observe(extremes / into)
         return Trial(self._observers(observer), rows if into is None else rows / into, _peak(extremes))
 
-    def _observers(self, seen: Observer) -> dict[str, Observer]:
-        """The observers that `config` asks for, by name."""
-        if isinstance(seen, Histogram) and self.config.observer == "auto":
-            return share(seen, percentile=self.config.percentile)
-        return {self.config.observer: seen}
+    def _observers(self, observer: Observer) -> dict[str, Observer]:
+        """The observers that `config` asks for, by name: all those a histogram can give, or just this one."""
+        if isinstance(observer, Histogram) and self.config.observer == "auto":
+            return share(observer, percentile=self.config.percentile)
+        return {self.config.observer: observer}
 
 
 def _new_observer(config: QConfig) -> Observer:

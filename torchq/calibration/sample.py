@@ -9,18 +9,18 @@ from torch import Tensor
 class Sample:
     """A uniform random sample of at most `capacity` rows of a stream: Vitter's algorithm R (ACM TOMS 1985).
 
-    Seeded, so that the same data gives the same plan.
+    The seed is fixed, so that the same data gives the same plan. `rows_seen` counts all rows of the stream so far.
 
     >>> sample = Sample(capacity=2)
     >>> sample.add(torch.arange(12.0).reshape(4, 3))
-    >>> sample.rows.shape, sample.seen
+    >>> sample.rows.shape, sample.rows_seen
     (torch.Size([2, 3]), 4)
     >>> sample.positions.tolist()
     [0, 2]
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.seen = capacity, 0
+        self.capacity, self.rows_seen = capacity, 0
         self._kept: Tensor | None = None
         self._positions = torch.zeros(capacity, dtype=torch.long)
         self._generator = torch.Generator().manual_seed(0)
@@ -29,56 +29,57 @@ class Sample:
     @property
     def rows(self) -> Tensor:
         """The sample, (rows, K)."""
-        return torch.empty(0, 0) if self._kept is None else self._kept[: min(self.seen, self.capacity)]
+        return torch.empty(0, 0) if self._kept is None else self._kept[: min(self.rows_seen, self.capacity)]
 
     @property
     def positions(self) -> Tensor:
-        """Where in the stream each of the rows stood."""
-        return self._positions[: min(self.seen, self.capacity)]
+        """The position in the stream of each of the `rows`."""
+        return self._positions[: min(self.rows_seen, self.capacity)]
 
     def add(self, rows: Tensor) -> None:
         """Offers rows (n, K); each row seen so far is kept with equal probability."""
         if self._kept is None:
             self._kept = rows.new_empty(self.capacity, rows.shape[1])
         generator = self._generator.get_state()
-        index = torch.arange(self.seen, self.seen + rows.shape[0])
+        index = torch.arange(self.rows_seen, self.rows_seen + rows.shape[0])
         draw = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
         slot = torch.where(index < self.capacity, index, (draw * (index + 1)).long())
         hits = (slot < self.capacity).nonzero().flatten()
-        last = dict(zip(slot[hits].tolist(), hits.tolist(), strict=True))  # of the rows for one slot, the last stays
+        last = dict(zip(slot[hits].tolist(), hits.tolist(), strict=True))  # the last row for a slot wins
         slots, chosen = torch.tensor(list(last), dtype=torch.long), torch.tensor(list(last.values()), dtype=torch.long)
-        old = slots[slots < self.seen]  # the other slots were still empty
-        self._last = _Overwritten(self.seen, old, self._kept[old], self._positions[old], generator)
+        old = slots[slots < self.rows_seen]  # slots in use before this call; the others were empty
+        self._last = _Overwritten(self.rows_seen, old, self._kept[old], self._positions[old], generator)
         self._kept[slots] = rows[chosen]
         self._positions[slots] = index[chosen]
-        self.seen += rows.shape[0]
+        self.rows_seen += rows.shape[0]
 
     def before_last_add(self) -> "Sample":
-        """The sample as it was before the latest `add`, on its own; this one stays as it is.
+        """A copy of the sample as it was before the latest `add`. This sample does not change.
 
         >>> sample = Sample(capacity=4)
         >>> sample.add(torch.zeros(8, 1))
         >>> sample.add(torch.ones(100, 1))
         >>> before = sample.before_last_add()
-        >>> before.rows.flatten().tolist(), before.seen
+        >>> before.rows.flatten().tolist(), before.rows_seen
         ([0.0, 0.0, 0.0, 0.0], 8)
         """
         sample, last = Sample(self.capacity), self._last
         if last is not None and self._kept is not None:
-            sample._kept, sample._positions, sample.seen = self._kept.clone(), self._positions.clone(), last.seen
+            sample._kept, sample._positions = self._kept.clone(), self._positions.clone()
+            sample.rows_seen = last.rows_seen
             sample._kept[last.slots], sample._positions[last.slots] = last.rows, last.positions
             sample._generator.set_state(last.generator)
         return sample
 
     def forget(self) -> None:
-        """Gives up what `before_last_add` needs."""
+        """Frees what `before_last_add` needs."""
         self._last = None
 
 
 class _Overwritten(NamedTuple):
-    """What the latest `Sample.add` changed, as it was before."""
+    """What the latest `Sample.add` overwrote, and the state it started from."""
 
-    seen: int
+    rows_seen: int
     slots: Tensor
     rows: Tensor
     positions: Tensor

@@ -1,18 +1,19 @@
 """Recorder: one record for all layers that read the same tensor.
 
 q, k and v of an attention read one tensor. Binning, sampling and multiplying it (XᵀX) three times would give three
-equal records. Which layers read the same is not known before they run, so the recorder finds out as they do:
+equal records. Which layers read the same tensor is not known in advance, so the recorder finds out during the runs:
 
-* A layer called for the first time joins a record whose only call so far took this very tensor.
-* It stays as long as each of its calls takes the tensor that the others' call took.
-* When a call differs, or is missing, the layer gets a record of its own: the shared one as it was before the call that
-  the layer did not take part in.
+* A layer called for the first time joins a record that has one call so far, if that call had the same tensor.
+* It goes on sharing as long as each of its calls has the same tensor as the others' call.
+* When a call differs, or is missing, the layer splits off. It gets a record of its own: a copy of the shared one from
+  before the call that the layer did not make.
 
-So every record is what it would be without sharing, with one exception: XᵀX of a layer that leaves keeps the rows of
-that one call. They only steer the rounding of its weights, which is judged on rows of the layer's own.
+So every record is what it would be without sharing, with one exception: after a split, XᵀX of the layer still contains
+the rows of that one call. They only influence how its weights are rounded, and the result is measured on the layer's
+own rows.
 
-"The very tensor" means one storage, still alive, seen in the same way, with no write in between (torch's version
-counter).
+"The same tensor" means the same storage, still alive, viewed with the same geometry, and not written to in between
+(torch's version counter).
 """
 
 import copy
@@ -28,39 +29,42 @@ from torchq.config import QConfig
 
 
 class _Identity:
-    """Recognizes a tensor, without keeping it alive. (The weak reference keeps the storage's address from reuse.)"""
+    """Recognizes a tensor without keeping it alive.
+
+    (While the weak reference to its storage exists, no other storage gets its address.)
+    """
 
     def __init__(self, x: Tensor) -> None:
-        self._look = _look(x)
-        self._storage = None if self._look is None else StorageWeakRef(x.untyped_storage())
+        self._fingerprint = _fingerprint(x)
+        self._storage = None if self._fingerprint is None else StorageWeakRef(x.untyped_storage())
 
     def is_of(self, x: Tensor) -> bool:
         """Whether x is that tensor, with the same values."""
-        return self._storage is not None and not self._storage.expired() and self._look == _look(x)
+        return self._storage is not None and not self._storage.expired() and self._fingerprint == _fingerprint(x)
 
 
-def _look(x: Tensor) -> tuple[Any, ...] | None:
-    """Storage, geometry and version; None without a storage, or where torch counts no versions (inference mode)."""
+def _fingerprint(x: Tensor) -> tuple[Any, ...] | None:
+    """Storage, geometry and version; None if x has no storage, or no version counter (inference mode)."""
     key = storage_key(x)
     return None if key is None or x.is_inference() else (key, *geometry(x), x._version)
 
 
 class _Stream:
-    """The calls that some layers have in common, and how many of them each has made."""
+    """A record, the layers that share it, and how many of its calls each of them has made."""
 
     def __init__(self, record: Record) -> None:
         self.record, self.before = record, record
-        self.made: dict[str, int] = {}
+        self.calls_made: dict[str, int] = {}
         self.latest: _Identity | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Takes the next call."""
-        shared = len(self.made) > 1
-        if shared:  # observers replace their state and never change it in place, so a shallow copy of one is a snapshot
-            self.before = dataclasses.replace(self.record, seen=copy.copy(self.record.seen))
+        """Records the next call."""
+        shared = len(self.calls_made) > 1
+        if shared:  # a shallow copy of an observer is a snapshot, since observers never change their tensors in place
+            self.before = dataclasses.replace(self.record, observer=copy.copy(self.record.observer))
         self.record.observe(x)
         self.latest = _Identity(x)
-        if not shared:  # nobody will need the sample as it was
+        if not shared:  # no layer can split off, so the sample from before this call is not needed
             self.record.sample.forget()
 
     def is_latest(self, x: Tensor) -> bool:
@@ -68,15 +72,15 @@ class _Stream:
 
     def behind(self) -> list[str]:
         """The layers that have not made the latest call."""
-        return [name for name, made in self.made.items() if made < self.record.calls]
+        return [name for name, calls_made in self.calls_made.items() if calls_made < self.record.calls]
 
     def branch(self) -> "_Stream":
-        """A stream of its own for a layer that does not make the latest call."""
+        """A new stream, from before the latest call, for a layer that did not make that call."""
         gram = self.record.gram
         if gram is not None and self.before.gram_rows < self.record.gram_rows:
-            gram = gram.clone()  # it will go on changing here; a complete one is shared
-        seen, sample = copy.copy(self.before.seen), self.record.sample.before_last_add()
-        return _Stream(dataclasses.replace(self.before, seen=seen, sample=sample, gram=gram))
+            gram = gram.clone()  # both will add rows to theirs; a complete XᵀX can be shared
+        observer, sample = copy.copy(self.before.observer), self.record.sample.before_last_add()
+        return _Stream(dataclasses.replace(self.before, observer=observer, sample=sample, gram=gram))
 
 
 class Recorder:
@@ -94,44 +98,44 @@ class Recorder:
     def __init__(self, config: QConfig) -> None:
         self._config = config
         self._streams: dict[str, _Stream] = {}
-        self._new: list[_Stream] = []  # with one call so far: those that a layer may join
+        self._new: list[_Stream] = []  # the streams with at most one call, which a layer may still join
 
     def observe(self, name: str, x: Tensor) -> None:
-        """Takes the input x (..., K) of one call of the layer `name`."""
-        stream = self._streams.get(name) or self._joined(name, x)
-        if stream.made[name] < stream.record.calls:
+        """Records the input x (..., K) of one call of the layer `name`."""
+        stream = self._streams.get(name) or self._join(name, x)
+        if stream.calls_made[name] < stream.record.calls:
             if stream.is_latest(x):
-                stream.made[name] += 1
+                stream.calls_made[name] += 1
                 return
-            stream = self._leave(name, stream)
+            stream = self._split_off(name, stream)
         for other in stream.behind():
-            self._leave(other, stream)
+            self._split_off(other, stream)
         stream.observe(x)
-        stream.made[name] += 1
+        stream.calls_made[name] += 1
         self._new = [each for each in self._new if each.record.calls <= 1]
 
     def records(self) -> dict[str, Record]:
-        """The record of every layer that was called. For when all calls are made."""
+        """The record of every layer that was called. To be called once, after all calls are made."""
         for name, stream in list(self._streams.items()):
             if name in stream.behind():
-                self._leave(name, stream)
+                self._split_off(name, stream)
         for stream in self._streams.values():
             stream.record.sample.forget()
         return {name: stream.record for name, stream in self._streams.items()}
 
-    def _joined(self, name: str, x: Tensor) -> _Stream:
-        """The stream of a layer that is called for the first time."""
+    def _join(self, name: str, x: Tensor) -> _Stream:
+        """The stream that a layer joins when it is called for the first time."""
         stream = next((each for each in self._new if each.is_latest(x)), None)
         if stream is None:
             stream = _Stream(Record.empty(x.shape[-1], self._config))
             self._new.append(stream)
         self._streams[name] = stream
-        stream.made[name] = 0
+        stream.calls_made[name] = 0
         return stream
 
-    def _leave(self, name: str, stream: _Stream) -> _Stream:
-        """Gives a layer that has not made the latest call a stream of its own."""
+    def _split_off(self, name: str, stream: _Stream) -> _Stream:
+        """Gives a layer that has not made the latest call its own stream."""
         own = stream.branch()
-        own.made[name] = stream.made.pop(name)
+        own.calls_made[name] = stream.calls_made.pop(name)
         self._streams[name] = own
         return own

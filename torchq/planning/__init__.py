@@ -1,1 +1,1 @@
-"""Planning: from what calibration showed to a Plan, stage by stage, and the application of a Plan to a model."""
+"""Planning: turns what calibration recorded into a Plan, stage by stage, and applies a Plan to a model."""

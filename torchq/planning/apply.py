@@ -1,4 +1,4 @@
-"""Applying a plan: int8 modules in the place of the float ones, all or nothing."""
+"""Applying a plan: int8 modules replace the float ones, all or nothing."""
 
 import copy
 import dataclasses
@@ -25,15 +25,15 @@ M = TypeVar("M", bound=nn.Module)
 
 @door("torchq.apply_plan")
 def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
-    """Swaps the layers of `model` as `plan` says, which `convert` made or a user edited.
+    """Replaces the layers of `model` as `plan` says. The plan comes from `convert`, and may have been edited.
 
-    A plan from JSON, and the `torchq_plan` of a converted model, lack the weights of layers with `rounding="gptq"`:
-    these are rounded to nearest then, with a warning. `torchq.plan_of(qmodel)` gives the plan with them;
-    `load_state_dict` of the converted model's state makes the model whole too.
+    A plan from JSON, and the `torchq_plan` of a converted model, lack the weights of layers with `rounding="gptq"`.
+    Those layers are then rounded to nearest, with a warning. To get the same model, pass `torchq.plan_of(qmodel)`,
+    which has the weights, or load the converted model's state_dict afterwards.
 
     Raises:
-        ValueError: the plan names a layer the model lacks, hands codes to a layer that does not take them, or smooths
-            what it can't, or by halves; or it has the weights of another layer, or of one smoothed otherwise.
+        ValueError: the plan names a layer the model lacks; passes codes to a layer that is not static; smooths a module
+            that can't be rescaled, or only some of its readers; or holds the weights of another layer or smoothing.
         TypeError: the model can't be copied.
 
     >>> import dataclasses
@@ -48,21 +48,21 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
 
 
 def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
-    """`apply_plan`, for callers who name themselves in its errors."""
+    """`apply_plan` without its name in front of the errors: the caller's `door` adds another one."""
     warn_of_missing(plan)
     check_plan(model, plan, find_layers(model))
     try:
         if inplace:
-            _smooth(model, plan)
+            _fold_smoothings(model, plan)
             _swap(model, dataclasses.replace(plan, smoothings={}))
         else:
-            rescaled = _rescaled(model, plan)
+            rescaled = _rescaled_parameters(model, plan)
             swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
             model = _copy(model, swaps)
-            _replace(model, rescaled)
+            _set_parameters(model, rescaled)
             for name in plan.int8_layers():
-                _fold(model, plan.layers[name])
-        for module in model.modules():  # training forms that the plan leaves in float
+                _replace_folded(model, plan.layers[name])
+        for module in model.modules():  # training forms that stay float become plain layers again
             kind = type_of(module)
             if kind is not None and kind.trained(module) is not None:
                 kind.release(module)
@@ -76,13 +76,13 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
 
 
 def _paths(model: nn.Module, plan: Plan) -> list[str]:
-    """The modules that have a layer in int8. (No module itself: in place, nothing here may keep one alive.)"""
+    """The names of the modules that have a layer in int8. (Names only: a reference would keep a float module alive.)"""
     layers = find_layers(model)
     return list(dict.fromkeys(layers[name].path for name in plan.int8_layers()))
 
 
 def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
-    """What becomes of the module at this path."""
+    """What the module at this path becomes."""
     layers = layers_of(path, model.get_submodule(path))
     parts: dict[str, nn.Module] = {}
     for layer in layers:
@@ -93,7 +93,7 @@ def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
 
 
 def _float_part(layer: Layer) -> nn.Linear:
-    """The matrix of a layer that stays in float beside others of its module."""
+    """An nn.Linear for a matrix that stays in float while others of its module become int8."""
     part = nn.Linear(layer.in_features, layer.out_features, layer.matrix.bias is not None, device="meta")
     part.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     if layer.matrix.bias is not None:
@@ -118,10 +118,10 @@ def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinea
 
 
 def _swap(model: nn.Module, plan: Plan) -> None:
-    """In place, one module after the other, so that each float weight can be freed before the next int8 one is made.
+    """Swaps the modules in place, one after the other: each float weight is freed before the next int8 one is made.
 
-    The last comes first: a layer takes floats as well as codes, so the model is right after each step, and stays so if
-    memory runs out before the next.
+    The last module goes first. A layer that is to take codes takes floats too, so the model computes the right thing
+    after every swap, even if memory runs out before the next one.
     """
     places = _places(model)
     for path in reversed(_paths(model, plan)):
@@ -131,11 +131,11 @@ def _swap(model: nn.Module, plan: Plan) -> None:
             children[key] = quantized
         for name in names:
             if name in plan.layers:
-                _fold(model, plan.layers[name])
+                _replace_folded(model, plan.layers[name])
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
-    """Where each module hangs, by its id: the dict of children and the key there."""
+    """For each module, by id, every place that holds it: a parent's dict of children, and the key in it."""
     places: dict[int, list[tuple[dict[str, nn.Module | None], str]]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -143,15 +143,18 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None
     return places
 
 
-def _fold(model: nn.Module, layer: LayerPlan) -> None:
-    """Puts Folded in the place of the modules whose work this layer does."""
+def _replace_folded(model: nn.Module, layer: LayerPlan) -> None:
+    """Replaces the modules that were folded into this layer by `Folded`, which returns its input."""
     for name in layer.folded:
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent)._modules[key] = Folded()
 
 
 def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
-    """Deepcopy takes what its memo holds for a copy already made: the swap, without copying the float weights."""
+    """A deep copy with the modules in `swaps` (by id) replaced.
+
+    They go in as deepcopy's memo: it takes them for copies already made, and never copies the float weights.
+    """
     try:
         return copy.deepcopy(model, dict(swaps))
     except Exception as error:
@@ -161,8 +164,8 @@ def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
         ) from error
 
 
-def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
-    """New parameters for what stays float and has a smoothing folded in: norms, and layers edited to float."""
+def _rescaled_parameters(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
+    """New parameters for the modules that stay float and are smoothed: norms, and layers that the plan has in float."""
     touched = {name: None for source, s in plan.smoothings.items() for name in (source, *s.layers)}
     return {
         name: scaled_parameters(model, plan.smoothings, name)
@@ -171,20 +174,20 @@ def _rescaled(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]
     }
 
 
-def _replace(model: nn.Module, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+def _set_parameters(model: nn.Module, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
     for name, values in parameters.items():
         model.get_submodule(name)._parameters.update(values)
 
 
-def _smooth(model: nn.Module, plan: Plan) -> None:
-    """Folds the smoothings into the float model itself, one after the other: its function is the same after each."""
+def _fold_smoothings(model: nn.Module, plan: Plan) -> None:
+    """Folds the smoothings into the float model itself, one at a time. Its function stays the same after each."""
     for source, smoothing in plan.smoothings.items():
-        alone = {source: smoothing}
-        _replace(model, {name: scaled_parameters(model, alone, name) for name in (source, *smoothing.layers)})
+        single = {source: smoothing}
+        _set_parameters(model, {name: scaled_parameters(model, single, name) for name in (source, *smoothing.layers)})
 
 
 def leave_fast_path(model: nn.Module) -> None:
-    """Keeps torch's fused encoder kernels, which read weights without calling the layers, off what torchq changed."""
+    """Turns off torch's fused encoder kernels where torchq changed a layer: they read weights without calling it."""
     for module in model.modules():
         changed = any(_is_changed(child) for child in module.modules())
         if isinstance(module, nn.TransformerEncoderLayer) and changed:

@@ -1,15 +1,16 @@
-"""Accuracy budget: layers go back to float, the most sensitive first, until the user's own metric is good enough.
+"""Accuracy budget: layers return to float, the most sensitive first, until the user's own metric is good enough.
 
 `convert(model, loader, evaluate=fn, max_drop=0.01)` ends here. The search costs few evaluations:
 
-1. `evaluate` on the float model, and on the one with every layer in int8 that the plan wants there. If that fits: done.
-2. Sensitivity, once: the first calibration batch through the model with one layer alone in int8, for each of the n int8
-   layers. The lower the SQNR of the model's output, the more sensitive the layer.
-3. Bisection: which is the shortest prefix of that order that has to be in float? ceil(log2 n) evaluations.
+1. `evaluate` the float model, and the model with all n planned layers in int8. If the second is good enough, stop.
+2. Measure sensitivity, once: run the first calibration batch with a single layer in int8, for each of the n layers. The
+   lower the SQNR of the model's output, the more sensitive the layer. Sort the layers by it.
+3. Bisect: find the shortest prefix of that order that must return to float, with ceil(log2 n) evaluations.
 
-So at most 2 + ceil(log2 n) evaluations: 9 for a model of 73 layers. Errors of single layers add up in the output as
-independent noise does, so a longer prefix means less noise, which is what bisection needs. A metric that jumps (the
-accuracy on a small set) may be out of order by a few counts; the step taken is in any case one that was seen to fit.
+That is at most 2 + ceil(log2 n) evaluations: 9 for a model of 73 layers. Bisection needs a metric that improves with
+the length of the prefix. It does, because the errors of single layers add up in the output like independent noise. A
+coarse metric (accuracy on a small set) may be out of order by a few samples; still, the model returned is one whose
+metric was measured and was within the budget.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ class Budget:
     """How much of the user's metric may be lost.
 
     Args:
-        evaluate: `evaluate(model) -> float`, higher is better. A number of any kind: float, a 0-dim tensor, numpy's.
-        max_drop: the metric of the float model minus that of the result, at most; in the metric's own unit.
+        evaluate: `evaluate(model) -> float`, higher is better. Any kind of number: a float, a 0-dim tensor, numpy.
+        max_drop: the most that the result's metric may lie below the float model's, in the metric's own unit.
 
     Raises:
         TypeError: `evaluate` is not callable.
@@ -66,7 +67,7 @@ class Budget:
             )
 
     def metric(self, model: nn.Module, which: str) -> float:
-        """What `evaluate` gives for the model in eval mode, without gradients; checked. Its own errors pass through."""
+        """What `evaluate` returns for the model in eval mode, without gradients, checked. Its errors pass through."""
         with evaluating(model):
             value = self.evaluate(model)
         is_number = hasattr(value, "__float__") and getattr(value, "shape", ()) == ()
@@ -80,7 +81,7 @@ class Budget:
 
 
 def make_budget(evaluate: Evaluate | None, max_drop: float | None, calib_loader: Iterable[Any] | None) -> Budget | None:
-    """The budget that `convert`'s arguments ask for, if any; max_drop is 0.01 if not given.
+    """The budget that `convert`'s arguments ask for, if any; max_drop defaults to 0.01.
 
     Raises:
         TypeError, ValueError: see `Budget`; `max_drop` without `evaluate`; `evaluate` without a calib_loader.
@@ -97,29 +98,29 @@ def make_budget(evaluate: Evaluate | None, max_drop: float | None, calib_loader:
 
 
 def fit(plan: Plan, evidence: Evidence, budget: Budget) -> Plan:
-    """The plan with so many layers back in float that the metric drops by at most `max_drop`, and with its frontier.
+    """The plan with enough layers returned to float that the metric drops by at most `max_drop`, and its frontier.
 
-    Everything is tried on copies; the model stays as it is. Warns where not one layer can stay in int8.
+    Everything is tried on copies; the model itself does not change. Warns if no layer can stay in int8.
 
     Args:
-        plan: every layer in int8 that should be.
-        evidence: the model, and how to run a batch; a model prepared for training is measured in its float form.
+        plan: with every layer in int8 that should be.
+        evidence: the model, and how to run a batch. A model from `prepare_qat` is compared with its float form.
         budget: the metric and its tolerance.
 
     Raises:
         TypeError, ValueError: `evaluate` returned no number, or NaN, or infinity for the float model.
     """
-    assert evidence.run is not None  # make_budget wants a loader
+    assert evidence.run is not None  # make_budget demands a loader
     model = evidence.model
     if any(layer.trained for layer in find_layers(model).values()):
         model = applied(model, return_to_float(plan, dict.fromkeys(plan.layers, "")))
     search = _Search(model, plan, budget, evidence.run)
-    fewest, enough = 0, len(search.names)  # enough layers in float fit the budget, fewer than `fewest` don't
+    too_few, enough = 0, len(search.names)  # with `enough` layers in float the budget is met, with `too_few` it is not
     if enough and not search.fits(0):
         search.sensitivity_db = sensitivity(model, plan, evidence.run)
-        while enough - fewest > 1:
-            middle = (fewest + enough) // 2
-            fewest, enough = (fewest, middle) if search.fits(middle) else (middle, enough)
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            too_few, enough = (too_few, middle) if search.fits(middle) else (middle, enough)
     else:
         enough = 0
     frontier = search.frontier(enough)
@@ -129,7 +130,7 @@ def fit(plan: Plan, evidence: Evidence, budget: Budget) -> Plan:
 
 
 class _Search:
-    """What the search has measured so far: one step per number of layers returned to float."""
+    """What the search has measured so far: a step for each number of layers returned to float that was tried."""
 
     def __init__(self, model: nn.Module, plan: Plan, budget: Budget, run: Run) -> None:
         self.model, self.plan, self.budget, self.run = model, plan, budget, run
@@ -145,7 +146,7 @@ class _Search:
         self.steps: dict[int, Step] = {}
 
     def plan_with(self, returned: int) -> Plan:
-        """The plan with this many of the most sensitive layers in float."""
+        """The plan with the `returned` most sensitive layers in float."""
         reasons = {}
         for rank, (name, db) in enumerate(list(self.sensitivity_db.items())[:returned], 1):
             reasons[name] = (
@@ -155,7 +156,7 @@ class _Search:
         return return_to_float(self.plan, reasons)
 
     def fits(self, returned: int) -> bool:
-        """Measures that plan, and says whether it is within the budget."""
+        """Measures the plan with `returned` layers in float, and says whether it is within the budget."""
         candidate = applied(self.model, self.plan_with(returned))
         metric = self.budget.metric(candidate, f"model with {returned} of {len(self.names)} int8 layers in float")
         with evaluating(self.model), evaluating(candidate):
@@ -167,8 +168,8 @@ class _Search:
         return self.float_metric - metric <= self.budget.max_drop
 
     def frontier(self, returned: int) -> Frontier:
-        """All that was measured, with the float model last."""
-        if not self.names:  # nothing to compare it with was timed
+        """All measured steps, with the float model last. The one with `returned` layers in float is the chosen one."""
+        if not self.names:  # fits() never ran, so the float model has no time yet
             with evaluating(self.model):
                 calls = {"float": partial(self.run, self.model)}
                 self.float_seconds = interleaved(calls, rounds=5, seconds=0.005)["float"]
@@ -179,11 +180,11 @@ class _Search:
 
 
 def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
-    """Per int8 layer, the SQNR in dB of the model's output with this layer alone in int8, the most sensitive first.
+    """Per int8 layer, the SQNR in dB of the model's output with only this layer in int8, the most sensitive first.
 
-    The output is all floating-point tensors in what `run(model)` returns: a tensor, or a tuple, list or dict of them.
-    If there is none, each layer's own output SQNR from the plan stands in. A layer that makes the output NaN, or
-    changes its shape, comes first, with -inf.
+    The output is every floating-point tensor in what `run(model)` returns: a tensor, or a tuple, list or dict of them.
+    If there is none, the SQNR of each layer's own output is taken from the plan instead. A layer that makes the output
+    NaN, or changes its shape, comes first, with -inf.
     """
     names = plan.int8_layers()
     with evaluating(model):
@@ -191,9 +192,9 @@ def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
     measured = {}
     for name in names:
         if exact.numel():
-            alone = applied(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
-            with evaluating(alone):
-                output = _floats(run(alone))
+            with_one_int8 = applied(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
+            with evaluating(with_one_int8):
+                output = _floats(run(with_one_int8))
             db = sqnr_db(exact, output) if output.shape == exact.shape else -math.inf
         else:
             own = plan.layers[name].measured_db
@@ -203,9 +204,9 @@ def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
 
 
 def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
-    """The plan with these layers in float, and nothing fused with them; the values are the new reasons.
+    """The plan with the layers of `reasons` in float, for those reasons, and not fused with their neighbours.
 
-    Smoothings stay, since other layers were chosen and rounded for them; with no int8 layer left, they go.
+    Smoothings stay, because other layers were chosen and rounded for them. If no int8 layer remains, they are dropped.
 
     >>> plan = Plan({"a": LayerPlan("int8 static", "", feeds="b"), "b": LayerPlan("int8 static", "")})
     >>> layers = return_to_float(plan, {"b": "sensitive"}).layers
@@ -234,7 +235,7 @@ def _floats(output: object) -> Tensor:
 
 
 def _bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, shared ones once."""
+    """The size of all parameters and buffers, each shared one counted once."""
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

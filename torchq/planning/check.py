@@ -1,4 +1,4 @@
-"""What an edit of a plan can get wrong, checked before anything of the model is touched."""
+"""Checks a plan, which a user may have edited, before anything in the model is changed."""
 
 from collections.abc import Mapping
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The scheme of each layer, by measuring every candidate on the layer's own calibration rows."""
+"""Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ from torchq.planning.smoothing import scaled_parts
 
 
 def choose(plan: Plan, evidence: Evidence) -> Plan:
-    """Decides every layer alone: those planned to stay in float do, the others become what was measured best.
+    """Decides each layer independently. Layers already planned as float stay so; the others get the best scheme.
 
     Raises:
-        ValueError: `activation="static"` and a layer the calibration data never reached.
+        ValueError: `activation="static"`, but the calibration data never reached a layer.
     """
     if evidence.config.activation == "static":
         _require_data(plan, evidence)
@@ -63,16 +63,16 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
 
 
 def plan_layer(layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | None = None) -> LayerPlan:
-    """The scheme and range with the least error on the rows of `trial`, or float where none is good enough.
+    """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
 
-    `into` (K,) is what the inputs of the trial were divided by; the weight is multiplied by it.
+    `into` (K,): the trial's inputs were divided by it, so the weight is multiplied by it.
     """
     per_channel = config.weight == "per_channel"
     measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
     observer = max(trial.ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     if config.activation == "auto":
-        close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # nan is not
+        close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # False for nan
         use_static, reason = close, "static costs no accuracy" if close else "static would cost accuracy"
     else:
         use_static, reason = config.activation == "static", "asked for"
@@ -85,7 +85,7 @@ def plan_layer(layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | No
 
 
 def _plan_trained(layer: Layer, trained: Trained, trial: Trial | None) -> LayerPlan:
-    """The scheme and range this layer was trained with, whatever their error on the data: training made up for it."""
+    """The scheme and range this layer was trained with, whatever their error on the data: training compensated it."""
     qparams, reason = trained.input_qparams, f"trained, {trained.origin}"
     measured = {}
     if trial is not None:
@@ -105,9 +105,9 @@ def measure(
     per_channel: bool = True,
     into: Tensor | None = None,
 ) -> dict[str, float]:
-    """Output SQNR in dB of each scheme, against the float matrix on the same rows (R, K), by the real integer ops.
+    """Output SQNR in dB of each scheme, computed with the real integer ops, against the float matrix on `rows` (R, K).
 
-    `into` (K,) is what the rows were divided by; the weight is multiplied by it.
+    `into` (K,): the rows were divided by it, so the weight is multiplied by it.
 
     >>> _ = torch.manual_seed(0)
     >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)

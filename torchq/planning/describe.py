@@ -1,4 +1,4 @@
-"""describe(): the stats of each int8 layer as it finally is: smoothed, trained, and rounded."""
+"""describe(): the stats of each int8 layer in its final form: smoothed, trained and rounded."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from torchq.planning.smoothing import scaled_parts, scales_around
 def describe(plan: Plan, evidence: Evidence) -> Plan:
     """The plan with the stats of every int8 layer that data reached.
 
-    A smoothed layer is compared with the scaled layer on scaled rows: these are the weight and the input it gets.
+    The reference for a smoothed layer is the float layer with scaled weights, on scaled rows: what is really quantized.
     """
     layers = dict(plan.layers)
     for name, layer in plan.layers.items():
@@ -29,13 +29,13 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         rows = record.sample.rows if into is None else record.sample.rows / into
         parts = scaled_parts(evidence.layers[name].matrix, per_channel=layer.per_channel, into=into, out=out)
         error = decibels(sum((energies(*pair) for pair in _weights(parts, layer)), torch.zeros(2)))
-        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.seen / record.calls)))
+        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.rows_seen / record.calls)))
         layers[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=layers)
 
 
 def _weights(parts: Iterable[tuple[slice, Matrix]], layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight of each part, in float and as the int8 layer has it."""
+    """The weight of each part, in float and dequantized from int8."""
     for channels, part in parts:
         if layer.weights is None:
             codes, scale = quantize_weight(part.weight, per_channel=layer.per_channel)
@@ -55,9 +55,9 @@ def layer_stats(weight_db: float, sample: Tensor, qparams: QParams | None, rows:
     """
     if qparams is None:
         codes, scale, zero_point = ops.quantize_per_token(sample)
-        seen, below, above = (codes.int() - zero_point).float() * scale, 0, 0
+        restored, below, above = (codes.int() - zero_point).float() * scale, 0, 0
     else:
-        seen = fake_quantize(sample, *qparams, dtype=torch.uint8)
+        restored = fake_quantize(sample, *qparams, dtype=torch.uint8)
         below, above = count_clipped(sample, qparams)
     values = max(1, sample.numel())
-    return LayerStats(weight_db, sqnr_db(sample, seen), below / values, above / values, rows)
+    return LayerStats(weight_db, sqnr_db(sample, restored), below / values, above / values, rows)

@@ -1,4 +1,4 @@
-"""Frontier: what each model on the way from int8 to float costs, and how well it does. Plain data, table and plot."""
+"""Frontier: cost and metric of each model between all int8 and all float. Plain data, with a table and a plot."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,10 +15,11 @@ class Step:
 
     Args:
         returned: how many of the int8 layers were returned to float, most sensitive first.
-        metric: what `evaluate` gave.
-        seconds: a forward pass of the first calibration batch: the best of a few, interleaved with the float model's.
-        speedup: the float model's seconds, of the same rounds, over these.
-        bytes: of all parameters and buffers.
+        metric: what `evaluate` returned.
+        seconds: time of a forward pass on the first calibration batch: the best of a few, interleaved with the float
+            model's.
+        speedup: the float model's time in the same rounds, divided by `seconds`.
+        bytes: size of all parameters and buffers.
     """
 
     returned: int
@@ -30,14 +31,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The search of an accuracy budget: every model measured, and which one was taken.
+    """The search for an accuracy budget: every model that was measured, and the one that was taken.
 
     Args:
-        max_drop: the budget: how much metric may be lost against float.
-        sensitivity_db: per int8 layer, the SQNR that is left with this layer alone in int8, most sensitive first.
-            Empty where int8 fitted at once.
-        steps: by `returned`, fewest first. The last is the float model.
-        chosen: the place in `steps` of the one taken.
+        max_drop: the budget: the most that the metric may fall below the float model's.
+        sensitivity_db: per int8 layer, the SQNR of the model's output with only this layer in int8, most sensitive
+            first. Empty if the model with every layer in int8 met the budget.
+        steps: the models, sorted by `returned`. The last is the float model.
+        chosen: the index in `steps` of the model that was taken.
 
     >>> frontier = Frontier(0.01, {}, (Step(0, 0.98, 0.001, 3.0, 1024), Step(2, 0.98, 0.003, 1.0, 4096)), 0)
     >>> print(frontier)
@@ -56,7 +57,7 @@ class Frontier:
     chosen: int
 
     def drop(self, step: Step) -> float:
-        """The metric this step loses against float."""
+        """How far this step's metric lies below the float model's."""
         return self.steps[-1].metric - step.metric
 
     def __str__(self) -> str:
@@ -77,7 +78,7 @@ class Frontier:
         return "\n".join([head, "-" * len(head), *lines, end])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """The frontier as JSON values."""
         data: dict[str, Any] = text.to_json(dataclasses.asdict(self))
         return data
 
@@ -89,10 +90,10 @@ class Frontier:
         return cls(data["max_drop"], sensitivity, steps, data["chosen"])
 
     def plot(self, path: str | Path) -> None:
-        """Draws the metric against latency and against bytes, one point a step, into an image file.
+        """Draws the metric against latency and against size, one point per step, into an image file.
 
         Args:
-            path: its ending says the format: .png, .svg, .pdf.
+            path: the suffix selects the format: .png, .svg, .pdf.
 
         Raises:
             ImportError: matplotlib is not installed.

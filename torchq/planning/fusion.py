@@ -1,4 +1,4 @@
-"""Fusion: activations computed by the layer before them, and u8 codes handed from layer to layer."""
+"""Fusion: layers compute the activation that follows them, and pass u8 codes to the next layer."""
 
 import dataclasses
 from collections import Counter
@@ -11,15 +11,15 @@ from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
 
-IDLE = (nn.Dropout, nn.Identity)  # nothing happens in them in eval mode
+IDLE = (nn.Dropout, nn.Identity)  # they return their input in eval mode
 
 
 def fuse(plan: Plan, evidence: Evidence) -> Plan:
-    """Folds each activation that follows an int8 layer into it, and lets static neighbours hand over u8 codes.
+    """Folds an activation that follows an int8 layer into that layer, and lets static neighbours pass u8 codes.
 
-    That is safe only if nobody else reads what lies between. An nn.Sequential's own forward guarantees it, if its
-    children have no other place in the model, and if the calls counted in calibration show that they ran as its
-    children and in no other way.
+    That is safe only if nothing else reads the values in between. It holds inside an nn.Sequential with the original
+    forward, if its children appear nowhere else in the model, and if calibration counted as many calls of each child as
+    of the Sequential, so that no child was called in any other way.
     """
     plans = dict(plan.layers)
     places = Counter(id(child) for module in evidence.model.modules() for child in module._modules.values())
@@ -30,14 +30,14 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
         run: list[tuple[str, nn.Module | None]] = []
         for key, child in sequential._modules.items():
             path = f"{name}.{key}" if name else key
-            alone = child is not None and places[id(child)] == 1 and evidence.calls[path] == calls
-            run.append((path, child if alone else None))
+            only_here = child is not None and places[id(child)] == 1 and evidence.calls[path] == calls
+            run.append((path, child if only_here else None))
         _fuse_run(run, plans)
     return dataclasses.replace(plan, layers=plans)
 
 
 def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPlan]) -> None:
-    """One Sequential's children in order, None where others may see into one."""
+    """Fuses within `run`: the children of one Sequential in order, None for those that may also be used elsewhere."""
 
     def is_int8(name: str, module: nn.Module | None) -> bool:
         return module is not None and name in plans and plans[name].is_int8

@@ -1,20 +1,20 @@
-"""GPTQ (arXiv 2210.17323) and bias correction: the arithmetic of weight rounding beyond nearest.
+"""GPTQ (arXiv 2210.17323) and bias correction: rounding weights for the smallest error of the output.
 
-Rounding each weight to the nearest code is best for the weight, not for the output. The error of an output is `e·x`
-for the weight error e of its row, so what counts is `eᵀ H e` with `H = XᵀX` of the calibration inputs. GPTQ rounds one
-input channel after the other, and takes each error back in the channels still to come, as far as the inputs'
-correlation allows:
+Rounding each weight to the nearest code gives the smallest error of the weight, not of the output. If e is the error of
+one row of weights, the error of its output is `e·x`, and the squared error over the calibration inputs is `eᵀ H e` with
+`H = XᵀX`. GPTQ rounds one input channel after the other. It compensates each channel's error by changing the weights of
+the channels not yet rounded, which works as far as the inputs are correlated:
 
     e_j = (w_j - q_j) / U_jj        w_i -= e_j · U_ji for i > j        U upper triangular, UᵀU = (H + d·I)⁻¹
 
-with d = 1 % of the mean of H's diagonal, and channels in order of falling H_jj. Bias correction then adds the mean
-error that is left, `b += mean(y - y_int8)`. Both change numbers only: the layer costs at run time what it did.
+with d = 1 % of the mean of H's diagonal, and channels in order of decreasing H_jj. Bias correction then adds the mean
+of the remaining error, `b += mean(y - y_int8)`. Both only change numbers: the layer is as fast as before.
 """
 
 import torch
 from torch import Tensor
 
-_DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of channels stays in a near cache
+_DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of 16 channels stays in L1 or L2
 
 
 def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | None" = None) -> Tensor:
@@ -26,7 +26,7 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | Non
         weight: float32 (N, K).
         scale: float32 (N,), positive.
         gram: XᵀX of the inputs, (K, K). A channel that was always zero is rounded to nearest.
-        factors: from the call before, for layers that may share its `gram`.
+        factors: keeps the factor of the latest `gram`; pass the same object for layers that may share one.
 
     Returns:
         int8 (N, K), in [-127, 127].
@@ -39,28 +39,28 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | Non
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = (factors or Factors()).of(gram.double()[order][:, order])
-    rest = weight.detach().T.contiguous()[order].double()  # (K, N): a channel is a row
-    codes = torch.empty_like(rest, dtype=torch.int8)
-    errors, code = torch.empty_like(rest[:_BLOCK]), torch.empty_like(rest[0])
+    remaining = weight.detach().T.contiguous()[order].double()  # the compensated weights, (K, N): a channel is a row
+    codes = torch.empty_like(remaining, dtype=torch.int8)
+    errors, code = torch.empty_like(remaining[:_BLOCK]), torch.empty_like(remaining[0])
     scale, inverse = scale.double(), scale.reciprocal().double()
-    places, pivots = order.tolist(), factor.diagonal().tolist()
-    for start in range(0, len(rest), _BLOCK):
-        stop = min(start + _BLOCK, len(rest))
+    channels, pivots = order.tolist(), factor.diagonal().tolist()
+    for start in range(0, len(remaining), _BLOCK):
+        stop = min(start + _BLOCK, len(remaining))
         for first in range(start, stop, _PANEL):
             last = min(first + _PANEL, stop)
-            panel, found = rest[first:last], errors[first - start : last - start]
-            for j, (w, error) in enumerate(zip(panel, found, strict=True), first):
+            panel, panel_errors = remaining[first:last], errors[first - start : last - start]
+            for j, (w, error) in enumerate(zip(panel, panel_errors, strict=True), first):
                 torch.mul(w, inverse, out=code).round_().clamp_(-127, 127)
                 torch.addcmul(w, code, scale, value=-1, out=error).div_(pivots[j])  # the product is exact in float64
                 panel[j + 1 - first :].addr_(factor[j, j + 1 : last], error, alpha=-1)
-                codes[places[j]] = code
-            rest[last:stop].addmm_(factor[first:last, last:stop].T, found, alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+                codes[channels[j]] = code
+            remaining[last:stop].addmm_(factor[first:last, last:stop].T, panel_errors, alpha=-1)
+        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return codes.T.contiguous()
 
 
 class Factors:
-    """The factor U that belongs to an H, computed once while H stays the same: q, k and v share theirs."""
+    """Caches the factor U of the latest H: q, k and v have the same H, so U is computed once for the three."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
@@ -75,14 +75,14 @@ class Factors:
 def _inverse_factor(gram: Tensor) -> Tensor:
     """U, upper triangular, with UᵀU = (H + d·I)⁻¹."""
     diagonal = gram.diagonal()
-    damping = _DAMPING * float(diagonal.mean()) or 1.0  # all zero: the identity
+    damping = _DAMPING * float(diagonal.mean()) or 1.0  # 1 if H is all zero, for which U is the identity
     lower = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return factor
 
 
 def mean_error(exact: Tensor, actual: Tensor) -> Tensor:
-    """What bias correction adds: `mean(exact - actual)` over the rows, (R, N) -> (N,); 0 for no rows.
+    """What bias correction adds: `mean(exact - actual)` over the rows, (R, N) -> (N,); 0 if there are no rows.
 
     >>> mean_error(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([[0.5, 2.0], [2.5, 2.0]]))
     tensor([0.5000, 0.0000])

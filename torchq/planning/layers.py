@@ -20,7 +20,7 @@ from torchq.planning.plan import LayerPlan, Plan
 def select_layers(
     model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers of the model, and of those that must stay in float the reasons, by name.
+    """The layers of the model by name, and the reasons of those that must stay in float.
 
     Raises:
         TypeError: model or config is of another type.
@@ -36,9 +36,9 @@ def select_layers(
             f"module {lazy[0]!r} is not initialized yet, and calibration would do it behind your back. Run one batch "
             "through the model first."
         )
-    done = [(name, module) for name, module in model.named_modules() if isinstance(module, Int8Module)]
-    if done:
-        name, module = done[0]
+    converted = [(name, module) for name, module in model.named_modules() if isinstance(module, Int8Module)]
+    if converted:
+        name, module = converted[0]
         raise BadValueError(
             f"the model is already converted ({name!r} is a {type(module).__name__}). Start from the float model."
         )
@@ -62,13 +62,13 @@ def select_layers(
 
 
 def first_plan(layers: Mapping[str, Layer], barred: Mapping[str, str]) -> Plan:
-    """Where planning starts: the layers in `barred` stay in float for the reason given, the others are dynamic."""
+    """The plan that planning starts from: layers in `barred` stay in float for that reason, all others are dynamic."""
     free = LayerPlan("int8 dynamic", "no calibration data")
     return Plan({name: LayerPlan("float", barred[name]) if name in barred else free for name in layers})
 
 
 def why_float(model: nn.Module, layer: Layer) -> str | None:
-    """Why a layer can't become int8 whatever the data, or None if it can."""
+    """Why a layer can't become int8, whatever the data; None if it can."""
     module = layer.module
     if _is_lazy(module):
         return f"{type(module).__name__} is not initialized yet: run one batch through the model first"
@@ -86,17 +86,17 @@ def why_float(model: nn.Module, layer: Layer) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to this module's forward."""
+    """Whether this module has forward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def excluded(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> dict[str, str]:
-    """The layers that `QConfig.exclude` names, each with the pattern that does.
+    """The layers that `QConfig.exclude` matches, each with the first pattern that matches it.
 
     Raises:
         ValueError: a pattern matches no layer.
     """
-    found: dict[str, str] = {}
+    excluded_by: dict[str, str] = {}
     for pattern in patterns:
         hits = [name for name in layers if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
         if not hits:
@@ -105,12 +105,12 @@ def excluded(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> dict[str
                 f"exclude pattern {pattern!r} matches no {type_names()} of the model. Its layers are "
                 f"{known}{', ...' if len(layers) > 8 else ''}."
             )
-        found.update({name: pattern for name in hits if name not in found})
-    return found
+        excluded_by.update({name: pattern for name in hits if name not in excluded_by})
+    return excluded_by
 
 
 def unprepared(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
-    """The layers `prepare_qat` left in float, with its reasons where the model passed in is the one it returned."""
+    """The layers `prepare_qat` left in float. Its reasons are known only if `model` is the very model it returned."""
     plan = getattr(model, "torchq_plan", None)
     known = plan.layers if isinstance(plan, Plan) else {}
     reasons = {name: layer.reason for name, layer in known.items() if layer.kind == "float"}

@@ -1,8 +1,8 @@
-"""Plan: per layer, what it becomes and why. Plain data: printable, JSON, and editable before it is applied.
+"""Plan: what each layer becomes, and why. Plain data: printable, JSON, and editable before it is applied.
 
-Every stage of planning takes a Plan and the evidence, and gives a Plan: `choose` the scheme of each layer, `smooth`
-outliers out of activations, `fuse` neighbours, `round_weights`, `describe` what quantization did, `fit` a budget.
-`apply_plan` then makes it of a model.
+Every stage of planning takes a Plan and the evidence, and returns a Plan: `choose` picks the scheme of each layer,
+`smooth` moves outliers out of activations, `fuse` joins neighbours, `round_weights` rounds by GPTQ, `describe` measures
+what quantization did, and `fit` keeps an accuracy budget. `apply_plan` then applies the plan to a model.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from torchq.text import to_json
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One int8 layer on its calibration sample.
+    """What quantization did to one int8 layer, measured on the layer's calibration sample.
 
     Args:
         weight_db: SQNR of the int8 weight against the float one, in dB.
         input_db: SQNR of the sample's u8 codes against the sample, in dB.
-        clipped_below: the share of the sample's values that lie below the static range (see `count_clipped`); 0 for
-            a dynamic layer.
-        clipped_above: the same above it.
-        rows: how many rows (tokens) a call of the layer had in calibration, in the mean.
+        clipped_below: the share of the sample's values below the static range (see `count_clipped`); 0 for a dynamic
+            layer.
+        clipped_above: the share above it.
+        rows: the mean number of rows (tokens) per call in calibration.
     """
 
     weight_db: float
@@ -50,14 +50,15 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What is divided out of one module's output.
+    """The factors that one module's output is divided by.
 
     Args:
         scales: one positive factor per output channel of the module, K numbers.
-        layers: every reader of that output; their weights' columns are multiplied by `scales`.
-        alpha: the migration strength the scales came from.
-        before_db: mean output SQNR of `layers` without it, on their calibration samples.
-        after_db: with it.
+        layers: every reader of that output. The columns of their weights are multiplied by `scales`, which cancels
+            the division.
+        alpha: the migration strength that gave the scales.
+        before_db: mean output SQNR of `layers` without smoothing, on their calibration samples.
+        after_db: the same with smoothing.
     """
 
     scales: tuple[float, ...]
@@ -90,23 +91,23 @@ class LayerPlan:
 
     Args:
         kind: "int8 dynamic", "int8 static" or "float".
-        reason: what decided on that, in a few words; the numbers are in the other fields.
+        reason: why, in a few words; the numbers are in the other fields.
         per_channel: one weight scale per output channel, or one per tensor.
         input_qparams: scale and zero point of a static layer's input.
-        observer: the observer the static range came from.
-        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB; "gptq" is the scheme chosen
-            with its weights so rounded, on the half of the sample that did not take part.
+        observer: the name of the observer that gave the static range.
+        sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB. "gptq" is the chosen scheme
+            with weights rounded by GPTQ, measured on the held-out half of the sample.
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
-        skipped: modules between this layer and `feeds` that do nothing in eval mode.
-        feeds: the layer that takes this one's output as u8 codes, in its `input_qparams`.
+        skipped: modules between this layer and `feeds` that have no effect in eval mode.
+        feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
             `sqnr_db` are those of the divided input.
         rounding: how the weights are rounded: "nearest", or "gptq" with calibration data.
-        gptq_db: output SQNR on held-out rows with weights rounded to nearest, and by GPTQ; whichever was taken.
-        no_gptq: why GPTQ was not tried, where it was asked for.
+        gptq_db: output SQNR on held-out rows with weights rounded to nearest, and with GPTQ, whichever was chosen.
+        no_gptq: why GPTQ was not tried, where the config asked for it.
         stats: what quantization did to the weight and the input, measured on the layer's input sample.
-        weights: the rounded weights of a layer with `rounding="gptq"`. Neither JSON nor the plan of a converted model
-            holds them; `torchq.plan_of` reads them back.
+        weights: the rounded weights of a layer with `rounding="gptq"`. They are missing in JSON and in the plan of a
+            converted model; `torchq.plan_of` reads them back from the model.
     """
 
     kind: Kind
@@ -127,17 +128,17 @@ class LayerPlan:
 
     @property
     def is_int8(self) -> bool:
-        """Whether the layer is computed in int8."""
+        """Whether the layer runs in int8."""
         return self.kind != "float"
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """The modules whose work this layer does."""
+        """The modules that this layer replaces: its activation, and the skipped ones."""
         return self.skipped if self.activation is None else (self.activation, *self.skipped)
 
     @property
     def measured_db(self) -> float | None:
-        """The output SQNR of the scheme chosen, or None where nothing was measured, or nothing quantized."""
+        """The output SQNR of the chosen scheme; None for a float layer, and where nothing was measured."""
         if self.kind == "float":
             return None
         if self.rounding == "gptq":
@@ -145,7 +146,7 @@ class LayerPlan:
         return self.sqnr_db.get(self.observer if self.kind == "int8 static" and self.observer else "dynamic")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it, without `weights`."""
+        """The plan as JSON values, without `weights`."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.name != "weights"}
         values["stats"] = self.stats and dataclasses.asdict(self.stats)
         data: dict[str, Any] = to_json(values)
@@ -169,9 +170,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layer plans by name, in model order, and the smoothings by the name of the module rescaled.
+    """The layer plans by name, in model order, and the smoothings by the name of the module they rescale.
 
-    To undo a smoothing, take it out of `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
+    To undo a smoothing, remove it from `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
     what the search for an accuracy budget measured.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
@@ -193,12 +194,12 @@ class Plan:
         return [name for name, layer in self.layers.items() if layer.is_int8]
 
     def without_weights(self) -> "Plan":
-        """The plan without the rounded weights, for whoever holds these in another form."""
+        """The plan without the rounded weights: a converted model already holds them, packed."""
         layers = {name: dataclasses.replace(layer, weights=None) for name, layer in self.layers.items()}
         return dataclasses.replace(self, layers=layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it: dicts, lists, strings and numbers. Rounded weights are not part of it."""
+        """The plan as JSON values: dicts, lists, strings and numbers. Rounded weights are not included."""
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
         return {"layers": layers, "smoothings": smoothings, "frontier": self.frontier and self.frontier.to_dict()}
@@ -212,7 +213,7 @@ class Plan:
 
 
 def attached_plan(qmodel: nn.Module) -> Plan:
-    """The plan that a converted model carries, without the rounded weights, which are in its layers.
+    """The plan stored in a converted model. The rounded weights are not in it: they are in the model's layers.
 
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`.

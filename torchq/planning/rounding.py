@@ -1,4 +1,4 @@
-"""Rounding: weights by GPTQ where that gains on held-out rows, and bias correction. The arithmetic: gptq.py."""
+"""Rounding: GPTQ where it improves the output on held-out rows, and bias correction. The arithmetic is in gptq.py."""
 
 import dataclasses
 import warnings
@@ -20,30 +20,37 @@ from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
 from torchq.planning.smoothing import scaled, scales_around
 
 MIN_GAIN_DB = 0.5
-"""What "auto" wants rounding to gain, in output SQNR on rows it has not seen."""
+"""The minimum gain for which "auto" takes GPTQ, in output SQNR on held-out rows."""
 
 INPUTS_PER_ROW = 4
-"""A layer of K inputs is rounded on K/4 rows at least: the damping fills up H where they leave it singular."""
+"""A layer of K inputs needs at least K/4 rows. With fewer than K rows H is singular, and only the damping makes it
+invertible.
+"""
 
 MIN_LIKENESS_DB = 10.0
-"""The minimum SQNR between one weight rounded to nearest and by GPTQ: below it, they are of different layers.
+"""The minimum SQNR between a layer's weights rounded to nearest and those in its plan.
 
-In practice it is 30 dB and more."""
+In practice the same weight rounded both ways agrees to 30 dB or more. Below 10 dB the plan has another layer's weights.
+"""
 
-_ROWS = 1024  # of a weight rounded together, in float64
+_ROWS = 1024  # how many rows of a weight GPTQ rounds at a time: its temporaries are float64
 
-_MIN_REST = 0.01
-"""How much of XᵀX must be left without the held-out rows: less, and the difference is float32's rounding errors."""
+_MIN_REMAINING = 0.01
+"""The minimum share of XᵀX that must remain once the held-out rows are subtracted.
+
+With less, the difference is mostly float32 rounding errors.
+"""
 
 _MIN_SQUARE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
-"""The least mean square of inputs, of which float32 keeps all digits."""
+"""The smallest mean square of an input that float32 holds with full precision."""
 
 
 def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = None) -> Plan:
-    """Rounds the int8 layers of `plan` by GPTQ and corrects their bias: always, or ("auto") where they gain by it.
+    """Rounds the int8 layers of `plan` by GPTQ and corrects their bias: always ("gptq"), or where it helps ("auto").
 
-    Layers trained on weights rounded to nearest stay as trained. Half of a layer's sample is taken out of H and judges;
-    the other half gives the bias correction. The records of the layers rounded give up their XᵀX.
+    Layers from `prepare_qat` are left alone: they were trained on weights rounded to nearest. Half of a layer's sample
+    is held out: it is subtracted from H and measures the result. The other half gives the bias correction. The XᵀX of a
+    record is freed once every layer that shares it is rounded.
     """
     if evidence.config.rounding == "nearest":
         return plan
@@ -53,17 +60,17 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
         for name, layer in plan.layers.items()
         if layer.is_int8 and layer.sqnr_db and evidence.layers[name].trained is None
     ]
-    waiting = [evidence.records[name] for name in names]  # by place in names
+    waiting = [evidence.records[name] for name in names]  # the records of the layers still to come, in the same order
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         record = waiting.pop(0)
         layers[name] = _rounded(name, plan, evidence, factors)
         if not any(other is record for other in waiting):
-            record.gram = None  # four times the rounded weights of a square layer, which are kept from here on
+            record.gram = None  # of a square layer, 4 times the bytes of the int8 weights that are kept from here on
     return dataclasses.replace(plan, layers=layers)
 
 
 def _rounded(name: str, plan: Plan, evidence: Evidence, factors: Factors) -> LayerPlan:
-    """The plan of this layer, with GPTQ's weights where they are taken."""
+    """The plan of this layer, with GPTQ's weights if they are good enough."""
     layer, record = plan.layers[name], evidence.records[name]
     why_not = _why_not(record)
     if why_not is not None:
@@ -72,19 +79,19 @@ def _rounded(name: str, plan: Plan, evidence: Evidence, factors: Factors) -> Lay
     matrix = evidence.layers[name].matrix
     if into is not None:
         matrix = scaled(matrix, into=into)
-    done, before, after = _round_layer(matrix, layer, record, into, factors)
+    rounded, before, after = _round_layer(matrix, layer, record, into, factors)
     layer = dataclasses.replace(layer, gptq_db=(before, after))
     if evidence.config.rounding == "auto" and not after >= before + MIN_GAIN_DB:
         return layer
-    weights = done if out is None else Rounded(done.weight, done.scale / out, done.bias / out)
+    weights = rounded if out is None else Rounded(rounded.weight, rounded.scale / out, rounded.bias / out)
     return dataclasses.replace(layer, rounding="gptq", sqnr_db={**layer.sqnr_db, "gptq": after}, weights=weights)
 
 
 @door("torchq.plan_of")
 def plan_of(qmodel: nn.Module) -> Plan:
-    """The plan of a converted model, complete: with the weights that calibration rounded (`LayerPlan.weights`).
+    """The complete plan of a converted model, with the weights that calibration rounded (`LayerPlan.weights`).
 
-    `apply_plan(model, plan)` then makes the same model of the float one, and of an edited plan its variant.
+    `apply_plan(model, plan)` turns the float model into the same int8 model again; edit the plan first for a variant.
     `qmodel.torchq_plan` is the same plan without these weights, which would be a second copy in memory.
 
     Raises:
@@ -114,11 +121,11 @@ def _weights_of(quantized: QuantizedLinear) -> Rounded:
 def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None) -> None:
     """Replaces a layer's nearest-rounded weights by those of its plan.
 
-    If the plan has none, the layer only gets a bias, as the rounded ones come with one: so a state_dict of the
-    converted model fits.
+    If the plan holds none, the layer keeps its weights and gets a bias of zeros if it had no bias. GPTQ's bias
+    correction gives every layer a bias, so a state_dict of the converted model then still fits.
 
     Raises:
-        ValueError: they are another layer's, or were made for inputs or outputs smoothed otherwise.
+        ValueError: the weights belong to another layer, or were made for a different smoothing.
     """
     nearest = _weights_of(quantized)
     rounded = nearest if rounded is None else rounded
@@ -131,14 +138,14 @@ def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None)
 
 
 def _alike(nearest: Rounded, rounded: Rounded) -> bool:
-    some = slice(None, None, max(1, len(nearest.weight) // 64))  # rows: whole float layers would double the memory
+    some = slice(None, None, max(1, len(nearest.weight) // 64))  # about 64 rows: a whole layer in float is large
     exact = dequantize(nearest.weight[some], nearest.scale[some], axis=0)
-    found = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
-    return found > MIN_LIKENESS_DB or not exact.any()
+    likeness_db = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
+    return likeness_db > MIN_LIKENESS_DB or not exact.any()
 
 
 def warn_of_missing(plan: Plan) -> None:
-    """Warns of the layers of a plan whose rounded weights are not there."""
+    """Warns if the plan lacks the weights of layers that it rounds by GPTQ."""
     missing = [
         name
         for name, layer in plan.layers.items()
@@ -156,23 +163,23 @@ def warn_of_missing(plan: Plan) -> None:
 
 
 def _why_not(record: Record) -> str | None:
-    """Why GPTQ would cost too much, or H would mean nothing."""
-    depth, rows = record.sample.rows.shape[1], record.sample.seen - len(record.sample.rows[::2])
+    """Why GPTQ is not tried: it would cost too much, or there is too little data for H. None if it is."""
+    depth, rows = record.sample.rows.shape[1], record.sample.rows_seen - len(record.sample.rows[::2])
     if record.gram is None:
         rounding = record.config.rounding
         return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
     if INPUTS_PER_ROW * rows < depth:
         needed = -(-depth // INPUTS_PER_ROW)
         return f"{rows} calibration rows beside the held-out ones, gptq needs {needed} for {depth} inputs"
-    whole = float(record.gram.trace())
-    rest = whole - float(_held_out_of_gram(record).square().sum())
-    if not rest > max(_MIN_REST * whole, depth * _MIN_SQUARE):  # nan is not
-        return f"the squares of its inputs sum to {whole:.3g}, {rest:.3g} of it outside of the held-out rows"
+    total = float(record.gram.trace())
+    remaining = total - float(_held_out_of_gram(record).square().sum())
+    if not remaining > max(_MIN_REMAINING * total, depth * _MIN_SQUARE):  # `not >`, so that nan is refused too
+        return f"the squares of its inputs sum to {total:.3g}, {remaining:.3g} of it outside of the held-out rows"
     return None
 
 
 def _held_out_of_gram(record: Record) -> Tensor:
-    """The held-out rows that XᵀX took in, (R, K)."""
+    """The held-out rows that are part of XᵀX, (R, K)."""
     return record.sample.rows[::2][record.sample.positions[::2] < record.gram_rows]
 
 
@@ -180,16 +187,16 @@ def _held_out_of_gram(record: Record) -> Tensor:
 def _round_layer(
     matrix: Matrix, plan: LayerPlan, record: Record, into: Tensor | None, factors: Factors
 ) -> tuple[Rounded, float, float]:
-    """The matrix rounded, and its output SQNR on held-out rows before and after.
+    """The matrix rounded by GPTQ, and the output SQNR on held-out rows: rounded to nearest, and by GPTQ.
 
-    `into` (K,) is what smoothing divides its inputs by; the matrix takes inputs so divided.
+    `into` (K,) is what smoothing divides the layer's inputs by. The matrix is the scaled one, for divided inputs.
     """
-    assert record.gram is not None  # _why_not
+    assert record.gram is not None  # _why_not has checked it
     rows, counted = record.sample.rows, _held_out_of_gram(record)
     gram = record.gram - counted.T @ counted
     if into is not None:
         rows, gram = rows / into, gram / torch.outer(into, into)
-    held_out, seen = rows[::2], rows[1::2]
+    held_out, correction_rows = rows[::2], rows[1::2]
     weight = matrix.weight.float()
     scale = weight_scale(weight, per_channel=plan.per_channel).contiguous()
     bias = torch.zeros(len(weight)) if matrix.bias is None else matrix.bias.float()
@@ -202,8 +209,10 @@ def _round_layer(
 
     exact = nn.functional.linear(held_out, weight, bias)
     nearest = run(held_out, quantize(weight, scale, axis=0), bias)
-    pieces = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)  # each row by itself: less memory
+    pieces = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)  # rows are independent
     codes = torch.cat([gptq(w, s, gram, factors=factors) for w, s in pieces])
-    corrected = bias + mean_error(nn.functional.linear(seen, weight, bias), run(seen, codes, bias))
+    corrected = bias + mean_error(
+        nn.functional.linear(correction_rows, weight, bias), run(correction_rows, codes, bias)
+    )
     after = run(held_out, codes, corrected)
     return Rounded(codes, scale, corrected), sqnr_db(exact, nearest), sqnr_db(exact, after)

@@ -1,13 +1,13 @@
-"""SmoothQuant: activation outliers move into the weights, without a change of the function (arXiv 2211.10438).
+"""SmoothQuant moves activation outliers into the weights; the function stays the same (arXiv 2211.10438).
 
-A few channels of a transformer's activations are 50 times as large as the others, and one scale for all of them leaves
-the others a few codes. Dividing channel j by s_j and multiplying column j of the next weights by it changes nothing,
+A few channels of a transformer's activations are 50 times as large as the others. With one scale for all channels, the
+others are left with a few codes. So channel j is divided by s_j, and column j of the next weights is multiplied by it:
 
     y = (x / s) · (w · s)ᵀ        s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
-but shares the difficulty between activations and weights, which have a scale per output channel. The division costs
-nothing at run time: it is folded into the weight and bias of the module that makes x, a LayerNorm, RMSNorm or layer,
-and only where `dataflow` has proven that nobody else reads it.
+The product is the same, but the range is now shared between the activations and the weights, which have a scale per
+output channel. The division costs nothing at run time: it is folded into the weight and bias of the module that
+computes x (a LayerNorm, RMSNorm or layer). That is done only where `dataflow` has proven that nothing else reads x.
 """
 
 import math
@@ -24,30 +24,27 @@ from torchq.planning.plan import Smoothing
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
 
-
 MIN_GAIN_DB = 0.5
-"""What smoothing must gain over leaving the model as it is."""
-
+"""Up to this gain in mean output SQNR, not smoothing is preferred; smooth_search says when."""
 
 _PART_WEIGHTS = 2**18  # 1 MiB of float32
 
-
-_LIMIT = 2.0**12  # of a scale: beyond it, the channel is noise on one side or the other
+_LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
 
 
 def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
     """`s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`, divided by their geometric mean.
 
-    The mean changes no int8 code, as all ranges scale with it, and keeps the folded weights near the old ones. In a
-    16-bit model the scales are rounded to powers of two, so that folding rounds nothing.
+    Dividing by the mean changes no int8 code, since all ranges change by the same factor. It keeps the folded weights
+    near their old size. In a 16-bit model the scales are rounded to powers of two, so that folding is exact.
 
     Args:
         x_peak: max|x_j| over the calibration data, float32 (K,).
-        weights: those of all readers, (N, K) each.
+        weights: the weights of all readers, (N, K) each.
         alpha: in [0, 1].
 
     Returns:
-        float32 (K,); 1 where a channel is zero in x or in all weights.
+        float32 (K,). Channels that are zero in x or in all weights get the scale 1.
 
     >>> smoothing_scales(torch.tensor([16.0, 1.0]), [torch.ones(3, 2)], alpha=0.5)
     tensor([2.0000, 0.5000])
@@ -64,7 +61,7 @@ def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) ->
 
 
 def scaled(matrix: Matrix, *, into: Tensor | None = None, out: Tensor | None = None) -> Matrix:
-    """The matrix that takes x / `into` (K,) and gives y / `out` (N,): a new one, of the same dtype.
+    """A new matrix, of the same dtype, that maps x / `into` (K,) to y / `out` (N,).
 
     >>> weight, s = torch.ones(2, 4), torch.tensor([1.0, 2.0, 4.0, 0.5])
     >>> x = torch.ones(1, 4)
@@ -79,24 +76,24 @@ def scaled(matrix: Matrix, *, into: Tensor | None = None, out: Tensor | None = N
 def scaled_parts(
     matrix: Matrix, *, per_channel: bool = True, into: Tensor | None = None, out: Tensor | None = None
 ) -> Iterator[tuple[slice, Matrix]]:
-    """`scaled`, a part of the output channels at a time: a scaled copy of a whole large layer would double its memory.
+    """`scaled`, for some output channels at a time: a scaled copy of a whole large layer would double its memory.
 
-    All channels at once without `per_channel`, for a caller that needs one scale of all weights.
+    Without `per_channel` all channels come at once, because the caller then needs one scale for all weights.
 
     >>> matrix = Matrix(torch.zeros(5, 2**17), None)
     >>> [(channels, len(part.weight)) for channels, part in scaled_parts(matrix)]
     [(slice(0, 2, None), 2), (slice(2, 4, None), 2), (slice(4, 5, None), 1)]
     """
     count, depth = matrix.weight.shape
-    step = max(1, _PART_WEIGHTS // max(1, depth)) if per_channel else max(1, count)
-    for start in range(0, max(1, count), step):
-        channels = slice(start, min(start + step, count))
+    part_channels = max(1, _PART_WEIGHTS // max(1, depth)) if per_channel else max(1, count)
+    for start in range(0, max(1, count), part_channels):
+        channels = slice(start, min(start + part_channels, count))
         part = Matrix(matrix.weight[channels], None if matrix.bias is None else matrix.bias[channels])
         yield channels, scaled(part, into=into, out=None if out is None else out[channels])
 
 
 def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, nn.Parameter]:
-    """New parameters of this module of `model`, a norm or a layer, with all smoothings that touch it folded in."""
+    """New parameters for the norm or layer `name`, with the smoothings of its input and of its output folded in."""
     module = model.get_submodule(name)
     kind = type_of(module)
     held = module._parameters if kind is None else kind.matrices(module)[""]._asdict()
@@ -109,13 +106,13 @@ def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], nam
 
 
 def scales_around(smoothings: Mapping[str, Smoothing], name: str) -> tuple[Tensor | None, Tensor | None]:
-    """The scales this module's input is divided by, and those its output is; None for neither."""
+    """The scales that divide this module's input (K,), and those that divide its output (N,); None where none do."""
     into = next((torch.tensor(s.scales) for s in smoothings.values() if name in s.layers), None)
     return into, torch.tensor(smoothings[name].scales) if name in smoothings else None
 
 
 def channels_of(module: nn.Module | None) -> int | None:
-    """The output channels of a module whose weight and bias can rescale its output; None where they can't."""
+    """How many output channels a module has, if its weight and bias can rescale them; None if they can't."""
     kind = None if module is None else type_of(module)
     if module is not None and kind is not None:
         matrices = kind.matrices(module)
