@@ -1,18 +1,19 @@
-# One command each; every one sets up .venv first if it has to.
+# Every command sets up .venv first, if it needs it.
 #
 #   make demo        train, convert, and measure a small network
 #   make test        the whole suite
 #   make lint        ruff, mypy, clang-format
-#   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python; test-arm-full: all of it
-#   make guard      int8 against float32: a look at the speed, and a check of the answers
-#   make bench-core  percent of peak of every kernel this CPU runs
-#   make clean       remove what was built
+#   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python
+#   make test-arm-full  the same with every test
+#   make guard       int8 against float32: prints the speed, checks the answers
+#   make bench-core  percent of peak of every kernel this CPU can run
+#   make clean       remove everything that was built
 
 PYTHON ?= python3
 CXX ?= g++
 VENV := .venv
 BIN := $(VENV)/bin
-SLOWEST := --durations=15 --durations-min=2  # a test that stands there should say so: @pytest.mark.slow(seconds=...)
+SLOWEST := --durations=15 --durations-min=2  # a test listed there needs the mark @pytest.mark.slow(seconds=...)
 CORE := $(wildcard csrc/gemm/*)
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
 
@@ -24,9 +25,9 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest -n auto $(SLOWEST)
 
-# Each file of tests on one worker: they share what they build. See tests/arm/emulation.py for the packages it needs.
-# What the quick run leaves out is in test_arm_core.py, test_arm_torch.py and test_arm_bits.py: under emulation a CPU is
-# 20 to 50 times slower, so it takes what an architecture can change.
+# The tests of a file run on one worker, since they share what they build. tests/arm/emulation.py lists the packages that
+# this needs. An emulated CPU is 20 to 50 times slower, so the quick run has only the tests whose result can depend on the
+# architecture: test_arm_core.py, test_arm_torch.py and test_arm_bits.py say which.
 test-arm: $(VENV)/built
 	TORCHQ_ARM=quick $(BIN)/python -m pytest -n auto --dist loadfile $(SLOWEST) tests/arm
 
@@ -49,7 +50,7 @@ build/bench_core: benchmarks/core.cpp benchmarks/peak.cpp $(CORE)
 	mkdir -p build
 	$(CXX) -std=c++17 -O3 -ffp-contract=off -w -o $@ $(filter %.cpp,$^)
 
-# torch is named first and alone: a plain `torch` would bring gigabytes of CUDA (see README, Install).
+# If pip finds torch only with CUDA, that takes gigabytes: README, Install, says how to get the CPU build.
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "torchq needs Python >= 3.10")'
 	$(PYTHON) -m venv $(VENV) || { echo "Creating .venv failed. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }

@@ -1,7 +1,7 @@
-"""Builds torchq._C: the GEMM core, the torch ops and the pybind11 module in one library. All else: pyproject.toml.
+"""Builds torchq._C: the GEMM core, the torch ops and the pybind11 module in one library. The rest is in pyproject.toml.
 
-Every file is compiled with baseline flags. A kernel file opens a target region for its own instructions, so that no
-AVX leaks into code that other CPUs run, and the choice falls at run time.
+Every file is compiled with baseline flags. A kernel file enables its own instructions in a target region, so that no
+AVX gets into code that other CPUs run. The kernel is chosen at run time.
 """
 
 import os
@@ -18,7 +18,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
 
-# Every kernel of every architecture: a file is empty where its architecture is not the target.
+# The kernels of all architectures: a file compiles to nothing on another architecture than its own.
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
 CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
@@ -27,7 +27,7 @@ SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 
 
 def check_torch() -> None:
-    """Stops with what to do if torch is absent or too old for the stable ABI."""
+    """Exits with instructions if torch is missing or too old for the stable ABI."""
     advice = "Install it first (pip install 'torch>=2.10'), then: pip install --no-build-isolation ."
     try:
         import torch
@@ -38,7 +38,7 @@ def check_torch() -> None:
 
 
 def check_compiler() -> None:
-    """Stops with what to do if there is no C++ compiler."""
+    """Exits with instructions if there is no C++ compiler."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not (shutil.which(compiler) or ("CXX" not in os.environ and shutil.which("g++"))):
         sys.exit(
@@ -60,7 +60,7 @@ def extension_arguments() -> dict:
         extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
         depends=[os.path.join(folder, f) for folder in ("csrc", "csrc/gemm") for f in os.listdir(folder) if "." in f],
     )
-    if "torch_python" in module.libraries:  # the stable ABI is all we link
+    if "torch_python" in module.libraries:  # only the stable ABI is linked
         module.libraries.remove("torch_python")
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -41,5 +41,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names: the packages they live in are not part of the interface."""
+    """The public names. The packages they come from are not part of the interface."""
     return [*__all__, "__version__"]

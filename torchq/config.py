@@ -1,4 +1,4 @@
-"""QConfig: every choice of a conversion, checked when it is made."""
+"""QConfig: all options of a conversion. They are checked when the QConfig is created."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ class QConfig:
         weight: int8 weights with one scale per output channel, or one per tensor.
         activation: "dynamic": a scale and zero point per row (token), computed at run time. "static": one pair per
             layer, from calibration. "auto": per layer, static where it costs no more than `margin_db` of output SQNR.
-        observer: what turns calibration data into a static range (see `torchq.observers`). "auto": min-max, percentile,
-            MSE or entropy, whichever gives the layer's output the highest SQNR.
+        observer: how calibration data gives a static range (see `torchq.observers`). "auto": min-max, percentile, MSE
+            or entropy, whichever gives the layer's output the highest SQNR.
         percentile: the share of values, in %, that the percentile observer keeps inside the range.
         min_sqnr_db: a layer whose output SQNR on its calibration sample is below this stays in float.
         margin_db: how much output SQNR static may lose against dynamic and still be chosen.
-        sample_rows: how many input rows of each layer are kept to measure on (at most 2 MiB a layer, either way).
+        sample_rows: how many input rows of each layer are kept to measure on. Never more than 2 MiB per layer.
         smoothing: "auto": activation outliers are moved into the weights (SmoothQuant, docs/accuracy.md) where the data
-            flow seen in calibration proves it safe and the layers' output SQNR gains; the LayerNorm, RMSNorm or Linear
-            before is rescaled for it. "none": no other module than the layers is touched.
-        rounding: "gptq": the weights are rounded so that the layer's outputs on the calibration data stay closest, with
-            bias correction (docs/accuracy.md), for layers of up to 4096 inputs that saw enough rows. "auto": up to 1024
-            inputs, and where it gains at least 0.5 dB on rows it was not given. Costs time, and K x K floats of memory
-            a layer during calibration. "nearest": each weight to its nearest int8 code.
-        exclude: patterns (as in `fnmatch`) of module names to leave in float; a pattern that names a module excludes
+            flow seen in calibration proves it safe and the layers' output SQNR improves. The LayerNorm, RMSNorm or
+            Linear before them is rescaled for it. "none": only the layers themselves are changed.
+        rounding: "nearest": each weight is rounded to its nearest int8 code. "gptq": the weights are rounded so that
+            the layer's outputs on the calibration data change least, with bias correction (docs/accuracy.md), for
+            layers of up to 4096 inputs with enough rows. "auto": the same for up to 1024 inputs, if it gains at least
+            0.5 dB on held-out rows. GPTQ costs time, and K x K floats of memory per layer during calibration.
+        exclude: patterns (as in `fnmatch`) of module names to leave in float. A pattern that matches a module excludes
             everything in it.
 
     Raises:
-        ValueError: a value outside these.
+        ValueError: an option has any other value.
 
     >>> QConfig(activation="dynamic", exclude=("head",)).weight
     'per_channel'

@@ -1,4 +1,4 @@
-"""convert(): calibrate, plan in stages, swap. All or nothing: the model passed in is never left half changed."""
+"""convert(): calibrates, plans in stages, swaps the layers. The model passed in is never left half changed."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -40,23 +40,23 @@ def convert(
     Args:
         model: a trained model on the CPU, in float32, bfloat16 or float16. It is left as it was, unless `inplace`.
         calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts, which may differ in shape
-            (`calibrate` says what each kind of data gives). Fewer than 16 rows (samples, or tokens) for a layer are a
+            (see `calibrate` for special cases). A layer that gets fewer than 16 rows (samples, or tokens) causes a
             UserWarning. Without a loader, every layer is dynamic. A model from `prepare_qat` keeps the schemes and
-            ranges it was trained with, either way; data lets its layers be fused and their error be measured.
+            ranges it was trained with in any case; with data, its layers are also fused and their error is measured.
         config: a QConfig; the default measures and chooses per layer.
-        forward: `forward(model, batch)`: how to run one batch, where the model's own signature does not tell.
-        inplace: swap the layers of `model` itself and return it, which needs no memory beyond its own, a layer's, and
-            what calibration keeps (docs/performance.md; least with rounding="nearest"). Everything is checked before
-            the first swap.
+        forward: `forward(model, batch)`: how to run one batch, if `model(batch)` and the like do not work.
+        inplace: swap the layers of `model` itself and return it. That needs memory only for the model, one more layer,
+            and what calibration keeps (docs/performance.md; least with rounding="nearest"). Everything is checked
+            before the first swap.
         progress: a progress bar over the batches; None shows it on a terminal only.
-        evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that cost it too much stay in
-            float. It is called on the float model and on copies, 2 + ceil(log2(int8 layers)) times at most
-            (docs/accuracy-budget.md); its errors pass through.
-        max_drop: the most the metric may fall below the float model's, in its own unit; 0.01 if not given. Where no
-            int8 layer fits into it, that is a warning with the numbers, and all layers stay in float.
+        evaluate: `evaluate(model) -> float`, your own metric, higher is better. Layers that lower it too much stay in
+            float. It is called on the float model and on copies, at most 2 + ceil(log2(int8 layers)) times
+            (docs/accuracy-budget.md). Its errors pass through.
+        max_drop: the most the metric may fall below the float model's, in the metric's own unit; 0.01 if not given. If
+            not even one int8 layer is within it, all layers stay in float, and a warning gives the numbers.
 
     Returns:
-        The converted model. `torchq_plan`, an attribute of it, says of every Linear what it became and why.
+        The converted model. Its attribute `torchq_plan` says what every Linear became, and why.
 
     Raises:
         TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.

@@ -1,8 +1,8 @@
 """Errors that name the public function the user called.
 
-What is wrong is often found far below that function, in code that several public functions share. Such code raises
-`BadValueError` or `BadTypeError` and says only what is wrong. The public function, marked by `@door("torchq.convert")`,
-puts its name in front and raises the plain ValueError or TypeError that the user sees.
+Errors are often found far below that function, in code that several public functions share. Such code raises
+`BadValueError` or `BadTypeError` and says only what is wrong. The public function is decorated with
+`@door("torchq.convert")`, which adds its name in front and raises the plain ValueError or TypeError that the user sees.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ R = TypeVar("R")
 
 
 class BadValueError(ValueError):
-    """A value that the public function called can't work with; its name is still missing from the message."""
+    """A bad value. The message still lacks the name of the public function that was called."""
 
 
 class BadTypeError(TypeError):
-    """The same for a type."""
+    """A value of a bad type. The message still lacks the name of the public function that was called."""
 
 
 def door(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Marks a public function: errors of this module that leave it become plain ones that start with `name`.
+    """Decorates a public function: `BadValueError` and `BadTypeError` leave it as plain errors that start with `name`.
 
     Args:
-        name: as the user writes it.
+        name: the function's name as the user writes it.
 
     >>> @door("half")
     ... def half(x: int) -> int:

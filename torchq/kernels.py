@@ -1,8 +1,8 @@
-"""Which kernel multiplies: what is compiled in, what this CPU can run, what is active, and forcing one.
+"""The kernels that multiply: which are compiled in, which this CPU can run, which is active, and how to force one.
 
-The kernels stand in one table, best first (csrc/gemm/dispatch.cpp); the first that this CPU can run is active. All of
-them give the same integers and the same floats, bit for bit, so the choice is about speed only. The environment
-variable `TORCHQ_KERNEL=<name>` forces one for a process, `use(name)` for a block of code.
+One table lists the kernels, best first (csrc/gemm/dispatch.cpp). The first that this CPU can run is active. All kernels
+give the same integers and the same floats, bit for bit, so the choice affects only speed. To force a kernel, set the
+environment variable `TORCHQ_KERNEL=<name>` for a process, or call `use(name)` for a block of code.
 """
 
 import os
@@ -46,7 +46,7 @@ def active() -> str:
 
 
 def last_used() -> str | None:
-    """The kernel of the latest op call in this process, or None before the first: what really ran."""
+    """The kernel that really ran in the latest op call of this process; None before the first call."""
     return _C.last_used()
 
 

@@ -1,8 +1,8 @@
-"""The torch ops: one typed wrapper and one fake for each; schemas and kernels are in csrc/torch_ops.cpp.
+"""The torch ops: a typed wrapper and a fake for each. Schemas and kernels are in csrc/torch_ops.cpp.
 
-Weights enter `pack` once; the other ops multiply by the packed form. A packed tensor is a plain uint8 vector, derived
-from (weight, scale, bias) and never serialized. Its length tells the number of output features N once the number of
-input features K is known (csrc/gemm/gemm.h), which is how the fakes infer shapes.
+`pack` runs once per weight; the other ops multiply by the packed weight. A packed weight is a plain uint8 vector,
+computed from (weight, scale, bias) and never serialized. Its length encodes N, the number of output features, given K,
+the number of input features (csrc/gemm/gemm.h). The fakes infer shapes from it.
 """
 
 from enum import IntEnum
@@ -26,13 +26,13 @@ __all__ = [
 ]
 
 MAX_DEPTH = _C.MAX_DEPTH
-"""The deepest exact sum: 255 * 128 * K < 2^31 holds up to K = 65793."""
+"""The largest K whose int32 sums are exact: 255 * 128 * K < 2^31 holds up to K = 65793."""
 
 _PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
 
 
 class Activation(IntEnum):
-    """The function applied to y after the bias; formulas and errors in csrc/gemm/activations.inc.
+    """The function applied to y after the bias. Formulas and errors are in csrc/gemm/activations.inc.
 
     GELU_TANH is torch's `gelu(approximate="tanh")`, SILU is `x * sigmoid(x)`.
     """
@@ -45,9 +45,9 @@ class Activation(IntEnum):
 
 
 def packed_bytes(n: int, k: int) -> int:
-    """The length in bytes of a packed (N, K) weight: header, panels, room to read, and the N encoding.
+    """The length in bytes of a packed (N, K) weight: header, panels, padding for over-reads, and the encoding of N.
 
-    >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels, one byte less of N encoding
+    >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels; one byte less to encode N
     -1
     """
     panels = -(-n // _PANEL_COLUMNS)
@@ -74,7 +74,7 @@ def _room_to_read(k: int) -> int:
 
 
 def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Lays int8 weights out for the kernels, with their scales and bias: uint8 (packed_bytes(N, K),).
+    """Arranges int8 weights for the kernels, with their scales and bias: uint8 (packed_bytes(N, K),).
 
     Args:
         weight: int8 (N, K), any values, K <= 65793.
@@ -82,7 +82,7 @@ def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: float32 (N,), or None.
 
     Raises:
-        RuntimeError: wrong dtype, shape or device, or K too deep.
+        RuntimeError: wrong dtype, shape or device, or K too large.
 
     >>> packed = pack(torch.ones(2, 3, dtype=torch.int8), torch.tensor([0.5, 1.0]))
     >>> packed.dtype, packed.dim()
@@ -100,7 +100,7 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     is_packed = packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() >= _HEADER
     k = int(packed[16:24].clone().view(torch.int64)) if is_packed else -1
-    weight, scale, bias = torch.ops.torchq.unpack(packed, k)  # checks, and says what is wrong
+    weight, scale, bias = torch.ops.torchq.unpack(packed, k)  # raises the error if packed is not packed
     return weight, scale, bias if bool(packed[24:28].clone().view(torch.int32)) else None
 
 
@@ -117,8 +117,8 @@ def gemm(a: Tensor, packed: Tensor) -> Tensor:
 def linear_dynamic(x: Tensor, packed: Tensor, activation: int = Activation.NONE) -> Tensor:
     """`y = act(dequantize(codes(x) · wᵀ) + bias)`, each row (token) of x quantized to u8 with its own scale.
 
-    `y[m, n] = act(float(Σ_k (code[m, k] - zero_point[m])·w[n, k]) * (scale[m] * w_scale[n]) + bias[n])`, codes as
-    `quantize_per_token` gives them, each float operation rounded once in float32, then rounded to x's dtype.
+    `y[m, n] = act(float(Σ_k (code[m, k] - zero_point[m])·w[n, k]) * (scale[m] * w_scale[n]) + bias[n])`. The codes are
+    those of `quantize_per_token`. Each float operation is rounded once, to float32, and y is then rounded to x's dtype.
 
     Args:
         x: float32, bfloat16 or float16 (..., K). A row with NaN or infinity gives a row of NaN.
@@ -146,11 +146,11 @@ def linear_static(
     y_zero_point: int = 0,
     activation: int = Activation.NONE,
 ) -> Tensor:
-    """`linear_dynamic` with one scale and zero point for all of x, given; reads and writes floats or u8 codes.
+    """`linear_dynamic` with one given scale and zero point for all of x. Reads and writes floats or u8 codes.
 
     Args:
-        x: float (..., K), quantized here by `clamp(rne(x * (1 / x_scale)) + x_zero_point, 0, 255)` (NaN gives 0, and
-            infinities saturate), or uint8: codes already.
+        x: uint8 (..., K): codes. Or float (..., K), which is quantized here by
+            `clamp(rne(x * (1 / x_scale)) + x_zero_point, 0, 255)`; NaN gives 0, and infinities saturate.
         packed: from `pack`.
         x_scale: positive; rounded to float32.
         x_zero_point: in [0, 255].
@@ -172,9 +172,9 @@ def linear_static(
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u8 codes (..., K), scale float32 (..., 1) and zero point int32 (..., 1) of each row: what `linear_dynamic` sees.
+    """u8 codes (..., K), scale float32 (..., 1) and zero point int32 (..., 1) of each row, as in `linear_dynamic`.
 
-    As `qparams.choose_qparams(x, dtype=torch.uint8, symmetric=False, axis=0)` for rows x, except that a row with NaN
+    The same as `choose_qparams(x, dtype=torch.uint8, symmetric=False, axis=0)` for rows x, except that a row with NaN
     or infinity has scale NaN and codes 0.
 
     >>> quantize_per_token(torch.tensor([[0.0, 0.25, 1.0]]))[0]

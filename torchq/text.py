@@ -1,4 +1,4 @@
-"""How numbers are shown: one table, one way to write bytes and times, and what JSON knows."""
+"""How values are shown: tables, bytes, times, and values that JSON has no form for."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the cells of a column under one another, and a rule below the head.
+    """The lines of a table: aligned columns, and a rule below the head.
 
     >>> print(*table(["layer", "x"], [["fc", "1"]]), sep="|")
     layer  x|--------|fc     1
@@ -17,7 +17,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes, as people read them.
+    """A number of bytes in KiB or MiB.
 
     >>> size(2560), size(3 * 2**20)
     ('2.5 KiB', '3.00 MiB')
@@ -26,7 +26,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, as people read them.
+    """A time in ms or us.
 
     >>> duration(0.0123), duration(4.2e-6)
     ('12.3 ms', '4.2 us')
@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Tuples as lists, and what JSON has no number for, inf and nan, as strings.
+    """The value in JSON's types: tuples become lists, and inf and nan, which JSON lacks, become strings.
 
     >>> to_json({"a": (1, float("inf"))})
     {'a': [1, 'inf']}

@@ -1,7 +1,7 @@
 """How torchq times: contestants interleaved in one process, the best of several rounds.
 
-Other work on a machine only ever makes a run slower, so the best round is the estimate, and interleaving lets clock
-changes fall on every contestant alike. Ratios within one run are what to quote.
+Other work on the machine can only make a run slower, so the best round is the estimate. Interleaving makes changes of
+the clock affect every contestant alike. Quote ratios within one run, not times of different runs.
 """
 
 import time
@@ -15,9 +15,9 @@ def interleaved(
     seconds: float = 0.02,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Seconds a call takes, for each contestant: the best of `rounds` rounds of about `seconds` each.
+    """The seconds one call of each contestant takes: the best of `rounds` rounds of about `seconds` each.
 
-    Each turn starts by `before()` and one call, both untimed.
+    Each turn starts with `before()` and one call, both untimed.
 
     >>> sorted(interleaved({"a": lambda: None, "b": lambda: None}, rounds=2, seconds=0.001))
     ['a', 'b']
@@ -39,7 +39,7 @@ def interleaved(
 
 
 def _repeats(call: Callable[[], object], seconds: float) -> int:
-    """How many calls fill `seconds`, by the fastest of several: the first ones allocate and start threads."""
+    """How many calls fill `seconds`, estimated by the fastest of several: the first ones allocate and start threads."""
     best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(100):
         start = time.perf_counter()

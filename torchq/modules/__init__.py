@@ -1,4 +1,4 @@
-"""The modules that compute in int8, their training forms, and the registry of the float modules they replace."""
+"""The int8 modules, their training forms, and the registry of the float modules they replace."""
 
 from torchq.modules.quantized_linear import QuantizedLinear, simulate
 

@@ -1,4 +1,4 @@
-"""Activations that a QuantizedLinear computes in its epilogue: their modules, and torch's functions."""
+"""The activations that a QuantizedLinear can compute in its epilogue, as modules and as torch functions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +14,11 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.GELU_TANH: partial(nn.functional.gelu, approximate="tanh"),
     Activation.SILU: nn.functional.silu,
 }
-"""What the simulated path computes in place of the epilogue."""
+"""The functions that the simulated path calls instead of the epilogue."""
 
 
 def activation_of(module: nn.Module | None) -> Activation:
-    """What a layer can compute in its epilogue in place of this module; NONE if it can't, or for no module.
+    """The activation that can replace this module in a layer's epilogue; NONE if none can, and for None.
 
     >>> activation_of(nn.GELU(approximate="tanh"))
     <Activation.GELU_TANH: 3>

@@ -1,13 +1,13 @@
-"""ModuleType: what torchq must know of one kind of float module, to calibrate, plan, convert and report it.
+"""ModuleType: what torchq must know about a kind of float module to calibrate, plan, convert and report it.
 
-A module type is one file here and one entry of `registry.TYPES`. Every stage of a conversion asks the entry, and none
-of them knows what the module is. What the stages decide about is a *matrix*: one weight, in nn.Linear's orientation,
-and the input it multiplies,
+A module type is one file here and one entry in `registry.TYPES`. The stages of a conversion only use the entry; none
+contains code for a particular kind of module. They decide about *matrices*. A matrix is one weight, in nn.Linear's
+orientation, and the input it multiplies,
 
     y = x · weightᵀ + bias        x (..., K), weight (N, K), bias (N,) or None
 
-A module has one or several of them, and stores them as it likes: transposed, stacked, packed. In the int8 module each
-becomes a QuantizedLinear.
+A module has one or several matrices, and may store them transposed, stacked or packed. In the int8 module, each becomes
+a QuantizedLinear.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ class Trained(NamedTuple):
     Args:
         input_qparams: the static range of its input; None for a range per token.
         per_channel: one weight scale per output channel, or one for all.
-        origin: where the range came from, in words.
+        origin: where the range came from, such as "learned range".
     """
 
     input_qparams: QParams | None
@@ -45,7 +45,7 @@ class Trained(NamedTuple):
 
 
 class Int8Module(nn.Module, ABC):
-    """What a float module becomes. A subclass says how many bytes it took in float."""
+    """The base class of int8 modules. A subclass says how many bytes the float module took."""
 
     @property
     @abstractmethod
@@ -60,7 +60,7 @@ class Int8Module(nn.Module, ABC):
 
 
 class ModuleType(ABC):
-    """One kind of float module. Methods take the module itself, and never change it unless they say so."""
+    """One kind of float module. Methods take the module as an argument, and change it only if they say so."""
 
     name: str
     """The type as a user knows it, for messages: "nn.Linear"."""
@@ -71,28 +71,28 @@ class ModuleType(ABC):
 
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
-        """Its matrices by part: the name of the QuantizedLinear within the int8 module, or "" if it is that itself."""
+        """Its matrices by part: the name of a QuantizedLinear in the int8 module, or "" if it is the int8 module."""
 
     @abstractmethod
     def parameters(self, module: nn.Module, part: str, matrix: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of `module`, by name, that make this `weight` and (where given) `bias` the part's matrix."""
+        """The parameters of `module`, by name, with which the part's matrix is this `weight` and (if given) `bias`."""
 
     @abstractmethod
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a call with these arguments multiplies each part's weight by, as far as the call shows it."""
+        """For each part, the input that a call with these arguments multiplies its weight by, as far as is known."""
 
     @abstractmethod
     def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-        """The int8 module, of these parts: a QuantizedLinear each, or an nn.Linear where a part stays in float."""
+        """The int8 module made of `parts`. Each is a QuantizedLinear, or an nn.Linear if it stays in float."""
 
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
-        """Why this one must stay in float, whatever the data show; None if it need not."""
+        """Why this module must stay in float, whatever the data; None if it need not."""
         return None
 
     # ---- Quantization-aware training -----------------------------------------------------------------------------
 
     def trained(self, module: nn.Module) -> Trained | None:
-        """How it was trained to be quantized; None for a plain float module."""
+        """How the module was trained to be quantized; None for a plain float module."""
         return None
 
     def why_untrainable(self, module: nn.Module) -> str | None:
@@ -100,11 +100,11 @@ class ModuleType(ABC):
         return f"{self.name} has no training form"
 
     def prepare(self, module: nn.Module, input_range: "InputRange", *, per_channel: bool) -> None:
-        """Turns `module` itself into its training form. Only where `why_untrainable` gives no reason."""
+        """Turns `module` itself into its training form. To be called only if `why_untrainable` gives no reason."""
         raise TypeError(f"{self.name} has no training form")
 
     def release(self, module: nn.Module) -> None:
-        """Turns a training form itself back into the plain float module; changes nothing else."""
+        """Turns a training form itself back into the plain float module. Leaves other modules unchanged."""
         return
 
 

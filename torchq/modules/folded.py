@@ -1,4 +1,4 @@
-"""Folded: what stands in the place of a module whose work a QuantizedLinear does."""
+"""Folded: replaces a module that was folded into a QuantizedLinear."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torchq import _C
 
 
 class Folded(nn.Identity):
-    """What a module leaves behind whose work a QuantizedLinear does: gives x back, 0.1 us instead of 0.8.
+    """Replaces a module that was folded into a QuantizedLinear. Returns x, in 0.1 us where nn.Identity takes 0.8.
 
     >>> Folded()(1)
     1
     """
 
     def __call__(self, x: Any) -> Any:
-        """Gives x."""
+        """Returns x."""
         if is_dynamo_compiling() or not _C.is_plain(self, Folded):
             return super().__call__(x)
         return x

@@ -12,7 +12,7 @@ from torchq.modules.ranges import InputRange
 
 
 class LinearType(ModuleType):
-    """nn.Linear, and subclasses that keep its forward: one matrix, stored as it is."""
+    """nn.Linear, and subclasses that keep its forward: one matrix, stored in its own orientation."""
 
     name = "nn.Linear"
 
@@ -48,7 +48,7 @@ class LinearType(ModuleType):
 
 
 class QATLinearType(LinearType):
-    """What `prepare_qat` made of an nn.Linear."""
+    """The QATLinear that `prepare_qat` made of an nn.Linear."""
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, QATLinear)

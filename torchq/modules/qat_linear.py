@@ -1,4 +1,4 @@
-"""QATLinear: nn.Linear that trains on the values QuantizedLinear will compute with."""
+"""QATLinear: an nn.Linear that trains with the quantized values QuantizedLinear will use."""
 
 import math
 
@@ -9,15 +9,15 @@ from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 
 
 class QATLinear(nn.Linear):
-    """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: what `torchq.simulate()` gives of the converted layer.
+    """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: the same as the converted layer in `torchq.simulate()`.
 
-    Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype, under
-    autocast too. Weight and bias are ordinary float parameters. Gradients: torchq/modules/ranges.py.
+    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, also
+    under autocast. Weight and bias are ordinary float parameters. Gradients: torchq/modules/ranges.py.
 
     Args:
         in_features: K.
         out_features: N.
-        bias: whether there is one.
+        bias: whether the layer has a bias.
         input_range: how the input is quantized: a LearnedRange, an ObservedRange, or (the default) PerToken.
         per_channel: one weight scale per output feature, or one for all.
 
@@ -43,7 +43,7 @@ class QATLinear(nn.Linear):
 
     @classmethod
     def adopt(cls, linear: nn.Linear, input_range: InputRange, *, per_channel: bool = True) -> None:
-        """Turns `linear` itself into a QATLinear, so that its parameters and every reference to it stay valid.
+        """Turns `linear` itself into a QATLinear. Its parameters, and all references to it, stay valid.
 
         >>> layer = nn.Linear(8, 4)
         >>> QATLinear.adopt(layer, PerToken())
@@ -81,5 +81,5 @@ class QATLinear(nn.Linear):
             return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Sizes and weight scheme, as `repr` shows them."""
+        """Sizes and weight scheme, for `repr`."""
         return f"{super().extra_repr()}, weight={'per_channel' if self.per_channel else 'per_tensor'}"

@@ -22,7 +22,7 @@ from torchq.numerics.qparams import (
 )
 from torchq.ops import Activation
 
-# The overloads themselves: a call through the typed wrappers of torchq.ops costs 1.2 us more.
+# The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
 _linear_static = torch.ops.torchq.linear_static.default
 
@@ -33,8 +33,9 @@ _simulating = False
 def simulate() -> Iterator[None]:
     """Inside, every QuantizedLinear computes in float on fake-quantized values: `dequantize(quantize(x)) · wᵀ + b`.
 
-    The integer path differs from it only by float32 rounding of the sums (and, where a layer's output is requantized
-    to u8, by one code where such a rounding crosses a tie). It is what the error of quantization is, without the speed.
+    It has the quantization error of int8, but not the speed. The integer path differs from it only by the float32
+    rounding of the sums. (If a layer's output is requantized to u8, such a rounding can cross a tie and change a code
+    by one.)
 
     >>> layer = QuantizedLinear.from_float(nn.Linear(8, 4))
     >>> x = torch.ones(2, 8)
@@ -54,18 +55,18 @@ def simulate() -> Iterator[None]:
 class QuantizedLinear(PackedWeights):
     """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
 
-    Takes (..., in_features) in float32, bfloat16 or float16 and gives (..., out_features) in the same dtype. The
-    arithmetic is that of `ops.linear_dynamic` without `input_qparams`, and of `ops.linear_static` with them.
+    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype. Without
+    `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them that of `ops.linear_static`.
 
     Args:
         weight_int8: int8 (out_features, in_features).
         weight_scale: float32 (out_features,).
         bias: float32 (out_features,), or None.
-        input_qparams: static scale and zero point of the input; None is dynamic, a pair per row.
-        output_qparams: gives u8 codes instead of floats, for a QuantizedLinear with these `input_qparams`.
-        activation: fused into the epilogue.
-        takes_codes: the layer before hands over u8 codes, in `input_qparams`; otherwise uint8 input is refused.
-        dtype: of the output where the input is u8 codes.
+        input_qparams: static scale and zero point of the input. None is dynamic: a pair per row.
+        output_qparams: if given, the output is u8 codes, for a QuantizedLinear with these `input_qparams`.
+        activation: computed in the epilogue.
+        takes_codes: whether the layer before passes u8 codes, in `input_qparams`. If not, uint8 input is refused.
+        dtype: of the output, if the input is u8 codes.
 
     >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
     torch.Size([2, 4])
@@ -149,9 +150,10 @@ class QuantizedLinear(PackedWeights):
         return self.packed.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """forward(), without nn.Module's and the dispatcher's part of the call where they have nothing to do.
+        """forward(), skipping nn.Module's and the dispatcher's part of the call if they have nothing to do.
 
-        1.3 us instead of 2.6 (docs/performance.md), where the arithmetic of a row by 768 x 768 weights takes 3.6.
+        That takes 1.3 us instead of 2.6 (docs/performance.md). For comparison, multiplying one row by 768 x 768 weights
+        takes 3.6 us.
         """
         y = NotImplemented if is_dynamo_compiling() or _simulating else _C.call_linear(self, QuantizedLinear, x)
         return super().__call__(x) if y is NotImplemented else y
@@ -161,7 +163,7 @@ class QuantizedLinear(PackedWeights):
         if _simulating:
             with torch.autocast("cpu", enabled=False):
                 return self._simulated(x)
-        packed = self._buffers["packed"]  # what self.packed finds after three failed look-ups
+        packed = self._buffers["packed"]  # faster than self.packed, which finds it after three failed look-ups
         if self.input_qparams is None:
             return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
         scale, zero_point = self.input_qparams
@@ -189,7 +191,7 @@ class QuantizedLinear(PackedWeights):
         y = nn.functional.linear(rows, dequantize(weight, weight_scale, axis=0), bias)
         y = y.reshape(*x.shape[:-1], self.out_features)
         y = FUNCTIONS[Activation(self.activation)](y)
-        if self.output_qparams is not None:  # float32, whatever the model's dtype: the next layer's codes, exactly
+        if self.output_qparams is not None:  # stays float32, so that the next layer gets exactly these codes
             return fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
         return y.to(self.dtype if self.takes_codes else x.dtype)
 
@@ -200,7 +202,7 @@ class QuantizedLinear(PackedWeights):
         )
 
     def extra_repr(self) -> str:
-        """Scheme and kernel, as `repr` shows them."""
+        """Scheme and kernel, for `repr`."""
         scheme = "dynamic" if self.input_qparams is None else "static"
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.has_bias}"]
         parts += [f"scheme={scheme}", f"kernel={kernels.active()}"]

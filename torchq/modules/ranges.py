@@ -1,8 +1,8 @@
-"""Fake quantization that trains: inference's values forward, straight-through gradients backward.
+"""Fake quantization for training: the same values as at inference, and straight-through gradients.
 
-Forward, everything here is `qparams.fake_quantize` bit for bit, so a layer trains on the arithmetic it will run with.
-Backward, the derivative of rounding, which is 0 almost everywhere, is taken as 1 (the straight-through estimator;
-Bengio, Léonard and Courville, arXiv:1308.3432).
+The forward pass is `qparams.fake_quantize` bit for bit, so a layer trains with the arithmetic it will run with. In the
+backward pass, the derivative of rounding, which is 0 almost everywhere, is replaced by 1 (the straight-through
+estimator; Bengio, Léonard and Courville, arXiv:1308.3432).
 
 For u8 codes over a range [lo, hi], `s = (hi - lo) / 255` and `z = -lo / s`, the values are
 
@@ -12,16 +12,17 @@ LSQ (Esser et al., arXiv:1902.08153) learns the step s, LSQ+ (Bhalgat et al., ar
 
     ∂x̂/∂s = round(x / s) - x / s  inside,    -z below,    255 - z above;         ∂x̂/∂z = 0 inside, -s outside
 
-Here the same is learned in the coordinates that inference derives s and z from, the two ends `lo = -z·s` and
-`hi = (255 - z)·s`. The chain rule, with z's own rounding passed straight through, gives
+Here the parameters are instead the two ends of the range, `lo = -z·s` and `hi = (255 - z)·s`, from which inference
+computes s and z. The chain rule, with the rounding of z passed straight through, gives
 
               below      inside                         above
     ∂x̂/∂x     0          1                              0
     ∂x̂/∂lo    1          -(round(x / s) - x / s) / 255   0
     ∂x̂/∂hi    0          (round(x / s) - x / s) / 255    1
 
-"Inside" are the x whose code needs no clamp, as in torch.fake_quantize_per_tensor_affine. NaN is nowhere: gradient 0.
-The range always holds 0 (`qparams_from_range`), so an end at 0 gets no gradient that would push it across.
+x is "inside" if its code needs no clamp, as in torch.fake_quantize_per_tensor_affine. NaN counts as none of the three,
+so its gradient is 0. The range always contains 0 (`qparams_from_range`), so an end at 0 gets no gradient that would
+push it past 0.
 """
 
 import math
@@ -34,7 +35,7 @@ from torchq.numerics.qparams import FLT_MIN, QParams, fake_quantize, qparams_fro
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Gives `rounded`; the gradient goes to x as it comes."""
+    """Returns `rounded`; the gradient passes unchanged to x."""
 
     @staticmethod
     def forward(x: Tensor, rounded: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _QuantizeInRange(torch.autograd.Function):
-    """Static u8 fake quantization over the range ends = (lo, hi): the module's formulas."""
+    """Static u8 fake quantization over the range ends = (lo, hi), by the formulas of the module's docstring."""
 
     @staticmethod
     def forward(x: Tensor, ends: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class _QuantizeInRange(torch.autograd.Function):
         rounding = (to_x * torch.where(inside, steps.round() - steps, 0.0)).sum() / 255
         below, above = (torch.where(outside, gradient, 0.0).sum() for outside in (code < 0, code > 255))
         to_lo, to_hi = below - rounding, above + rounding
-        # 0 is always in the range: an end that has come to 0 is not pushed across, where it would have no effect.
+        # The range always contains 0, so pushing an end past 0 would have no effect: it gets no such gradient.
         to_lo = torch.where((ends[0] >= 0) & (to_lo < 0), 0.0, to_lo)
         to_hi = torch.where((ends[1] <= 0) & (to_hi > 0), 0.0, to_hi)
         return to_x, torch.stack([to_lo, to_hi])
@@ -82,11 +83,11 @@ class _QuantizeInRange(torch.autograd.Function):
 def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
     """The float32 values of a QuantizedLinear's weight: `ŵ = rne(w / s) · s`, `s = max|w| / 127`.
 
-    Straight through: ∂ŵ/∂w = 1, since no weight lies outside its own range; s carries no gradient.
+    The gradient passes straight through, ∂ŵ/∂w = 1, since no weight lies outside its own range; s carries none.
 
     Args:
         weight: float (out_features, in_features).
-        per_channel: one s per row, or one for all.
+        per_channel: True for one s per row, False for one for all.
 
     Raises:
         ValueError: the weight has NaN or infinity.
@@ -100,19 +101,21 @@ def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
 
 
 class LearnedRange(nn.Module):
-    """Static fake quantization whose range is trained with the weights: LSQ+ in the coordinates of the module's table.
+    """Static fake quantization whose range is trained with the weights: LSQ+ with the two ends as parameters.
 
-    The parameter `ends` is (lo, hi) in units of a power of two that puts the larger start in [1, 2): a step of Adam
-    moves a range of 0.01 and one of 100 by the same share, and the gradient is `unit · (∂L/∂lo, ∂L/∂hi)`.
+    The parameter `ends` is (lo, hi) divided by `unit`, a power of two for which the larger initial end is in [1, 2). So
+    a step of Adam moves a range of 0.01 and a range of 100 by the same relative amount. The gradient of `ends` is
+    `unit · (∂L/∂lo, ∂L/∂hi)`.
 
-    LSQ multiplies the gradient of s by 1 / sqrt(K · 255), so that s moves, relative to its size, as fast as the
-    weights. In these units that factor is left out: 8 bits say little about the range, and without it steps are small.
-    Measured under SGD on a three-layer network: relative to its size a range then moves 100 to 1000 times slower than
-    the weights; with LSQ's factor as fast as they, and at lr = 0.5 one for inputs in [0, 1] walked off to [0, 70].
+    LSQ multiplies the gradient of s by 1 / sqrt(K · 255), so that s moves as fast as the weights, relative to its size.
+    That factor is left out here: with 8 bits the loss depends little on the range, and small steps are safer. Measured
+    with SGD on a three-layer network: without the factor, a range moves 100 to 1000 times slower than the weights,
+    relative to its size. With it, it moves as fast as they do, and at lr = 0.5 the range of inputs in [0, 1] diverged
+    to [0, 70].
 
     Args:
-        lo: where the range starts, from calibration.
-        hi: likewise; lo <= 0 <= hi.
+        lo: the initial lower end, from calibration.
+        hi: the initial upper end; lo <= 0 <= hi.
 
     >>> learned = LearnedRange(-1.0, 3.0)
     >>> learned.ends.tolist(), learned.range().tolist(), learned.qparams()
@@ -138,7 +141,7 @@ class LearnedRange(nn.Module):
         return self.ends.float() * self.unit.float()
 
     def qparams(self) -> QParams:
-        """Scale and zero point as inference takes them over."""
+        """The scale and zero point that inference uses."""
         return _static_qparams(self.range())
 
     def is_ready(self) -> bool:
@@ -146,25 +149,26 @@ class LearnedRange(nn.Module):
         return _is_finite(self.range())
 
     def freeze(self) -> None:
-        """The range is trained no further."""
+        """Stops training the range."""
         self.ends.requires_grad_(False)
 
     def extra_repr(self) -> str:
-        """The range, as `repr` shows it."""
+        """The range, for `repr`."""
         return _show(self.range())
 
 
 class ObservedRange(nn.Module):
-    """Static fake quantization over a moving average of the batches' ranges, as MovingAverageObserver keeps it.
+    """Static fake quantization over a moving average of the batches' ranges, as in MovingAverageObserver.
 
-    In training each batch moves the range and is then quantized with it; in eval mode, or frozen, nothing moves. The
-    first batch sets it; before that, eval mode uses the range of the batch at hand. A batch with NaN or infinity, as
-    loss scaling makes them, moves nothing. The range is a buffer: DDP broadcasts that of rank 0 before each forward.
+    In training, each batch first moves the range and is then quantized with it. In eval mode, or frozen, the range does
+    not move. The first batch sets it; before that, eval mode uses the range of the present batch. A batch with NaN or
+    infinity, which loss scaling can cause, does not move it. The range is a buffer, so DDP broadcasts rank 0's before
+    each forward.
 
     Args:
-        lo: where the range starts; NaN, the default, for the first batch.
-        hi: likewise.
-        momentum: how much of the range a new batch leaves, in [0, 1).
+        lo: the initial lower end; NaN, the default, lets the first batch set it.
+        hi: the initial upper end, likewise.
+        momentum: the weight of the old range when a batch arrives, in [0, 1).
 
     >>> observed = ObservedRange(momentum=0.75)
     >>> for batch in (torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 9.0])):
@@ -200,26 +204,26 @@ class ObservedRange(nn.Module):
         return self.ends.float()
 
     def qparams(self) -> QParams:
-        """Scale and zero point as inference takes them over."""
+        """The scale and zero point that inference uses."""
         return _static_qparams(self.range())
 
     def is_ready(self) -> bool:
-        """Whether a batch was seen."""
+        """Whether the range is set and finite."""
         return _is_finite(self.range())
 
     def freeze(self) -> None:
-        """No batch moves the range any further."""
+        """Stops batches from moving the range."""
         self.frozen = True
 
     def extra_repr(self) -> str:
-        """The range, as `repr` shows it."""
+        """The range, for `repr`."""
         return _show(self.range())
 
 
 class PerToken(nn.Module):
-    """Dynamic fake quantization, a scale and zero point per row: nothing is trained or remembered.
+    """Dynamic fake quantization: a scale and zero point per row. It has no parameters and no state.
 
-    Straight through, ∂x̂/∂x = 1: a row's own range covers all of it.
+    The gradient passes straight through, ∂x̂/∂x = 1, because the range of a row covers all its values.
 
     >>> PerToken()(torch.tensor([[0.0, 0.5, 255.0]])).tolist()
     [[0.0, 0.0, 255.0]]
@@ -234,7 +238,7 @@ class PerToken(nn.Module):
         return _StraightThrough.apply(rows, rounded)  # type: ignore[no-any-return]
 
     def qparams(self) -> None:
-        """None: inference chooses them per row."""
+        """None, since inference chooses them per row."""
 
     def is_ready(self) -> bool:
         """Always."""

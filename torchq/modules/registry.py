@@ -1,4 +1,4 @@
-"""The registry of module types that can become int8. All stages of a conversion ask here, and nowhere else."""
+"""The registry of module types that can become int8: the only place where the stages of a conversion look them up."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.linear import LinearType, QATLinearType
 
 TYPES: list[ModuleType] = [QATLinearType(), LinearType()]
-"""The first that matches a module is its type: a subclass comes before its base."""
+"""A module has the first type here that matches it, so a subclass comes before its base."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix of a module of the model: what a plan decides about.
+    """One matrix of a module of the model. A plan has one entry for each.
 
     Args:
         path: the module's name in the model.
-        part: the matrix within the module; "" where it is the only one.
+        part: the name of the matrix in the module; "" if the module becomes a single QuantizedLinear.
         module: the float module.
         kind: its type.
 
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """Its name in a plan, and that of its QuantizedLinear in the converted model."""
+        """The name in a plan, and of the QuantizedLinear in the converted model."""
         return ".".join(filter(None, (self.path, self.part)))
 
     @property
@@ -49,12 +49,12 @@ class Layer:
 
     @property
     def trained(self) -> Trained | None:
-        """How it was trained to be quantized; None for a plain float layer."""
+        """How the layer was trained to be quantized; None for a plain float layer."""
         return self.kind.trained(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight."""
+        """The dtype of the weight."""
         return self.weight.dtype
 
     @property
@@ -69,7 +69,7 @@ class Layer:
 
 
 def type_of(module: nn.Module) -> ModuleType | None:
-    """The type of this module; None where torchq knows none, and the module stays as it is.
+    """The type of this module; None if it has none, and stays as it is.
 
     >>> type_of(nn.Linear(2, 2)).name, type_of(nn.ReLU())
     ('nn.Linear', None)
@@ -78,27 +78,27 @@ def type_of(module: nn.Module) -> ModuleType | None:
 
 
 def type_names() -> str:
-    """All types as a user knows them, for messages."""
+    """The names of all types as a user knows them, for messages."""
     return ", ".join(dict.fromkeys(kind.name for kind in TYPES))
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every matrix that a registered type knows, by name, in model order; those of a shared module by its first name.
+    """Every matrix of a module of a registered type, by name, in model order. A shared module goes by its first name.
 
-    What lies within a module of a registered type belongs to it, and is not looked into.
+    The children of such a module belong to it, and are not searched.
     """
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     inside: str | None = None
     for path, module in model.named_modules():
         if inside is not None and path.startswith(inside):
             continue
         kind = type_of(module)
         inside = None if kind is None else f"{path}." if path else ""
-        found.update({layer.name: layer for layer in layers_of(path, module)})
-    return found
+        layers.update({layer.name: layer for layer in layers_of(path, module)})
+    return layers
 
 
 def layers_of(path: str, module: nn.Module) -> list[Layer]:
-    """The matrices of this module, which the model has at `path`; none where torchq does not know its type."""
+    """The matrices of this module, whose name in the model is `path`; none if it has no registered type."""
     kind = type_of(module)
     return [] if kind is None else [Layer(path, part, module, kind) for part in kind.matrices(module)]

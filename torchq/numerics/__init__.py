@@ -1,1 +1,1 @@
-"""Scale, zero point, quantized values, and how large their error is: float and integer arithmetic on plain tensors."""
+"""Scales, zero points, quantized values and their errors: arithmetic on plain tensors."""

@@ -1,4 +1,4 @@
-"""How large an error is: SQNR in decibels, and the share of values that a range clips."""
+"""Measures of error: SQNR in decibels, and the number of values that a range clips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchq.numerics.qparams import QParams
 
-_PIECE = 1 << 18  # values, 2 MiB in float64
+_PIECE = 1 << 18  # values converted at a time: 2 MiB in float64
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
@@ -22,11 +22,11 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
         approximation: the same shape.
 
     Returns:
-        inf where the error is zero (also for two all-zero or empty tensors), -inf where the reference is all
-        zero and the approximation is not, nan where NaN is involved.
+        inf if the error is zero (also for two all-zero or empty tensors), -inf if the reference is all zero and
+        the approximation is not, nan if either has NaN.
 
     Raises:
-        ValueError: the shapes differ; broadcasting would measure something else than intended.
+        ValueError: the shapes differ. Broadcasting would measure something else than intended.
 
     >>> sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
     20.0
@@ -40,8 +40,8 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def energies(reference: Tensor, approximation: Tensor) -> Tensor:
-    """`sum(ref^2)` and `sum((ref - approx)^2)`, float64 (2,): what `sqnr_db` is made of, to be added up over parts."""
-    # A piece at a time: in float64 the temporaries of a whole output would be larger than its layer.
+    """`sum(ref^2)` and `sum((ref - approx)^2)`, float64 (2,). Their sums over parts give `sqnr_db` of the whole."""
+    # One piece at a time: in float64, the temporaries of a whole output would be larger than its layer.
     pieces = zip(*(x.detach().reshape(-1).split(_PIECE) for x in (reference, approximation)), strict=True)
     sums = torch.zeros(2, dtype=torch.float64)
     for ref, approx in pieces:
@@ -51,7 +51,7 @@ def energies(reference: Tensor, approximation: Tensor) -> Tensor:
 
 
 def decibels(energies: Tensor) -> float:
-    """`10 log10` of signal over noise; see `sqnr_db` for where one of them is zero or NaN.
+    """`10 log10` of signal over noise; `sqnr_db` says what zero and NaN give.
 
     >>> parts = [(torch.tensor([3.0]), torch.tensor([3.0])), (torch.tensor([4.0]), torch.tensor([4.5]))]
     >>> decibels(sum(energies(*part) for part in parts))
@@ -62,10 +62,10 @@ def decibels(energies: Tensor) -> float:
 
 
 def count_clipped(x: Tensor, qparams: QParams) -> tuple[int, int]:
-    """How many values lie below and above the range of u8 codes, `[-z·s, (255 - z)·s]`, by more than one step s.
+    """How many values lie more than one step s below and above the range of u8 codes, `[-z·s, (255 - z)·s]`.
 
-    Within a step the error is one of rounding: the rounded zero point alone moves the range by half of one, so that
-    the largest value that calibration saw may lie just outside. NaN is in neither count.
+    Up to one step outside counts as a rounding error. The rounding of the zero point alone moves the range by up to
+    half a step, so the largest value of the calibration data may lie just outside. NaN is in neither count.
 
     >>> count_clipped(torch.tensor([-0.2, 0.0, 25.5, 25.55, 26.0]), QParams(scale=0.1, zero_point=0))
     (1, 1)

@@ -1,10 +1,10 @@
-"""Scale and zero point: the one place where torchq turns floats into int8 codes and back.
+"""Scale and zero point: the only module that turns floats into 8-bit codes and back.
 
 A tensor x is stored as codes q of 8 bits, a scale and a zero point:
 
     x  ~  (q - zero_point) * scale          q in [qmin, qmax]: int8 [-128, 127], uint8 [0, 255]
 
-The range covered always contains 0.0, so zero is represented exactly (padding, ReLU and masks stay exact):
+The range always contains 0.0, so zero is represented exactly (padding, ReLU and masks stay exact):
 
     lo = min(x.min(), 0)    hi = max(x.max(), 0)    an empty tensor: lo = hi = 0
 
@@ -14,16 +14,16 @@ The range covered always contains 0.0, so zero is represented exactly (padding, 
 The textbook zero point `round(-lo / scale)` is for codes in [0, 255]. Signed codes start at -128, so theirs
 is lower by 128; forgetting that shift is the classic int8 bug.
 
-The C++ kernels repeat this arithmetic bit for bit, which is why it is spelled out: every operation is float32
-and rounded once (no fma, no double), rounding is half to even, and dividing by the scale means multiplying by
-`1 / scale`, as in torch.quantize_per_tensor. The corners:
+The C++ kernels repeat this arithmetic bit for bit, so its details matter: every operation is float32 and
+rounded once (no fma, no double), rounding is half to even, and dividing by the scale means multiplying by
+`1 / scale`, as in torch.quantize_per_tensor. The corner cases:
 
-* `hi / 255 - lo / 255` divides twice so that [-3e38, 3e38] does not overflow. Restoring still can: a value
+* `hi / 255 - lo / 255` divides twice so that [-3e38, 3e38] does not overflow. Dequantizing still can: a value
   within half a step of the largest float32, 3.4e38, may dequantize to Inf.
-* A scale below FLT_MIN (all-zero, denormal or empty data) becomes 1: every value gets the code of the zero
+* A scale below FLT_MIN (all-zero, denormal or empty data) becomes 1. Every value then gets the code of the zero
   point, and `1 / scale` stays finite.
-* A range with NaN or Inf has scale NaN, so a row of activations with NaN in it dequantizes to NaN and the
-  fault stays visible. `choose_qparams` refuses such data instead.
+* A range with NaN or Inf has scale NaN. So a row of activations with a NaN dequantizes to NaN, and the fault
+  stays visible. `choose_qparams` refuses such data instead.
 
 Every function but `quantize_weight`, which is for conversion, traces under `torch.compile(fullgraph=True)`.
 """
@@ -65,15 +65,16 @@ def choose_qparams(
         x: any float dtype and shape; taken as float32. Empty is allowed.
         dtype: of the codes, torch.int8 or torch.uint8.
         symmetric: True puts 0.0 in the middle of the codes (weights); False uses all codes (activations).
-        axis: None for one pair, or i for one pair per index along dimension i (negative counts from the end).
+        axis: None for one scale and zero point, or i for one pair per index along dimension i (negative counts
+            from the end).
 
     Returns:
         scale float32 and zero_point int32, both of shape () or [x.shape[axis]].
 
     Raises:
         TypeError: x is not floating point, or dtype is not int8 or uint8.
-        ValueError: axis is out of range, or x has NaN or Inf. The latter depends on data, so it is not
-            checked under torch.compile, where the scale becomes NaN.
+        ValueError: axis is out of range, or x has NaN or Inf. torch.compile can't check values, so there NaN
+            and Inf give the scale NaN.
 
     >>> choose_qparams(torch.tensor([[-1.0, 0.5], [254.0, 2.0]]), axis=0)
     (tensor([0.0079, 2.0000]), tensor([0, 0], dtype=torch.int32))
@@ -157,21 +158,21 @@ def quantize(
     scale, zero_point = _broadcastable(x, scale, zero_point, axis, dtype)
     lowest, highest = (qmin - zero_point).float(), (qmax - zero_point).float()
     code = x.float() * scale.reciprocal()
-    # Clamped before it is rounded: both bounds are integers, so the result is the same, and no value is ever
-    # too large for the integer type. `>` is False for NaN, which sends it to the lowest code.
+    # Clamping comes before rounding, so that no value is too large for the integer type. The result is the same,
+    # because both bounds are integers. `>` is False for NaN, which therefore gets the lowest code.
     code = torch.where(code > lowest, code, lowest).minimum(highest)
     return (code.round() + zero_point).to(dtype)
 
 
 @door("torchq.dequantize")
 def dequantize(q: Tensor, scale: Tensor | float, zero_point: Tensor | int = 0, *, axis: int | None = None) -> Tensor:
-    """Turns 8-bit codes into floats: `x = (q - zero_point) * scale`, exact but for the one multiplication.
+    """Turns 8-bit codes into floats: `x = (q - zero_point) * scale`. Only the multiplication rounds.
 
     Args:
         q: int8 or uint8, any shape.
-        scale: as given to `quantize`, and so are the others.
-        zero_point: the code of 0.0.
-        axis: the dimension a vector of scales runs along.
+        scale: as for `quantize`.
+        zero_point: the code of 0.0, as for `quantize`.
+        axis: the dimension a vector of scales runs along, as for `quantize`.
 
     Returns:
         float32, the shape of q.
@@ -197,7 +198,7 @@ def fake_quantize(
     axis: int | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
-    """What x becomes by quantization, in float: `dequantize(quantize(x))`, cast to x's dtype.
+    """The values of x after quantization, in float: `dequantize(quantize(x))`, cast to x's dtype.
 
     The arguments and errors are those of `quantize`. No gradient reaches x, because the codes are integers.
 
@@ -211,11 +212,11 @@ def fake_quantize(
 def quantize_weight(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:
     """The int8 codes and scales of a weight, symmetric: `codes = rne(w / scale)`, `scale = max|w| / 127`.
 
-    One block of rows after the other, so that the float temporaries stay in cache, and small beside the weight.
+    It works on blocks of rows, so that the float temporaries stay in cache and are small compared with the weight.
 
     Args:
         weight: float (N, K).
-        per_channel: one scale per row (output channel), or one for all.
+        per_channel: True for one scale per row (output channel), False for one for all.
 
     Returns:
         int8 (N, K) and float32 (N,).

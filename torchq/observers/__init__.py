@@ -1,7 +1,7 @@
-"""Observers: what values a tensor had during calibration, and the range to quantize it with.
+"""Observers: they watch the values of a tensor during calibration, and give the range to quantize it with.
 
-An observer sees a stream of tensors and keeps a few numbers about them: its memory does not grow with the data.
-Observers of one kind merge, so calibration can run in several processes and be added up (`Observer.all_reduce`).
+An observer sees a stream of tensors and keeps a few numbers about them, so its memory does not grow with the data.
+Observers of one kind can be merged, so calibration can run in several processes (`Observer.all_reduce`).
 
     observer = make_observer("mse")
     for batch in stream:
@@ -12,17 +12,17 @@ Which one:
 
 * `minmax` covers every value seen. Nothing saturates, but one huge value makes all steps coarse.
 * `moving_average` covers a typical batch. Rare extremes fade; the order of the batches matters.
-* `percentile` covers a share of the values and lets the rest saturate.
-* `mse` clips where the mean squared error of the codes, rounding and saturation together, is least.
-* `entropy` clips where the distribution of the codes loses least information: the KL divergence of TensorRT.
+* `percentile` covers a share of the values and lets the others saturate.
+* `mse` clips at the range with the least mean squared error, rounding and saturation together.
+* `entropy` clips at the range with the least KL divergence between the values and their codes, as TensorRT does.
 
-Clipping beats min-max where outliers are rare and carry little of the output: a much finer step for the bulk is worth
-a few saturated values. It loses where the large values *are* the signal: heavy tails, or the few outlier channels of a
-transformer. On the sentence encoder of the design notes, static activations reach 18.5 dB of SQNR with min-max and
-6.9 dB clipped to 99.9 %. `mse` weighs both sides by the values' energy, and so does not fall into that trap; but what a
-layer makes of its input, only its output shows. So measure, with `torchq.sqnr_db`.
+Clipping beats min-max where outliers are rare and contribute little to the output: a much finer step for most values is
+worth a few saturated ones. It loses where the large values *are* the signal: heavy tails, or the few outlier channels
+of a transformer. On the sentence encoder of the design notes, static activations reach 18.5 dB of SQNR with min-max
+and 6.9 dB clipped to 99.9 %. `mse` avoids that mistake, since it weighs rounding and saturation by their energy. But
+how much an error of the input matters shows only in the layer's output. So measure, with `torchq.sqnr_db`.
 
-All but `moving_average` read their range from one and the same `Histogram`: `share` looks at it through each of them.
+All but `moving_average` compute their range from the same kind of `Histogram`; `share` makes them all from one.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ __all__ = [
     "share",
 ]
 
-# By the names QConfig(observer=...) takes. Each is called with the percentile, which only one of them uses.
+# The keys are the names that QConfig(observer=...) takes. Each value is called with the percentile; only one uses it.
 OBSERVERS: dict[str, Callable[[float], Observer]] = {
     "minmax": lambda percentile: MinMaxObserver(),
     "moving_average": lambda percentile: MovingAverageObserver(),
@@ -54,12 +54,12 @@ OBSERVERS: dict[str, Callable[[float], Observer]] = {
     "entropy": lambda percentile: EntropyObserver(),
 }
 
-# Those that a histogram suffices for. A moving average needs the batches one by one, and depends on their order.
+# The observers that a histogram suffices for. A moving average needs the batches one by one, in their order.
 SHARED = ("minmax", "percentile", "mse", "entropy")
 
 
 def make_observer(name: str, *, percentile: float = 99.9) -> Observer:
-    """A new observer by its name in `OBSERVERS`; percentile is for "percentile". ValueError for other names.
+    """A new observer by its name in `OBSERVERS`; only "percentile" uses percentile. ValueError for other names.
 
     >>> type(make_observer("minmax")).__name__
     'MinMaxObserver'
@@ -70,9 +70,9 @@ def make_observer(name: str, *, percentile: float = 99.9) -> Observer:
 
 
 def share(histogram: Histogram, *, percentile: float = 99.9) -> dict[str, Observer]:
-    """An observer of each name in `SHARED` that has seen what the histogram has: the data is binned once for all.
+    """For each name in `SHARED`, an observer with the histogram's data. So the data is binned once for all of them.
 
-    They are copies: what histogram observes later does not reach them.
+    They are copies: values that the histogram observes later do not reach them.
 
     Args:
         histogram: per tensor, with the default number of bins.

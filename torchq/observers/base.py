@@ -1,4 +1,4 @@
-"""What every observer has, and the two observers that need no histogram: min-max and moving average."""
+"""The base class of all observers, and the two observers that need no histogram: min-max and moving average."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """The exact smallest and largest value and the count of all values; what every observer has.
+    """The base class: keeps the exact smallest and largest value, and the count of all values.
 
-    Subclasses add what they keep in `_update` and `_merge`, and override `range`.
+    Subclasses that keep more add it in `_update` and `_merge`, and override `range`.
 
     Args:
-        channels: None to see the tensor as one set of values, or C to see each index of the last dimension, which has
-            size C, as a set of its own. What is said of a shape () below is then a shape [C], and row c of it is what
-            an observer without channels has of `x[..., c]`.
+        channels: None observes the tensor as one set of values. C observes each index of the last dimension, which has
+            size C, as a set of its own. The shapes () below then become [C]: entry c is what an observer without
+            channels would have for `x[..., c]`.
 
     Attributes:
-        count: how many values were observed, of each channel.
+        count: how many values were observed, per channel.
 
     Raises:
         ValueError: channels is less than 1.
@@ -45,12 +45,12 @@ class Observer:
         self._hi = torch.full(self._shape, -math.inf)
 
     def observe(self, x: Tensor) -> None:
-        """Takes in all values of x: any float dtype, as float32, and any shape; empty changes nothing.
+        """Observes all values of x, of any float dtype and shape, as float32. An empty x changes nothing.
 
         Raises:
             TypeError: x is not floating point.
-            ValueError: x has NaN or Inf as float32, or no last dimension of size `channels`; the observer is left as
-                it was.
+            ValueError: x has NaN or Inf as float32, or its last dimension is not of size `channels`. The observer does
+                not change.
         """
         name = type(self).__name__
         if not x.is_floating_point():
@@ -72,11 +72,11 @@ class Observer:
                 f"torchq.observers.{name}.observe: expected finite float32 values, got {bad} NaN or Inf among the "
                 f"{x.numel()} of x. Find the layer that makes them, or leave this batch out."
             )
-        self._fold(x.shape[0], lo, hi)
+        self._merge_extremes(x.shape[0], lo, hi)
         self._update(x, lo, hi)
 
     def merge(self, other: Self) -> None:
-        """Takes in all that other has observed; other stays as it is.
+        """Adds all that `other` has observed; `other` does not change.
 
         Raises:
             TypeError: other is of another class.
@@ -91,14 +91,14 @@ class Observer:
                 "Make both observers with the same arguments."
             )
         if other.count:
-            self._fold(other.count, other._lo, other._hi)
+            self._merge_extremes(other.count, other._lo, other._hi)
             self._merge(other)
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
-        """Merges the observers of all processes, in the order of their ranks: afterwards each has the same state.
+        """Merges the observers of all processes, in the order of their ranks. Afterwards all have the same state.
 
-        Every process calls it, on an observer with the same settings. Gathers the states: `world_size` times the bytes
-        of `state_dict()`, on the CPU, so the group needs a backend for CPU tensors, such as gloo.
+        Every process must call it, on an observer with the same settings. It gathers all states on the CPU, which takes
+        `world_size` times the bytes of `state_dict()`. The group needs a backend for CPU tensors, such as gloo.
 
         Args:
             group: of torch.distributed; None is the default group.
@@ -117,7 +117,7 @@ class Observer:
 
     @property
     def seen(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest value observed, exactly: float32 (). ValueError if there was none."""
+        """The exact smallest and largest value observed, float32 (). ValueError if there was none."""
         if not self.count:
             raise ValueError(
                 f"torchq.observers.{type(self).__name__}: expected at least one observed value, got none. "
@@ -126,7 +126,7 @@ class Observer:
         return self._lo.clone(), self._hi.clone()
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """The range to quantize with, lo <= 0 <= hi, float32 (): here all values. ValueError if there are none."""
+        """The range to quantize with, lo <= 0 <= hi, float32 (): here, of all values. ValueError if there are none."""
         lo, hi = self.seen
         return lo.clamp(max=0), hi.clamp(min=0)
 
@@ -135,11 +135,11 @@ class Observer:
         return qparams_from_range(*self.range(), dtype=dtype, symmetric=symmetric)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was observed, as plain tensors of a fixed size. The settings are not part of it."""
+        """All that was observed, as plain tensors of a fixed size. The settings are not included."""
         return {"count": torch.tensor(self.count), "lo": self._lo.clone(), "hi": self._hi.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces what was observed by a `state_dict()`; ValueError if its names or shapes do not fit."""
+        """Replaces what was observed by a `state_dict()`. ValueError if its names or shapes do not fit."""
         expected = {key: tuple(value.shape) for key, value in self.state_dict().items()}
         got = {key: tuple(value.shape) for key, value in state.items()}
         if got != expected:
@@ -153,7 +153,7 @@ class Observer:
     def _shape(self) -> tuple[int, ...]:
         return () if self.channels is None else (self.channels,)
 
-    def _fold(self, count: int, lo: Tensor, hi: Tensor) -> None:
+    def _merge_extremes(self, count: int, lo: Tensor, hi: Tensor) -> None:
         self.count += count
         self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
 
@@ -161,10 +161,10 @@ class Observer:
         return {"channels": self.channels}
 
     def _update(self, x: Tensor, lo: Tensor, hi: Tensor) -> None:
-        """Adds finite float32 values, (n, channels or 1) with n > 0, and their extremes."""
+        """Adds finite float32 values x, (n, channels or 1) with n > 0; lo and hi are their extremes."""
 
     def _merge(self, other: Self) -> None:
-        """Adds what other, which is not empty, has kept."""
+        """Adds what `other`, which is not empty, has kept."""
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         self.count = int(state["count"])
@@ -172,8 +172,8 @@ class Observer:
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of each column of x (n, C); NaN where a column has one."""
-    # One column is reduced as a vector, four times as fast as along a dimension.
+    """The smallest and the largest value of each column of x (n, C); NaN if a column has one."""
+    # aminmax of a single column as a whole is four times as fast as a reduction along a dimension.
     if x.shape[1] > 1:
         return x.amin(0), x.amax(0)
     lo, hi = torch.aminmax(x)
@@ -183,7 +183,7 @@ def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:
 class MinMaxObserver(Observer):
     """Covers every value seen: `[min(x, 0), max(x, 0)]`. Merging and the order of batches make no difference.
 
-    Right where the largest values carry the signal (in the package's docstring: 18.5 dB, 6.9 dB clipped).
+    The right choice where the largest values carry the signal (in the package's docstring: 18.5 dB, 6.9 dB clipped).
 
     >>> observer = MinMaxObserver()
     >>> observer.observe(torch.tensor([-1.0, 0.5]))
@@ -204,7 +204,7 @@ class MovingAverageObserver(Observer):
     both averages by their numbers of batches: a fair mean, but not what one stream would have given.
 
     Args:
-        momentum: how much of the average a new batch keeps, in [0, 1). 0 keeps the last batch only.
+        momentum: the weight of the old average when a batch arrives, in [0, 1). 0 keeps the last batch only.
         channels: see `Observer`.
 
     Raises:

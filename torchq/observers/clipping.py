@@ -1,7 +1,7 @@
-"""Observers that clip: they read off a histogram which range to keep, and let the values outside it saturate.
+"""Observers that clip: they choose a range from a histogram, and let the values outside it saturate.
 
-The three answer "how far out is too far" by the share of the values (percentile), by the error that the u8 codes make
-(MSE), and by the information they lose (entropy).
+They differ in the criterion: the share of the values that is covered (percentile), the squared error of the u8 codes
+(MSE), or the information lost (entropy).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from torchq.observers.histogram import Histogram
 
-_BLOCK = 2  # channels searched at a time: the temporaries stay small, and in the cache
+_BLOCK = 2  # channels searched at a time, so that the temporaries stay in the cache
 
 
 class PercentileObserver(Histogram):
     """Covers the central `percentile` % of the values and lets the tails saturate.
 
-    Values on both sides of zero: (100 - percentile) / 2 % of all values are cut off at each end. Values on
-    one side only (after a ReLU, say): the whole (100 - percentile) % is cut off at the far end, since the
-    range ends at 0 on the other side anyway. Inside a bin the values are taken as evenly spread, so the share
-    is met to within one bin of the histogram. 100 is exactly min-max.
+    With values on both sides of zero, (100 - percentile) / 2 % of all values are cut off at each end. With
+    values on one side only (after a ReLU, say), the whole (100 - percentile) % is cut off at the far end,
+    since the range ends at 0 on the other side anyway. Values are assumed to be evenly spread within a bin,
+    so the share is accurate to one bin of the histogram. 100 gives exactly min-max.
 
-    Right where outliers are rare and carry little of the output. Wrong for heavy tails and for outlier
-    channels that carry the signal (in the package's docstring: 6.9 dB, where min-max has 18.5 dB).
+    The right choice where outliers are rare and contribute little to the output. The wrong one for heavy tails
+    and for outlier channels that carry the signal (in the package's docstring: 6.9 dB, min-max has 18.5 dB).
 
     Args:
         percentile: the share of values to cover, in (0, 100].
@@ -53,12 +53,12 @@ class PercentileObserver(Histogram):
     def range(self) -> tuple[Tensor, Tensor]:
         """The clipped range, lo <= 0 <= hi, never wider than min-max. ValueError if nothing was observed."""
         lo, hi = self.seen
-        # 99.9 as written, not the nearest float: 99.9 % of 1000 values is 999 and not a sliver more, which
-        # would reach into the bin of the first outlier.
+        # Exactly 99.9 as written, not the nearest float: 99.9 % of 1000 values must be 999. If it came out slightly
+        # larger, the range would reach into the bin of the first outlier.
         cut = self.count * (1 - Fraction(str(self.percentile)) / 100)
         two_sided, one_sided = torch.tensor([self.count - cut / 2, self.count - cut], dtype=torch.float64)
         keep = torch.where((lo < 0) & (hi > 0), two_sided, one_sided)
-        # Positions are bins from zero.
+        # Positions count bins from zero.
         upper = self._upper(self.counts, keep) * self._width()
         lower = self._upper(self.counts.flip(-1), keep) * -self._width()
         return lower.float().maximum(lo).clamp(max=0), upper.float().minimum(hi).clamp(min=0)
@@ -75,16 +75,17 @@ class PercentileObserver(Histogram):
 
 
 class MSEObserver(Histogram):
-    """The range that makes the mean squared error of u8 codes least: `argmin E[(x - dequantize(quantize(x)))^2]`.
+    """The range with the least mean squared error of u8 codes: `argmin E[(x - dequantize(quantize(x)))^2]`.
 
     A narrower range has finer steps, so it rounds less and saturates more. The error is computed on the histogram with
-    the exact arithmetic of an asymmetric uint8 quantizer, zero point included: within a bin the values are taken as
-    evenly spread, for which the integral has a closed form (`squared_error`); values of exactly 0 make no error. But
-    for saturation and rounding of the zero point the error is `(hi - lo)^2 / 255^2 / 12`, which is convex in (lo, hi),
-    as is the saturation; so it is searched one bound at a time, first in steps of 41 % from min-max down to a bin,
-    then of 9, 2 and 1 %. Never worse than min-max, on the histogram.
+    the exact arithmetic of an asymmetric uint8 quantizer, including its zero point. Values are assumed to be evenly
+    spread within a bin, so the integral has a closed form (`squared_error`). Values of exactly 0 have no error.
 
-    The clip search of OMSE (Choukroun et al., 2019, arXiv:1902.06822), for an asymmetric range.
+    The rounding error is about `(hi - lo)^2 / 255^2 / 12`, which is convex in (lo, hi), and so is the saturation error.
+    So one bound is searched at a time: first in steps of 41 % from min-max down to a bin, then of 9, 2 and 1 %. On the
+    histogram, the result is never worse than min-max.
+
+    This is the clip search of OMSE (Choukroun et al., 2019, arXiv:1902.06822), for an asymmetric range.
 
     >>> observer = MSEObserver()
     >>> observer.observe(torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([3.0, -3.0])]))
@@ -95,33 +96,36 @@ class MSEObserver(Histogram):
     def range(self) -> tuple[Tensor, Tensor]:
         """The clipped range, lo <= 0 <= hi, never wider than min-max. ValueError if nothing was observed."""
         lo, hi = (bound.double().reshape(-1) for bound in super().range())
-        seen = [bound.double().reshape(-1, 1) for bound in self.seen]
-        # The outermost values end their bins: what min-max covers does not saturate.
-        edges = self.edges().reshape(-1, self.bins + 1).clamp(*seen)
+        extremes = [bound.double().reshape(-1, 1) for bound in self.seen]
+        # The outermost bins end at the smallest and largest value, so that min-max has no saturation error.
+        edges = self.edges().reshape(-1, self.bins + 1).clamp(*extremes)
         counts = _without_zeros(self)
         parts = [each.split(_BLOCK) for each in (counts, edges, lo, hi)]
-        found = [_least_squared_error(*part) for part in zip(*parts, strict=True)]
-        lo, hi = (torch.cat(bounds).float().reshape(self._shape) for bounds in zip(*found, strict=True))
+        best = [_least_squared_error(*part) for part in zip(*parts, strict=True)]
+        lo, hi = (torch.cat(bounds).float().reshape(self._shape) for bounds in zip(*best, strict=True))
         return lo, hi
 
 
 class EntropyObserver(Histogram):
-    """The range whose codes keep most of the information: the least KL divergence of the histogram before and after.
+    """The range whose codes lose the least information: the least KL divergence between the values and their codes.
 
-    The calibration of TensorRT (Migacz, "8-bit inference with TensorRT", GTC 2017), in the form of ONNX Runtime
+    This is the calibration of TensorRT (Migacz, "8-bit inference with TensorRT", GTC 2017), in the form of ONNX Runtime
     (`calibrate.py`, get_entropy_threshold). For each window of i bins on either side of zero,
 
-        P = the counts inside, those outside added to the outermost bins
-        Q = the counts inside, merged into 128 levels and spread evenly over the bins of each level that P has
+        P = the counts inside, with those outside added to the outermost bins
+        Q = the counts inside, merged into 128 levels, each spread evenly over its bins that P has values in
         KL(P || Q) = sum P log(P / Q), both normalized; where Q is 0 and P is not, Q is 1e-4 of a value
 
-    and the range is the best window, cut to the values seen. Differences: levels are the bins' `floor(j * 128 / 2i)`,
-    where ONNX Runtime gives the remainder of 2i / 128 to the last; 64 windows in even ratios, from 64 bins to min-max,
-    are tried rather than all; exact zeros are left out, as TensorRT leaves out the first bin, since any range keeps
-    them. A window has at least 64 bins, so this clips at most to a sixteenth of the largest value.
+    and the range is the best window, clamped to the values seen. There are three differences to ONNX Runtime:
 
-    Right for long-tailed activations whose large values matter little. It sees how probable values are, and not how
-    large, so it loses like the percentile where the large values carry the signal.
+    * Bin j belongs to level `floor(j * 128 / 2i)`. ONNX Runtime gives the remainder of 2i / 128 to the last level.
+    * Only 64 windows are tried, in a geometric series from 64 bins to min-max, and not all.
+    * Exact zeros are left out, since every range represents them exactly. TensorRT leaves out the whole first bin.
+
+    A window has at least 64 bins, so the range is never clipped to less than a sixteenth of the largest value.
+
+    The right choice for long-tailed activations whose large values matter little. It considers how frequent values are
+    and not how large. So, like the percentile, it loses where the large values carry the signal.
 
     Args:
         bins: see `Histogram`; at least 256.
@@ -146,7 +150,7 @@ class EntropyObserver(Histogram):
     def range(self) -> tuple[Tensor, Tensor]:
         """The clipped range, lo <= 0 <= hi, never wider than min-max. ValueError if nothing was observed."""
         lo, hi = super().range()
-        # The bins that the largest magnitude needs: more than a quarter of all, so no less than LEVELS / 2.
+        # The bins from zero to the largest magnitude: more than a quarter of all bins, so at least LEVELS / 2.
         widest = (torch.maximum(-lo, hi) / self._width()).long().reshape(-1) + 1
         windows = _windows(widest.clamp(min=LEVELS // 2))
         parts = zip(_without_zeros(self).split(_BLOCK), windows.split(_BLOCK), strict=True)
@@ -156,7 +160,7 @@ class EntropyObserver(Histogram):
 
 
 def _without_zeros(histogram: Histogram) -> Tensor:
-    """The counts of all values but exact zeros: float64 [channels or 1, bins]."""
+    """The counts without exact zeros: float64 [channels or 1, bins]."""
     counts = histogram.counts.double().reshape(-1, histogram.bins)
     counts[:, histogram.bins // 2] -= histogram.zeros.reshape(-1)
     return counts
@@ -176,8 +180,8 @@ def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tens
 
         integral from 0 to x of r^2  =  k s^3 / 12 + r^3 / 3
 
-    and a bin's mean is the difference at its edges by its width; or, where both edges have one k and errors a and b,
-    (a^2 + a b + b^2) / 3, which holds for a bin of no width too.
+    and the mean over a bin is the difference of this integral at its edges, divided by its width. If both edges have
+    the same k, and errors a and b, the mean is (a^2 + a b + b^2) / 3, which holds for a bin of zero width too.
 
     Args:
         counts: float64 [C, bins].
@@ -193,10 +197,10 @@ def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tens
     scale = torch.where(scale > 0, scale, 1.0)
     zero_point = (-lo / scale).round()
     code = (edges / scale).round_().maximum(-zero_point).minimum(255 - zero_point)
-    rest = edges - code * scale
-    left, right = rest[..., :-1], rest[..., 1:]
+    error = edges - code * scale
+    left, right = error[..., :-1], error[..., 1:]
     within = (left * left + left * right + right * right) / 3
-    across = (code * (scale**3 / 12) + rest**3 / 3).diff() / edges.diff()
+    across = (code * (scale**3 / 12) + error**3 / 3).diff() / edges.diff()
     mean = torch.where(code[..., :-1] == code[..., 1:], within, across)
     return (counts * mean).sum(-1)
 
@@ -219,11 +223,11 @@ def _least_squared_error(counts: Tensor, edges: Tensor, lowest: Tensor, highest:
 LEVELS = 128
 """How many levels the entropy observer merges bins into, as TensorRT and ONNX Runtime do."""
 
-_EMPTY = 1e-4  # what Q has, in values, where P has some and it would have none
+_EMPTY = 1e-4  # the count of Q in a bin that has values in P and would have none in Q
 
 
 def _windows(widest: Tensor) -> Tensor:
-    """Windows to try, in bins on either side of zero, the widest first: int64 [C, 64]."""
+    """The windows to try, in bins on either side of zero, widest first: int64 [C, 64]."""
     ratio = (LEVELS / 2 / widest.double()).unsqueeze(-1)
     return (widest.unsqueeze(-1) * ratio ** torch.linspace(0, 1, 64, dtype=torch.float64)).round().long()
 
@@ -239,7 +243,7 @@ def divergence(counts: Tensor, windows: Tensor) -> Tensor:
         float64 [C, J].
     """
     half, windows = counts.shape[-1] // 2, windows.unsqueeze(-1)
-    position = torch.arange(-half, half) + windows  # in the window, from its first bin: [C, J, bins]
+    position = torch.arange(-half, half) + windows  # of each bin, from the window's first bin: [C, J, bins]
     is_inside = (position >= 0) & (position < 2 * windows)
     level = (position * LEVELS).div_(2 * windows, rounding_mode="floor").clamp_(0, LEVELS - 1)
 

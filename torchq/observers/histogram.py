@@ -1,4 +1,4 @@
-"""Histogram: how often each value occurred, in constant memory, merging exactly."""
+"""Histogram: counts how often values occur, in constant memory. Merging is exact."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torchq.observers.base import Observer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_CHUNK = 1 << 16  # values binned at a time: their temporaries stay in the cache
-_NARROWEST = -126  # bins are at least FLT_MIN wide, below which no scale goes either (see qparams)
+_CHUNK = 1 << 16  # values binned at a time, so that the temporaries stay in the cache
+_NARROWEST = -126  # log2 of the narrowest bin: FLT_MIN, which is also the smallest scale (see qparams)
 
 
 class Histogram(Observer):
-    """Counts of values in `bins` equal bins over (-2^e, 2^e), in constant memory, merging exactly.
+    """Counts values in `bins` equal bins over (-2^e, 2^e), in constant memory. Merging is exact.
 
-    e is the smallest exponent with |x| < 2^e for all x so far. When a larger value arrives the limit doubles, as often
-    as needed, and pairs of bins become one. That is exact: magnitude |x| lies in bin k = floor(|x| / 2^e * bins / 2)
-    from zero, on its own side of it, and the bins 2k and 2k + 1 are precisely bin k of the doubled limit. The counts
-    thus depend on the values only: not on their order, their batches, or what was merged with what. An edge belongs to
-    the bin away from zero; zero itself, to the positive side.
+    e is the smallest exponent with |x| < 2^e for all x so far. When a larger value arrives, the limit 2^e doubles as
+    often as needed, and each time pairs of bins become one. That is exact: |x| lies in bin k = floor(|x| / 2^e * bins /
+    2), counted from zero on the side of x, and the bins 2k and 2k + 1 are precisely bin k of the doubled limit. So the
+    counts depend only on the values, and not on their order, their batches, or the order of merges. A value on an edge
+    belongs to the bin farther from zero; zero itself belongs to the positive side.
 
-    Memory: 8 * bins bytes a channel. A bin is 2 / bins to 4 / bins of the largest magnitude wide, so an outlier
-    bins / 2 times larger than all other values leaves those in the two bins beside zero.
+    Memory: 8 * bins bytes per channel. The width of a bin is 2 / bins to 4 / bins of the largest magnitude. So if one
+    outlier is bins / 2 times larger than all other values, those are all in the two bins beside zero.
 
     Args:
         bins: a power of two, at least 2.
@@ -37,7 +37,7 @@ class Histogram(Observer):
     Attributes:
         counts: int64 [bins] or [channels, bins], lowest values first.
         exponent: e, int64 ().
-        zeros: how many values were exactly 0, int64 (). Every quantization keeps them exact.
+        zeros: how many values were exactly 0, int64 (). Every quantization represents them exactly.
 
     Raises:
         ValueError: bins is not a power of two, or is less than 2.
@@ -61,7 +61,7 @@ class Histogram(Observer):
         self.bins = bins
         self.counts = torch.zeros(*self._shape, bins, dtype=torch.int64)
         self.zeros = torch.zeros(self._shape, dtype=torch.int64)
-        # The smallest limit there is. Zeros have one bin at every limit, so all-zero batches need no rule.
+        # The smallest limit. Zeros are in the same bin at every limit, so all-zero batches need no special case.
         self.exponent = torch.full(self._shape, _NARROWEST + self._log2_half)
 
     def edges(self) -> Tensor:
@@ -90,17 +90,18 @@ class Histogram(Observer):
         self._rescale(torch.maximum(self.exponent, _exponent(torch.maximum(-lo, hi))))
         per_value = _power_of_two(self._log2_half - self.exponent).float()
         first = self.bins // 2 + self.bins * torch.arange(channels, dtype=torch.int32)
-        # A chunk has no fewer values than there are counts, so that adding up the counts is not what takes the time.
+        # A chunk has at least as many values as there are counts. Otherwise, adding up the counts would take the most
+        # time.
         for chunk in x.split(max(_CHUNK // channels, self.bins)):
             sign = chunk.sign()
-            nonzeros = sign.square().sum(0).long().reshape(self._shape)  # exact: less than 2^24 ones
-            # The product by a power of two is exact, or so small that it becomes 0, which is its bin. The conversion
+            nonzeros = sign.square().sum(0).long().reshape(self._shape)  # exact in float32: fewer than 2^24 ones
+            # The product with a power of two is exact, or it underflows to 0, which is the right bin. The conversion
             # truncates towards zero (torch.trunc would take several times as long).
             index = (chunk * per_value).to(torch.int32)
             index += sign.clamp_(max=0).to(torch.int32)
             index += first
             counts = torch.bincount(index.flatten(), minlength=channels * self.bins)
-            # Not in place: what there is may be inference tensors of an earlier batch.
+            # Not in place: after a batch in inference mode these are inference tensors, which can't be changed.
             self.counts = self.counts + counts.reshape(self.counts.shape)
             self.zeros = self.zeros + (len(chunk) - nonzeros)
 
@@ -113,7 +114,7 @@ class Histogram(Observer):
         self.counts, self.exponent = self._counts_at(exponent), exponent
 
     def _counts_at(self, exponent: Tensor) -> Tensor:
-        """The counts at limits 2^exponent, no smaller: bin k, counted from zero, goes to k >> doublings."""
+        """The counts for limits 2^exponent, which must not be smaller: bin k from zero moves to k >> doublings."""
         if torch.equal(exponent, self.exponent):
             return self.counts
         doublings = (exponent - self.exponent).clamp(max=62)  # shifts by 64 are undefined; 62 leaves bins 0 and -1
@@ -129,12 +130,12 @@ class Histogram(Observer):
 
 
 def _exponent(magnitude: Tensor) -> Tensor:
-    """The least e with magnitude < 2^e, int64; for 0, less than any histogram's."""
+    """The smallest e with magnitude < 2^e, int64; for 0, less than the exponent of any histogram."""
     _, exponent = torch.frexp(magnitude)  # magnitude = m * 2^exponent, 0.5 <= m < 1
     return torch.where(magnitude > 0, exponent, _NARROWEST).long()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float64, exactly, which torch.pow does not promise."""
+    """2^exponent as float64, exactly; torch.pow does not guarantee that."""
     powers = [math.ldexp(1.0, e) for e in exponent.flatten().tolist()]
     return torch.tensor(powers, dtype=torch.float64).reshape(exponent.shape)

@@ -1,1 +1,1 @@
-"""Reports: what became of each layer, how fast it is, and whether the data have moved since."""
+"""Reports: what each layer became, how fast it is, and whether the data have drifted since calibration."""

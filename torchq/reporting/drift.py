@@ -1,19 +1,19 @@
-"""watch_drift(): does inference still see the values that calibration saw?
+"""watch_drift(): checks whether inference still sees the range of values that calibration saw.
 
-A static layer clips what lies outside its calibrated range. Some clipping is meant (percentile); much more of it than
-in calibration means that the data have moved, and that the layer should be calibrated again on such data.
+A static layer clips values outside its calibrated range. Some clipping is intended (percentile). If a layer clips much
+more than in calibration, the data have drifted, and the layer should be calibrated again on the new data.
 
     with torchq.watch_drift(qmodel) as drift:
         serve(qmodel)
     print(drift)                                # recalibrate layer 'fc1': ...
-    print(torchq.report(qmodel, drift=drift))   # the same, beside the rest
+    print(torchq.report(qmodel, drift=drift))   # the same, as part of the report
 
-Inside the `with`, forward hooks count; outside there are none, and a call costs what it cost before. Where a layer
-takes u8 codes, clipped values can't be told from values that belong at the ends (the zeros of a ReLU are all code 0).
-So they are counted where they are made: the layer before computes its output once more, in float32, which doubles its
-time while watched. The counts are then exact, and mean the same for every layer.
+Forward hooks count inside the `with`. Outside there are none, and calls cost nothing extra. If a layer takes u8 codes,
+a clipped value looks like any other value at the end of the range (the zeros of a ReLU all have code 0). So clipping is
+counted in the layer before: it computes its output a second time, in float32, which doubles its time while watched. The
+counts are then exact, and mean the same for every layer.
 
-Hooks need eager calls: watch the model itself, not what torch.compile or torch.export made of it.
+Hooks need eager calls: watch the model itself, not the result of torch.compile or torch.export.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,19 +33,19 @@ from torchq.numerics.qparams import QParams
 from torchq.planning.plan import Plan, attached_plan
 
 THRESHOLD = 0.001
-"""A layer has drifted when it clips this share of all values more than in calibration.
+"""A layer has drifted when the share of clipped values exceeds that in calibration by more than this.
 
-0.1 %: one channel in a thousand. Transformers have about one outlier channel in a thousand, and clipping just these
-ruins them; data like those calibrated on stay below it once calibration has seen some thousands of values.
+0.1 % is one channel in a thousand. Transformers have about one outlier channel in a thousand, and clipping only these
+ruins them. Data like the calibration data stay below the threshold if calibration had at least some thousand values.
 """
 
 MIN_CLIPPED = 10
-"""How many more values than in calibration must be clipped for a drift: fewer may be chance."""
+"""A drift needs at least this many clipped values beyond the share in calibration: fewer may be chance."""
 
 
 @dataclass
 class LayerDrift:
-    """What one static layer was given: all values, and those clipped (`stats.count_clipped`) below and above its range.
+    """The inputs of one static layer: how many values in all, and clipped below and above its range (`count_clipped`).
 
     Args:
         calibrated: the share of values clipped in calibration.
@@ -69,13 +69,13 @@ class LayerDrift:
 
 @dataclass
 class Drift:
-    """The counts of every static layer, by name. Prints what to do about them."""
+    """The counts of every static layer, by name. Prints which layers to calibrate again."""
 
     threshold: float
     layers: dict[str, LayerDrift] = field(default_factory=dict)
 
     def drifted(self, name: str) -> bool:
-        """Whether this layer clips more than it should: `THRESHOLD` and `MIN_CLIPPED` say how much that is."""
+        """Whether this layer clips too much: by more than `threshold`, and at least `MIN_CLIPPED` values."""
         layer = self.layers[name]
         more = layer.share - layer.calibrated
         return more > self.threshold and more * layer.values >= MIN_CLIPPED
@@ -86,7 +86,7 @@ class Drift:
         return tuple(name for name in self.layers if self.drifted(name))
 
     def advice(self, name: str) -> str | None:
-        """What to do about this layer, with the numbers; None if nothing."""
+        """The advice to calibrate this layer again, with the numbers; None if it has not drifted."""
         layer = self.layers.get(name)
         if layer is None or not self.drifted(name):
             return None
@@ -103,11 +103,12 @@ class Drift:
 
 @door("torchq.watch_drift")
 def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> AbstractContextManager[Drift]:
-    """Inside, counts what every static layer clips. The counts are in the `Drift` it gives, also afterwards.
+    """Inside, counts the values that every static layer clips. The counts stay in the `Drift` it yields.
 
     Args:
         qmodel: from `torchq.convert`. Its outputs stay the same, bit for bit.
-        threshold: how much larger a share of the values than in calibration may be clipped; `drift.THRESHOLD` says why.
+        threshold: how far the share of clipped values may exceed that in calibration. `drift.THRESHOLD` explains the
+            default.
 
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`, or the threshold is not in [0, 1).
@@ -157,6 +158,6 @@ def _count_input(count: Callable[[Tensor], None], layer: QuantizedLinear, args: 
 
 
 def _count_output(count: Callable[[Tensor], None], layer: QuantizedLinear, args: tuple[Any, ...]) -> None:
-    """On the layer that gives the codes: counts its output in float32, before it becomes codes."""
+    """A hook on the layer that gives the codes: counts its output in float32, before it is quantized."""
     scale, zero_point = cast(QParams, layer.input_qparams)
     count(ops.linear_static(args[0], layer.packed, scale, zero_point, torch.float32, activation=layer.activation))

@@ -1,4 +1,4 @@
-"""profile_layers(): what each layer of a converted model takes, in float and in int8, at its calibration shape."""
+"""profile_layers(): the time of each layer of a converted model, in float and in int8, at its calibration shape."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from torchq.timing import interleaved
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer's time on `rows` input rows (tokens), the mean of a call in calibration."""
+    """One layer's times on `rows` input rows (tokens): the mean number of rows per call in calibration."""
 
     rows: int
     float_seconds: float
@@ -30,16 +30,16 @@ class LayerTime:
 @door("torchq.profile_layers")
 @torch.no_grad()
 def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime]:
-    """Times every int8 layer against the float layer of its shape and dtype, by name; `report` prints it as columns.
+    """Times every int8 layer and a float layer of the same shape and dtype, by name. `report` prints the times.
 
-    Both run alone, on random input in cache, interleaved, and the best of `rounds` rounds counts. The int8 time is that
-    of the layer as it runs in the model: with its fused activation, and with u8 codes where it takes or gives them. The
-    float time is torch's `linear` alone. Layers in float are left out, and so are layers without calibration data,
+    Each layer runs alone, on random input in cache. Int8 and float are interleaved, and the best of `rounds` rounds
+    counts. The int8 layer runs as in the model: with its fused activation, and with u8 codes if it takes or gives them.
+    The float time is torch's `linear` only. Layers in float are left out, and so are layers without calibration data,
     since their shape is not known.
 
     Args:
         qmodel: from `torchq.convert`.
-        rounds: of about 20 ms each, and as much for the float layer.
+        rounds: how many rounds; each takes about 20 ms for the int8 layer and 20 ms for the float layer.
 
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`, or `rounds` is less than 1.

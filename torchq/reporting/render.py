@@ -1,4 +1,4 @@
-"""How a report is printed: one row a layer in at most 120 columns, and below it what is said in words."""
+"""Prints a report: a table with one row per layer, at most 120 columns wide, and remarks below it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 WIDTH = 120
 
 _USUAL = ("static costs no accuracy", "static would cost accuracy")
-"""The reasons that the columns static and dynamic show."""
+"""The reasons that need no remark, because the columns static and dynamic show them."""
 
 
 def _db(value: float) -> str:
@@ -25,7 +25,7 @@ def _gain(value: float) -> str:
     return f"{value:+.1f}"
 
 
-# Column titles, each with the field it shows and how.
+# The columns: title, field of LayerReport, and how to format its value.
 _LAYER: dict[str, tuple[str, Callable[[Any], str]]] = {
     "scheme": ("kind", lambda kind: str(kind).removeprefix("int8 ")),
     "before": ("bytes_before", text.size),
@@ -46,7 +46,7 @@ _LATER: dict[str, tuple[str, Callable[[Any], str]]] = {
     "float": ("float_seconds", text.duration),
     "int8": ("int8_seconds", text.duration),
 }
-_ALWAYS = ("scheme", "before", "after", "output")  # the others only where a layer has a value
+_ALWAYS = ("scheme", "before", "after", "output")  # the other columns are left out if no layer has a value
 
 _MEANINGS = {
     "output": "weight, input, output: SQNR in dB.",
@@ -71,7 +71,7 @@ def render(report: Report) -> list[str]:
     head, *rows = zip(names, *columns, strict=True)
     lines = [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
-    lines += [line for entry in _words(layers) for line in _wrapped(entry)]
+    lines += [line for entry in _remarks(layers) for line in _wrapped(entry)]
     lines += [layer.advice for layer in layers if layer.advice is not None]
     return lines if report.frontier is None else [*lines, "", str(report.frontier)]
 
@@ -91,7 +91,7 @@ def _column(
 
 
 def _shortened(name: str, room: int) -> str:
-    """The end of a long name, which tells layers of a model apart."""
+    """A name cut to `room` characters. The end is kept, since it is what differs between layers."""
     return name if len(name) <= room else "..." + name[len(name) - room + 3 :]
 
 
@@ -103,18 +103,18 @@ def _total(report: Report) -> str:
     )
 
 
-def _words(layers: tuple[LayerReport, ...]) -> list[str]:
-    """What the columns can't say, each once with the layers it is true of."""
-    said: dict[str, list[str]] = {}
+def _remarks(layers: tuple[LayerReport, ...]) -> list[str]:
+    """The remarks that columns can't show, each with the layers it applies to."""
+    remarks: dict[str, list[str]] = {}
     for layer in layers:
         name = layer.name or "(root)"
         if layer.kind == "float":
-            said.setdefault(f"left in float, {layer.reason}", []).append(name)
+            remarks.setdefault(f"left in float, {layer.reason}", []).append(name)
         elif layer.reason not in _USUAL:
-            said.setdefault(layer.reason, []).append(name)
+            remarks.setdefault(layer.reason, []).append(name)
         if layer.no_gptq is not None:
-            said.setdefault(f"rounded to nearest, no gptq: {layer.no_gptq}", []).append(name)
-    return [f"{reason}: {_listed(names, len(layers))}" for reason, names in said.items()]
+            remarks.setdefault(f"rounded to nearest, no gptq: {layer.no_gptq}", []).append(name)
+    return [f"{remark}: {_listed(names, len(layers))}" for remark, names in remarks.items()]
 
 
 def _listed(names: list[str], of: int) -> str:

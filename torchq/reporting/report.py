@@ -19,27 +19,27 @@ from torchq.reporting.render import render
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer of the original model; None stands for what was not measured.
+    """One layer of the original model. A value that was not measured is None.
 
     Args:
-        name: of the layer.
+        name: the layer's name.
         kind: "int8 dynamic", "int8 static" or "float".
-        kernel: that computes it.
-        bytes_before: of weight and bias in float.
-        bytes_after: the same now, resident, with scales and padding.
-        sqnr_db: of the layer's output, on its calibration sample.
-        reason: what decided on what it became.
+        kernel: the kernel that computes an int8 layer.
+        bytes_before: the size of weight and bias in float.
+        bytes_after: their size in memory now, with scales and padding.
+        sqnr_db: SQNR of the layer's output, on its calibration sample.
+        reason: why the layer became what it is.
         weight_db: SQNR of the int8 weight.
         input_db: SQNR of the quantized input, on the sample.
         clipped: the share of the sample's values outside a static layer's range.
-        float_seconds: of the float layer at its calibration shape, from `profile_layers`.
-        int8_seconds: the same of this layer.
+        float_seconds: time of the float layer at its calibration shape, from `profile_layers`.
+        int8_seconds: time of the int8 layer at the same shape.
         drift: the share of values clipped at inference, from `watch_drift`.
-        advice: what to do about that, if anything.
-        static_db: of the output under the best static range, with weights rounded to nearest.
-        dynamic_db: of the output under ranges per row, with weights rounded to nearest.
-        smoothing_db: what smoothing gained, in the mean of all layers that read the same input.
-        gptq_db: what GPTQ gained on held-out rows, or would have gained (`rounding`).
+        advice: to calibrate the layer again, if it has drifted.
+        static_db: SQNR of the output with the best static range, with weights rounded to nearest.
+        dynamic_db: SQNR of the output with ranges per row, with weights rounded to nearest.
+        smoothing_db: the gain in SQNR by smoothing, the mean of all layers that read the same input.
+        gptq_db: the gain in SQNR by GPTQ on held-out rows, also if GPTQ was not taken (see `rounding`).
         rounding: "nearest" or "gptq".
         no_gptq: why GPTQ was not tried.
     """
@@ -68,7 +68,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Prints as a table; `to_dict()` gives the same as plain data, `plot` draws the frontier of an accuracy budget."""
+    """Prints as a table. `to_dict()` returns it as plain data, and `plot` draws the frontier of an accuracy budget."""
 
     layers: tuple[LayerReport, ...]
     frontier: Frontier | None = None
@@ -80,11 +80,11 @@ class Report:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the same layers now, resident."""
+        """Bytes of the same layers in memory now."""
         return sum(layer.bytes_after for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON knows it."""
+        """The report as JSON values."""
         layers = [text.to_json(asdict(layer)) for layer in self.layers]
         frontier = self.frontier and self.frontier.to_dict()
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
@@ -94,7 +94,7 @@ class Report:
         """Draws the frontier: the metric against latency and bytes (see `Frontier.plot`).
 
         Raises:
-            ValueError: the model was converted without `evaluate`, so there is none.
+            ValueError: the model was converted without `evaluate`, so there is no frontier.
             ImportError: matplotlib is not installed.
         """
         if self.frontier is None:
@@ -110,11 +110,11 @@ class Report:
 
 @door("torchq.report")
 def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None, drift: Drift | None = None) -> Report:
-    """What became of every layer of a converted model: scheme, kernel, bytes, SQNR, clipped share, times, reason.
+    """What every layer of a converted model became: scheme, kernel, bytes, SQNR, clipped share, times, reason.
 
-    SQNR and clipped share are those of the layer's own calibration sample, None where there was no calibration. After a
-    conversion with `evaluate`, the frontier of the accuracy budget is there too. Printed, it fits a terminal of 120
-    columns; with times or drift, these take the place of the columns on how the layer was chosen.
+    SQNR and clipped share are measured on the layer's own calibration sample; they are None without calibration. After
+    a conversion with `evaluate`, the report includes the frontier of the accuracy budget. Printed, it is at most 120
+    columns wide. If times or drift are given, their columns replace those on how the scheme was chosen.
 
     Args:
         qmodel: from `torchq.convert`.
@@ -139,7 +139,7 @@ def _layer_report(
 ) -> LayerReport:
     layer, module, time = plan.layers[name], _module_of(qmodel, name), profile.get(name)
     before, after = _sizes(module)
-    stats, seen = layer.stats, None if drift is None else drift.layers.get(name)
+    stats, layer_drift = layer.stats, None if drift is None else drift.layers.get(name)
     smoothing = plan.smoothings.get(layer.smoothed or "")
     static = [db for scheme, db in layer.sqnr_db.items() if scheme not in ("dynamic", "gptq")]
     return LayerReport(
@@ -155,7 +155,7 @@ def _layer_report(
         clipped=None if stats is None else stats.clipped,
         float_seconds=None if time is None else time.float_seconds,
         int8_seconds=None if time is None else time.int8_seconds,
-        drift=None if seen is None else seen.share,
+        drift=None if layer_drift is None else layer_drift.share,
         advice=None if drift is None else drift.advice(name),
         static_db=max(static, default=None),
         dynamic_db=layer.sqnr_db.get("dynamic"),
@@ -167,7 +167,7 @@ def _layer_report(
 
 
 def _module_of(qmodel: nn.Module, name: str) -> nn.Module:
-    """The layer's module: of its own in the int8 model, or, where all of its module stayed float, that one."""
+    """The layer's own module in the converted model. If the module that holds its matrix stayed float, that module."""
     while True:
         try:
             return qmodel.get_submodule(name)
