@@ -1,1 +1,1 @@
-"""Scripts that measure: run them as modules, `python -m benchmarks.demo`."""
+"""Benchmarks. Run each as a module: `python -m benchmarks.demo`."""

@@ -1,13 +1,13 @@
-"""Whole trained networks in int8, torchq against everyone else: SQNR of the outputs, task metric, latency.
+"""Whole trained networks in int8, torchq against its peers: SQNR of the outputs, task metric, latency.
 
     taskset -c 0 python -m benchmarks.accuracy                  # all; the first run trains (benchmarks/models.py)
     python -m benchmarks.accuracy --quick                       # the MLP, on few batches, in seconds
     python -m benchmarks.accuracy --models "text GPT" --contestants torchq onnxruntime --json out.json --markdown out.md
 
-Every network is measured twice: as trained, and as its twin with outlier channels, which computes the same function.
-Everyone quantizes the same float model, calibrates on the same inputs and answers the same held-out questions. Where a
-contestant has several settings (benchmarks/accuracy_peers.py), the one with the highest SQNR on that model counts, for
-the latency too. torchq auto is `torchq.convert(model, loader)`.
+Every network is measured twice: as trained, and as a twin with outlier channels that computes the same function. All
+contestants quantize the same float model, calibrate on the same inputs and are tested on the same held-out batches. If
+a contestant has several settings (benchmarks/accuracy_peers.py), the one with the highest SQNR on that model counts,
+also for the latency. torchq auto is `torchq.convert(model, loader)`.
 """
 
 import argparse
@@ -34,24 +34,24 @@ from benchmarks.peers import Peer, Run, available
 from benchmarks.timing import interleaved, machine
 from torchq.numerics.metrics import sqnr_db
 
-BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows of a batch: what is calibrated on, asked and timed
-CALIBRATION_BATCHES, TEST_BATCHES = 16, 32  # of the test batches, as many as there are
+BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows per batch, for calibration, test and timing
+CALIBRATION_BATCHES, TEST_BATCHES = 16, 32  # at most; there may be fewer test batches
 TWIN = ", outliers"
 
 
 def tasks(names: Sequence[str], calibration: int, test: int) -> Iterator[Task]:
-    """Each model by name, then its outlier twin, with so many batches at most."""
+    """Each named model, followed by its outlier twin, with at most so many batches."""
     for name in names:
         recipe = models.RECIPES[name]
         data = models.Data(recipe.kind, recipe.context)
         model = models.load(recipe, data)
         twin = models.with_outliers(model)
         size = BATCH[recipe.kind]
-        seen = [batch.inputs for batch in islice(data.batches("train", size, seed=1), calibration)]
+        calibration_inputs = [batch.inputs for batch in islice(data.batches("train", size, seed=1), calibration)]
         asked = list(islice(data.held_out(size), test))
         models.check_twin(model, twin, asked[0].inputs)
-        yield Task(name, model, seen, asked)
-        yield Task(name + TWIN, twin, seen, asked)
+        yield Task(name, model, calibration_inputs, asked)
+        yield Task(name + TWIN, twin, calibration_inputs, asked)
 
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def tasks(names: Sequence[str], calibration: int, test: int) -> Iterator[Task]:
 def measure(task: Task, contestants: Sequence[Peer], *, threads: int = 1, rounds: int = 9) -> dict[str, Any]:
     """SQNR and metrics of each contestant on the task's test batches, and the latency of each one's best setting.
 
-    A contestant that cannot run this model has its "error" instead.
+    A contestant that cannot run this model has an "error" instead.
     """
     x = task.test[0].inputs.clone()
     exact = answers(lambda: task.model(x), x, task)
@@ -69,10 +69,10 @@ def measure(task: Task, contestants: Sequence[Peer], *, threads: int = 1, rounds
     for peer in contestants:
         start = time.perf_counter()
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the peers' own progress
+            with contextlib.redirect_stdout(io.StringIO()):  # hides the peers' progress output
                 runs[peer.name] = peer.make(task, x, threads)
             given = answers(runs[peer.name], x, task)
-        except Exception as error:  # whatever goes wrong inside a peer is its result
+        except Exception as error:  # any failure of a peer is its result
             results[peer.name] = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
             print(f"{task.name}: {peer.name}: skipped, {results[peer.name]['error']}", flush=True)
             continue
@@ -93,16 +93,16 @@ def measure(task: Task, contestants: Sequence[Peer], *, threads: int = 1, rounds
 
 @torch.inference_mode()
 def answers(run: Run, x: torch.Tensor, task: Task) -> torch.Tensor:
-    """The outputs on all test batches, each copied into x first."""
+    """The outputs on all test batches. Each batch is copied into x before the run."""
     outputs = []
     for batch in task.test:
         x.copy_(batch.inputs)
-        outputs.append(run().float().clone())  # an engine writes every answer into the same tensor
+        outputs.append(run().float().clone())  # engines write every answer into the same tensor
     return torch.cat(outputs)
 
 
 def score(outputs: torch.Tensor, task: Task) -> dict[str, float]:
-    """Accuracy in % of the first choice, and perplexity `exp(cross entropy)`, over the targets that count."""
+    """Top-1 accuracy in %, and perplexity `exp(cross entropy)`, over the targets that are not IGNORED."""
     logits, targets = outputs.flatten(0, -2), torch.cat([batch.targets for batch in task.test]).flatten()
     counted = targets != models.IGNORED
     hits = (logits.argmax(dim=-1) == targets)[counted]
@@ -112,12 +112,12 @@ def score(outputs: torch.Tensor, task: Task) -> dict[str, float]:
 
 def layers(task: Task) -> list[dict[str, Any]]:
     """What torchq auto chose for each layer, with the SQNR of the layer's own output, and why."""
-    found: list[dict[str, Any]] = torchq.report(torchq.convert(task.model, task.calibration)).to_dict()["layers"]
-    return found
+    reports: list[dict[str, Any]] = torchq.report(torchq.convert(task.model, task.calibration)).to_dict()["layers"]
+    return reports
 
 
 def best_settings(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Contestant -> its full name with the setting of the highest SQNR, those that could not run left out."""
+    """For each contestant that could run, its full name with the setting of the highest SQNR."""
     best: dict[str, str] = {}
     for name, result in results.items():
         contestant = name.partition(":")[0]
@@ -132,7 +132,7 @@ def best_settings(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One model's table, the most accurate contestant first, and a line for each that could not run."""
+    """One model's table, the most accurate contestant first, and a line for each contestant that could not run."""
     results = result["contestants"]
     best = best_settings(results)
     exact = results[FLOAT]
@@ -155,7 +155,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """Torchq auto against the most accurate int8 peer of each model, the middle of the gaps, and the points lost."""
+    """Torchq auto against the most accurate int8 peer of each model: the mean gap in dB, and the points lost."""
     rows = [["model", OURS, "best peer", "gap", "points lost", "peer's"]]
     gaps: list[float] = []
     lost: dict[str, list[float]] = {"the models": [], "the outlier twins": []}
@@ -181,10 +181,10 @@ def summary(results: list[dict[str, Any]]) -> str:
         )
     if not gaps:
         return "No model was measured with both torchq auto and an int8 peer."
-    middle = sum(gaps) / len(gaps)  # the mean of decibels is the geometric mean of the ratios they stand for
+    mean = sum(gaps) / len(gaps)  # the mean in decibels is the geometric mean of the ratios
     worst = ", ".join(f"{max(points):+.2f} on {kind}" for kind, points in lost.items() if points)
     return (
-        f"{markdown(rows)}\n\n{OURS} against the best peer of each model: {middle:+.1f} dB in the geometric middle, "
+        f"{markdown(rows)}\n\n{OURS} against the best peer of each model: {mean:+.1f} dB in the geometric middle, "
         f"least {min(gaps):+.1f} dB, behind on {sum(gap < 0 for gap in gaps)} of {len(gaps)}. "
         f"Most points of accuracy lost: {worst}."
     )
@@ -206,7 +206,7 @@ LAYERS_SHOWN = 4
 
 
 def chosen(prefixes: Sequence[str] | None) -> list[Peer]:
-    """The contestants, and steps, whose name starts with one of these, and float; all contestants without any."""
+    """Float, and the contestants and steps whose name starts with one of these. Without any, all contestants."""
     if not prefixes:
         return CONTESTANTS
     return [p for p in [*CONTESTANTS, *STEPS] if p.name == FLOAT or p.name.startswith(tuple(prefixes))]
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables here as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")  # the peers' own, about caching, deprecation and tracing
+    warnings.filterwarnings("ignore")  # the peers warn about caching, deprecation and tracing
     logging.disable(logging.WARNING)
 
     contestants, skipped = available(chosen(arguments.contestants))
@@ -235,7 +235,7 @@ def main() -> None:
     for task in tasks(names, *counts):
         result = measure(task, contestants, threads=arguments.threads, rounds=rounds)
         results.append({**result, "layers": layers(task)})
-        if arguments.json:  # after each model: the whole takes long
+        if arguments.json:  # after each model, since the whole run takes long
             arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
     text = "\n\n".join([summary(results), *(f"{table(r)}\n\n{layer_table(r)}" for r in results), f"{machine()}."])
     print("\n" + text)

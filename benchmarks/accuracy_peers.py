@@ -1,8 +1,8 @@
-"""Whole trained networks in int8, by everyone who can run them on a CPU: each peer by its public API.
+"""Whole trained networks in int8, by every engine that can run them on a CPU, each through its public API.
 
-`Peer.make(task, x, threads)` quantizes the task's model on the task's calibration batches and returns a function of no
-arguments that runs it on x, which the caller may overwrite with other inputs. Where a peer has several settings, each
-is a contestant "name: setting", and the best of them on each model counts.
+`Peer.make(task, x, threads)` quantizes the task's model with the task's calibration batches. It returns a function
+without arguments that runs the model on x; the caller may overwrite x with other inputs. If a peer has several
+settings, each is a contestant "name: setting", and the best of them on each model counts.
 """
 
 import copy
@@ -22,7 +22,7 @@ from benchmarks.peers import Peer, Run, nncf_quantized, onnxruntime_run, openvin
 
 
 class Task(NamedTuple):
-    """A float model, the inputs everyone calibrates on, and the questions everyone answers; batches of one shape."""
+    """A float model, the inputs all contestants calibrate on, and the test batches. All batches have one shape."""
 
     name: str
     model: nn.Module
@@ -37,7 +37,7 @@ Make = Callable[[Task, Tensor, int], Run]
 
 
 def _torchq(config: torchq.QConfig | None = None) -> Make:
-    """Without a config: what a user gets who says no further word."""
+    """torchq.convert, with this config or the defaults."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         qmodel = torchq.convert(task.model, task.calibration, config=config)
@@ -47,7 +47,7 @@ def _torchq(config: torchq.QConfig | None = None) -> Make:
 
 
 def _torchq_qat(config: torchq.QConfig | None = None) -> Make:
-    """Static per layer, then trained to give the float model's outputs on the calibration inputs: no labels."""
+    """Static per layer, then trained to reproduce the float model's outputs on the calibration inputs: no labels."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         model = torchq.prepare_qat(task.model, task.calibration, config=config)
@@ -77,7 +77,7 @@ def _float32(task: Task, x: Tensor, threads: int) -> Run:
 
 
 def _torch_dynamic(engine: str, per_channel: bool) -> Make:
-    """torch.ao.quantization.quantize_dynamic, deprecated in torch 2.13 and still there; 7-bit activations, always."""
+    """torch.ao.quantization.quantize_dynamic, deprecated in torch 2.13. It always uses 7-bit activations."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         from torch.ao import quantization
@@ -106,7 +106,7 @@ def _torchao(task: Task, x: Tensor, threads: int) -> Run:
 
 
 def _onnxruntime(quantize: Callable[[Path, Task], None]) -> Make:
-    """The exported and pre-processed graph, which `quantize` then changes in place."""
+    """Runs the exported and pre-processed graph after `quantize` has changed it in place."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def _onnxruntime(quantize: Callable[[Path, Task], None]) -> Make:
 
 @functools.lru_cache(maxsize=1)
 def _onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The model for inputs of this shape, as torch.onnx exports it and ONNX Runtime's own pre-processing leaves it."""
+    """The model for inputs of this shape, exported by torch.onnx and pre-processed by ONNX Runtime."""
     from onnxruntime.quantization import shape_inference
 
     dtype = torch.long if any(isinstance(module, nn.Embedding) for module in model.modules()) else torch.float32
@@ -153,7 +153,7 @@ def _dynamic(per_channel: bool) -> Callable[[Path, Task], None]:
 
 
 def _static(**options: Any) -> Callable[[Path, Task], None]:
-    """quantize_static with its defaults (QDQ, every op, per tensor, signed, min-max) but for `options`."""
+    """quantize_static with its defaults (QDQ, every op, per tensor, signed, min-max), except for `options`."""
 
     def quantize(path: Path, task: Task) -> None:
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -171,7 +171,7 @@ def _static(**options: Any) -> Callable[[Path, Task], None]:
 
 
 def _static_linear(method: str) -> Callable[[Path, Task], None]:
-    """The documented best for x86, u8 activations and per-channel int8 weights, for the linear layers alone."""
+    """What ONNX Runtime documents as best for x86: u8 activations, per-channel int8 weights. Only for linear layers."""
 
     def quantize(path: Path, task: Task) -> None:
         from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -182,7 +182,7 @@ def _static_linear(method: str) -> Callable[[Path, Task], None]:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod[method],
-            # Attention's products of two activations stay in float, and so does what a layer gives: more accurate.
+            # Products of two activations (attention) and the outputs of layers stay in float, which is more accurate.
             extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
         static(path, task)
@@ -206,7 +206,7 @@ def _openvino_float32(task: Task, x: Tensor, threads: int) -> Run:
 
 
 def _nncf(options: Callable[[], dict[str, Any]]) -> Make:
-    """nncf.quantize, calibrated on the same inputs one at a time, as NNCF asks for with transformers."""
+    """nncf.quantize, calibrated on the same inputs one at a time, which NNCF requires for transformers."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         singles = [row for batch in task.calibration for row in batch.split(1)]
@@ -222,7 +222,7 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _smooth(alpha: float) -> dict[str, Any]:
-    """model_type TRANSFORMER, which smooths (SmoothQuant; NNCF's own alpha is 0.95) and knows attention."""
+    """model_type TRANSFORMER: SmoothQuant (NNCF's default alpha is 0.95), and special handling of attention."""
     import nncf
 
     smooth = nncf.AdvancedSmoothQuantParameters(matmul=alpha)
@@ -233,9 +233,9 @@ def _smooth(alpha: float) -> dict[str, Any]:
 
 
 def _openvino_dynamic(group: int) -> Make:
-    """Weights compressed to int8 by NNCF, activations quantized at run time, a scale for every `group` of channels.
+    """Weights compressed to int8 by NNCF, activations quantized at run time, with a scale per `group` of channels.
 
-    OpenVINO's path for language models: no calibration, and finer than a scale per token.
+    This is OpenVINO's path for language models. It needs no calibration, and is finer than one scale per token.
     """
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
@@ -281,7 +281,7 @@ CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each coun
 ]
 
 _PLAIN = torchq.QConfig(margin_db=1.0, smoothing="none", rounding="nearest")
-STEPS = [  # what each part of torchq auto gains; run only where asked for by name, "step"
+STEPS = [  # show what each part of torchq auto gains; run only if asked for by name ("step")
     Peer("step 0: margin 1 dB", True, _torchq(_PLAIN)),
     Peer("step 1: and smoothing", True, _torchq(dataclasses.replace(_PLAIN, smoothing="auto"))),
     Peer("step 2: and margin 0.3 dB", True, _torchq(torchq.QConfig(rounding="nearest"))),

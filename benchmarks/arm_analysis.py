@@ -1,4 +1,4 @@
-"""What can be said of the Arm kernels' speed without Arm hardware, and recounted by anyone.
+"""What can be said about the speed of the Arm kernels without Arm hardware. Anyone can repeat the counts.
 
     python -m benchmarks.arm_analysis            all three parts, as the tables of docs/arm.md
     python -m benchmarks.arm_analysis loops      (a) the instructions of each kernel's multiply loop
@@ -6,8 +6,8 @@
     python -m benchmarks.arm_analysis mca        (c) llvm-mca on tile variants
 
 (a) needs g++-aarch64-linux-gnu, (b) also qemu-user and gcc, (c) an llvm-mca of LLVM 16 or later, say llvm-22 (apt-get).
-None of it is a time. Instructions say what the compiler made of the source; llvm-mca's models differ between LLVM
-versions by a factor of 2, so they only compare variants with each other.
+None of the three measures time. Instruction counts show what the compiler made of the source. llvm-mca's models differ
+by a factor of 2 between LLVM versions, so they can only compare variants with each other.
 """
 
 import ast
@@ -25,13 +25,13 @@ CORE = ROOT / "csrc" / "gemm"
 BUILD = ROOT / "build" / "arm" / "analysis"
 CXX = "aarch64-linux-gnu-g++"
 
-# Per kernel: the instructions that multiply, and the multiply-adds of one of them.
+# For each kernel, the instructions that multiply, and how many multiply-adds each one does.
 PRODUCTS = {"neon": {"smull": 8, "sadalp": 0}, "neon_dotprod": {"sdot": 16}, "neon_i8mm": {"usmmla": 32}}
 LAYERS = [(16, 768, 768), (64, 768, 768), (128, 3072, 768), (128, 768, 3072), (16, 4096, 4096), (1, 768, 768)]
 
 
 def run(command: Sequence[str | Path], text: str | None = None) -> str:
-    """Runs a command, `text` as its input; returns its output and errors."""
+    """Runs a command with `text` as its input; returns stdout and stderr."""
     done = subprocess.run(
         [str(word) for word in command], input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -41,7 +41,7 @@ def run(command: Sequence[str | Path], text: str | None = None) -> str:
 
 
 def shipped_flags() -> list[str]:
-    """Reads CXX_FLAGS from setup.py: what users get."""
+    """Reads CXX_FLAGS from setup.py, the flags of the shipped build."""
     flags: list[str] = []
     for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CXX_FLAGS":
@@ -50,7 +50,7 @@ def shipped_flags() -> list[str]:
 
 
 def compile_core() -> dict[str, Path]:
-    """Cross-compiles the core as shipped; gives its object files by name."""
+    """Cross-compiles the core as shipped; returns its object files by name."""
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = {source.stem: BUILD / f"{source.stem}.o" for source in sorted(CORE.glob("*.cpp"))}
     newest = max(path.stat().st_mtime for path in [*CORE.iterdir(), ROOT / "setup.py"])
@@ -65,7 +65,7 @@ def compile_core() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Loop:
-    """A multiply loop: the instructions between a backward branch and where it leads, with no branch among them."""
+    """A multiply loop: the instructions from the target of a backward branch to the branch, with no other branch."""
 
     kernel: str
     rows: int
@@ -74,7 +74,7 @@ class Loop:
 
     @property
     def products(self) -> int:
-        """Instructions that multiply and accumulate."""
+        """How many instructions multiply and accumulate."""
         return sum(line.split()[0] in PRODUCTS[self.kernel] for line in self.code)
 
     @property
@@ -84,7 +84,7 @@ class Loop:
 
     @property
     def share(self) -> float:
-        """The part of the instructions that multiplies."""
+        """The share of the instructions that multiply."""
         return self.products / len(self.code)
 
     @property
@@ -94,7 +94,7 @@ class Loop:
 
     @property
     def spills(self) -> list[str]:
-        """Vector loads from the stack, vector stores, and copies between vector registers: there should be none."""
+        """How many vector loads from the stack, vector stores and vector copies there are. There should be none."""
         return [line for line in self.code if _is_spill(line)]
 
 
@@ -120,7 +120,7 @@ def functions(disassembly: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 
 
 def tight_loops(lines: list[tuple[int, str]]) -> Iterator[tuple[str, ...]]:
-    """Gives the loops that are one block: a backward branch over code without branches."""
+    """Yields the loops of one basic block: a backward branch over code without branches."""
     branch = re.compile(r"(b|bl|br|blr|ret|cbn?z|tbn?z)\b")
     for end, text in lines:
         target = re.search(r"\b([0-9a-f]+) <", text) if branch.match(text) else None
@@ -131,13 +131,13 @@ def tight_loops(lines: list[tuple[int, str]]) -> Iterator[tuple[str, ...]]:
 
 
 def loops_in(kernel: str, disassembly: str) -> list[Loop]:
-    """Gives the multiply loops of every tile<rows, columns>, the longest of each tile first."""
-    found = []
+    """The multiply loops of every tile<rows, columns>, the longest of each tile first."""
+    multiply_loops = []
     for name, lines in functions(disassembly):
         if match := re.search(rf"torchq::{kernel}::tile<(\d+), (\d+)>\(", name):
             loops = [Loop(kernel, int(match[1]), int(match[2]), body) for body in tight_loops(lines)]
-            found += sorted((loop for loop in loops if loop.products), key=lambda loop: -loop.macs)
-    return found
+            multiply_loops += sorted((loop for loop in loops if loop.products), key=lambda loop: -loop.macs)
+    return multiply_loops
 
 
 def all_loops() -> dict[str, list[Loop]]:
@@ -180,7 +180,7 @@ def layer_program() -> tuple[Path, Path]:
 
 
 def instructions_per_mac(kernel: str, layer: tuple[int, int, int], built: tuple[Path, Path]) -> float:
-    """Counts a layer run three times and once: the difference is two layers and nothing else."""
+    """Counts three runs of a layer and one run. The difference is exactly two runs, without start-up."""
     program, plugin = built
     counts = []
     for times in ("1", "3"):
@@ -191,14 +191,14 @@ def instructions_per_mac(kernel: str, layer: tuple[int, int, int], built: tuple[
 
 
 def tile_rows(m: int, together: int, tile: int = 6) -> list[int]:
-    """The rows of each tile that m rows are cut into: RowTiles of gemm.cpp."""
+    """The number of rows of each tile that m rows are divided into: as RowTiles in gemm.cpp."""
     units, tiles = -(-m // together), -(-m // tile)
     starts = [(units // tiles * t + min(t, units % tiles)) * together for t in range(tiles + 1)]
     return [min(end, m) - start for start, end in pairwise(starts)]
 
 
 def expected_per_mac(loops: list[Loop], m: int) -> float:
-    """What a layer would take if it were nothing but its multiply loops."""
+    """The instructions per multiply-add of a layer that consisted only of its multiply loops."""
     tiles = tile_rows(m, 2 if loops[0].kernel == "neon_i8mm" else 1)
     total = 0.0
     for rows in tiles:
@@ -229,13 +229,13 @@ VARIANTS = {"sdot": [(4, 16), (6, 16), (8, 8)], "usmmla": [(4, 16), (6, 16), (8,
 
 
 def variant(product: str, rows: int, columns: int) -> tuple[str, int]:
-    """Writes the loop of a tile over 16 k as the kernels do it; gives it and its multiply-adds.
+    """Writes the loop of a tile over 16 k, as in the kernels; returns it and its number of multiply-adds.
 
-    Weights in pairs just before their products, so that codes, accumulators and two weights fill the registers.
+    It loads weights in pairs just before their products: codes, accumulators and two weights fill the registers.
     """
-    across = columns // (4 if product == "sdot" else 2)  # registers of accumulators beside each other
+    across = columns // (4 if product == "sdot" else 2)  # accumulator registers across the tile
     down = rows if product == "sdot" else rows // 2
-    first = min(24, 30 - down)  # the registers of codes
+    first = min(24, 30 - down)  # the first register that holds codes
     codes = [f"v{first + i}" for i in range(down)]
     load = [f" ldr q{first + i}, [x{4 + i}], #16" for i in range(down)]
     code = list(load)
@@ -287,12 +287,12 @@ def print_mca() -> None:
 
 
 def _rates(mca: str, code: str, macs: int) -> str:
-    absent = {"neoverse-n1"} if "usmmla" in code else set()  # which has no USMMLA, whatever its model says
+    absent = {"neoverse-n1"} if "usmmla" in code else set()  # it has no USMMLA, although LLVM's model accepts it
     return " | ".join("-" if model in absent else f"{macs / cycles(mca, model, code):.1f}" for model in MODELS)
 
 
 def _plain(line: str) -> str:
-    """An instruction of objdump's as an assembler reads it: the branch goes to the loop's label."""
+    """Turns an instruction from objdump into assembler input: the branch goes to the loop's label."""
     return " " + re.sub(r"^(b\.\w+)\s.*", r"\1 .Lloop", line)
 
 

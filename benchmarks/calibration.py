@@ -1,12 +1,12 @@
-"""What calibration costs: CPU time of `convert` on a transformer of 100 M parameters, against its float forward passes.
+"""What calibration costs: CPU time of `convert` for a transformer of 100 M parameters, against float forward passes.
 
-    taskset -c 0 python -m benchmarks.calibration                # auto, the most that convert does by itself
+    taskset -c 0 python -m benchmarks.calibration                # rounding nearest, and auto, convert's default
     taskset -c 0 python -m benchmarks.calibration --rounding nearest --outliers 5
     taskset -c 0 python -m benchmarks.calibration --sharing      # what one record for q, k and v saves
 
-The limit is 1.5 times the float forward passes over the same loader, plus 20 s. All on one thread, in CPU time, which
-other work on the machine disturbs less than the clock; the float passes are timed before and after, and the faster of
-the two counts.
+The limit is 1.5 times the float forward passes over the same loader, plus 20 s. Everything runs on one thread and is
+measured in CPU time, which other work on the machine affects less than wall-clock time. The float passes are timed
+before and after, and the faster of the two counts.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def float_seconds(model: nn.Module, loader: list[Tensor]) -> float:
 
 @contextmanager
 def timed_parts(parts: dict[str, Any]) -> Iterator[dict[str, float]]:
-    """Inside, the CPU time of each of these functions is added up: their names, each with the owner to patch it in."""
+    """Inside, adds up the CPU time of functions. `parts` has their names, each with the owner in which to patch it."""
     seconds = dict.fromkeys(parts, 0.0)
 
     def timed(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,9 +73,9 @@ def timed_parts(parts: dict[str, Any]) -> Iterator[dict[str, float]]:
 
 
 def print_sharing(model: nn.Module, loader: list[Tensor]) -> None:
-    """Prints what binning and XᵀX cost where layers share the record of a tensor, and where each has its own."""
+    """Prints what binning and XᵀX cost if layers share the record of a tensor, and if each has its own."""
     config, layers = torchq.QConfig(smoothing="none"), find_layers(model)
-    found: dict[str, tuple[dict[str, float], float]] = {}
+    costs: dict[str, tuple[dict[str, float], float]] = {}
     for name, sharing in (("a record for each layer", False), ("a record for each tensor", True)):
         with ExitStack() as stack:
             if not sharing:
@@ -83,10 +83,10 @@ def print_sharing(model: nn.Module, loader: list[Tensor]) -> None:
             seconds = stack.enter_context(timed_parts({"observe": Histogram, "_sum_products": Record}))
             records = calibrate(model, loader, layers, config).records.values()
         grams = {id(record): record.gram.nbytes for record in records if record.gram is not None}
-        found[name] = seconds, sum(grams.values()) / 2**20
+        costs[name] = seconds, sum(grams.values()) / 2**20
         print(f"{name}: binning {seconds['observe']:.2f} s, XᵀX {seconds['_sum_products']:.2f} s", end="")
-        print(f" and {found[name][1]:.0f} MiB", flush=True)
-    (before, large), (after, small) = found.values()
+        print(f" and {costs[name][1]:.0f} MiB", flush=True)
+    (before, large), (after, small) = costs.values()
     saved = [1 - after[key] / before[key] for key in ("observe", "_sum_products")]
     print(f"saved: {saved[0]:.0%} of the binning, {saved[1]:.0%} of XᵀX, {1 - small / large:.0%} of its memory")
 

@@ -1,4 +1,4 @@
-"""What one call costs before any arithmetic: a 1 x 1 layer, taken apart.
+"""The overhead of one call: the time of each step of a call of a 1 x 1 layer, which has hardly any arithmetic.
 
 taskset -c 0 python -m benchmarks.call
 """

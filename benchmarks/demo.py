@@ -1,9 +1,9 @@
-"""The whole of torchq on one page: train, convert, and print what it cost and what it gave.
+"""All of torchq on one page: trains a network, converts it, and prints accuracy, size and speed.
 
     make demo        or        python -m benchmarks.demo
 
 A small network learns real handwritten digits (scikit-learn's load_digits: 1797 images of 8 x 8), is converted to int8
-with an ordinary DataLoader, and is measured against itself in float and in simulated int8.
+with an ordinary DataLoader, and is compared with itself in float and in simulated int8.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def trained(train: TensorDataset, epochs: int = 8, width: int = WIDTH) -> nn.Mod
 
 
 def accuracy(model: Forward, images: Tensor, labels: Tensor) -> float:
-    """Share of images classified right, in %."""
+    """Share of correctly classified images, in %."""
     return 100 * float((model(images).argmax(dim=1) == labels).float().mean())
 
 
@@ -66,7 +66,7 @@ def simulated(qmodel: Forward) -> Forward:
 
 @torch.inference_mode()
 def compare(model: nn.Module, qmodel: nn.Module, test: TensorDataset) -> str:
-    """The model's table: accuracy, output SQNR, and latency per batch size, of float, simulated and int8."""
+    """The table for one model: accuracy, output SQNR, and latency per batch size, of float, simulated and int8."""
     images, labels = test.tensors
     exact = model(images)
     runs: dict[str, Forward] = {"float": model, "simulated": simulated(qmodel), "int8": qmodel}
@@ -84,7 +84,7 @@ def compare(model: nn.Module, qmodel: nn.Module, test: TensorDataset) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table, columns aligned so that it also reads as text."""
+    """A Markdown table with aligned columns, so that it is readable as text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -1,10 +1,10 @@
-"""A loose guard: int8 against torch's own float32, in each dtype and scheme that has a way of its own.
+"""A coarse check of int8 against torch's own float32: one ratio for each of a few shapes, dynamic and static.
 
     python -m benchmarks.guard
 
-From 16 rows on int8 is 4 to 8 times as fast on the machines of docs/performance.md: a ratio near 1 means a lost kernel,
-a spilled accumulator or a copy on the way. Times are printed, and fail nothing, since the machine may be busy; a wrong
-answer, or a call that another kernel than the active one computed, exits with 1.
+With 16 rows or more, int8 is 4 to 8 times as fast on the machines of docs/performance.md. A ratio near 1 means a kernel
+that was not used, a spilled accumulator or an extra copy. Times are only printed, since the machine may be busy. A
+wrong answer, or a call computed by another kernel than the active one, exits with 1.
 """
 
 import sys
@@ -19,13 +19,13 @@ from torchq.numerics.metrics import sqnr_db
 SHAPES = [(16, 768, 768), (64, 1024, 1024), (128, 3072, 768)]
 SCHEMES = ["dynamic", "static"]
 LOW = 1.0
-"""A ratio below it is pointed out."""
+"""A lower ratio gets a note in the output."""
 MIN_SQNR_DB = 30.0
-"""Of the answer: int8 gives 38 dB and more for these normal inputs, anything computed wrongly far less."""
+"""The minimum SQNR of an answer. Int8 gives 38 dB or more for these normal inputs; a bug gives far less."""
 
 
 def compared(shape: tuple[int, int, int], scheme: str) -> tuple[float, float]:
-    """How many times as fast int8 is, and the signal to noise ratio of its answer, in dB."""
+    """The speed-up of int8 over float32, and the SQNR of its answer in dB."""
     m, n, k = shape
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(k, n)).eval()
@@ -37,7 +37,7 @@ def compared(shape: tuple[int, int, int], scheme: str) -> tuple[float, float]:
 
 
 def answer(qmodel: nn.Module, x: Tensor) -> Tensor:
-    """What the model gives, once the active kernel is shown to have computed it."""
+    """The model's output, after checking that the active kernel computed it."""
     y: Tensor = qmodel(x)
     if kernels.last_used() != kernels.active():
         sys.exit(f"{kernels.last_used()} ran, and {kernels.active()} is active")
@@ -47,7 +47,7 @@ def answer(qmodel: nn.Module, x: Tensor) -> Tensor:
 @torch.inference_mode()
 def main() -> None:
     """Prints a line for each shape and scheme; exits with 1 if an answer is wrong."""
-    torch.set_num_threads(1)  # on a busy machine two of them wait for each other
+    torch.set_num_threads(1)  # on a busy machine two threads would wait for each other
     print(machine())
     wrong = 0
     for shape in SHAPES:

@@ -1,11 +1,11 @@
-"""One linear layer as its user calls it, against everyone else's: latency by shape, answers checked, peers interleaved.
+"""One linear layer as a user calls it, against its peers: latency by shape, answers checked, peers interleaved.
 
     python -m benchmarks.linear                              # a few shapes
     taskset -c 0 python -m benchmarks.linear --grid full     # the whole grid, one thread pinned
     python -m benchmarks.linear --json out.json --plot out.png
 
-torchq is `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias. Every peer runs by its best API
-(benchmarks/peers.py). Times are the best of interleaved rounds; each answer is first compared with float.
+torchq is `QuantizedLinear` on a float tensor: dynamic per-token scheme, with bias. Every peer runs through its best API
+(benchmarks/peers.py). Times are the best of interleaved rounds. Each answer is first compared with float.
 """
 
 import argparse
@@ -33,7 +33,7 @@ GRIDS = {
     + [(1, 4096, 4096), (512, 4096, 4096)],
     "full": [(m, n, k) for n, k in LAYERS for m in (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)],
 }
-MIN_SQNR_DB = 20.0  # below this an answer is wrong, not quantized: 8 bits give about 40 on normal data
+MIN_SQNR_DB = 20.0  # below this it is a bug and not quantization: 8 bits give about 40 dB on normal data
 
 
 def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds: int) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds
 
 
 def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline: Roofline, threads: int) -> float:
-    """Microseconds below which nobody can be here: making the output tensor, and multiplying or reading the weights.
+    """A lower bound on the microseconds of a call: allocating the output, plus multiplying or reading the weights.
 
-    The latter at the measured register-only peak and read bandwidth. Each thread reads its share of the weights, again
-    and again, from the nearest cache that holds it.
+    Of the last two, the slower one counts. Multiplying is bounded by the measured peak on registers, and reading by the
+    measured bandwidth of the nearest cache that holds a thread's share of the weights.
     """
     m, n, k = shape
     multiply = 2 * m * n * k / machine_limits["peak"]
@@ -66,16 +66,16 @@ def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline:
 
 
 def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:
-    """The fastest of these contestants, and its microseconds."""
+    """The fastest of these contestants, and its time in microseconds."""
     times: dict[str, float] = result["us"]
     name = min(names, key=lambda candidate: times[candidate])
     return name, times[name]
 
 
 def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
-    """A row per shape: torchq, the best int8 peer and the best float32 of all; speed-ups of torchq over each.
+    """A row per shape: torchq, the best int8 peer and the best float32 of all, and torchq's speed-up over each.
 
-    Also the limit, the share of it that torchq reaches, and the speed-up over the peer that the limit allows.
+    Further columns: the limit, the share of it that torchq reaches, and the largest possible speed-up over the peer.
     """
     int8 = [peer.name for peer in peers if peer.int8 and peer.name != "torchq"]
     float32 = [peer.name for peer in peers if not peer.int8 and "float32" in peer.name]
@@ -94,7 +94,7 @@ def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
 
 
 def summary(results: list[dict[str, Any]], int8: list[str]) -> str:
-    """Torchq against the best int8 peer of each shape, and what the machine's limits would allow."""
+    """Torchq against the best int8 peer of each shape, and the speed-up that the machine's limits would allow."""
     peer = [best(result, int8)[1] for result in results]
     ratios = [time / result["us"]["torchq"] for time, result in zip(peer, results, strict=True)]
     ceilings = [time / result["limit_us"] for time, result in zip(peer, results, strict=True)]
@@ -107,7 +107,7 @@ def summary(results: list[dict[str, Any]], int8: list[str]) -> str:
 
 
 def plot(results: list[dict[str, Any]], limits: dict[str, Any], path: Path) -> None:
-    """Roofline: operations a second over operations per byte of weight, torchq and the best int8 peer."""
+    """Roofline plot: operations per second over operations per byte of weight, for torchq and the best int8 peer."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 6))
@@ -127,7 +127,7 @@ def plot(results: list[dict[str, Any]], limits: dict[str, Any], path: Path) -> N
 
 
 def limits(peers: list[Peer], roofline: Roofline, threads: int) -> dict[str, Any]:
-    """The machine's limits, measured in this run; per thread, times the threads."""
+    """The machine's limits, measured in this run for one thread and multiplied by the number of threads."""
     sizes = {"L2": 512 << 10, "L3": 8 << 20, "memory": 256 << 20}
     return {
         "peak": roofline.peak(torchq.kernels.active()) * threads,
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a roofline plot here (needs matplotlib)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", category=UserWarning)  # the peers' own, about caching and deprecation
+    warnings.filterwarnings("ignore", category=UserWarning)  # the peers warn about caching and deprecation
 
     wanted = ("torchq", "torch float32", *arguments.contestants) if arguments.contestants else ("",)
     peers, skipped = available([peer for peer in PEERS if peer.name.startswith(wanted)])

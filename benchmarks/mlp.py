@@ -1,13 +1,15 @@
-"""A chain of linear layers, 784-1024-1024-10 with ReLU, static int8 against everyone else's: latency by batch size.
+"""A chain of linear layers, 784-1024-1024-10 with ReLU, in static int8 against its peers: latency by batch size.
 
     taskset -c 0 python -m benchmarks.mlp
     python -m benchmarks.mlp --threads 2 --json out.json --markdown out.md
 
-torchq static hands u8 codes from layer to layer. Every engine calibrates on the same batches and runs by its best API
-(benchmarks/peers.py); where it has several settings, all are timed and the fastest at each batch size counts. Each
-answer is first compared with float. At batch 1 the 1.9 MB of weights nearly fill the L2 of some CPUs, and how much of
-them stays there depends on which pages of memory they were given: every contestant is built several times, each time in
-other pages, and its time is the median over builds of the best of interleaved rounds.
+torchq static passes u8 codes from layer to layer. Every engine calibrates on the same batches and runs through its best
+API (benchmarks/peers.py). If it has several settings, all are timed and the fastest at each batch size counts. Each
+answer is first compared with float.
+
+At batch 1 the 1.9 MB of weights nearly fill the L2 of some CPUs. How much of them stays there depends on the memory
+pages they happen to get. So every contestant is built several times, each time in other pages. Its time is the best of
+interleaved rounds for each build, and the median over the builds.
 """
 
 import argparse
@@ -44,11 +46,11 @@ from torchq.numerics.metrics import sqnr_db
 BATCHES = (1, 16, 128)
 SIDE, WIDTH, CLASSES = 28, 1024, 10
 OURS = "torchq static"
-MIN_SQNR_DB = 15.0  # below this an answer is wrong, not quantized: static 8 bits give about 30 here
+MIN_SQNR_DB = 15.0  # below this it is a bug and not quantization: static 8 bits give about 30 dB here
 
 
 class Chain(NamedTuple):
-    """The float model, and the batches that everyone calibrates on."""
+    """The float model, and the batches that all contestants calibrate on."""
 
     model: nn.Sequential
     batches: Sequence[Tensor]
@@ -62,7 +64,7 @@ def mlp() -> Chain:
 
 
 def enlarged(images: Tensor) -> Tensor:
-    """(R, 64) digits of 8 x 8 as (R, 784), 28 x 28."""
+    """Enlarges digits of 8 x 8, (R, 64), to 28 x 28, (R, 784)."""
     grown = nn.functional.interpolate(images.view(-1, 1, 8, 8), size=(SIDE, SIDE), mode="bilinear")
     return grown.flatten(1).contiguous()
 
@@ -83,7 +85,7 @@ def _torch_float32(chain: Chain, x: Tensor, threads: int) -> Run:
 
 
 def _onnxruntime(gemm: bool, quantize: Callable[[Chain, Path], None]) -> Callable[[Chain, Tensor, int], Run]:
-    """The graph in Gemm or MatMul and Add, which `quantize` then changes in place."""
+    """Runs the graph, of Gemm or of MatMul and Add, after `quantize` has changed it in place."""
 
     def make(chain: Chain, x: Tensor, threads: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
@@ -123,11 +125,11 @@ def _static(op: str, form: str, output: str) -> Callable[[Chain, Path], None]:
             path,
             Reader(),
             quant_format=QuantFormat[form],
-            op_types_to_quantize=[op, "Relu"],  # not Add: it fuses with a MatMul only in float
+            op_types_to_quantize=[op, "Relu"],  # without Add, which fuses with a MatMul only in float
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            # What feeds a layer is quantized all the same: "float" spares the model's last output only.
+            # The input of a layer is quantized in any case, so "float" affects only the model's last output.
             extra_options={"OpTypesToExcludeOutputQuantization": [op] if output == "float" else []},
         )
 
@@ -181,17 +183,17 @@ CONTESTANTS = [  # "contestant: setting"; the fastest setting of each counts
 def measure(
     chain: Chain, x: Tensor, contestants: list[Peer], *, threads: int, rounds: int, builds: int
 ) -> dict[str, Any]:
-    """Microseconds and least output SQNR of each contestant on x."""
+    """Microseconds and lowest output SQNR of each contestant on x."""
     exact = chain.model(x)
     kept, times, errors = [], defaultdict(list), defaultdict(list)
     for _ in range(builds):
         runs = {contestant.name: contestant.make(chain, x, threads) for contestant in contestants}
-        kept.append(runs)  # else the next build would get the same pages
+        kept.append(runs)  # keeps the memory, so that the next build gets other pages
         for name, run in runs.items():
             errors[name].append(sqnr_db(exact, run()))
             if errors[name][-1] < MIN_SQNR_DB:
-                found = f"output SQNR {errors[name][-1]:.1f} dB, the answer is wrong"
-                raise RuntimeError(f"{name} at batch {len(x)}: {found}")
+                problem = f"output SQNR {errors[name][-1]:.1f} dB, the answer is wrong"
+                raise RuntimeError(f"{name} at batch {len(x)}: {problem}")
         for name, seconds in interleaved(runs, rounds=rounds).items():
             times[name].append(seconds * 1e6)
     us = {name: statistics.median(values) for name, values in times.items()}
@@ -204,7 +206,7 @@ def measure(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row per batch size, a column per contestant, the output SQNR below; then the ratios over the best peers."""
+    """A row per batch size, a column per contestant, the output SQNR below; then the speed-ups over the best peers."""
     settings: dict[str, list[str]] = {}
     for name in results[0]["us"]:
         settings.setdefault(name.partition(":")[0], []).append(name)
@@ -229,8 +231,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore", category=UserWarning)  # the peers' own, about caching and deprecation
-    logging.disable(logging.WARNING)  # ONNX Runtime's advice to pre-process: there is nothing to infer or fold here
+    warnings.filterwarnings("ignore", category=UserWarning)  # the peers warn about caching and deprecation
+    logging.disable(logging.WARNING)  # ONNX Runtime advises pre-processing, which would change nothing here
 
     contestants, skipped = available(CONTESTANTS)
     print("\n".join(skipped), end="\n" if skipped else "")

@@ -1,10 +1,10 @@
-"""The networks that benchmarks/accuracy.py measures, trained from nothing on data that every machine has.
+"""The networks that benchmarks/accuracy.py measures, trained from scratch on data that every machine has.
 
-    python -m benchmarks.models           # train what build/models does not hold yet, and print what each has learned
+    python -m benchmarks.models           # trains what build/models lacks, and prints each one's accuracy
 
 An MLP and a vision transformer learn scikit-learn's handwritten digits; a GPT-style and a BERT-style transformer learn
-the bytes of Python's own standard library. All are plain torch.nn. `with_outliers` gives each a twin that computes the
-same function, but whose activations have outlier channels, as those of large language models do.
+the bytes of Python's own standard library. All are plain torch.nn. `with_outliers` makes a twin of each that computes
+the same function but has outlier channels in its activations, as large language models have.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from benchmarks import demo
 from torchq.numerics.metrics import sqnr_db
 
 CACHE = Path(__file__).parents[1] / "build" / "models"
-IGNORED = -100  # a target that neither the loss nor the metrics count, as in F.cross_entropy
+IGNORED = -100  # targets that neither the loss nor the metrics count, as in F.cross_entropy
 BYTES, MASK = 128, 0  # the vocabulary is ASCII; no source file contains NUL
 OUTLIER_FACTOR, OUTLIER_SHARE = 50.0, 1 / 32
 MIN_TWIN_DB = 100.0  # float32 rounds at about 140 dB, and a few layers of it add up
 
 
 class Batch(NamedTuple):
-    """Inputs, and what the model should say: IGNORED where nothing is asked."""
+    """Inputs and targets. A target is IGNORED where the model has nothing to predict."""
 
     inputs: Tensor
     targets: Tensor
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is made; the cache knows it by every value here."""
+    """How one network is made. The cache key has all values."""
 
     kind: str
     width: int
@@ -52,7 +52,7 @@ class Recipe:
     batch: int
     learning_rate: float
     context: int = 0  # tokens, of text
-    position: float = 0.02  # the standard deviation that positions start from, where tokens have 1
+    position: float = 0.02  # initial standard deviation of the position embeddings; that of the tokens is 1
     seed: int = 0
 
 
@@ -60,8 +60,8 @@ RECIPES = {
     "digits MLP": Recipe("mlp", width=1024, depth=2, steps=168, batch=64, learning_rate=1e-3),
     "digits ViT": Recipe("vit", width=128, depth=4, steps=600, batch=64, learning_rate=1e-3),
     "text GPT": Recipe("gpt", width=128, depth=4, steps=600, batch=16, learning_rate=2e-3, context=128),
-    # 5 targets a row instead of 128: over 128 bytes, or with small positions, it knows for thousands of steps how
-    # frequent each byte is, and nothing else.
+    # BERT has 5 targets a row, where GPT has 128, so it learns slowly. With a context of 128 bytes, or with small
+    # initial positions, it learns for thousands of steps only how frequent each byte is.
     "text BERT": Recipe("bert", 128, depth=4, steps=2500, batch=32, learning_rate=2e-3, context=32, position=0.2),
 }
 HEADS, PATCH, SIDE, CLASSES = 4, 2, 8, 10
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, T), or what `embed` takes -> logits (B, T, classes)."""
+        """Tokens (B, T), or another input of `embed` -> logits (B, T, classes)."""
         return self.head(self.features(x))  # type: ignore[no-any-return]
 
     def features(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def network(recipe: Recipe) -> nn.Module:
 
 
 class Data:
-    """Batches to train on, and others to hold out: digits, the next byte ("gpt"), or masked bytes ("bert")."""
+    """Training and held-out batches: of digits, the next byte ("gpt"), or masked bytes ("bert")."""
 
     def __init__(self, kind: str, context: int = 0) -> None:
         self.kind, self.context = kind, context
@@ -189,7 +189,7 @@ class Data:
         yield from (self._ask(w, generator) for w in windows.split(size) if len(w) == size)
 
     def _ask(self, windows: Tensor, generator: torch.Generator) -> Batch:
-        """The question put to windows (B, context + 1) of bytes: the next byte, or those 15 % that are masked."""
+        """Inputs and targets from windows (B, context + 1) of bytes: the next byte, or the 15 % that are masked."""
         if self.kind == "gpt":
             return Batch(windows[:, :-1].clone(), windows[:, 1:].clone())
         tokens = windows[:, :-1].clone()
@@ -212,7 +212,7 @@ def standard_library() -> tuple[Tensor, Tensor]:
 
 
 def trained(recipe: Recipe, data: Data, *, progress: bool = True) -> nn.Module:
-    """A network of this recipe, trained by AdamW with warm-up and cosine decay; the same recipe gives the same one."""
+    """A network of this recipe, trained by AdamW with warm-up and cosine decay. It depends only on recipe and data."""
     model = network(recipe).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
     warm_up = max(1, recipe.steps // 20)
@@ -234,7 +234,7 @@ def trained(recipe: Recipe, data: Data, *, progress: bool = True) -> nn.Module:
 
 
 def load(recipe: Recipe, data: Data, *, cache: Path = CACHE) -> nn.Module:
-    """The trained network, from the cache if one of the same recipe, data and torch is there."""
+    """The trained network, from the cache if it has one for the same recipe, data and torch."""
     key = hashlib.sha256(repr((recipe, data.fingerprint, torch.__version__)).encode()).hexdigest()[:12]
     path = cache / f"{recipe.kind}-{key}.pt"
     if path.exists():
@@ -251,9 +251,9 @@ def load(recipe: Recipe, data: Data, *, cache: Path = CACHE) -> nn.Module:
 
 
 def rescalable(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-    """Each module whose output channels may be scaled, with all Linears that read them and nothing else does.
+    """Each module whose output channels may be scaled, with the Linears that read them. Nothing else reads them.
 
-    LayerNorm and Linear are linear in their last weights, ReLU in positive factors, and so is the mean over tokens.
+    A factor on a channel of a LayerNorm or Linear passes through a ReLU (if positive) and a mean over tokens.
     """
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -270,10 +270,10 @@ def rescalable(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
 
 @torch.no_grad()
 def with_outliers(model: nn.Module, *, factor: float = OUTLIER_FACTOR, share: float = OUTLIER_SHARE) -> nn.Module:
-    """A copy that computes the same function, where a `share` of the channels into each Linear is `factor` x larger.
+    """A copy that computes the same function, but in which a `share` of each Linear's inputs is `factor` x larger.
 
-    The weight and bias of these channels in the module before are multiplied by `factor`, and the columns that read
-    them divided: `(x ∘ s) · (w / s)ᵀ = x · wᵀ`.
+    The weight and bias of these channels are multiplied by `factor` in the module before, and the columns that read
+    them are divided by it: `(x ∘ s) · (w / s)ᵀ = x · wᵀ`.
 
     >>> _ = torch.manual_seed(0)
     >>> model, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(2, 8)
@@ -293,12 +293,12 @@ def with_outliers(model: nn.Module, *, factor: float = OUTLIER_FACTOR, share: fl
 
 
 def check_twin(model: nn.Module, twin: nn.Module, inputs: Tensor) -> None:
-    """Raises RuntimeError unless both compute the same, but for float32's rounding."""
+    """Raises RuntimeError unless both compute the same, up to float32 rounding."""
     with torch.no_grad():
-        found = sqnr_db(model(inputs), twin(inputs))
-    if not found >= MIN_TWIN_DB:
+        agreement_db = sqnr_db(model(inputs), twin(inputs))
+    if not agreement_db >= MIN_TWIN_DB:
         raise RuntimeError(
-            f"benchmarks.models: the outlier twin agrees with its model to {found:.1f} dB, expected "
+            f"benchmarks.models: the outlier twin agrees with its model to {agreement_db:.1f} dB, expected "
             f"{MIN_TWIN_DB:g} dB or more: `rescalable` names a reader too few, or a pair that is not linear."
         )
 

@@ -1,9 +1,9 @@
-"""One linear layer, y = x · wᵀ + b, by everyone who can compute it on a CPU: each peer by its best API.
+"""One linear layer, y = x · wᵀ + b, by every engine that can compute it on a CPU, each through its best API.
 
-A peer prepacks its weights and caches its session once, outside the timing. `Peer.make` gives a function of no
-arguments which computes y from an x fixed beforehand, so that engines may bind their buffers. Peers that are not
-installed are left out by `available()`, with the reason. benchmarks/mlp.py runs chains of layers on the same pieces,
-and benchmarks/accuracy_peers.py whole trained networks.
+A peer packs its weights and makes its session once, outside the timing. `Peer.make` returns a function without
+arguments that computes y from a fixed x, so that engines may bind their buffers. `available()` leaves out peers that
+are not installed, and says why. benchmarks/mlp.py uses the same helpers for chains of layers, and
+benchmarks/accuracy_peers.py for whole trained networks.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A contestant: `make(linear, x, threads)` returns the function to time; mlp.py's takes its chain for `linear`."""
+    """A contestant: `make(linear, x, threads)` returns the function to time. In mlp.py, `linear` is a chain."""
 
     name: str
     int8: bool
@@ -34,7 +34,7 @@ class Peer:
 
 
 def available(peers: Sequence[Peer] | None = None) -> tuple[list[Peer], list[str]]:
-    """Those of the peers (default: all for one linear layer) installed here, and a line for each that is not."""
+    """The installed peers (of all for one linear layer, by default), and a line for each that is not installed."""
     peers = PEERS if peers is None else peers
     missing = {peer.name: [need for need in peer.needs if find_spec(need) is None] for peer in peers}
     lines = [
@@ -62,7 +62,7 @@ def _torch_bfloat16(linear: nn.Linear, x: Tensor, threads: int) -> Run:
 
 
 def _torch_dynamic(engine: str) -> Callable[[nn.Linear, Tensor, int], Run]:
-    """torch.ops.quantized.linear_dynamic; full 8-bit range, which is exact where there is VNNI."""
+    """torch.ops.quantized.linear_dynamic with the full 8-bit range, which is exact on CPUs with VNNI."""
 
     def make(linear: nn.Linear, x: Tensor, threads: int) -> Run:
         scale, zero_point = torchq.choose_qparams(linear.weight.detach(), axis=0)
@@ -145,7 +145,7 @@ def onnxruntime_run(path: Path, x: Tensor, shape: Sequence[int], threads: int) -
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     y = torch.empty(*shape)
-    binding = session.io_binding()  # no copies: x and y are read and written in place
+    binding = session.io_binding()  # reads x and writes y in place, without copies
     binding.bind_input("x", "cpu", 0, x.numpy().dtype, list(x.shape), x.data_ptr())
     binding.bind_output("y", "cpu", 0, "float32", list(y.shape), y.data_ptr())
 
@@ -157,7 +157,7 @@ def onnxruntime_run(path: Path, x: Tensor, shape: Sequence[int], threads: int) -
 
 
 def openvino_run(model: Any, x: Tensor, threads: int, **options: Any) -> Run:
-    """An infer request on an OpenVINO model, for the shape of x and bound to it; `options` are the plugin's."""
+    """An infer request on an OpenVINO model, bound to x and compiled for its shape, with `options` for the plugin."""
     import openvino
 
     model.reshape({"x": list(x.shape)})
@@ -175,7 +175,7 @@ def openvino_run(model: Any, x: Tensor, threads: int, **options: Any) -> Run:
 
 
 def openvino_model(model: nn.Sequential) -> Any:
-    """A chain of nn.Linear and nn.ReLU as OpenVINO reads it."""
+    """A chain of nn.Linear and nn.ReLU as an OpenVINO model."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +192,7 @@ def nncf_quantized(model: Any, batches: Sequence[Tensor], **options: Any) -> Any
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset([batch.numpy() for batch in batches])
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+    with contextlib.redirect_stdout(io.StringIO()):  # hides its progress bars
         return nncf.quantize(model, dataset, subset_size=len(batches), fast_bias_correction=True, **options)
 
 

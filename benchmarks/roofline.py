@@ -1,4 +1,4 @@
-"""The machine's limits, measured: int8 operations a second on registers, and bytes a second from cache and memory."""
+"""Measures the machine's limits: int8 operations per second on registers, bytes per second from cache and memory."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,10 @@ HERE = Path(__file__).parent
 
 
 class Roofline:
-    """Builds benchmarks/peak.cpp once (it needs a C++ compiler) and calls it.
+    """Builds benchmarks/peak.cpp once (it needs a C++ compiler) and calls it. Both limits are for one thread.
 
-    `peak(kernel)` is in operations a second, one thread; `bandwidth(bytes)` in bytes a second, one thread, for a buffer
-    of that size read over and over.
+    `peak(kernel)` is in operations per second. `bandwidth(size)` is in bytes per second, for a buffer of `size` bytes
+    that is read again and again.
     """
 
     def __init__(self) -> None:
@@ -33,19 +33,19 @@ class Roofline:
         self._library.read_bandwidth.argtypes = [ctypes.c_void_p, ctypes.c_int64]
 
     def peak(self, kernel: str) -> float:
-        """Operations a second of the kernel's multiply instruction on registers; best of 5."""
+        """Operations per second of the kernel's multiply instruction on registers; best of 5."""
         return max(float(self._library.peak_of(kernel.encode())) for _ in range(5))
 
     def bandwidth(self, size: int, rounds: int = 3) -> float:
-        """Bytes a second of reading `size` bytes again and again; best of `rounds`."""
+        """Bytes per second of reading `size` bytes again and again; best of `rounds`."""
         data = _pages(max(256, size // 256 * 256))
         return max(float(self._library.read_bandwidth(data.data_ptr(), data.numel())) for _ in range(rounds))
 
 
 def _pages(size: int) -> torch.Tensor:
-    """Written memory of this size, in huge pages where the system has them, as torchq's weights are."""
+    """Memory of this size, written once, in huge pages if the system has them, like torchq's weights."""
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # the Linux kernel may lack huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

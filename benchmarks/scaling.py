@@ -4,13 +4,13 @@
     python -m benchmarks.scaling threads                     # needs two idle cores
     taskset -c 0 python -m benchmarks.scaling convert --rounds 3
 
-* tails: one more row, or column, should cost about its share. A step is time(n + 1) / time(n); more than 1.25 is a
-  cliff, unless the rows, or the panels of 16 columns, themselves grow by more.
-* growth: time / (M N K) at M = N = K should be flat.
-* threads: two should never be slower than one (they are, by whole time slices, where another process has the core).
-* convert: packing, conversion, and its peak memory, in fresh processes: of few large layers, and of many small ones.
+* tails: one more row or column should cost about its share. A step is time(n + 1) / time(n). More than 1.25 is a cliff,
+  unless the number of rows, or of panels of 16 columns, itself grows by more.
+* growth: time / (M N K) at M = N = K should be constant.
+* threads: two should never be slower than one (unless another process uses the second core).
+* convert: packing, conversion, and its peak memory, in fresh processes, for few large layers and for many small ones.
 
-Times are the best of interleaved rounds, of `QuantizedLinear` on a float tensor: dynamic per-token scheme, bias.
+Times are the best of interleaved rounds, of `QuantizedLinear` on a float tensor: dynamic per-token scheme, with bias.
 """
 
 import argparse
@@ -35,18 +35,18 @@ from torchq.modules.quantized_linear import QuantizedLinear
 
 Shape = tuple[int, int, int]  # M, N, K
 PARTS = ("tails", "growth", "threads", "convert")
-PANEL, ALLOWED_STEP = 16, 1.25  # columns that lie together in memory, the last panel padded
+PANEL, ALLOWED_STEP = 16, 1.25  # columns per panel; the last panel is padded
 ROW_LAYERS = [(768, 768), (1024, 1024)]
 COLUMNS = [(16, n, 768) for n in (*range(1, 201), *range(250, 261), *range(500, 521))]
 THREAD_LAYERS = [(768, 768), (4096, 1024), (4096, 4096)]
 THREAD_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-WIDTH, HIDDEN, BLOCKS = 2048, 8192, 3  # of the few large layers: 100.7 million weights
-ENCODER_WIDTH, HEADS, ENCODER_BLOCKS = 768, 12, 12  # of the many small ones, a transformer's: 85.5 million
-LOADER = (4, 64)  # batches, rows of each
+WIDTH, HIDDEN, BLOCKS = 2048, 8192, 3  # the few large layers: 100.7 million weights
+ENCODER_WIDTH, HEADS, ENCODER_BLOCKS = 768, 12, 12  # the many small layers, of a transformer: 85.5 million
+LOADER = (4, 64)  # batches, rows per batch
 
 
 def layer_call(shape: Shape, layers: dict[tuple[int, int], QuantizedLinear]) -> Callable[[], object]:
-    """A call of the layer at (M, N, K); layers of the same (N, K) are shared, so that caches see one weight."""
+    """A call of a layer at (M, N, K). Shapes with the same (N, K) share one layer, so that caches hold one weight."""
     m, n, k = shape
     if (n, k) not in layers:
         layers[n, k] = QuantizedLinear.from_float(nn.Linear(k, n))
@@ -54,7 +54,7 @@ def layer_call(shape: Shape, layers: dict[tuple[int, int], QuantizedLinear]) -> 
 
 
 def measure(shapes: Iterable[Shape], rounds: int, seconds: float) -> dict[Shape, float]:
-    """Seconds a call takes at each shape, interleaved."""
+    """The seconds of one call at each shape, interleaved."""
     layers: dict[tuple[int, int], QuantizedLinear] = {}
     by_name = {str(shape): shape for shape in shapes}
     calls = {name: layer_call(shape, layers) for name, shape in by_name.items()}
@@ -62,7 +62,7 @@ def measure(shapes: Iterable[Shape], rounds: int, seconds: float) -> dict[Shape,
 
 
 def picoseconds(shape: Shape, seconds: float) -> float:
-    """Time per multiply-add, of the unpadded problem."""
+    """Picoseconds per multiply-add of the unpadded problem."""
     return seconds / math.prod(shape) * 1e12
 
 
@@ -74,12 +74,12 @@ class Sweep(NamedTuple):
     times: dict[Shape, float]
 
     def steps(self) -> list[tuple[Shape, Shape]]:
-        """Neighbours that are one row, or one column, apart."""
+        """The pairs of shapes that differ by one row, or one column."""
         pairs = itertools.pairwise(sorted(self.times))
         return [(a, b) for a, b in pairs if b[self.axis] == a[self.axis] + 1]
 
     def allowed(self, before: Shape, after: Shape) -> float:
-        """The most this step may cost: 1.25, or what the padded work grows by where that is more."""
+        """The largest ratio allowed for this step: 1.25, or the growth of the padded work if that is more."""
         unit = PANEL if self.axis == 1 else 1
         return max(ALLOWED_STEP, math.ceil(after[self.axis] / unit) / math.ceil(before[self.axis] / unit))
 
@@ -100,7 +100,7 @@ def tails(rounds: int) -> list[Sweep]:
 
 
 def tails_table(sweeps: list[Sweep], rounds: int, worst: int = 4) -> str:
-    """For each sweep its worst steps, each timed once more as a pair, which other work on the machine disturbs less."""
+    """The worst steps of each sweep, each timed again as a pair, which other work on the machine disturbs less."""
     rows = [["sweep", "step", "us", "ps per multiply-add", "ratio", "allowed", ""]]
     for sweep in sweeps:
         excess = {(a, b): sweep.times[b] / sweep.times[a] / sweep.allowed(a, b) for a, b in sweep.steps()}
@@ -151,7 +151,7 @@ def growth_table(rounds: int, *, full: bool) -> str:
 
 
 def wait_for_idle(seconds: float = 2.0) -> None:
-    """Returns when all cores have been idle for a tenth of a second, or after `seconds`."""
+    """Waits until all cores have been idle for a tenth of a second, or for `seconds` at most."""
     deadline = time.perf_counter() + seconds
     busy = math.inf
     while busy > 0.1 and time.perf_counter() < deadline:
@@ -177,7 +177,7 @@ def threads_table(rounds: int) -> str:
                 latest = interleaved(calls, rounds=1, seconds=0.005)
                 times.update({m: min(t, latest[m]) for m, t in times.items()})
         ratios = {m: best[1][m] / best[2][m] for m in calls}
-        slower += [f"{m}x{n}x{k}" for m, ratio in ratios.items() if ratio < 0.97]  # 3 %: noise
+        slower += [f"{m}x{n}x{k}" for m, ratio in ratios.items() if ratio < 0.97]  # 3 % is noise
         rows.append([f"{n} x {k}", *(f"{best[1][m] * 1e6:.0f} us, {ratio:.2f}x" for m, ratio in ratios.items())])
     return f"{markdown(rows)}\n\nSlower with two threads: {', '.join(slower) or 'none'}."
 
@@ -211,33 +211,33 @@ def transformer() -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Linear(ENCODER_WIDTH, ENCODER_WIDTH))
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {  # and the columns of its input
+MODELS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {  # the model, and the columns of its input
     "6 large layers": (large_layers, WIDTH),
     "transformer": (transformer, ENCODER_WIDTH),
 }
 
 
 class Conversion(NamedTuple):
-    """One conversion in a process of its own: seconds, and bytes beyond what the process held without a model."""
+    """One conversion in its own process: seconds, and bytes beyond those of the process without a model."""
 
     seconds: float
-    forward_seconds: float  # the float model alone over the same loader
+    forward_seconds: float  # of the float model, over the same loader
     before: int
     peak: int
     after: int
     weights: int
-    largest: int  # of a layer's weights
+    largest: int  # bytes of the largest layer's weights
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM, the most it had."""
+    """Memory of this process in bytes: VmRSS, the present size, or VmHWM, the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
 
 @torch.no_grad()
 def convert_once(threads: int, *, name: str, loader: bool, inplace: bool) -> Conversion:
-    """Converts one of MODELS; a small one first, so that libraries are loaded."""
+    """Converts one of MODELS, after a small model, so that all libraries are loaded."""
     torch.set_num_threads(threads)
     torchq.convert(nn.Sequential(nn.Linear(64, 64)), [torch.randn(64, 64)] if loader else None)
     make, columns = MODELS[name]
@@ -250,7 +250,7 @@ def convert_once(threads: int, *, name: str, loader: bool, inplace: bool) -> Con
         model(batch)
     forward_seconds = time.perf_counter() - start
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS (man 5 proc)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS (man 5 proc)
     start = time.perf_counter()
     converted = torchq.convert(model, batches, inplace=inplace)
     seconds, peak = time.perf_counter() - start, resident("VmHWM")
@@ -262,7 +262,7 @@ def convert_once(threads: int, *, name: str, loader: bool, inplace: bool) -> Con
 
 
 def convert_table(rounds: int) -> str:
-    """Seconds, and memory as a multiple of the float model's bytes; the best of rounds, each in a fresh process."""
+    """Seconds, and memory as a multiple of the float model's bytes: the best of `rounds` fresh processes."""
     cases = list(itertools.product(MODELS, (False, True), (False, True)))
     runs: dict[tuple[str, bool, bool], list[Conversion]] = {case: [] for case in cases}
     for _ in range(rounds):
@@ -289,7 +289,7 @@ def convert_table(rounds: int) -> str:
 
 
 def pack_table(rounds: int) -> str:
-    """Time of ops.pack per byte of int8 weight, against a plain copy of these bytes."""
+    """The time of ops.pack per byte of int8 weight, against a plain copy of these bytes."""
     rows = [["N x K", "pack", "ns per byte", "GB/s", "clone() of the same"]]
     for n, k in [(768, 768), (4096, 1024), (4096, 4096), (HIDDEN, WIDTH), (WIDTH, HIDDEN), (1000, 515)]:
         weight, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.ones(n)
@@ -328,7 +328,7 @@ def main() -> None:
             torch.set_num_threads(arguments.threads)
         if "convert" in parts:
             print(f"## Packing\n\n{pack_table(rounds)}\n", flush=True)
-    if "convert" in parts:  # out of inference_mode, as a user converts
+    if "convert" in parts:  # outside inference_mode, as a user would convert
         print(f"## Convert\n\n{convert_table(rounds)}\n", flush=True)
     print(f"{machine()}. Best of {rounds} interleaved rounds.")
 

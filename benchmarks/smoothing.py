@@ -1,4 +1,4 @@
-"""What smoothing and rounding gain, and what they cost: output SQNR and CPU time of `convert` on a small transformer.
+"""Gain and cost of smoothing and rounding: output SQNR and CPU time of `convert` for a small transformer.
 
 taskset -c 1 python -m benchmarks.smoothing
 """
@@ -19,7 +19,7 @@ CONFIGS = [QConfig(activation=a, rounding=r, smoothing=s) for a, r in CHOICES fo
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block of plain Linears."""
+    """A pre-norm transformer block made of plain Linears."""
 
     def __init__(self, width: int, heads: int = 8) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """(batch, tokens, width) -> (batch, tokens, width)."""
         y = self.norm1(x)
         q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))

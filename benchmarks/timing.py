@@ -1,4 +1,4 @@
-"""How every benchmark here times, which is how torchq does (torchq/timing.py), and on what machine."""
+"""What all benchmarks share: torchq's own way of timing (torchq/timing.py), and a description of the machine."""
 
 import platform
 import time
@@ -11,10 +11,10 @@ from torchq.timing import interleaved as interleaved
 
 
 def settle(limit: float = 1.0) -> None:
-    """Sleeps until no thread of this process is busy: those of ONNX Runtime spin for 50 ms after a run.
+    """Sleeps until no thread of this process is busy: the threads of ONNX Runtime spin for 50 ms after a run.
 
-    A contestant with two threads on two cores, timed before that, shares one with them. The kernel counts the time of
-    running threads by the tick, up to 10 ms apart, so shorter naps would see nothing.
+    Until then, the next contestant would have to share a core with them. Linux updates the CPU time of running threads
+    only at its ticks, up to 10 ms apart, so a shorter sleep would see no change.
     """
     end, nap = time.perf_counter() + limit, 0.02
     while time.perf_counter() < end:

@@ -1,13 +1,13 @@
-"""Compares this checkout with another one: the same bits, and what became faster or slower.
+"""Compares this checkout with another one: checks that all outputs are the same, and prints what is faster or slower.
 
 python -m benchmarks.versus ../torchq-before
 python -m benchmarks.versus ../torchq-before --quick
 
-The other folder holds a checkout with a built torchq. Both register the same torch ops, so each runs in a process of
-its own: a worker that waits on its standard input. The workers are pinned to one core and take turns, row by row and
-round by round, so that only one works at a time and changes of the clock fall on both. Each figure is the best of many
-short rounds, and the workers are started several times, for where a process's memory happens to lie is worth up to 5 %
-of a call. Ends with exit code 1 if an output differs.
+The other folder holds a checkout with a built torchq. Both register the same torch ops, so each runs in its own
+process: a worker that waits for requests on its standard input. The workers are pinned to one core and take turns, row
+by row and round by round. So only one works at a time, and changes of the clock affect both. Each figure is the best of
+many short rounds. The workers are started several times, because the addresses of a process's memory change the time of
+a call by up to 5 %. Exits with 1 if an output differs.
 """
 
 import argparse
@@ -28,11 +28,11 @@ ROWS = [1, 4, 7, 16, 33, 128, 512]
 QUICK_SHAPES, QUICK_ROWS = [(64, 64), (768, 768), (71, 100)], [1, 7, 16, 128]
 
 
-# ---- The worker: in a process of its own, with the torchq of its folder ---------------------------------------------
+# ---- The worker: its own process, with the torchq of its folder -----------------------------------------------------
 
 
 class Pair(NamedTuple):
-    """Scale and zero point, as every version of torchq reads them."""
+    """Scale and zero point, in a form that every version of torchq accepts."""
 
     scale: float
     zero_point: int
@@ -43,7 +43,7 @@ Call = Callable[[], Any]
 
 
 def cases(quick: bool) -> dict[str, Call]:
-    """By name, what is timed."""
+    """The calls to time, by name."""
     import torch
 
     found: dict[str, Call] = {}
@@ -52,7 +52,7 @@ def cases(quick: bool) -> dict[str, Call]:
         found |= _calls(n, k)
     for n, k in QUICK_SHAPES if quick else SHAPES:
         layers = _layers(n, k)
-        for m in [*(QUICK_ROWS if quick else ROWS), *([1024] if (n, k) == (64, 64) else [])]:  # mostly epilogue
+        for m in [*(QUICK_ROWS if quick else ROWS), *([1024] if (n, k) == (64, 64) else [])]:  # 1024: mostly epilogue
             x = torch.randn(m, k)
             codes = torch.randint(0, 256, (m, k), dtype=torch.uint8)
             inputs = {"dynamic": x, "dynamic, bf16": x.bfloat16(), "static to u8": x, "u8 to u8": codes}
@@ -83,7 +83,7 @@ def _layers(n: int, k: int) -> dict[str, Callable[..., Any]]:
 
 
 def _calls(n: int, k: int) -> dict[str, Call]:
-    """The steps of one call on one row: the whole call, and the ops alone."""
+    """For one row: a whole call of the layer, and calls of the ops alone."""
     import torch
     from torch import nn
 
@@ -112,7 +112,7 @@ def digest(result: Any) -> str:
 
 
 def timed(call: Call, repeats: int) -> float:
-    """Seconds of one call, the mean of `repeats`; one more comes before them."""
+    """Seconds of one call: the mean of `repeats`, after one untimed call."""
     call()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -121,7 +121,7 @@ def timed(call: Call, repeats: int) -> float:
 
 
 def work(quick: bool) -> None:
-    """Answers requests, one JSON value a line: null asks what there is, [name, repeats] for the time of a call."""
+    """Answers requests, one JSON value per line: null asks for all hashes, [name, repeats] for the time of a call."""
     import torch
 
     import torchq
@@ -143,7 +143,7 @@ def work(quick: bool) -> None:
 
 
 class Worker:
-    """A process that times the torchq of a folder."""
+    """A process that times the torchq in a folder."""
 
     def __init__(self, folder: Path, quick: bool, core: int) -> None:
         code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='worker')['work'](sys.argv[2] == 'quick')"
@@ -171,25 +171,25 @@ class Worker:
         return json.loads(line)
 
     def hashes(self) -> dict[str, str]:
-        """The hash of every output, by name; stops if this is the torchq of another folder."""
+        """The hash of every output, by name. Exits if the worker has imported torchq from another folder."""
         answer = self.ask(None)
         if not Path(answer["file"]).resolve().is_relative_to(self.folder):
             raise SystemExit(f"versus: {self.folder} holds no torchq; its worker found {answer['file']}")
         return answer["hashes"]  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Ends the process: its input does."""
+        """Ends the process by closing its input."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
 
 Times = dict[str, tuple[float, float]]
-"""The best time of each case, old and new, by name."""
+"""For each case, by name, the best times: old and new."""
 
 
 def compare(old: Worker, new: Worker, names: list[str], rounds: int, seconds: float) -> Times:
-    """Lets two workers take turns. The one that starts changes from round to round."""
+    """Lets two workers take turns. They alternate in going first."""
     repeats = {name: max(1, int(seconds / min(old.ask([name, 1]) for _ in range(3)))) for name in names}
     best: Times = dict.fromkeys(names, (float("inf"), float("inf")))
     for turn in range(rounds):
@@ -201,7 +201,7 @@ def compare(old: Worker, new: Worker, names: list[str], rounds: int, seconds: fl
 
 
 def report(best: Times) -> str:
-    """One row each, and the geometric mean."""
+    """A row for each case, and the geometric mean."""
     from benchmarks.demo import markdown
 
     ratios = {name: old / new for name, (old, new) in best.items()}
