@@ -1,4 +1,4 @@
-"""Fixtures: each kernel in turn, seeds, gradients, threads. What a whole file wants, it names in `pytestmark`."""
+"""Fixtures: each kernel in turn, seeds, gradients, threads. A file lists those for all its tests in `pytestmark`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 # The kernels this machine must run: skipping one of them is a failure. CI sets it.
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
-SLOW = 2  # seconds; a test that takes longer carries the mark, with how long
+SLOW = 2  # seconds; a slower test needs the mark slow(seconds=...)
 
-# Those cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
+# The tests in arm/ cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
 collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
     config.addinivalue_line("markers", f"slow(seconds): more than {SLOW}; about so many, two workers on two cores")
-    torch.set_num_threads(1)  # most tensors here are tiny, and idle threads only spin: see set_threads
+    torch.set_num_threads(1)  # most tensors are tiny, and more threads would only spin: see set_threads
     absent = REQUIRED - set(kernels.names())
     if absent:
         raise pytest.UsageError(
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/arm/emulation.py runs these tests under qemu-user, which starts child processes on the host instead."""
+    """Skips tests that start Python under emulation: qemu-user would start the child process on the host."""
     if os.environ.get("TORCHQ_EMULATED"):
         reason = "emulated by qemu-user: the program it starts would be the host's, or not run at all"
         for item in items:
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Names what was slow without saying so. Only a line to read: how busy the machine was, nobody knows."""
+    """Lists slow tests without the mark. It is no failure, because the machine may just have been busy."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     slow = [r for r in reports if r.when == "call" and r.duration > 2 * SLOW and "slow" not in r.keywords]
     if slow and not os.environ.get("TORCHQ_EMULATED"):
@@ -96,7 +96,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """torch.set_num_threads, undone after the test."""
+    """torch.set_num_threads; the number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -110,11 +110,11 @@ def no_grad() -> Iterator[None]:
 
 @pytest.fixture
 def seeded(no_grad: None) -> None:
-    """Torch's own generator starts at 0, and there are no gradients."""
+    """Seeds torch's global generator with 0, and turns gradients off."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def brief_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The accuracy budget times briefly: few tests look at the times."""
+    """Shortens the timing of the accuracy budget, since few tests check the times."""
     monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))

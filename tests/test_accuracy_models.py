@@ -1,4 +1,4 @@
-"""The networks and tables of benchmarks/accuracy.py: exact outlier twins, honest metrics, torchq auto on a real MLP."""
+"""The networks and tables of benchmarks/accuracy.py: exact outlier twins, correct metrics, torchq auto on an MLP."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from benchmarks.models import IGNORED, MASK, Batch, Recipe
 from benchmarks.peers import Peer
 from torchq.numerics.metrics import sqnr_db
 
-SMALL = {  # a step or two of each kind: enough for everything but what it has learned
+SMALL = {  # a step or two of training: enough, unless the test is about accuracy
     "mlp": Recipe("mlp", width=64, depth=2, steps=2, batch=16, learning_rate=1e-3),
     "vit": Recipe("vit", width=32, depth=1, steps=2, batch=4, learning_rate=1e-3),
     "gpt": Recipe("gpt", width=32, depth=1, steps=2, batch=2, learning_rate=1e-3, context=128),
@@ -30,7 +30,7 @@ def data() -> dict[str, models.Data]:
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_outlier_twin_computes_the_same_function(kind, data):
-    """In float64, where the rounding of x · s · (w / s) is about 1e-16 of x · w: 300 dB, and a wrong pair gives 0."""
+    """In float64 x · s · (w / s) rounds by about 1e-16 of x · w, which is 300 dB. A wrong factor gives about 0 dB."""
     model = models.trained(SMALL[kind], data[kind], progress=False).double()
     twin = models.with_outliers(model)
     inputs = next(data[kind].held_out(4)).inputs
@@ -42,7 +42,7 @@ def test_outlier_twin_computes_the_same_function(kind, data):
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_outlier_twin_has_ranges_50_times_as_large(kind, data):
-    """Channel by channel, what a rescaled module gives is 50 x the model's, or the model's; 1 channel in 32 is."""
+    """1 channel in 32 of a rescaled module's output is 50 times the model's; the others are equal to it."""
     model = models.network(SMALL[kind]).eval()
     twin = models.with_outliers(model)
     inputs = next(data[kind].held_out(4)).inputs
@@ -103,7 +103,7 @@ def test_cache_holds_what_was_trained_and_knows_the_recipe(tmp_path, data, monke
 
 
 def test_questions_about_text(data):
-    """GPT is asked for the next byte everywhere; BERT for what the mask hides, about 15 %, and nothing else."""
+    """GPT predicts the next byte at every position; BERT only the masked bytes, about 15 %."""
     gpt, bert = (next(data[kind].batches("train", 64, seed=0)) for kind in ("gpt", "bert"))
 
     assert torch.equal(gpt.inputs[:, 1:], gpt.targets[:, :-1])
@@ -131,7 +131,7 @@ def test_gpt_sees_no_later_byte(data):
 
 @pytest.mark.slow(seconds=3)
 def test_quick_mlp_evaluation_keeps_accuracy(data):
-    """Real digits, trained in a second: torchq auto is within 0.5 points of float, on the outlier twin within 1."""
+    """On real digits, with a second of training: torchq auto is within 0.5 points of float, on the twin within 1."""
     recipe = Recipe("mlp", width=128, depth=2, steps=150, batch=64, learning_rate=2e-3)
     model = models.trained(recipe, data["mlp"], progress=False)
     seen = [batch.inputs for batch in islice(data["mlp"].batches("train", 32, seed=1), 4)]
@@ -174,7 +174,7 @@ def test_contestant_that_cannot_run_is_a_line(capsys):
 
 
 def test_answers_are_those_to_each_batch():
-    """Engines keep one input and one output tensor: every batch is copied in, and every answer out."""
+    """Engines reuse one input and one output tensor, so every batch must be copied in and every answer copied out."""
     batches = [Batch(torch.full((1, 2), float(i)), torch.tensor([0])) for i in range(3)]
     x, y = torch.zeros(1, 2), torch.zeros(1, 2)
 

@@ -31,7 +31,7 @@ X = torch.cat([torch.linspace(-13, 13, 20_001), torch.linspace(-100, 100, 2_001)
 
 
 def applied(activation, x, out_dtype=torch.float32, rows=7, **kwargs):
-    """The epilogue alone: with no input features y is the bias."""
+    """Runs only the epilogue: without input features, y is the bias."""
     packed = ops.pack(torch.zeros(len(x), 0, dtype=torch.int8), torch.ones(len(x)), x)
     return ops.linear_static(torch.zeros(rows, 0), packed, 1.0, 0, out_dtype, activation=activation, **kwargs)
 
@@ -48,7 +48,7 @@ def test_every_kernel_gives_the_bits_of_the_reference(kernel, activation, out):
 
 @curves
 def test_relative_error(activation):
-    """Below 5e-7 of the exact function where that is a normal number; gelu_tanh adds |2u|·2^-22 for its exponent."""
+    """The relative error is below 5e-7 for normal numbers. gelu_tanh adds |2u|·2^-22, the rounding of its exponent."""
     x = X[(X > -9) & X.isfinite() & (X.abs() > 1e-20)]
     exact = EXACT[activation](x.double())
     exponent = 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3).abs() if activation == Activation.GELU_TANH else 0 * x
@@ -58,7 +58,7 @@ def test_relative_error(activation):
 
 @curves
 def test_close_to_torch(activation):
-    """GELU in torch rounds 1 + erf: its error is some 2^-22 of x, so that is the most that can be asked."""
+    """Torch's own GELU rounds 1 + erf, with an error of about 2^-22 of x, so the comparison can't be tighter."""
     x = X[X.isfinite()]
     expected = TORCH[activation](x)
     assert ((applied(activation, x)[0] - expected).abs() <= 1e-6 * expected.abs() + 2**-21 * x.abs() + 1e-37).all()
@@ -75,7 +75,7 @@ def test_the_ends(activation):
 
 @curves
 def test_acts_on_what_the_layer_computed(kernel, activation, generator):
-    """Many tiles, ragged columns: the curve of the plain layer's output, whose bits another test shows."""
+    """With many tiles and a partial panel, y is the activation of the plain layer's output (tested in test_ops.py)."""
     weight = torch.randint(-128, 128, (83, 37), dtype=torch.int8, generator=generator)
     packed = ops.pack(weight, torch.full((83,), 0.01), torch.randn(83, generator=generator))
     x = torch.randn(29, 37, generator=generator)
@@ -90,7 +90,7 @@ def applied_each(activation, y):
 @curves
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_convert_folds_it(activation, scheme):
-    """In int8 as simulated, and u8 codes between static layers; the modules it replaced are gone."""
+    """Int8 agrees with the simulation, static layers pass u8 codes, and the folded modules are replaced."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), MODULES[activation](), nn.Dropout(), nn.Linear(40, 8)).eval()
     x = torch.randn(64, 24)
@@ -103,7 +103,7 @@ def test_convert_folds_it(activation, scheme):
     assert (qmodel[0](x).dtype == torch.uint8) == (scheme == "static")
     with simulate(), torch.no_grad():
         simulated = qmodel(x)
-    # a code handed over may differ by one where roundings cross a tie: weight · scale, of 40 codes at the very most
+    # A code may differ by one where roundings cross a tie. That moves y by weight · scale, for 40 codes at most.
     step = 0 if scheme == "dynamic" else qmodel[3].input_qparams.scale * model[3].weight.abs().max().item()
     assert (qmodel(x) - simulated).abs().max() <= step + 1e-5
 

@@ -21,7 +21,7 @@ def poisoned(bad):
 
 
 class Model(nn.Module):
-    """Some of everything that a failure could leave changed: buffers, hooks, mixed training flags."""
+    """Has everything that a failure could leave changed: buffers, hooks, mixed training flags."""
 
     def __init__(self, rare=None):
         super().__init__()
@@ -67,7 +67,7 @@ def used_up():
     return iterator
 
 
-# What is wrong: the model, how convert is called with it (inplace is added), the error.
+# For each mistake: the model, the arguments of convert (inplace is added), and the error.
 TABLE = {
     "a loader that yields nothing": (
         Model,
@@ -237,7 +237,7 @@ def test_a_linear_cannot_replace_itself():
 
 
 def test_the_deepest_layer_that_is_not_refused():
-    """Sums of 255 * 127 * 65793 < 2^31, restored by at most 8 roundings of 2^-24."""
+    """The sums reach 255 * 127 * 65793 < 2^31. Dequantizing them rounds at most 8 times, by 2^-24 each."""
     layer = nn.Linear(65_793, 2)
     layer.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
     expected = torch.tensor([[65_793.0, -65_793.0]]) + layer.bias.detach()
@@ -267,7 +267,7 @@ def test_a_converted_model_refuses_what_it_cannot_take(config, x, message):
 
 @pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
 def test_bytes_of_the_user_are_not_taken_for_codes(config):
-    """An image in uint8 is refused by the float model, and must not pass for codes that a layer before handed over."""
+    """A uint8 image must not be taken for codes from a layer before. The float model refuses it too."""
     qmodel = convert(nn.Sequential(nn.Linear(8, 4)), [X] * 3, config=config)
     with pytest.raises((TypeError, RuntimeError), match=r"must be float32, bfloat16.*got (torch.)?uint8"):
         qmodel(torch.zeros(2, 8, dtype=torch.uint8))

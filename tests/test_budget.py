@@ -1,4 +1,4 @@
-"""The accuracy budget: what goes back to float, after how many evaluations, and what is promised."""
+"""The accuracy budget: which layers return to float, after how many evaluations, and that the metric is kept."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def enough_floats(k):
     return evaluate
 
 
-# ---- what goes back ----
+# ---- which layers return to float ----
 
 
 @pytest.mark.parametrize("place", [0, 2, 4])
@@ -55,13 +55,13 @@ def test_the_layer_made_bad_is_the_one_returned(place, config):
 
 def test_sensitivity_is_the_error_of_the_model_with_one_layer_in_int8():
     model = bad_at(2)
-    alone = dataclasses.replace(STATIC, smoothing="none")  # else what a layer gets depends on the one before
-    measured = convert(model, DATA, config=alone, evaluate=minus_error(model)).torchq_plan.frontier.sensitivity_db
+    unsmoothed = dataclasses.replace(STATIC, smoothing="none")  # else a layer's input depends on the one before
+    measured = convert(model, DATA, config=unsmoothed, evaluate=minus_error(model)).torchq_plan.frontier.sensitivity_db
     names = linears(model)
     expected = {}
     for name in names:
         others = tuple(other for other in names if other != name)
-        config = dataclasses.replace(alone, exclude=others)
+        config = dataclasses.replace(unsmoothed, exclude=others)
         expected[name] = sqnr_db(model(DATA[0]), convert(model, DATA, config=config)(DATA[0]))
     assert measured == expected
     assert list(measured) == sorted(names, key=expected.__getitem__)
@@ -113,7 +113,7 @@ def test_without_int8_layers_there_is_nothing_to_search():
 def test_what_is_left_is_fused_as_if_the_layer_had_been_excluded(place):
     model = bad_at(None)
     plan = convert(model, DATA, config=STATIC).torchq_plan
-    assert plan.layers["0"].feeds == "2"  # or there would be nothing to undo
+    assert plan.layers["0"].feeds == "2"  # so there is a fusion to undo
     name = linears(model)[place]
     config = dataclasses.replace(STATIC, exclude=(name,))
     expected = convert(model, DATA, config=config)
@@ -126,7 +126,7 @@ def test_what_is_left_is_fused_as_if_the_layer_had_been_excluded(place):
     assert torch.equal(apply_plan(model, actual)(X), expected(X))
 
 
-# ---- what cannot fit ----
+# ---- budgets that no int8 layer meets ----
 
 
 def test_an_impossible_budget_warns_with_the_numbers_and_keeps_its_promise():
@@ -158,7 +158,7 @@ def test_evaluate_sees_eval_mode_and_the_flags_come_back(inplace):
 
     def evaluate(candidate):
         seen.append((candidate.training, candidate[1].training, torch.is_grad_enabled()))
-        candidate.train()  # an evaluate that leaves it so
+        candidate.train()  # an evaluate that leaves the model in training mode
         return -len(seen) / 100
 
     with torch.enable_grad():
@@ -201,7 +201,7 @@ def test_outputs_of_any_structure_tell_the_sensitivity(kind):
     measured = qmodel.torchq_plan.frontier.sensitivity_db
     assert next(iter(measured)) == names[2]
     plain = convert(model, DATA, config=STATIC, evaluate=enough_floats(1)).torchq_plan.frontier.sensitivity_db
-    # The same values, at most in another order, which rounds a float64 sum differently.
+    # The same values, perhaps in another order, which rounds a float64 sum differently.
     assert [measured[name] for name in names] == pytest.approx([plain[name[6:]] for name in names], rel=1e-9)
 
 
@@ -215,7 +215,7 @@ def test_without_floats_in_the_output_each_layer_speaks_for_itself(wrap):
 
 
 class Shifty(nn.Module):
-    """Its output's shape, or a NaN in it, depends on the last bit of what its first layer gives."""
+    """The last bit of its first layer's output decides about the output's shape, or about a NaN in it."""
 
     def __init__(self, odd):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The accuracy budget, given what it cannot use: each error says what is wrong, and the model is as before."""
+"""Bad arguments of the accuracy budget: each error says what is wrong, and the model is as before."""
 
 import json
 import math

@@ -20,7 +20,7 @@ Pair = namedtuple("Pair", "image label")
 
 
 def assert_saw(record, rows, calls):
-    """`rows` fit the sample, so it holds all of them, in order."""
+    """Checks that the record saw `rows`. They fit into the sample, so it has all of them, in order."""
     assert torch.equal(record.sample.rows, rows)
     assert record.sample.rows_seen == len(rows)
     assert record.calls == calls
@@ -121,7 +121,7 @@ def test_other_floats_are_recorded_as_float32(dtype):
 
 
 def test_a_layer_without_input_features():
-    """K = 0 has a defined result, the bias; it has nothing to record."""
+    """With K = 0 the result is the bias, and there is nothing to record."""
     model = nn.Sequential(nn.Linear(6, 3))
     model[0].weight, model[0].in_features = nn.Parameter(torch.empty(3, 0)), 0
     record = recorded(model, [torch.empty(4, 0)]).records["0"]
@@ -150,7 +150,7 @@ def test_the_config_chooses_the_observers():
 
 
 def test_automatic_observers_share_one_histogram(monkeypatch):
-    """Each batch is binned once, and every observer has what it would have seen alone."""
+    """Each batch is binned once, and every observer is as if it had observed the batches itself."""
     updates = []
     update = Histogram._update
     monkeypatch.setattr(Histogram, "_update", lambda self, *args: updates.append(self) or update(self, *args))
@@ -209,7 +209,7 @@ def test_the_model_is_left_as_it_was(fast_path, fail_at):
         torch.backends.mha.set_fastpath_enabled(enabled)
     assert model.inside == {(False, False, False, False)}  # training, fast path, gradients, inference mode
     assert torch.equal(torch.get_rng_state(), random)
-    after = model.state_dict()  # BatchNorm's statistics among them
+    after = model.state_dict()  # includes BatchNorm's statistics
     assert after.keys() == values.keys()
     assert all(torch.equal(after[name], values[name]) for name in values)
 
@@ -230,8 +230,8 @@ def test_a_loader_that_fails_midway_leaves_no_trace():
 
 
 def test_a_sample_keeps_every_row_with_equal_probability():
-    """2000 of 20,000: hypergeometric, so a tenth of the stream has 200 of them with a standard deviation of
-    sqrt(2000 * 0.1 * 0.9 * 18000 / 19999) = 12.7. Five of those are 64.
+    """The sample has 2000 of 20,000 rows. The number from each tenth of the stream is hypergeometric: its mean is 200,
+    its standard deviation sqrt(2000 * 0.1 * 0.9 * 18000 / 19999) = 12.7, and the test allows 5 of those, 64.
     """
     sample = Sample(2000)
     for rows in torch.arange(20_000.0).unsqueeze(1).split(171):
@@ -272,7 +272,7 @@ def test_a_sample_is_bounded_in_bytes():
 
 
 def tensor_bytes(value, seen):
-    """Of every tensor that can be reached from `value`, each once."""
+    """The bytes of all tensors that can be reached from `value`, each counted once."""
     if id(value) in seen:
         return 0
     seen.add(id(value))

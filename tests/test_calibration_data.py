@@ -1,4 +1,4 @@
-"""Data that is unlike other data: batches of many shapes, few rows, constant values; and NaN, whatever the observer."""
+"""Unusual data: batches of many shapes, few rows, constant values, and NaN with every observer."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ def model(outliers=50):
 
 
 def same(first, second):
-    """Plan and every tensor, bit for bit; but for `stats.rows`, which is the rows of a call."""
+    """Whether the plans and all tensors are the same, bit for bit, except for `stats.rows`, the rows per call."""
     states = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
     plans = [
         {
@@ -67,14 +67,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("loader", SHAPES.values(), ids=SHAPES)
 def test_batches_of_any_shape_give_what_their_rows_give(loader):
-    """Bit for bit; of one layer, as torch's own matmul may round otherwise in batches of another size."""
+    """Bit for bit. The model has one layer, since torch's matmul may round differently for other batch sizes."""
     expected = convert(model()[:2], [ROWS])
     assert expected.torchq_plan.smoothings
     same(convert(model()[:2], loader), expected)
 
 
 def test_rounding_sees_the_same_rows_whatever_their_batches():
-    """XᵀX is summed in another order, so that a weight halfway between two codes may take the other one."""
+    """XᵀX is summed in another order, so a weight halfway between two codes may round to the other one."""
     whole, ragged = (convert(model(), loader, config=GPTQ) for loader in ([ROWS], SHAPES["sequences of many lengths"]))
     assert [layer.rounding for layer in ragged.torchq_plan.layers.values()] == ["gptq", "gptq"]
     for a, b in ((whole[1], ragged[1]), (whole[3], ragged[3])):
@@ -86,7 +86,7 @@ def test_rounding_sees_the_same_rows_whatever_their_batches():
 
 
 class Pooled(nn.Module):
-    """As many rows as tokens for `body`, as many as samples for the two heads, none for `rare`."""
+    """`body` gets a row per token, the two heads a row per sample, and `rare` none."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_few_rows_are_one_warning_with_the_numbers_and_a_model_that_works(roundi
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("activation", ["auto", "static", "dynamic"])
 def test_the_bound_is_as_stated(activation, inplace):
-    """One row less warns; the warning as an error leaves the model as it was, in place too."""
+    """One row less gives the warning. If warnings are errors, the model stays as it was, also in place."""
     config = QConfig(activation=activation)
     assert MIN_ROWS == 16
     convert(model(), [ROWS[:10], ROWS[10:MIN_ROWS]], config=config)
@@ -144,7 +144,7 @@ def test_one_row_is_enough_for_a_model_that_works():
 
 
 def test_who_is_not_warned():
-    """Layers that no row reached have a reason of their own; ranges that were trained rest on the training data."""
+    """No warning for layers without any row, which have their own reason, nor for ranges from training."""
     caught_none = [
         caught(lambda: convert(model(), [ROWS, ROWS[:0]])),
         caught(lambda: convert(model(), [ROWS[:0]])),
@@ -162,7 +162,7 @@ def test_who_is_not_warned():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_every_observer_names_the_layer_and_the_batch(observer, bad, inplace):
-    """In the middle of the model: the input of layer '3' is NaN where the norm's is not finite, so '1' comes first."""
+    """The norm turns a non-finite input into NaN. Layer '1' reads it first, so '1' must be named, not '3'."""
     x = ROWS.clone()
     x[5, 2] = bad
     given = model()
@@ -204,7 +204,7 @@ CHOICES = {
 @pytest.mark.parametrize("case", CONSTANT)
 @pytest.mark.parametrize("start", [0, 1], ids=["behind the norm", "at once"])
 def test_constant_inputs_give_a_finite_and_good_model(case, config, start):
-    """15 dB on what it saw, and finite on other data. The norm's outliers are another test's."""
+    """15 dB on the calibration data, and finite on other data. Other tests check the norm's outliers."""
     x, net = CONSTANT[case], model(outliers=1)[start:]
     qmodel = convert(copy.deepcopy(net), [x[:50], x[50:]], config=config)
     assert sqnr_db(net(x), qmodel(x)) > 15
@@ -214,10 +214,10 @@ def test_constant_inputs_give_a_finite_and_good_model(case, config, start):
 
 @pytest.mark.parametrize("config", CHOICES.values(), ids=CHOICES)
 def test_zeros_are_exact(config):
-    """Zero has a code of its own in every range, so what comes out is the bias, and then 0 · w."""
+    """Every range represents zero exactly, so zeros give exactly the bias."""
     layer = nn.Sequential(nn.Linear(K, 8)).eval()
     for data in (CONSTANT["zeros"], ROWS, CONSTANT["equal"], CONSTANT["negative"]):
         qmodel = convert(layer, [data], config=QConfig(**{**vars(config), "rounding": "nearest"}))
         assert torch.equal(qmodel(CONSTANT["zeros"]), layer(CONSTANT["zeros"]))
-    qmodel = convert(layer, [CONSTANT["zeros"]], config=config)  # gptq has nothing to go by
+    qmodel = convert(layer, [CONSTANT["zeros"]], config=config)  # with zeros only, gptq is not tried
     assert torch.equal(qmodel(CONSTANT["zeros"]), layer(CONSTANT["zeros"]))

@@ -1,4 +1,4 @@
-"""What a loader may give: what is refused, with which words. (`convert` puts its name in front: test_bad_input.py.)"""
+"""Loaders that calibration refuses, and its messages. (`convert` adds its name in front: test_bad_input.py.)"""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_non_finite_input_is_named_by_layer_and_batch(bad):
     ids=["inner size", "int64", "float64", "device"],
 )
 def test_a_batch_the_model_refuses_gives_the_models_own_error(batch):
-    """Whatever came before it: not an error of the records' insides."""
+    """The error is the model's own also after other batches, and not an internal one of the records."""
     model = Net()
     with pytest.raises(RuntimeError) as own:
         model(batch)

@@ -1,4 +1,4 @@
-"""Observers that clip: their ranges against brute force, and where clipping wins and where it loses."""
+"""Observers that clip: their ranges against brute force, and cases where clipping wins and where it loses."""
 
 import math
 
@@ -24,12 +24,12 @@ def test_percentile_100_is_min_max():
 
 
 def test_percentile_by_hand():
-    """Bins of width 1 over [-8, 8), ten values each in four of them, spread evenly inside."""
+    """The bins are 1 wide over [-8, 8). Four of them hold ten values each, evenly spread."""
     x = torch.cat([torch.arange(10) / 10 + 0.05 + start for start in (-7.0, -3.0, 2.0, 7.0)])
     for percentile, expected in [(50, (-3.0, 3.0)), (75, (-6.5, 7.5)), (95, (-6.9, 7.9))]:
         bounds = observed(PercentileObserver(percentile, bins=16), x).range()
         assert [bound.item() for bound in bounds] == pytest.approx(expected, rel=1e-7)  # float32
-    # Never wider than the values, though their bins are.
+    # Never wider than the values, although their bins are wider.
     assert observed(PercentileObserver(99.999, bins=16), x).range() == pytest.approx((-6.95, 7.95), abs=1e-3)
 
 
@@ -37,7 +37,7 @@ def test_percentile_by_hand():
 def test_values_on_one_side_lose_only_their_far_end(sign):
     x = sign * torch.cat([torch.zeros(500), torch.linspace(0, 1, 480), torch.full([20], 7.0)])
     lo, hi = sorted(sign * end for end in observed(PercentileObserver(98), x).range())
-    # All 2 % at the far end: the 20 sevens and nothing else, to one bin of 8 / 1024.
+    # All 2 % are cut off at the far end: exactly the 20 sevens, up to one bin of 8 / 1024.
     assert (lo, hi) == pytest.approx((0.0, 1.0), abs=8 / 1024)
     assert observed(PercentileObserver(98.1), x).range()[(sign + 1) // 2] == pytest.approx(sign * 7.0, abs=0.01)
 
@@ -45,7 +45,7 @@ def test_values_on_one_side_lose_only_their_far_end(sign):
 @pytest.mark.parametrize("count", [1000, 7000, 65_000, 129_000, 130_000])
 @pytest.mark.parametrize("percentile", [99, 99.9])
 def test_a_percentile_means_its_decimal_value(count, percentile):
-    """99.9 % of 1000 are 999: the one outlier is out, in spite of 99.9 being no binary number."""
+    """99.9 % of 1000 values are 999, so the one outlier is clipped, although 99.9 is no binary number."""
     outliers = round(count * (100 - percentile) / 100)
     x = torch.cat([torch.linspace(0, 1, count - outliers), torch.full([outliers], 5.0)])
     assert observed(PercentileObserver(percentile), x).range()[1] <= 1 + 8 / 1024
@@ -54,7 +54,7 @@ def test_a_percentile_means_its_decimal_value(count, percentile):
 @repeatable
 @given(batches_of_floats, st.sampled_from([50, 90, 99, 99.9, 100]))
 def test_percentile_keeps_its_share(batches, percentile):
-    """To within the bins that the two ends of the range lie in."""
+    """The share is accurate to the two bins that hold the ends of the range."""
     x = torch.tensor([value for batch in batches for value in batch] + [1.0])
     observer = observed(PercentileObserver(percentile), x)
     lo, hi = observer.range()
@@ -73,7 +73,7 @@ def mse(x, lo, hi):
 
 
 def heavy_tailed():
-    """Student's t with 2 degrees of freedom: a fixed share of the values has most of the energy."""
+    """Student's t with 2 degrees of freedom: a small share of the values has most of the energy."""
     return normal(50_000, seed=2) / (normal(2, 50_000, seed=3).square().mean(0)).sqrt()
 
 
@@ -92,14 +92,15 @@ SAMPLES = {
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_mse_is_the_best_range_of_a_dense_search(name):
-    """Every pair out of 40 bounds a side, with a step of 10 %, on the data itself."""
+    """The dense search tries all pairs of 40 bounds on each side, 10 % apart, on the data itself."""
     torch.manual_seed(0)
     x = SAMPLES[name]()
     lo, hi = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
     factors = [0.9**i for i in range(40)]
     best = min(mse(x, lo * f, hi * g) for f in (factors if lo < 0 else [1]) for g in factors)
     found = mse(x, *(bound.item() for bound in observed(MSEObserver(), *x.split(999)).range()))
-    # A bound 1 % off, and bins taken as evenly filled. The sums are of 50,000 values, a few of which saturate.
+    # The observer's bounds are 1 % apart, and it assumes evenly filled bins. The sums are over 50,000 values, and a few
+    # of those saturate.
     assert found <= 1.02 * best
 
 
@@ -115,13 +116,13 @@ def test_the_error_of_a_histogram_is_the_error_of_its_values(name):
     factors = torch.tensor([[1.0, 0.7, 0.3, 0.1]])
     errors = squared_error(counts[None], edges[None], lo * factors, hi * factors)[0] / len(x)
     for factor, error in zip(factors[0].tolist(), errors.tolist(), strict=True):
-        # GELU crowds values beside 0 within a bin, and their error is less than evenly spread ones'.
+        # GELU gives many values close to 0 in one bin. Their error is smaller than that of evenly spread values.
         assert error == pytest.approx(mse(x, lo * factor, hi * factor), rel=0.06)
 
 
 def test_mse_by_hand():
-    """100,000 values evenly in [-1, 1] and two of +-3. A range of +-b rounds with 1e5 (2b / 255)^2 / 12 = 0.513 b^2 and
-    saturates with 2 (3 - b)^2: least at b = 6 / 2.513 = 2.388.
+    """100,000 values are evenly spread in [-1, 1], and two are +-3. For a range of +-b, the rounding error is
+    1e5 (2b / 255)^2 / 12 = 0.513 b^2 and the saturation error 2 (3 - b)^2. Their sum is least at b = 6 / 2.513 = 2.388.
     """
     x = torch.cat([torch.linspace(-1, 1, 100_000), torch.tensor([3.0, -3.0])])
     lo, hi = observed(MSEObserver(), x).range()
@@ -129,7 +130,7 @@ def test_mse_by_hand():
 
 
 def test_the_closed_form_is_the_integral():
-    """One bin, [-0.3, 1.7], of 200,000 values; ranges that round it, saturate it, and both."""
+    """For one bin, [-0.3, 1.7], of 200,000 values, and ranges that round it, saturate it, or both."""
     x = torch.linspace(-0.3, 1.7, 200_001, dtype=torch.float64)
     for lo, hi in [(-1.0, 2.0), (-0.1, 0.5), (0.0, 1.0), (-2.0, 0.0), (-0.3, 1.7), (-60.0, 90.0), (-1e3, 1e3)]:
         scale = (hi - lo) / 255
@@ -143,7 +144,7 @@ def test_the_closed_form_is_the_integral():
 
 
 def test_exact_zeros_make_no_error():
-    """So that many of them do not ask for finer steps: the range is that of the other values alone."""
+    """So many zeros do not lead to finer steps: the range is the same as without them."""
     x = heavy_tailed()
     with_zeros = torch.cat([x, torch.zeros(1_000_000)])
     for cls in (MSEObserver, EntropyObserver):
@@ -154,7 +155,7 @@ def test_exact_zeros_make_no_error():
 
 
 def kl_of_window(counts, window, levels=128):
-    """As the observer's docstring has it, bin by bin."""
+    """The formula of the observer's docstring, bin by bin."""
     half = len(counts) // 2
     first, last = half - window, half + window - 1
     p = counts[first : last + 1]
@@ -175,7 +176,7 @@ def kl_of_window(counts, window, levels=128):
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_entropy_is_the_least_divergence(name):
-    """All 193 windows of 512 bins, one after the other. The 64 that are tried are at most 3 % apart."""
+    """Compares with all 193 windows of 512 bins. The 64 windows that the observer tries are at most 3 % apart."""
     torch.manual_seed(0)
     x = SAMPLES[name]()
     x = x[x != 0]
@@ -217,7 +218,7 @@ def test_entropy_cuts_the_outlier_and_keeps_the_bulk():
     ids=str,
 )
 def test_degenerate_data(cls, values, expected):
-    """One value, a constant, zeros, the largest and the smallest floats: min-max, or finite within it."""
+    """For one value, a constant, zeros, and extreme floats, the range is min-max, or finite and inside it."""
     x = torch.tensor(values)
     observer = observed(cls(), x)
     lo, hi = observer.range()
@@ -243,7 +244,7 @@ def test_the_range_lies_within_the_values(cls, batches):
 @repeatable
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=50))
 def test_mse_is_never_much_worse_than_min_max(values):
-    """On few values no bin is evenly filled; each is off by up to a bin, 2^e / 1024, of which this is the square."""
+    """With few values, bins are not evenly filled: each rms error may be off by up to one bin, 2^e / 1024."""
     x = torch.tensor(values)
     observer = observed(MSEObserver(), x)
     bin_width = 2.0 ** observer.exponent.item() / 1024
@@ -251,7 +252,7 @@ def test_mse_is_never_much_worse_than_min_max(values):
     assert math.sqrt(found) <= math.sqrt(covering) + 2 * bin_width
 
 
-# ---- where clipping wins and where it loses ----
+# ---- cases where clipping wins and where it loses ----
 
 
 def clip_and_minmax_db(x, measured_on, percentile=99.9):
@@ -267,12 +268,12 @@ def test_clipping_wins_where_outliers_are_rare_and_do_not_matter():
     bulk = normal(100_000)
     x = torch.cat([bulk, torch.tensor([60.0, -60.0, 100.0, -100.0])])
     clipped, minmax = clip_and_minmax_db(x, measured_on=bulk)
-    # Steps of 200 / 255 against about 7 / 255: 20 log10(200 / 7) = 29 dB, less what clipping 0.1 % costs.
+    # The steps are 200 / 255 and about 7 / 255, which gives 20 log10(200 / 7) = 29 dB. Clipping 0.1 % costs some of it.
     assert clipped > minmax + 10
 
 
 def test_clipping_loses_where_the_outliers_are_the_signal():
-    """Outlier channels, as transformers have them: 4 of 768 hold most of the energy."""
+    """With outlier channels, as in transformers: 4 of 768 have most of the energy."""
     x = normal(128, 768, seed=1)
     x[:, :4] *= 60
     clipped, minmax = clip_and_minmax_db(x, measured_on=x, percentile=99.8)
@@ -280,7 +281,7 @@ def test_clipping_loses_where_the_outliers_are_the_signal():
 
 
 def test_clipping_loses_on_heavy_tails():
-    """Student's t with 2 degrees of freedom: a fixed share of the values has most of the energy."""
+    """Student's t with 2 degrees of freedom: a small share of the values has most of the energy."""
     x = heavy_tailed()
     clipped, minmax = clip_and_minmax_db(x, measured_on=x)
     assert minmax > clipped + 3

@@ -33,7 +33,7 @@ by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS
 
 
 class Block(nn.Module):
-    """A norm with 3 outlier channels, two readers, and a Linear whose output one more reads."""
+    """A norm with 3 outlier channels and two readers, and a Linear with one reader."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def inputs(model):
 
 @by_config
 def test_stats_are_those_of_the_smoothed_and_rounded_layer(config):
-    """Against the float model with the smoothings folded in, and the codes in the converted one."""
+    """Compares with stats computed from the smoothed float model and the codes of the converted one."""
     model = Block()
     qmodel = convert(model, DATA, config=config)
     plan = qmodel.torchq_plan
@@ -95,7 +95,7 @@ def test_stats_are_those_of_the_smoothed_and_rounded_layer(config):
 
 
 def test_rounding_shows_in_the_stats():
-    """GPTQ gives up weight SQNR for output SQNR."""
+    """GPTQ lowers the weight SQNR to raise the output SQNR."""
     nearest, gptq = (
         convert(Block(), DATA, config=CONFIGS[name]).torchq_plan.layers["up"] for name in ("static", "gptq")
     )
@@ -117,7 +117,7 @@ def test_a_budget_keeps_smoothings_and_rounded_weights(config, floats):
         qmodel = convert(model, DATA, config=config, evaluate=evaluate, max_drop=0.5)
     plan = qmodel.torchq_plan
     assert len(linears(qmodel)) == floats
-    assert min(tried) > 25  # no candidate was folded by halves
+    assert min(tried) > 25  # a smoothing folded into only one of the two sides would give far less
     assert sqnr_db(exact, qmodel(X)) in tried  # what is returned was measured
     assert sorted(plan.smoothings) == ([] if floats == 4 else ["norm", "up"])
     assert all((layer.stats is None) == (layer.kind == "float") for layer in plan.layers.values())
@@ -143,7 +143,7 @@ def test_inplace_with_everything():
 
 @pytest.mark.parametrize("floats", [0, 1, 3])
 def test_a_trained_model_has_stats_and_a_budget(floats):
-    """Float there is the trained weights without any quantization, which is also what returned layers become."""
+    """The float model has the trained weights without any quantization, and so do layers returned to float."""
     float_model = nn.Sequential(nn.Linear(K, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
     trained = prepare_qat(float_model, DATA, config=QConfig(smoothing="none")).eval()
     exact, seen = float_model(X), []

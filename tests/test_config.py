@@ -1,4 +1,4 @@
-"""QConfig: its defaults, and that a wrong value is refused where it is written, not in the middle of a conversion."""
+"""QConfig: its defaults, and that it refuses a wrong value at once, and not in the middle of a conversion."""
 
 import dataclasses
 import math

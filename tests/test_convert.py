@@ -1,4 +1,4 @@
-"""convert(): models of every structure come out right, and the model passed in is left as it was."""
+"""convert(): models of many structures are converted correctly, and the model passed in does not change."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ def test_nested_modules(data, inplace):
 
 
 class Shared(nn.Module):
-    """A Linear under two names, and a weight that an Embedding reads too."""
+    """Has a Linear under two names, and a weight that an Embedding shares."""
 
     def __init__(self):
         super().__init__()
@@ -89,11 +89,11 @@ def test_half_precision_models(dtype, config):
 
 
 class Plain(nn.Linear):
-    """Inherits forward: an nn.Linear under another name."""
+    """A subclass of nn.Linear that inherits its forward."""
 
 
 class Beside(nn.Module):
-    """`target`, in its own dtype, beside a Linear that is always converted."""
+    """Runs `target`, in its own dtype, and a Linear that is always converted."""
 
     def __init__(self, target):
         super().__init__()
@@ -210,7 +210,7 @@ def test_multihead_attention_keeps_its_float_projection(data):
 @pytest.mark.parametrize("inplace", [False, True])
 @with_and_without_data
 def test_transformer_encoder(data, inplace, norm_first, grad):
-    """In eval mode without gradients torch runs fused kernels, which read float weights: not on a converted model."""
+    """In eval mode without gradients, torch runs fused kernels that read float weights. A converted model must not."""
     layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, norm_first=norm_first)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval(), X.reshape(3, 11, 24)
     mask = torch.arange(11) >= torch.tensor([[11], [7], [4]])
@@ -252,7 +252,7 @@ def test_copies_and_files_of_a_converted_model(config):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    with warnings.catch_warnings():  # of weights that the state will bring
+    with warnings.catch_warnings():  # the missing weights come with the state_dict
         warnings.filterwarnings("ignore", "torchq.apply_plan: .* rounded with calibration data", UserWarning)
         other = apply_plan(Nested().eval(), qmodel.torchq_plan)
     assert not torch.equal(other(X), expected)
@@ -278,7 +278,7 @@ def test_compiled_is_exact(config):
 
 @pytest.fixture(scope="module")
 def digits():
-    """An MLP trained on 1347 of the digits of scikit-learn, and the other 450."""
+    """An MLP trained on 1347 of scikit-learn's digits, and the other 450 digits."""
     x, y, *others = load_digits()
     torch.manual_seed(0)
     model = mlp(64, 256, 256, 10).train()

@@ -25,7 +25,7 @@ from helpers.core import (
 
 pytestmark = pytest.mark.subprocess
 
-# What the core must not know. <atomic> is no thread: it is how the forced kernel is shared by the caller's.
+# What the core must not use. <atomic> is allowed: the threads of the caller share the forced kernel through an atomic.
 FORBIDDEN_HEADERS = {
     *("vector", "string", "map", "memory", "functional", "iostream"),  # they allocate
     *("thread", "mutex", "future", "condition_variable", "pthread.h", "omp.h"),
@@ -37,7 +37,7 @@ FORBIDDEN_SYMBOLS = re.compile(r"\b(malloc|calloc|realloc|aligned_alloc|posix_me
 
 
 def forbidden(source: str) -> list[str]:
-    """Lists the headers and words of a C++ source that the core must do without; comments may name them."""
+    """Lists the forbidden headers and words that a C++ source uses. Comments may contain them."""
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.DOTALL)
     headers = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', code)
     bad = [h for h in headers if h in FORBIDDEN_HEADERS or h.split("/")[0] in FORBIDDEN_FOLDERS]
@@ -74,14 +74,14 @@ def test_only_run_cpp_has_threads():
 
 @pytest.mark.slow(seconds=11)
 def test_core_compiles_alone_and_calls_no_allocator():
-    """Without an include directory, and with warnings as errors."""
+    """The core compiles without any include directory, and with warnings as errors."""
     symbols = run(["nm", "-C", "--undefined-only", *core_as_shipped()])
     assert "torchq::packed_header" in symbols or "torchq::kernel_reference" in symbols, "nm listed nothing of the core"
     assert FORBIDDEN_SYMBOLS.findall(symbols) == []
 
 
 def required_kernels() -> list[str]:
-    """Gives the kernels that TORCHQ_REQUIRED_KERNELS, a list with commas, demands: CI sets it to what it must test."""
+    """The kernels in TORCHQ_REQUIRED_KERNELS, separated by commas. CI sets it to the kernels it must test."""
     names = os.environ.get("TORCHQ_REQUIRED_KERNELS", "")
     return ["--require", names] if names else []
 

@@ -1,4 +1,4 @@
-"""The proof that nobody else reads an output: what passes it, and what does not."""
+"""The proof that nothing else reads an output: models for which it succeeds, and models for which it fails."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_readers_are_found():
 
 
 class Returns(nn.Module):
-    """Returns the norm's output to a caller that feeds a Linear of its own with it."""
+    """Returns the norm's output; its caller passes it to another Linear."""
 
     def __init__(self):
         super().__init__()
@@ -137,7 +137,7 @@ def test_nothing_is_smoothed_that_others_see(case):
 
 
 def through(f, g=None):
-    """Both read f of the norm's output, or one f and the other g."""
+    """Both layers read f(the norm's output), or one reads f of it and the other g."""
     return Block(lambda m, x: (lambda y: m.a(f(y)).mean() + m.b((g or f)(y)).sum())(m.norm(x)))
 
 
@@ -179,7 +179,7 @@ def test_calibration_leaves_no_hooks():
 
 
 class Watch(TorchDispatchMode):
-    """A mode of the model's own."""
+    """A dispatch mode that the model itself enters."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -192,7 +192,10 @@ def read_watched(m, x):
 
 @pytest.mark.parametrize(("run", "unseen"), [(read, True), (read_watched, False)])
 def test_recording_an_input_is_not_watched(run, unseen, monkeypatch):
-    """What it takes tens of microseconds to see; under a mode of the model's own it is, and the proof is the same."""
+    """Watching an operation takes tens of microseconds, so recording is not watched.
+
+    If the model enters a mode of its own, recording is watched, and the proof is still the same.
+    """
     seen, dispatch = set(), Dataflow.__torch_dispatch__
 
     def spy(self, func, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The direct call: the op's own bits where it serves, NotImplemented where it does not, and no hook passed over."""
+"""The direct call: the same bits as the op, NotImplemented where it does not apply, and no hook is skipped."""
 
 import copy
 import gc
@@ -271,7 +271,7 @@ def test_results_are_theirs_alone_and_freed(layer):
 
 
 def test_callers_on_many_threads(layer):
-    """The scratch belongs to a thread, and the GIL is given away during larger products."""
+    """Each thread has its own scratch memory, and larger products release the GIL."""
     big = QuantizedLinear.from_float(nn.Linear(512, 600))
     x = torch.randn(4, 30, 512)
     expected, wrong = ops.linear_dynamic(x, big.packed), []

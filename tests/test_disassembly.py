@@ -1,6 +1,6 @@
-"""What the compiler made of the micro-kernels: accumulators in registers, one load per weight and code.
+"""The machine code of the micro-kernels: accumulators are in registers, and each weight and code is loaded once.
 
-An accumulator that lives on the stack gives the right answer at half the speed, so no other test sees it.
+An accumulator on the stack gives the right answer at half the speed, so no other test would notice it.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from helpers.core import CORE, core_as_shipped, run
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the checks read x86-64 instructions")
 
-# The instruction that multiplies, one per accumulator and group of 4 k.
+# The instruction that multiplies: there is one for each accumulator and group of 4 k.
 DOTS = {"avx2": "vpmaddwd", "avx_vnni": "vpdpbusd", "avx512vl_vnni": "vpdpbusd", "avx512_vnni": "vpdpbusd"}
 
-AMX = "amx_int8"  # its accumulators are tiles, which the compiler does not know: another test
+AMX = "amx_int8"  # its accumulators are tile registers: they have their own test
 
-TALL_ROWS = (7, 8)  # of avx512_vnni's second tile, 8 x 48
+TALL_ROWS = (7, 8)  # only in avx512_vnni's second tile, 8 x 48
 
 VECTOR = re.compile(r"%[xyz]mm\d+")
 FRAME_POINTER = "mov    %rsp,%rbp"
@@ -41,19 +41,20 @@ class Function:
     lines: list[Line]
 
     def dot_loops(self, dot: str) -> list[list[Line]]:
-        """Gives the innermost loops that multiply: between a backward jump and where it leads."""
+        """The innermost loops that multiply: the lines from the target of a backward jump to the jump."""
         loops = []
         for line in self.lines:
             start = line.jumps_back_to()
             if start is not None:
                 body = [x for x in self.lines if start <= x.address <= line.address]
                 loops += [body] if count(dot, body) else []
-        # The epilogue, moved behind the function's end, jumps back too, over the loops: what holds a loop is not inner.
+        # The epilogue may be placed behind the function's end and also jump back, over the loops. A range of lines that
+        # contains a loop is therefore not an innermost one.
         return [a for a in loops if not any(b is not a and set(b) < set(a) for b in loops)]
 
     def spills(self, body: list[Line]) -> list[str]:
-        """Lists the vector loads and stores on the stack, and any other vector store: a multiply loop has none."""
-        frame = any(line.text == FRAME_POINTER for line in self.lines)  # else %rbp is a register like the others
+        """The vector loads and stores on the stack, and all other vector stores. A multiply loop has none."""
+        frame = any(line.text == FRAME_POINTER for line in self.lines)  # else %rbp is a general register
         stack = re.compile(r"\(%r[sb]p" if frame else r"\(%rsp")
         vector = [line.text for line in body if VECTOR.search(line.text)]
         return [text for text in vector if stack.search(text) or re.search(r"%[xyz]mm\d+.*\)(\{.*)?$", text)]
@@ -75,7 +76,7 @@ def count(pattern: str, body: list[Line]) -> int:
 
 
 def constants(kernel: str) -> dict[str, int]:
-    """Gives kMaxRows, kVectors, kSplit and kUnroll, from the kernel's file or one that it includes."""
+    """kMaxRows, kVectors, kSplit and kUnroll, read from the kernel's file or one that it includes."""
     text = (CORE / f"kernel_{kernel}.cpp").read_text()
     text += "".join((CORE / name).read_text() for name in re.findall(r'#include "(\w+\.inc)"', text))
     line = re.search(r"^constexpr int (kMaxRows = .*);$", text, re.MULTILINE)
@@ -84,14 +85,14 @@ def constants(kernel: str) -> dict[str, int]:
 
 
 def tiles(listing: list[Function], kernel: str) -> dict[tuple[int, int], Function]:
-    """Gives the instantiations of tile<rows, columns>."""
+    """The instantiations of tile<rows, columns>."""
     name = re.compile(rf"torchq::{kernel}::tile<(\d+), (\d+)>\(")
     return {(int(m[1]), int(m[2])): f for f in listing if (m := name.search(f.name))}
 
 
 @pytest.fixture(scope="module")
 def listings() -> dict[str, list[Function]]:
-    """The disassembly of every file of the core as shipped, by the file's name."""
+    """The disassembly of every file of the core as shipped, by file name."""
     return {o.stem: functions(run(["objdump", "-d", "-C", "--no-show-raw-insn", o])) for o in core_as_shipped()}
 
 
@@ -105,7 +106,7 @@ def test_every_x86_kernel_is_checked():
 
 @every_kernel
 def test_every_tile_has_a_multiply_loop(listings, kernel):
-    """Every number of rows, for every number of columns the kernel has; so the tests below miss none."""
+    """There is one for every number of rows and columns that the kernel has, so the tests below check all."""
     found = tiles(listings[f"kernel_{kernel}"], kernel)
     shape = constants(kernel)
     columns = {c for _, c in found}
@@ -129,7 +130,7 @@ def test_accumulators_stay_in_registers(listings, kernel):
 
 @every_kernel
 def test_one_product_per_accumulator_and_group(listings, kernel):
-    """A loop may take several groups of 4 k at a time, but only whole ones."""
+    """An iteration may process several groups of 4 k, but only whole groups."""
     for (rows, columns), function in tiles(listings[f"kernel_{kernel}"], kernel).items():
         accumulators = rows * columns * constants(kernel)["kSplit"]
         for body in function.dot_loops(DOTS[kernel]):
@@ -139,9 +140,9 @@ def test_one_product_per_accumulator_and_group(listings, kernel):
 
 @every_kernel
 def test_main_tile_loads_everything_once(listings, kernel):
-    """One broadcast per row, one load per vector of weights, no copies: for avx512_vnni 6 and 4 feed 24 products.
+    """One broadcast per row, one load per vector of weights, and no copies. In avx512_vnni, 6 + 4 feed 24 products.
 
-    In an unrolled loop a copy a group may pass: it costs a slot of decoding, which is not what limits these kernels.
+    An unrolled loop may have one copy per group. A copy costs decoding bandwidth, which does not limit these kernels.
     """
     shape = constants(kernel)
     rows, columns = shape["kMaxRows"], shape["kVectors"]
@@ -159,7 +160,7 @@ def test_main_tile_loads_everything_once(listings, kernel):
 
 @pytest.mark.parametrize(("tall", "wide"), [(3, 1), (2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
 def test_tiles_are_loaded_once_a_step(listings, tall, wide):
-    """A step of 64 k loads each tile of codes and of weights once; zmm are the epilogue's (xmm may hold pointers)."""
+    """A step of 64 k loads each tile of codes and of weights once, and uses no zmm (xmm may hold pointers)."""
     (function,) = [f for f in listings[f"kernel_{AMX}"] if f"torchq::{AMX}::multiply<{tall}, {wide}>(" in f.name]
     steps = [loop for loop in function.dot_loops("tdpbusd") if not count("tilestored", loop)]  # without the first step
     counts = {(count("tdpbusd", loop), count("tileloadd", loop), count("%[yz]mm", loop)) for loop in steps}
@@ -210,7 +211,7 @@ def spills_of(disassembly: str) -> list[str]:
 
 
 def test_the_reader_finds_the_inner_loop():
-    """The stores outside the loop are no fault, nor is the jump back from the epilogue, which passes over it."""
+    """Stores outside the loop are allowed, and so is the epilogue's jump back across the loop."""
     (function,) = tiles(functions(CLEAN), "avx512_vnni").values()
     (body,) = function.dot_loops("vpdpbusd")
     assert [line.address for line in body] == [0x8, 0xC, 0x10, 0x14, 0x18, 0x1C]

@@ -1,4 +1,4 @@
-"""Observers of several processes, added up: torch.distributed with gloo, and by hand on the tensors of their states."""
+"""Merging observers of several processes: with torch.distributed and gloo, and by hand on their state tensors."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ RANKS = 2
 
 
 def batch(rank):
-    """Of another magnitude in each process, so that the limits differ."""
+    """A batch whose magnitude depends on the rank, so that the histograms' limits differ."""
     return 10.0 ** (3 * rank) * normal(50, 4, seed=rank)
 
 
@@ -61,7 +61,7 @@ def run(rank, folder):
 @pytest.mark.slow(seconds=7)
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch was built without gloo")
 def test_all_reduce_over_two_processes(tmp_path):
-    """Every rank ends with what one process would have merged."""
+    """Every rank ends with the state that one process would get by merging."""
     multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=RANKS)
     expected = merged()
     only = MinMaxObserver()
@@ -74,7 +74,7 @@ def test_all_reduce_over_two_processes(tmp_path):
 
 
 def test_states_add_up_by_hand():
-    """For a reduction of one's own: min-max is MIN of lo, MAX of hi, SUM of count, in tensors of equal shapes."""
+    """Users may reduce states themselves: MIN of lo, MAX of hi, SUM of count, in tensors of equal shapes."""
     parts, whole = [], MinMaxObserver(channels=4)
     for rank in range(RANKS):
         part = MinMaxObserver(channels=4)

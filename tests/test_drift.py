@@ -1,4 +1,4 @@
-"""watch_drift(): counts against independent ones, fires on shifted data and not on data like calibration's."""
+"""watch_drift(): its counts are right, and it reports shifted data, but not data like the calibration data."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ FRESH = normal(512, WIDTH, seed=99)
 
 
 def chain(dtype=torch.float32):
-    """Two layers that hand over codes, and one that gets floats."""
+    """Two layers connected by codes, and a third that gets floats."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 8))
     return model.to(dtype).eval()
 
@@ -67,7 +67,7 @@ def test_drift_on_other_data(observer, change):
 
 
 def test_the_counts_of_float_inputs():
-    """By the definition: more than one step outside what codes 0 and 255 stand for."""
+    """Clipped is more than one step outside the values of codes 0 and 255."""
     qmodel = static_model()
     x = 2 * FRESH
     layer = watched(qmodel, x[:100], x[100:]).layers["0"]
@@ -79,7 +79,7 @@ def test_the_counts_of_float_inputs():
 
 
 def test_the_counts_of_codes_are_taken_before_the_clipping():
-    """Layer 2 takes codes: its zeros, half of all values, are not clipped, and the values above its range are."""
+    """Layer 2 takes codes. Its zeros, half of all values, do not count as clipped; values above its range do."""
     qmodel = static_model()
     x = 2 * FRESH
     layer = watched(qmodel, x).layers["2"]
@@ -96,7 +96,7 @@ def test_the_counts_of_codes_are_taken_before_the_clipping():
 
 
 def test_calibration_counts_what_watching_counts():
-    """The clipped share in the plan is that of the calibration sample; all of the data is a sample of itself."""
+    """The plan has the clipped share of the calibration sample. Here the sample holds all data, so both must agree."""
     data = DATA[:1]
     model = nn.Sequential(chain()[0], nn.Tanh(), chain()[2]).eval()
     qmodel = convert(model, data, config=QConfig(activation="static", observer="percentile", percentile=95))
@@ -122,12 +122,12 @@ def test_simulated_layers_are_counted_too():
     expected = watched(qmodel, 2 * FRESH)
     with simulate():
         actual = watched(qmodel, 2 * FRESH)
-    for name in ("0", "2"):  # the third gets floats, which differ by rounding
+    for name in ("0", "2"):  # the third layer gets floats, which differ by rounding
         assert actual.layers[name] == expected.layers[name]
 
 
 def test_off_it_costs_nothing():
-    """No hooks, so that calls are direct (csrc/direct.cpp); also after an error inside."""
+    """Outside there are no hooks, so calls are direct (csrc/direct.cpp), also after an error inside."""
     qmodel = static_model()
 
     def hooks():
@@ -191,7 +191,7 @@ def test_a_threshold_of_ones_own():
 
 
 def test_values_at_the_ends_of_the_range_are_not_clipped():
-    """The zero point, rounded, moves the range by up to half a step: [-1, 1] has step 2/255 and zero point 128."""
+    """Rounding the zero point moves the range by up to half a step: [-1, 1] has step 2/255 and zero point 128."""
     (scale, zero_point), x = QParams(2 / 255, 128), torch.tensor([-1.0, 1.0])
     assert 1 / scale + zero_point == pytest.approx(255.5)
     assert count_clipped(x, QParams(scale, zero_point)) == (0, 0)

@@ -24,7 +24,7 @@ def model():
 
 
 def a_layer_in_float(candidate):
-    """A metric that wants at least one of the layers in float."""
+    """A metric that demands at least one of the layers in float."""
     return 1.0 if any(isinstance(module, nn.Linear) for module in candidate.modules()) else 0.5
 
 
@@ -94,7 +94,7 @@ def test_copies_of_the_model_keep_the_frontier():
 
 @pytest.mark.slow(seconds=3)
 def test_the_example_in_the_documentation(capsys):
-    """It runs, and does what the page says: int8 ruins the metric, and one layer in float brings it back."""
+    """The example runs and does what the page says: int8 ruins the metric, and one layer in float restores it."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
         exec(block, names)

@@ -1,4 +1,4 @@
-"""Fusion: runs of Linear, ReLU, Linear in an nn.Sequential stay in u8, exactly, unless others may see inside."""
+"""Fusion: Linear, ReLU, Linear in an nn.Sequential pass u8 codes, exactly, unless something else may read them."""
 
 from types import MethodType
 
@@ -32,7 +32,7 @@ def chain(kinds, width=24):
 
 
 def flow(qmodel, x):
-    """The dtypes into and out of each QuantizedLinear, as they run."""
+    """The input and output dtypes of each QuantizedLinear, in the order they run."""
     seen = []
     for layer in layers_of(qmodel):
         layer.register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
@@ -41,7 +41,7 @@ def flow(qmodel, x):
 
 
 def oracle(model, plan, x):
-    """The chain in plain sequence: each Linear by `ops.linear_static`, from float32 to float32; the rest as it is."""
+    """Runs the chain unfused: each Linear by `ops.linear_static`, from float32 to float32, and other modules as is."""
     y = x.float()
     for name, module in model.named_children():
         if isinstance(module, nn.Linear):
@@ -106,9 +106,9 @@ def test_a_float_neighbour_gets_floats(excluded, activation):
 
 @pytest.mark.parametrize("kinds", ["ll", "lrl"])
 def test_a_chain_agrees_with_its_simulation(kinds):
-    """The codes handed over may differ by one, where the float32 rounding of a simulated sum crosses a tie. The outputs
-    then differ by what those codes weigh, and by rounding: at most K + 8 = 32 roundings of 2^-24 on every path, of the
-    sum of all magnitudes.
+    """A code may differ by one where the float32 rounding of a simulated sum crosses a tie. The outputs then differ by
+    the weights of those codes, and by rounding: at most K + 8 = 32 roundings of 2^-24 of the sum of all magnitudes, on
+    every path.
     """
     qmodel = convert(chain(kinds), DATA, config=STATIC)
     first, last = layers_of(qmodel)
@@ -132,7 +132,7 @@ def test_a_chain_agrees_with_its_simulation(kinds):
 
 
 class Around(nn.Module):
-    """A model that runs its modules as `run(model, x, rare)` says; calibration does not see the `rare` way."""
+    """A model whose forward is `run(model, x, rare)`. Calibration never runs it with `rare`."""
 
     def __init__(self, run, **modules):
         super().__init__()
@@ -208,7 +208,7 @@ def test_nothing_is_fused_that_others_see(case, config):
 
 @pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
 def test_nothing_is_fused_that_has_another_name(config):
-    """What the data ran does not prove that nobody else runs it, if the model says so itself."""
+    """If the model has the module under a second name, the calls seen do not prove that nothing else runs it."""
     model = with_an_alias()
     qmodel = convert(model, DATA, config=config)
     assert_close_to_float(model, qmodel)

@@ -1,8 +1,8 @@
-"""The bits of every op, recorded: a change of the code that should change no result changes none of these.
+"""Recorded hashes of the results of every op: a change that should not change results must not change these.
 
-Inputs are made by integer arithmetic, so that they are the same on every CPU and under every version of torch; the
-expected hashes stand in golden.json. Every kernel must give them. To record them anew, after a change that is meant to
-change results, run `python tests/test_golden.py`.
+Inputs are made by integer arithmetic, so that they are the same on every CPU and with every version of torch. The
+expected hashes are in golden.json, and every kernel must give them. After a change that is meant to change results, run
+`python tests/test_golden.py` to record them again.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torchq import kernels, ops
 
 HASHES = Path(__file__).with_name("golden.json")
 
-# M x N x K around every tile: 6, 8, 16 and 32 rows; 8, 16, 32, 48 and 64 columns; groups of 4, 8 and 64 k.
+# M x N x K around all tile sizes: 6, 8, 16 and 32 rows; 8, 16, 32, 48 and 64 columns; groups of 4, 8 and 64 k.
 SHAPES = [
     *((1, n, 20) for n in (1, 15, 16, 17, 33, 48, 63, 64, 65, 129)),
     *((m, 17, 65) for m in (2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 15, 16, 17, 18, 19)),
@@ -33,7 +33,7 @@ SHAPES = [
 X_QPARAMS, Y_QPARAMS = (0.3, 117), (0.7, 131)
 
 
-@functools.cache  # every op and kernel is given the same inputs; nothing writes to them
+@functools.cache  # all ops and kernels get the same tensors; nothing writes to them
 def integers(count: int, seed: int) -> Tensor:
     """`count` numbers in [0, 2^16), int64: a linear congruential generator, read at bits 16 to 31."""
     state = (torch.arange(count, dtype=torch.int64) + 1 + 7919 * seed) * 2654435761 % 2**32
@@ -47,7 +47,7 @@ def int8(*shape: int, seed: int) -> Tensor:
 
 @functools.cache
 def floats(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Rows of different spread and centre; every fourth has positive values only, and the last is zero."""
+    """Rows of different spread and mean. Every fourth has only positive values, and the last is zero."""
     values = (integers(m * k, 3) % 4096).float().reshape(m, k) / 64 - 31
     row = torch.arange(m).unsqueeze(1)
     values = values * (1 + row % 3) + row % 5
@@ -58,7 +58,7 @@ def floats(m: int, k: int, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def packed_for(kernel: str, n: int, k: int) -> Tensor:
-    """In the layout that the active kernel, which must be `kernel`, reads."""
+    """A packed weight in the layout of the active kernel, which must be `kernel`."""
     scale = (1 + integers(n, 1) % 13).float() / 1024
     bias = (integers(n, 2) % 29 - 14).float() / 8
     return ops.pack(int8(n, k, seed=0), scale, bias)
@@ -73,7 +73,7 @@ Case = Callable[[int, int, Tensor], tuple[Tensor, ...]]
 
 
 def cases() -> dict[str, Case]:
-    """By name, what is computed: `case(m, k, packed)`."""
+    """The computations, by name: `case(m, k, packed)`."""
     found: dict[str, Case] = {"gemm": lambda m, k, w: (ops.gemm(int8(m, k, seed=4), w),)}
     for name, dtype in FLOATS.items():
         found[f"quantize {name}"] = lambda m, k, w, t=dtype: ops.quantize_per_token(floats(m, k, t))
@@ -107,7 +107,7 @@ def digest(results: tuple[Tensor, ...]) -> str:
 
 
 def digests(case: Case) -> Iterator[tuple[str, str]]:
-    """For each shape, its name and the hash of what the case gives."""
+    """For each shape, its name and the hash of the case's result."""
     for m, n, k in SHAPES:
         yield f"{m}x{n}x{k}", digest(case(m, k, packed(n, k)))
 

@@ -1,4 +1,4 @@
-"""convert(inplace=True): what it frees and when, and the model when it fails midway. The results: test_convert.py."""
+"""convert(inplace=True): when it frees float layers, and the model after a failure. Results: test_convert.py."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ def test_inplace_swaps_and_frees_the_float_weights(data):
 
 @pytest.mark.parametrize("failing", [1, 4, 7])
 def test_inplace_stays_right_when_memory_runs_out(monkeypatch, failing):
-    """At the first, the fourth and the last of seven layers. What fails before: test_bad_input.py."""
+    """It runs out at the first, the fourth or the last of seven layers. Earlier failures: test_bad_input.py."""
     from_float, calls = QuantizedLinear.from_float, []
 
     def fails(*args, **kwargs):
@@ -51,7 +51,7 @@ def test_inplace_stays_right_when_memory_runs_out(monkeypatch, failing):
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_inplace_stays_right_between_the_layers_of_a_chain(monkeypatch, failing):
-    """A layer that hands over codes, or has an activation folded in, never stands before one that can't take that."""
+    """A layer that passes codes, or has an activation folded in, is never followed by a module that can't take that."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 40), nn.SiLU(), nn.Linear(40, 8)).eval()
     before, x = copy.deepcopy(model), torch.randn(64, 24)
@@ -74,7 +74,7 @@ def test_inplace_stays_right_between_the_layers_of_a_chain(monkeypatch, failing)
 
 @pytest.mark.parametrize("loader", [None, [torch.ones(16, 8)]], ids=["no loader", "loader"])
 def test_inplace_frees_each_float_layer_before_the_next(monkeypatch, loader):
-    """So that the peak is the float model and one layer more."""
+    """So the peak memory is that of the float model and one more layer."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     floats, alive = [weakref.ref(layer) for layer in model], []
     original = apply.quantize_layer

@@ -1,4 +1,4 @@
-"""Choosing a kernel: the table, forcing by use() and by TORCHQ_KERNEL, what is refused. last_used() proves it."""
+"""Choosing a kernel: the table, and forcing with use() and TORCHQ_KERNEL. last_used() proves which one ran."""
 
 import copy
 import os
@@ -32,13 +32,13 @@ CALLS = {
 
 
 def another(name):
-    """A runnable kernel other than this one, or None."""
+    """Another runnable kernel than this one, or None."""
     return next((other for other in kernels.runnable() if other != name), None)
 
 
 @pytest.fixture
 def table(monkeypatch):
-    """Replaces what the compiled part says of its kernels."""
+    """Replaces the kernel table that the compiled part reports."""
 
     def replace(*rows, features=("avx2",)):
         monkeypatch.setattr(kernels._C, "table", lambda: [SimpleNamespace(**row) for row in rows])
@@ -52,7 +52,7 @@ FAST = {"name": "avx512_vnni", "needs": ["avx512_vnni", "avx2"], "tile": (6, 64,
 
 
 def test_the_table():
-    """Every build has `reference`, last, for any CPU; a name stands once; tiles are panels of 16 x 4 or 16 x 8."""
+    """Every build has `reference`, last, for any CPU. Names are unique. Tiles are panels of 16 x 4 or 16 x 8."""
     names, runnable = kernels.names(), kernels.runnable()
     assert names[-1] == runnable[-1] == "reference"
     assert len(set(names)) == len(names)
@@ -91,7 +91,7 @@ def test_empty_matrices_and_packing_run_no_kernel(kernel):
     ops.gemm(X.char(), ops.pack(torch.ones(0, 64, dtype=torch.int8), torch.ones(0)))
     ops.unpack(packed())
     assert kernels.last_used() == other
-    CALLS["gemm"]()  # leaves last_used() as the fixture wants it
+    CALLS["gemm"]()  # so that last_used() is what the fixture checks
 
 
 def test_nested_use_restores(kernel):
@@ -119,7 +119,7 @@ def test_use_restores_after_an_exception():
 
 
 def test_use_gives_the_automatic_choice_back(kernel):
-    """Not the kernel that happened to be active: nothing is forced after the outermost block."""
+    """After the outermost block nothing is forced, not even the kernel that was active before."""
     forced = kernels._C.forced()
     kernels._C.force(None)
     try:
@@ -145,14 +145,14 @@ def test_use_reaches_all_threads(kernel):
 
 
 def in_layout(packed, layout):
-    """The same bytes under a header that says P16c4 (1) or P16c8 (2)."""
+    """The same bytes with a header that says P16c4 (1) or P16c8 (2)."""
     forged = packed.clone()
     forged[4] = layout
     return forged
 
 
 def test_weights_in_another_layout_are_refused(kernel):
-    """By every op, with what to do. `reference` reads them all: the next test."""
+    """Every op refuses them and says what to do. `reference` reads all layouts: see the next test."""
     weight, scale = torch.tensor([[1, -2, 3], [4, 5, -128]], dtype=torch.int8), torch.ones(2)
     a = torch.tensor([[1, 10, 100]], dtype=torch.int8)
     mine = ops.pack(weight, scale)
@@ -177,7 +177,7 @@ def test_weights_in_another_layout_are_refused(kernel):
 
 
 def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
-    """A program exported elsewhere brings packed weights along. `reference` is too slow to be taken unasked."""
+    """A program exported elsewhere contains packed weights. `reference` reads them only if forced: it is too slow."""
     forced = kernels._C.forced()
     weight, scale = torch.tensor([[1, -2, 3], [4, 5, -128]], dtype=torch.int8), torch.ones(2)
     a = torch.tensor([[1, 10, 100]], dtype=torch.int8)
@@ -198,7 +198,7 @@ def test_the_best_reader_is_taken_unless_a_kernel_is_forced():
 
 
 def test_repacking_is_what_the_message_says(kernel):
-    """Weights packed under any kernel serve any other after unpack and pack, a layer after a deepcopy."""
+    """Weights packed for one kernel work with any other after unpack and pack; a layer, after a deepcopy."""
     weight = torch.arange(-60, 60, dtype=torch.int8).reshape(5, 24)
     x = torch.linspace(-1, 1, 72).reshape(3, 24)
     expected = QuantizedLinear(weight, torch.ones(5))(x)
@@ -247,7 +247,7 @@ def test_every_real_kernel_that_cannot_run_is_refused():
     for name in set(kernels.names()) - set(kernels.runnable()):
         with pytest.raises(RuntimeError, match=rf"this CPU lacks .*, which kernel '{name}' needs"), kernels.use(name):
             pass
-        with pytest.raises(ValueError, match="cannot run here"):  # nor by the compiled part alone
+        with pytest.raises(ValueError, match="cannot run here"):  # the compiled part refuses too
             kernels._C.force(name)
 
 
@@ -259,7 +259,7 @@ def call(function, name):
 
 
 def python(code, **environment):
-    """A fresh interpreter: (exit code, output, the last line of its errors)."""
+    """Runs code in a fresh interpreter: (exit code, stdout, last line of stderr)."""
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -281,7 +281,7 @@ print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
 @pytest.mark.subprocess
 @pytest.mark.parametrize("forced", sorted({"", kernels.runnable()[-1], kernels.runnable()[-2:][0]}))
 def test_the_environment_variable_forces_a_kernel(forced):
-    """From the start, and again after use(); empty is as if unset."""
+    """It applies from the start, and again after use(). An empty value counts as unset."""
     best = kernels.runnable()[0]
     expected = forced or best
     assert python(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}", "")
@@ -290,7 +290,7 @@ def test_the_environment_variable_forces_a_kernel(forced):
 @pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 def test_a_bad_environment_variable_fails_at_import():
-    """With the variable's name in the message."""
+    """The message contains the variable's name."""
     compiled = ", ".join(kernels.names())
     code, output, error = python("import torchq; print('imported')", TORCHQ_KERNEL="avxvnni")
     assert (code, output) == (1, "")

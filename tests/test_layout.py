@@ -1,4 +1,4 @@
-"""The files themselves: their lengths, what may import what, and the tree that CONTRIBUTING.md prints of them."""
+"""The files: their lengths, which may import which, and the tree in CONTRIBUTING.md."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from helpers import ROOT
 LONGEST = 420  # lines of a file
 LONGEST_FUNCTION = 60  # lines of a C++ function
 
-# From the lowest: a module imports from its own package and from lower rows, never from its neighbours or higher.
+# Lowest first. A module imports from its own package and from lower rows, never from others in its row or higher.
 LAYERS = [
     {"errors", "text", "timing", "_C"},
     {"numerics"},
@@ -48,7 +48,7 @@ def test_no_file_is_too_long():
 
 
 def test_no_test_file_imports_another():
-    """What they share stands in helpers, which import no test either."""
+    """What they share is in helpers, which import no test either."""
     guilty = {
         str(path): name
         for path in sources("tests", kinds=(".py",))

@@ -1,4 +1,4 @@
-"""QuantizedLinear as a module: what from_float makes, its error, its state, its copies, its size."""
+"""QuantizedLinear as a module: from_float, its error, its state, its copies, its size."""
 
 import contextlib
 import copy
@@ -31,7 +31,7 @@ variants = pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
 
 
 def linear(n, k, generator, *, bias=True, dtype=torch.float32):
-    """An nn.Linear as nn.Linear starts, uniform in ±1/sqrt(K), but from our generator."""
+    """An nn.Linear with the usual initial values, uniform in ±1/sqrt(K), but from `generator`."""
     layer = nn.utils.skip_init(nn.Linear, k, n, bias=bias)
     with torch.no_grad():
         for p in layer.parameters():
@@ -86,9 +86,9 @@ def test_what_from_float_was_given_can_be_read_back(generator):
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
 def test_the_error_on_normal_data_is_below_one_percent(generator, scheme):
-    """Steps of 2·sqrt(3)σ/254 (uniform weights) and 7σ/255 (inputs within ±3.5σ), each off by step/sqrt(12) rms:
+    """The rms error of rounding is step/sqrt(12): 0.39 % for the weights and 0.79 % for the inputs, together 0.88 %.
 
-    0.39 % and 0.79 %, together 0.88 %. Wrong arithmetic is off by far more.
+    The steps are 2·sqrt(3)σ/254 (uniform weights) and 7σ/255 (inputs within ±3.5σ). A bug gives a far larger error.
     """
     source = linear(64, 64, generator, bias=False)
     x = torch.randn(64, 64, generator=generator).clamp(-3.5, 3.5)
@@ -110,7 +110,7 @@ def test_simulated_equals_int8_but_for_float32_sums(kernel, generator, scheme, d
     with simulate():
         simulated = layer(x)
     assert y.dtype == simulated.dtype == dtype
-    # To 16 bits both are rounded by up to half a unit in the last place, eps/2 of the larger value's power of two.
+    # Rounding to 16 bits moves each of the two by at most half a unit in the last place: eps/2 of its power of two.
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps * torch.maximum(y.abs(), simulated.abs())
     apart = (y.double() - simulated.double()).abs()
     assert (apart <= bound(layer, x) + rounding).all()
@@ -118,7 +118,7 @@ def test_simulated_equals_int8_but_for_float32_sums(kernel, generator, scheme, d
 
 
 def test_simulated_codes_are_at_most_one_code_apart(kernel, generator):
-    """Where float32 rounding crosses a tie, which is rare."""
+    """They differ only where float32 rounding crosses a tie, which is rare."""
     layer = layer_of(generator, **VARIANTS["codes out"])
     x = random_float(500, K, generator=generator)
     scale, zero_point = OUTPUT
@@ -132,7 +132,7 @@ def test_simulated_codes_are_at_most_one_code_apart(kernel, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_chain_passes_codes_and_ends_in_the_dtype_of_the_model(generator, dtype):
-    """Equal to the two ops in turn; .half() and .bfloat16() reach the second layer, which sees codes only."""
+    """It equals the two ops in turn. .half() and .bfloat16() also apply to the second layer, which only sees codes."""
     first = layer_of(generator, **VARIANTS["codes out"])
     second = QuantizedLinear(*random_weight(7, N, generator), input_qparams=OUTPUT, takes_codes=True)
     chain = nn.Sequential(first, second).to(dtype)
@@ -145,7 +145,7 @@ def test_a_chain_passes_codes_and_ends_in_the_dtype_of_the_model(generator, dtyp
     with simulate():
         simulated = chain(x)
     assert simulated.dtype == dtype
-    # a code of difference at a tie, of one of N inputs, moves y by one step of it
+    # If one code differs at a tie, y moves by one step of that input.
     step = OUTPUT.scale * 127 * second.weight_scale.max()
     assert (y.double() - simulated.double()).abs().max() <= 2 * step + torch.finfo(dtype).eps * y.abs().max()
 
@@ -166,7 +166,7 @@ def test_simulate_nests_and_ends_after_an_exception(generator):
 
 
 def test_simulate_takes_codes_as_int8_does(generator):
-    """Fed u8 codes, it multiplies what they stand for; a layer that expects none refuses them either way."""
+    """Given u8 codes, it multiplies the values they stand for. A layer that takes no codes refuses them either way."""
     layer = layer_of(generator, input_qparams=INPUT)
     codes = torch.randint(0, 256, (5, K), dtype=torch.uint8, generator=generator)
     for mode in (contextlib.nullcontext, simulate):
@@ -240,7 +240,7 @@ def test_state_does_not_depend_on_the_default_dtype(generator, default):
 @variants
 @pytest.mark.parametrize("bias", [False, True])
 def test_strict_loading_into_a_module_of_other_weights(generator, bias, kwargs):
-    """Weights and quantization parameters are those of the file, through torch.save and weights_only=True."""
+    """All weights and quantization parameters come from the file (torch.save, weights_only=True)."""
     layer, file = layer_of(generator, bias=bias, **kwargs), io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -280,7 +280,7 @@ def test_a_tensor_that_does_not_fit_changes_nothing(generator, replaced, message
 
 @pytest.mark.parametrize("missing", ["weight_int8", "weight_scale", "input_scale", "input_zero_point"])
 def test_codes_are_never_paired_with_the_scale_of_others(generator, missing):
-    """A weight without its scale, or a scale without its zero point, is reported and left out whole."""
+    """A weight without its scale, or a scale without its zero point, is reported, and neither is loaded."""
     layer = layer_of(generator, input_qparams=INPUT)
     state = nn.ModuleDict({"fc": layer_of(generator, input_qparams=OUTPUT)}).state_dict()
     del state[f"fc.{missing}"]
@@ -317,7 +317,7 @@ COPIES = {
 
 
 def test_a_copy_has_the_scale_of_its_original(generator):
-    """Also where the scale given is no float32 number: 0.05 lies between two."""
+    """Also if the given scale, 0.05, is not exactly a float32 number."""
     layer = layer_of(generator, input_qparams=QParams(0.05, 3))
     assert copy.deepcopy(layer).input_qparams == layer.input_qparams
 
@@ -350,11 +350,11 @@ def compute_elsewhere(layer, x):
     "method", ["fork", pytest.param("spawn", marks=[pytest.mark.subprocess, pytest.mark.slow(seconds=5)])]
 )
 def test_other_processes(generator, set_threads, method):
-    """They use one thread, as a DataLoader's workers do, because OpenMP's threads do not survive a fork."""
+    """The processes use one thread, like a DataLoader's workers, because OpenMP's threads do not survive a fork."""
     layer = QuantizedLinear.from_float(linear(512, 512, generator))
     x = random_float(33, 512, generator=generator)
     set_threads(2)
-    y = layer(x)  # with the thread pool of this process awake
+    y = layer(x)  # starts the thread pool of this process
     with multiprocessing.get_context(method).Pool(1, torch.set_num_threads, (1,)) as pool:
         running = pool.apply_async(compute_elsewhere, (layer, x))
         result = running.get(timeout=600)  # a deadlock reaches it, a busy machine does not
@@ -362,7 +362,7 @@ def test_other_processes(generator, set_threads, method):
 
 
 def test_size_in_memory_and_on_disk(generator):
-    """Nothing but the packed weight stays, and nothing but the canonical tensors is stored."""
+    """Only the packed weight is kept in memory, and only the canonical tensors are saved."""
     source = linear(1024, 1024, generator)
     layer = QuantizedLinear.from_float(source)
     float_bytes = source.weight.numel() * 4

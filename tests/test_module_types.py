@@ -1,6 +1,6 @@
 """A new module type is one class and one entry of the registry.
 
-These two are calibrated, converted, reported and saved, and nothing else in torchq knows of them.
+The two types here are calibrated, converted, reported and saved, although nothing else in torchq knows them.
 """
 
 import copy
@@ -114,7 +114,7 @@ CONFIGS = [QConfig(), QConfig(activation="static"), QConfig(activation="dynamic"
 @pytest.mark.parametrize("config", CONFIGS, ids=["auto", "static", "gptq"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_transposed_layer_is_converted_as_a_linear_is(config, inplace):
-    """The same function as a model of nn.Linear, so the same plan, the same weights, the same bits."""
+    """It computes the same function as a model of nn.Linear, so plan, weights and outputs are the same, bit for bit."""
     model = network(nn.ReLU(), Transposed(32, 32), nn.ReLU())
     twin = copy.deepcopy(model)
     twin[2] = nn.Linear(32, 32)
@@ -138,7 +138,7 @@ def test_its_calibrated_input_may_come_by_keyword():
 
 
 def test_a_transposed_layer_is_smoothed():
-    """Outliers are folded into the norm before it; and where it is the source, into its own parameters."""
+    """Smoothing changes the norm before it. Where it is itself the source, smoothing changes its own parameters."""
     model = nn.Sequential(nn.LayerNorm(16), Transposed(16, 32), nn.ReLU(), Transposed(32, 8)).eval()
     model[0].weight[[1, 5]] *= 50
     model[1].kernel[[1, 5]] /= 50

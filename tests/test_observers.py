@@ -1,4 +1,4 @@
-"""Observers: what all have in common, exact merging, constant memory, channels, and errors."""
+"""All observers: common behaviour, exact merging, constant memory, channels, and errors."""
 
 import io
 import itertools
@@ -37,7 +37,7 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# ---- what all have in common ----
+# ---- common behaviour ----
 
 
 @every_class
@@ -92,14 +92,14 @@ def test_state_survives_a_file_and_goes_on(cls):
 
 @every_class
 def test_memory_does_not_grow(cls):
-    """Neither the state nor anything else the object holds: 500 batches over 30 orders of magnitude."""
+    """Neither the state nor the whole object grows over 500 batches that span 30 orders of magnitude."""
     observer = observed(cls(), normal(10))
     state = sum(tensor.nbytes for tensor in observer.state_dict().values())
     everything = len(pickle.dumps(observer))
     for i in range(500):
         observer.observe(normal(10, seed=i) * 10.0 ** (i % 30))
     assert sum(tensor.nbytes for tensor in observer.state_dict().values()) == state
-    assert len(pickle.dumps(observer)) <= everything + 64  # integers take more bytes as they grow
+    assert len(pickle.dumps(observer)) <= everything + 64  # large integers take more bytes
 
 
 @every_class
@@ -127,7 +127,7 @@ def test_merging_with_nothing_changes_nothing(cls):
 @repeatable
 @given(batches_of_floats, st.randoms(use_true_random=False))
 def test_merge_is_exact_in_every_order(cls, batches, random):
-    """One stream, another order, one observer per batch: the same state, to the last count."""
+    """One stream, another order, and one observer per batch all give exactly the same state."""
     whole = observed(cls(), *batches)
     assert same_state(observed(cls(), [value for batch in batches for value in batch]), whole)
     parts = [observed(cls(), batch) for batch in batches]
@@ -161,7 +161,7 @@ def test_moving_average_merges_by_number_of_batches():
 
 
 def direct_counts(x, bins, exponent):
-    """Every value binned on its own, in Python's float64: the power of two makes the product exact."""
+    """Bins every value separately in Python's float64. The product with a power of two is exact."""
     counts = [0] * bins
     for value in x.tolist():
         magnitude = math.floor(abs(value) * 2.0**-exponent * (bins // 2))
@@ -180,7 +180,7 @@ def test_histogram_counts_like_direct_binning(bins, spread):
 
 
 def test_values_on_the_edges_of_bins():
-    """An edge belongs to the bin away from zero, the float just inside it does not, whatever the limit."""
+    """A value on an edge belongs to the bin farther from zero; the next float towards zero does not."""
     edges = torch.arange(-7, 8).float() / 8
     inside = torch.from_numpy(np.nextafter(edges.numpy(), np.float32(0), dtype=np.float32))
     x = torch.cat([edges, inside])
@@ -194,7 +194,7 @@ def test_values_on_the_edges_of_bins():
 
 
 def test_extreme_exponents():
-    """Bins are at least FLT_MIN wide; subnormals lie beside zero, each on its side."""
+    """Bins are at least FLT_MIN wide, so subnormals are in the two bins beside zero."""
     smallest, flt_min = 2.0**-149, 2.0**-126
     histogram = observed(Histogram(8), [smallest, -smallest, 0.0, flt_min, -flt_min])
     assert (histogram.exponent, histogram.counts.tolist()) == (-124, [0, 0, 1, 1, 2, 1, 0, 0])
@@ -234,7 +234,7 @@ def test_large_tensors_are_binned_in_chunks(monkeypatch):
 
 @every_class
 def test_channels_are_observers_side_by_side(cls, monkeypatch):
-    """Each channel has what an observer without channels has of it, over ranges that differ by 10^20."""
+    """Each channel has the result of an observer of that channel alone. The channels' ranges differ by 10^20."""
     monkeypatch.setattr(histogram, "_CHUNK", 7)
     bins = {} if cls in (MinMaxObserver, MovingAverageObserver) else {"bins": 256}
     factors = torch.tensor([1e-10, 0.0, 1.0, -3e4, 1e10])
@@ -252,7 +252,7 @@ def test_channels_are_observers_side_by_side(cls, monkeypatch):
         for side in range(2):
             one_by_one = [(item if expected == "seen" else item())[side] for item in each]
             assert torch.equal(value[side], torch.stack(one_by_one))
-    if cls is not MovingAverageObserver:  # the one whose merge is not exact
+    if cls is not MovingAverageObserver:  # its merge is not exact
         halves[0].merge(halves[1])
         assert same_state(halves[0], together)
 

@@ -1,4 +1,4 @@
-"""The ops against the oracle of reference.py, bit for bit, for every kernel; and what they refuse."""
+"""The ops against the oracle of reference.py, bit for bit, for every kernel; and the inputs they refuse."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from torchq import kernels, ops
 from torchq.ops import Activation
 
 MAX_DEPTH = 65793
-# Around a group of 4 k, a vector of 16, 32 or 64 codes, and the unrolled range() loop of 64 values.
+# K around a group of 4, a vector of 16, 32 or 64 codes, and the 64 values of an iteration of the range() loop.
 DEPTHS = [0, 1, 3, 4, 5, 15, 16, 17, 33, 63, 64, 65, 130]
 CODES = [0, 1, 127, 128, 255]
 INT8_CORNERS = [-128, -127, 127, 0]
@@ -24,7 +24,7 @@ dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 def shapes_around(kernel):
-    """(m, n): every row count of a tile, every panel count less, exactly and plus one column, and beyond a tile."""
+    """(m, n): every number of rows in a tile, panels minus and plus one column and exact, and more than a tile."""
     tile_m, tile_n, _ = kernels.tile(kernel)
     rows = [0, *range(1, tile_m + 3), 2 * tile_m + 1]
     panels = range(16, tile_n + 1, 16)
@@ -46,7 +46,7 @@ def test_gemm_is_exact(kernel, generator, k):
 
 @pytest.mark.parametrize("k", [67, MAX_DEPTH])
 def test_gemm_is_exact_at_every_corner(kernel, k):
-    """The largest sums there are, of one sign: what saturates or overflows does it here."""
+    """With the largest possible sums, all of one sign, any saturation or overflow would show."""
     m = 2 * kernels.tile(kernel)[0] + 1 if k < MAX_DEPTH else 2
     for fill_a, fill_w in itertools.product(INT8_CORNERS, repeat=2):
         a = torch.full((m, k), fill_a, dtype=torch.int8)
@@ -68,7 +68,7 @@ def test_linear_static_is_exact_at_every_corner(kernel, k):
 
 
 def test_the_deepest_layer_in_several_blocks_of_rows(kernel, generator):
-    """At K = 65793 the codes of few rows fill the cache budget, so that 2 tiles and a row are 3 blocks."""
+    """At K = 65793 the codes of a few rows fill the cache budget, so 2 tiles and a row are split into 3 blocks."""
     x = random_float(2 * kernels.tile(kernel)[0] + 1, MAX_DEPTH, generator=generator)
     weight, scale, bias = random_weight(5, MAX_DEPTH, generator)
     expected = reference.linear_dynamic(x, weight, scale, bias)
@@ -101,7 +101,7 @@ def test_linear_dynamic_equals_the_oracle_at_every_depth(kernel, generator, dtyp
 @pytest.mark.parametrize("out_dtype", [*FLOATS, torch.uint8], ids=str)
 @pytest.mark.parametrize("in_dtype", [*FLOATS, torch.uint8], ids=str)
 def test_linear_static_equals_the_oracle(kernel, generator, in_dtype, out_dtype):
-    """With codes saturated at both ends, going in and coming out."""
+    """Input and output codes saturate at both ends."""
     x_qparams, k = (0.02, 117), 21
     epilogues = itertools.cycle(EPILOGUES)
     for m, n in shapes_around(kernel):
@@ -123,7 +123,7 @@ def test_linear_static_equals_the_oracle(kernel, generator, in_dtype, out_dtype)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("out_dtype", [*FLOATS, torch.uint8], ids=str)
 def test_the_epilogue_rounds_at_every_magnitude(kernel, generator, out_dtype, relu):
-    """From float32 denormals over those of float16 to infinity; bias of -0.0, infinities and NaN; NaN to u8 is 0."""
+    """Outputs reach from float32 and float16 denormals to infinity. A bias is -0.0, infinite or NaN; NaN in u8 is 0."""
     n, k = 300, 5
     weight = random_int8(n, k, generator=generator)
     scale = torch.ldexp(torch.rand(n, generator=generator) + 0.5, torch.linspace(-149, 127, n).int())
@@ -146,14 +146,14 @@ def test_quantize_per_token_equals_the_oracle(kernel, generator, dtype):
 
 
 def test_ties_round_to_even(kernel):
-    """Scale 2, so that odd values fall half way between two codes."""
+    """The scale is 2, so that odd values lie half-way between two codes."""
     x = torch.tensor([[-255.0, -3, -1, 1, 3, 5, 7, 255]])
     codes, scale, zero_point = ops.quantize_per_token(x)
     assert (scale.item(), zero_point.item()) == (2.0, 128)
     assert codes.tolist() == [[0, 126, 128, 128, 130, 130, 132, 255]]
 
 
-SPECIAL_ROWS = {  # filled with the first value, then the rest at the start
+SPECIAL_ROWS = {  # the row is filled with the first value, and starts with the others
     "zeros": [0.0],
     "minus zeros": [-0.0],
     "positive constant": [0.3],
@@ -173,7 +173,7 @@ SPECIAL_ROWS = {  # filled with the first value, then the rest at the start
 @dtypes
 @pytest.mark.parametrize("row", SPECIAL_ROWS.values(), ids=SPECIAL_ROWS)
 def test_special_rows(kernel, generator, row, dtype):
-    """Beside a normal row, which they leave alone. A row of zeros gives the bias, NaN or infinity gives NaN."""
+    """A row of zeros gives the bias, and NaN or infinity gives NaN. The normal row beside it is unaffected."""
     fill, *start = row
     weight, scale, bias = random_weight(35, 37, generator)
     x = torch.stack([torch.full((37,), fill), random_float(37, generator=generator)]).to(dtype)
@@ -195,7 +195,7 @@ def test_special_rows(kernel, generator, row, dtype):
 @dtypes
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 def test_one_bad_value_anywhere_in_a_row_is_noticed(kernel, generator, poison, dtype):
-    """In each lane and chain of the vectors, and in the tail."""
+    """The value may be in any lane and chain of the vectors, or in the tail."""
     k = 83
     x = random_float(k, k, generator=generator).to(dtype)
     x.fill_diagonal_(poison)
@@ -229,7 +229,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_any_layout_of_the_input(kernel, generator, view):
-    """Strides change nothing, leading dimensions come back, and the input is left as it was."""
+    """Strides make no difference, leading dimensions are kept, and the input does not change."""
     weight, scale, bias = random_weight(19, K, generator)
     packed = ops.pack(weight, scale, bias)
     x = view(lambda *shape: random_float(*shape, generator=generator))
@@ -280,13 +280,13 @@ def test_a_packed_weight_may_lie_at_any_address(kernel, generator):
     assert_identical(ops.unpack(memory[1:])[0], ops.unpack(packed)[0])
 
 
-# From 2 * 2^21 multiply-adds on, two threads share the work: up to 32 rows by columns, above by rows.
+# From 2 * 2^21 multiply-adds on, two threads share the work: they divide columns up to 32 rows, and rows above that.
 SHARED = [(1, 2049, 2050), (7, 1025, 601), (32, 385, 345), (33, 385, 345), (601, 33, 300), (900, 17, 1024)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHARED)
 def test_any_number_of_threads_gives_the_same_bits(kernel, generator, set_threads, m, n, k):
-    """And all kernels do."""
+    """And all kernels give the same bits."""
     assert m * n * k >= 2 * 2**21
     x = random_float(m, k, generator=generator)
     weight, scale, bias = random_weight(n, k, generator)

@@ -1,4 +1,4 @@
-"""The build says what is missing, and the package ships what it promises."""
+"""The build says what is missing, and the package contains all its files."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""The plan: what it measures, what it decides from that and says about it, and applying it, as made or edited."""
+"""The plan: its measurements, its decisions and their reasons, and applying it, edited or not."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ AUTO = QConfig(rounding="nearest")
 
 
 def even(rows=64, features=64, seed=0):
-    """Uniform, and every row reaches from -1 to 1: a scale per row is the scale of all."""
+    """Uniform rows that all reach from -1 to 1, so that a scale per row is the same as one scale for all."""
     x = torch.rand(rows, features, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     x[:, :2] = torch.tensor([-1.0, 1.0])
     return x
@@ -51,7 +51,7 @@ def edited(plan, name, **changes):
     return Plan({**plan.layers, name: dataclasses.replace(plan.layers[name], **changes)})
 
 
-# ---- what it decides ----
+# ---- decisions ----
 
 
 def test_auto_takes_static_where_it_costs_nothing():
@@ -64,8 +64,9 @@ def test_auto_takes_static_where_it_costs_nothing():
 
 
 def test_auto_takes_dynamic_where_static_costs_accuracy():
-    """Static: every token has the step of the large ones. Dynamic: a sixteenth of them has, and the noise of the
-    activations is 10 log10(16) = 12 dB less. The weights' own noise, as large as the latter, leaves 9.
+    """With a static range, every token has the coarse step of the large ones. With a dynamic one, only a sixteenth of
+    them has, so the noise of the activations is 10 log10(16) = 12 dB lower. That is then as low as the noise of the
+    weights, so 9 dB of it show in the output.
     """
     layer = planned(linear(), spiky(), AUTO)["0"]
     assert layer.kind == "int8 dynamic"
@@ -109,7 +110,7 @@ def test_below_the_floor_a_layer_stays_float_and_says_by_how_much():
         assert layer.kind == "float"
         assert re.fullmatch(r"static [\d.]+ dB \(\w+\), dynamic [\d.]+ dB: below min_sqnr_db = 90", layer.reason)
         assert layer.input_qparams is None
-        assert layer.measured_db is None  # a float layer makes no error
+        assert layer.measured_db is None  # nothing is quantized
 
 
 def test_auto_falls_back_to_dynamic_where_only_static_is_below_the_floor():
@@ -120,14 +121,14 @@ def test_auto_falls_back_to_dynamic_where_only_static_is_below_the_floor():
 
 
 def test_an_error_that_cannot_be_measured_is_no_permission():
-    """Outputs beyond float32 have no SQNR: nan is not above the floor."""
+    """The SQNR of outputs beyond float32 is nan, which must count as below the minimum."""
     model = linear()
     model[0].weight.data *= 1e38
     assert planned(model, 1e3 * even())["0"].kind == "float"
 
 
 class Branches(nn.Module):
-    """`rare` runs only if asked."""
+    """`rare` runs only on request."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +151,7 @@ def test_a_layer_never_reached():
 
 
 def with_outlier(weight_of_outlier):
-    """Feature 0 is 0, but 60 in one of 64 tokens: 1 value in 4096, where the percentile cuts 1 in 1000."""
+    """Feature 0 is 60 in one of 64 tokens and 0 elsewhere: 1 value in 4096. The percentile cuts 1 in 1000."""
     x, model = even(), linear()
     x[:, 0] = 0
     x[5, 0] = 60
@@ -159,7 +160,7 @@ def with_outlier(weight_of_outlier):
 
 
 def test_the_observer_is_the_one_that_measures_better():
-    """Min-max has a step 30 times as large. Clipping loses the outlier, which matters if the layer looks at it."""
+    """Min-max has a step 30 times as large. Clipping loses the outlier, which matters if its weight is not 0."""
     ignored, wanted = with_outlier(0), with_outlier(1)
     assert (ignored.observer, wanted.observer) == ("percentile", "mse")
     assert ignored.sqnr_db["percentile"] > ignored.sqnr_db["minmax"] + 15
@@ -248,7 +249,7 @@ def test_a_plan_survives_json(config):
 
 
 def test_a_plan_with_an_infinite_sqnr_survives_json():
-    """No error at all is inf dB, which JSON (RFC 8259) has no number for."""
+    """An error of zero is inf dB, which is no number in JSON (RFC 8259)."""
     plan = convert(linear(), [torch.zeros(16, 64)]).torchq_plan
     assert plan.layers["0"].measured_db == torch.inf
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan

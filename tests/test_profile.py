@@ -1,4 +1,4 @@
-"""What the report says of a layer: its stats against independent computation, and its times at the right shapes."""
+"""The report's numbers for a layer: stats against an independent computation, and times at the right shapes."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_weight_sqnr(weight, dtype):
 
 
 def test_weight_sqnr_of_large_layers():
-    """Summed in blocks of rows, which must not be seen."""
+    """It is summed over blocks of rows, which must make no difference."""
     large = nn.Linear(1024, 700)
     stats = convert(large, [normal(16, 1024)]).torchq_plan.layers[""].stats
     quantized = QuantizedLinear.from_float(large)
@@ -77,7 +77,7 @@ def test_input_sqnr_and_clipped_share(config):
         else:
             codes, scale, zero_point = ops.quantize_per_token(x)
             seen = (codes.float() - zero_point) * scale
-        # The sample holds every row, in this order. Its layer may see rows rounded differently, from smaller batches.
+        # The sample holds every row, in this order. In smaller batches, the rows may have been rounded differently.
         assert layer.stats.input_db == pytest.approx(sqnr_db(x, seen), abs=1e-3)
         assert (layer.stats.clipped_below, layer.stats.clipped_above) == (below / x.numel(), above / x.numel())
         assert layer.stats.rows == 20
@@ -116,7 +116,7 @@ def test_stats_from_json():
 
 
 def test_times_are_taken_at_the_calibration_shape(monkeypatch):
-    """Each contestant is what it should be: the float layer's function, and the int8 layer itself, on so many rows."""
+    """The two contestants are the float layer's function and the int8 layer itself, on that number of rows."""
     seen = []
 
     def spy(calls, rounds):
@@ -131,7 +131,7 @@ def test_times_are_taken_at_the_calibration_shape(monkeypatch):
     first, last = seen
     assert [tuple(run["float"].shape) for run in seen] == [(20, 32), (20, 10)]
     assert [(run["float"].dtype, run["int8"].dtype) for run in seen] == [
-        (torch.bfloat16, torch.uint8),  # as it runs in the model: it hands over codes
+        (torch.bfloat16, torch.uint8),  # as in the model: it passes codes
         (torch.bfloat16, torch.bfloat16),
     ]
     assert first["rounds"] == 7

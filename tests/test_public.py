@@ -1,4 +1,4 @@
-"""The public door: names that exist, types that stay, no dependency that nobody imports."""
+"""The public interface: its names, its types, and no dependency that nothing imports."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ PACKAGE = ROOT / "torchq"
 
 
 def test_public_names():
-    """The whole interface, so that a new name is a decision. dir() shows it, and nothing else."""
+    """Lists the whole interface, so that a new name is a deliberate decision. dir() shows exactly these names."""
     functions = {"apply_plan", "choose_qparams", "convert", "dequantize", "fake_quantize", "freeze_ranges", "plan_of"}
     functions |= {"prepare_qat", "profile_layers", "quantize", "report", "simulate", "sqnr_db", "watch_drift"}
     assert set(torchq.__all__) == functions | {"Plan", "QConfig", "QuantizedLinear", "kernels", "observers", "ops"}
@@ -24,14 +24,14 @@ def test_public_names():
 
 
 def test_no_public_name_hides_a_module():
-    """So that `import torchq.<name>` and `torchq.<name>` are the same thing."""
+    """`import torchq.<name>` and `torchq.<name>` must be the same object."""
     for name in torchq.__all__:
         is_module = importlib.util.find_spec(f"torchq.{name}") is not None
         assert is_module == isinstance(getattr(torchq, name), types.ModuleType), name
 
 
 def resolve(dotted):
-    """What `import torchq` and a user's own imports find under this name."""
+    """The object that a user finds under this name, after `import torchq` or an import of a part of it."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -53,7 +53,7 @@ WRITTEN = [*sorted(PACKAGE.rglob("*.py")), *sorted(ROOT.glob("docs/*.md")), ROOT
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_that_is_written_exists(path):
-    """In messages, docstrings and documentation."""
+    """Every torchq name in messages, docstrings and documentation exists."""
     for name in names_in(path.read_text()):
         resolve(name)
 
@@ -104,7 +104,7 @@ with torchq.watch_drift(qmodel) as drift:
 @pytest.mark.subprocess
 @pytest.mark.slow(seconds=30)
 def test_a_users_script_passes_mypy_strict(tmp_path):
-    """convert, prepare_qat and apply_plan give the type they got; and a wrong use of it is found."""
+    """convert, prepare_qat and apply_plan return the type they are given, so mypy finds a wrong use of it."""
     (tmp_path / "good.py").write_text(USER)
     (tmp_path / "bad.py").write_text(USER.replace("qmodel.embed(", "qmodel.embeds("))
     run = subprocess.run(

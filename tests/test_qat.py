@@ -1,4 +1,4 @@
-"""prepare_qat and convert: what trains is what runs, whatever the scheme, and the rules of convert hold."""
+"""prepare_qat and convert: training computes what will run, for every scheme, and convert's rules hold."""
 
 import copy
 import io
@@ -45,7 +45,7 @@ def prepared(scheme, model=None, *, weight="per_channel", dtype=torch.float32):
 
 
 def step(model, *, batches=3, optimizer=None):
-    """A few steps of training; the targets do not matter."""
+    """Trains for a few steps on arbitrary targets."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05)
     dtype = next(model.parameters()).dtype
     for i in range(batches):
@@ -59,14 +59,14 @@ def layers_of(model, kind=QATLinear):
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-# ---- what trains is what runs ----
+# ---- training computes what will run ----
 
 
 @by_scheme
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(scheme, weight, dtype):
-    """Bit for bit: the same values go into the same float32 product."""
+    """Bit for bit, since both multiply the same values in float32."""
     model = step(prepared(scheme, weight=weight, dtype=dtype))
     qmodel = convert(model)
     x = X.to(dtype)
@@ -84,7 +84,7 @@ def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(sc
 @by_scheme
 @pytest.mark.parametrize("training", [True, False])
 def test_one_layer_equals_the_integers_within_the_rounding_of_float_sums(scheme, training):
-    """In training mode too: an observed range has moved before it is used."""
+    """Also in training mode, where an observed range moves before it is used."""
     model = step(prepared(scheme, nn.Sequential(nn.Linear(24, 33))))
     y = model.train(training)(X.reshape(3, 11, 24)).detach()
     layer = convert(model)[0]
@@ -104,7 +104,7 @@ def test_autocast_does_not_reach_inside(scheme):
 
 @by_scheme
 def test_convert_with_data_measures_and_fuses(scheme):
-    """ReLU and GELU go into the layer before, static layers pass codes on; the ranges are still the trained ones."""
+    """ReLU and GELU are folded, and static layers pass codes. The ranges are still the trained ones."""
     model = step(prepared(scheme))
     qmodel = convert(model, DATA)
     plan = qmodel.torchq_plan.layers
@@ -233,7 +233,7 @@ def test_parameters_are_copied_or_kept(inplace):
 
 
 class Shared(nn.Module):
-    """A Linear under two names and in a list that torch does not see, and a weight that an Embedding reads too."""
+    """Has a Linear under two names and in a plain list, and a weight that an Embedding shares."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ def test_shared_layers_and_tied_weights(inplace):
 
 
 class Zoo(nn.Module):
-    """Layers that stay float, each for its reason."""
+    """Layers that stay float, each for a different reason."""
 
     def __init__(self):
         super().__init__()
@@ -298,7 +298,7 @@ def test_what_stays_float_has_its_reason_then_and_after(config):
 
 
 def test_left_in_float_where_the_reasons_are_lost():
-    """A prepared part of a larger model, which has no plan of its own."""
+    """If only a part of a model was prepared, the whole model has no plan with the reasons."""
     whole = nn.ModuleDict({"body": prepare_qat(mlp(), DATA), "head": nn.Linear(8, 2)})
     plan = convert(whole).torchq_plan.layers
     assert plan["head"].reason == "prepare_qat left it in float"
@@ -307,7 +307,7 @@ def test_left_in_float_where_the_reasons_are_lost():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_prepared_layer_that_convert_leaves_out_is_float_again(inplace):
-    """Excluded, or never trained: not a layer that goes on to fake-quantize."""
+    """An excluded or never trained layer becomes a plain nn.Linear, which does not fake-quantize."""
     model = step(prepared("observed", nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 8))))
     model[1].input_range.ends.fill_(math.nan)
     weight = model[0].weight.detach().clone()
@@ -321,7 +321,7 @@ def test_a_prepared_layer_that_convert_leaves_out_is_float_again(inplace):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 def test_a_transformer_encoder_is_fake_quantized_in_eval_mode_too():
-    """Where torch's fused kernels would read the float weights."""
+    """In eval mode, torch's fused kernels would read the float weights."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, dropout=0.0), 2)
     model = prepare_qat(encoder, [x.reshape(2, 8, 24) for x in DATA])

@@ -124,7 +124,7 @@ def test_input_of_another_dtype(dtype):
 
 @pytest.mark.parametrize("calib_loader", [None, [X]])
 def test_constant_and_empty_activations(calib_loader):
-    """All zeros have scale 1; an empty batch moves nothing."""
+    """All zeros give scale 1, and an empty batch does not move a range."""
     qat_model = prepare_qat(model(), calib_loader and [torch.zeros(4, 8)])
     for x in (torch.zeros(4, 8), X[:0]):
         y = qat_model.train()(x)
@@ -136,7 +136,7 @@ def test_constant_and_empty_activations(calib_loader):
 
 
 def test_the_example_of_the_page_runs(capsys):
-    """docs/qat.md, as it stands."""
+    """Runs the example in docs/qat.md."""
     page = (ROOT / "docs" / "qat.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(code, "docs/qat.md", "exec"), {})

@@ -1,4 +1,4 @@
-"""prepare_qat starts from smoothed inputs: the same float function, better ranges, and nobody else's parameters."""
+"""prepare_qat smooths the inputs: the float function stays, ranges improve, shared parameters do not change."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ NONE = QConfig(smoothing="none")
 
 
 def as_float(prepared):
-    """What a prepared model computes without its fake quantization."""
+    """A copy of a prepared model without fake quantization."""
     for module in prepared.modules():
         if isinstance(module, QATLinear):
             module.release()
@@ -24,7 +24,7 @@ def as_float(prepared):
 
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
 def test_training_starts_as_if_there_were_no_outliers(ranges):
-    """Unsmoothed, a step is 50 times as coarse for 29 of 32 channels."""
+    """Without smoothing, the step is 50 times as coarse for 29 of 32 channels."""
     model = Block()
     rough = prepare_qat(model, DATA, config=NONE, ranges=ranges).eval()
     smooth = prepare_qat(model, DATA, ranges=ranges).eval()
@@ -36,7 +36,7 @@ def test_training_starts_as_if_there_were_no_outliers(ranges):
 
 
 def test_the_float_function_stays():
-    """Two roundings of 2^-24 on each weight and on each output of the norm."""
+    """Each weight and each output of the norm is rounded twice, by 2^-24."""
     model = Block()
     smooth = as_float(prepare_qat(model, DATA).eval())
     assert not torch.allclose(smooth.norm.weight, model.norm.weight, rtol=0.1)
@@ -44,7 +44,7 @@ def test_the_float_function_stays():
 
 
 def test_in_place_the_parameters_are_the_same_objects():
-    """An optimizer may hold them already."""
+    """An optimizer may already hold them."""
     model = Block()
     exact, before = model(X), {name: (id(p), p.clone()) for name, p in model.named_parameters()}
     assert prepare_qat(model, DATA, inplace=True) is model

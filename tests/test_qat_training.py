@@ -1,4 +1,4 @@
-"""What QAT is for, shown by training: accuracy that PTQ loses comes back, and processes train as one under DDP."""
+"""QAT by real training: it recovers accuracy that PTQ loses, and DDP trains like a single process."""
 
 import copy
 
@@ -23,7 +23,7 @@ def digits():
 
 
 def train(model, digits, schedule):
-    """Adam; `schedule` pairs learning rates and steps."""
+    """Trains with Adam. `schedule` has pairs of a learning rate and a number of steps."""
     x, y, _, _ = digits
     optimizer, generator = torch.optim.Adam(model.train().parameters()), torch.Generator().manual_seed(1)
     for lr, steps in schedule:
@@ -44,7 +44,7 @@ def accuracy(model, digits):
 
 @pytest.fixture(scope="module")
 def hard(digits):
-    """Two channels of each hidden layer 50 times larger, undone by the next layer: the same float function."""
+    """Makes two channels of each hidden layer 50 times larger. The next layer undoes it, so the function stays."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
     train(model, digits, [(3e-3, 300)])
@@ -63,7 +63,7 @@ def hard(digits):
 def test_qat_recovers_what_ptq_loses(digits, hard, ranges):
     """Measured: float 93 %, PTQ 65 %, with QAT 91 % (learned) and 92 % (observed).
 
-    The same training in float, then PTQ: 94 % and 62 %. So it is the fake quantization that helps, not the training.
+    The same training in float gives 94 %, and 62 % after PTQ. So fake quantization helps, and not just more training.
     """
     data, schedule = digits[0].split(100), [(1e-3, 300), (2e-4, 100)]
     assert accuracy(hard, digits) > 0.92
@@ -86,7 +86,7 @@ def test_qat_recovers_what_ptq_loses(digits, hard, ranges):
 )
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
 def test_ranges_stay_sane_under_any_optimizer(digits, ranges, make):
-    """Large steps for 300 batches: the range of the pixels, all in [0, 1], stays there."""
+    """After 300 batches with large steps, the range of the pixels is still close to theirs, [0, 1]."""
     x, y, _, _ = digits
     torch.manual_seed(0)
     model = prepare_qat(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), x.split(100), ranges=ranges)
@@ -115,11 +115,11 @@ def build(ranges):
 
 
 def worker(rank, file, ranges, results):
-    """Trains on its half of each batch; what it ends with goes to `results`."""
+    """Trains on its half of each batch, and puts its final parameters into `results`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     model = build(ranges)
-    if rank == 1:  # DDP starts from rank 0
+    if rank == 1:  # DDP must start all ranks from rank 0's parameters
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(2)
@@ -141,7 +141,7 @@ def run_two(tmp_path, ranges):
 
 @pytest.mark.slow(seconds=9)
 def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
-    """Both ranks hold the same, and the same as one process with the whole batch: means of gradients are the mean."""
+    """Both ranks end with the parameters of one process that gets whole batches, since DDP averages gradients."""
     first, second = run_two(tmp_path, "learned")
     model = build("learned")
     start = copy.deepcopy(model.state_dict())
@@ -152,7 +152,7 @@ def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
         optimizer.step()
     for name, expected in model.state_dict().items():
         assert torch.equal(first[name], second[name]), name
-        # float32 sums in another order; a value that then rounds to another code moves a gradient by 1e-3 of it
+        # The float32 sums have another order. If a value then rounds to another code, a gradient changes by 1e-3 of it.
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5, msg=name)
         if not name.endswith("unit"):
             assert not torch.equal(expected, start[name]), name
@@ -160,7 +160,7 @@ def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
 
 @pytest.mark.slow(seconds=9)
 def test_ddp_broadcasts_observed_ranges(tmp_path):
-    """Before each forward both take rank 0's; what they differ by is one step of the average, of the last batch."""
+    """Before each forward both ranks take rank 0's range. They end apart by one step of the average: the last batch."""
     first, second = run_two(tmp_path, "observed")
     name = "0.input_range.ends"
     ends = None

@@ -1,4 +1,4 @@
-"""Scale and zero point: against a scalar oracle in numpy float32, against torch, and by their properties."""
+"""Scale and zero point: against a scalar oracle in numpy float32, against torch, and property tests."""
 
 import math
 
@@ -17,8 +17,9 @@ CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 SCHEMES = [(dtype, symmetric) for dtype in CODES for symmetric in (True, False)]
 SCHEME_NAMES = ["int8-symmetric", "int8-asymmetric", "uint8-symmetric", "uint8-asymmetric"]
 
-# Round trip error in steps: 1/2 by rounding, plus float32 noise on up to 255 steps, in units of u = 2^-24:
-# inv and x * inv 2, the scale 2, the zero point 2, the product in dequantize 1. Together 7, taken as 8.
+# The round-trip error in steps: 1/2 by rounding to a code, plus float32 rounding of up to 255 steps. The latter is, in
+# units of u = 2^-24: 2 for inv and x * inv, 2 for the scale, 2 for the zero point, and 1 for the product in dequantize.
+# Together 7, rounded up to 8.
 HALF_STEP = 0.5 + 255 * 8 * 2.0**-24
 
 every_scheme = pytest.mark.parametrize(("dtype", "symmetric"), SCHEMES, ids=SCHEME_NAMES)
@@ -79,7 +80,7 @@ def test_quantize_matches_the_oracle(values, scheme):
 @repeatable
 @given(st.lists(restorable, min_size=1, max_size=40), schemes)
 def test_any_data_survives_the_round_trip(values, scheme):
-    """Within half a step, in order, and zero exact, for whatever float32 values there are."""
+    """For any float32 values, the error is at most half a step, the order is kept, and zero is exact."""
     dtype, symmetric = scheme
     x = torch.tensor([0.0, *sorted(values)])
     scale, zero_point = choose_qparams(x, dtype=dtype, symmetric=symmetric)
@@ -145,7 +146,7 @@ def test_every_code_is_reached_and_survives(dtype, symmetric):
     qmin, qmax = CODES[dtype]
     x = torch.linspace(-3, 5, 5001)
     scale, zero_point = choose_qparams(x, dtype=dtype, symmetric=symmetric)
-    # A symmetric pair covers [-5, 5]; its lowest code, the 256th, lies outside and takes a value from there.
+    # A symmetric pair covers [-5, 5]. Its lowest code, the 256th, lies outside, and only a value outside gets it.
     wide = torch.linspace(-6, 5, 5001) if symmetric else x
     assert quantize(wide, scale, zero_point, dtype=dtype).unique().tolist() == list(range(qmin, qmax + 1))
 
@@ -156,12 +157,12 @@ def test_every_code_is_reached_and_survives(dtype, symmetric):
 def test_ties_go_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 126.5])
     assert quantize(x, 1.0).tolist() == [0, 2, 2, 4, 0, -2, -2, 126]
-    # The zero point is added after rounding: an odd one does not turn ties to odd values.
+    # The zero point is added after rounding, so an odd one does not make ties round to odd values.
     assert quantize(x, 1.0, 1).tolist() == [1, 3, 3, 5, 1, -1, -1, 127]
     assert quantize(torch.tensor([0.75, 1.25]), 0.5, 3, dtype=torch.uint8).tolist() == [5, 5]
 
 
-# int_repr() is what torch's own quantizer makes; torch announces that these tensors will go away some day.
+# int_repr() has the codes of torch's own quantizer. torch warns that it will remove these tensors.
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
 @every_scheme
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 31, 33, 1000])  # around torch's vector lengths
@@ -183,8 +184,8 @@ def test_codes_are_those_of_torch(dtype, symmetric, columns):
     scale, zero_point = choose_qparams(wide, dtype=dtype, symmetric=symmetric, axis=0)
     theirs = torch.quantize_per_channel(wide, scale, zero_point, 0, torch_dtype).int_repr()
     ours = quantize(wide, scale, zero_point, axis=0, dtype=dtype)
-    # Here torch adds the zero point before it rounds, in float32: numbers up to 255 move by at most 2^-17 +
-    # 255 * 2^-23, less than 2^-14, and ties go to an even code. Only values that close to a tie may differ.
+    # Here torch adds the zero point before it rounds, in float32. That moves numbers up to 255 by at most 2^-17 +
+    # 255 * 2^-23 < 2^-14, and ties go to an even code. So only values that close to a tie may differ.
     steps = wide.double() / scale.double()[:, None]
     tie = (steps - steps.floor() - 0.5).abs() < 2.0**-14
     assert torch.equal(ours[~tie], theirs[~tie])
@@ -200,7 +201,7 @@ def test_saturation_and_non_finite_values():
 
 
 def test_dequantize_every_corner_exactly():
-    """The subtraction reaches -255 and 255, which int8 and uint8 do not hold."""
+    """The subtraction reaches -255 and 255, which don't fit into int8 or uint8."""
     for dtype, (qmin, qmax) in CODES.items():
         q = torch.tensor([qmin, qmax], dtype=dtype)
         assert dequantize(q, 0.5, qmax).tolist() == [-127.5, 0.0]
@@ -291,7 +292,7 @@ def test_empty_channels(shape, axis):
 @every_scheme
 @pytest.mark.parametrize(("lo", "hi"), [(math.nan, 1.0), (-1.0, math.nan), (-math.inf, 1.0), (-1.0, math.inf)])
 def test_non_finite_range_dequantizes_to_nan(dtype, symmetric, lo, hi):
-    """The rule for a row of activations: NaN in, NaN out, and its neighbours stay as they are."""
+    """A row of activations with NaN gives NaN, and the other rows are unaffected."""
     lo, hi = torch.tensor([-1.0, lo]), torch.tensor([1.0, hi])
     scale, zero_point = qparams_from_range(lo, hi, dtype=dtype, symmetric=symmetric)
     assert scale.isnan().tolist() == [False, True]
@@ -328,7 +329,7 @@ def test_everything_traces_as_one_graph(dtype, axis):
     for ours, expected in zip(compiled(x), whole(x), strict=True):
         assert torch.equal(ours, expected)
 
-    x[2, 3] = math.nan  # not refused inside a graph: it shows as NaN
+    x[2, 3] = math.nan  # a compiled graph can't raise for it, but its scale is NaN
     assert compiled(x)[0].isnan().any()
 
 

@@ -1,4 +1,4 @@
-"""Fake quantization that trains: inference's values bit for bit, and the gradients of the formulas, written out."""
+"""Fake quantization for training: inference's values bit for bit, and the gradients against the formulas."""
 
 import math
 
@@ -25,7 +25,7 @@ def formulas(x, lo, hi, gradient):
             by_x, by_scale, by_zero = 1.0, round(steps) - steps, 0.0
         else:
             by_x, by_scale, by_zero = 0.0, (255 if code > 255 else 0) - zero_point, -scale
-        # s = (hi - lo) / 255 and z = -lo / s; z rounded passes straight through, so its value is the rounded one
+        # s = (hi - lo) / 255 and z = -lo / s. z is rounded, and its gradient passes straight through the rounding.
         zero_by_lo, zero_by_hi = -1 / scale + zero_point / (255 * scale), -zero_point / (255 * scale)
         to_x.append(g * by_x)
         to_lo += g * (-by_scale / 255 + by_zero * zero_by_lo)
@@ -35,20 +35,20 @@ def formulas(x, lo, hi, gradient):
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1.0, 3.0), (-0.7, 0.2), (-200.0, 90.0), (-1e-3, 3e-3)])
 def test_static_values_and_gradients(generator, lo, hi):
-    """Values beyond both ends, inside, and in the half steps around the ends, whose codes need no clamp."""
+    """Values lie beyond both ends, inside, and up to half a step outside the ends, where codes need no clamp."""
     step = (hi - lo) / 255
     edges = torch.tensor([lo - 0.4 * step, lo - 2 * step, hi + 0.4 * step, hi + 2 * step, 0.0, -0.0])
     x = torch.cat([edges, lo - hi + 3 * (hi - lo) * torch.rand(300, generator=generator)]).requires_grad_()
     gradient = torch.randn(x.shape, generator=generator)
     learned = LearnedRange(lo, hi)
-    assert learned.range().tolist() == torch.tensor([lo, hi]).tolist()  # the unit is a power of two: nothing rounded
+    assert learned.range().tolist() == torch.tensor([lo, hi]).tolist()  # exact, since the unit is a power of two
     y = learned(x)
     y.backward(gradient)
     scale, zero_point = learned.qparams()
     assert_identical(y.detach(), fake_quantize(x.detach(), scale, zero_point, dtype=torch.uint8))
     to_x, to_lo, to_hi = formulas(x.detach(), lo, hi, gradient)
     assert torch.equal(x.grad, to_x)
-    # float32 sums of 306 terms of size up to 4; by |round - exact| <= 0.5 of a step, steps / 255 add far less
+    # float32 sums of 306 terms of size up to 4. The terms of values inside are at most 0.5 / 255, far less.
     expected = float(learned.unit) * torch.tensor([to_lo, to_hi])
     torch.testing.assert_close(learned.ends.grad, expected, rtol=1e-4, atol=float(learned.unit) * 306 * 4 * 2**-22)
     assert to_lo != 0
@@ -68,7 +68,7 @@ def test_gradients_written_out():
 
 
 def test_an_end_at_zero_is_not_pushed_across():
-    """There it has no effect, since 0 is always in the range; a gradient that moves it away from 0 passes."""
+    """Past 0 it would have no effect, since 0 is always in the range. A gradient that moves it away from 0 passes."""
     for wrong, right, end, lo, hi, x in ((-1.0, 1.0, 0, 0.0, 4.0, -1.0), (1.0, -1.0, 1, -4.0, 0.0, 1.0)):
         for gradient, expected in ((wrong, 0.0), (right, right)):
             learned = LearnedRange(lo, hi)
@@ -77,7 +77,7 @@ def test_an_end_at_zero_is_not_pushed_across():
 
 
 def test_a_learned_range_shrinks_to_what_is_there():
-    """Descent on the error itself, from a range six times too wide for 4000 values of N(0, 1)."""
+    """Gradient descent on the error, from a range six times too wide for 4000 values of N(0, 1)."""
     x = normal(4000)
     learned = LearnedRange(-20.0, 20.0)
     optimizer = torch.optim.Adam(learned.parameters(), lr=0.01)
@@ -89,7 +89,7 @@ def test_a_learned_range_shrinks_to_what_is_there():
         optimizer.step()
         errors.append(error.item())
     lo, hi = learned.range().tolist()
-    # the values reach ±3.5; the error is the square of the step, so (3.5 / 20)² = 0.03 of that at the start
+    # The values reach ±3.5. The error goes with the square of the step: (3.5 / 20)² = 0.03 of the error at the start.
     assert -4.5 < lo < -3
     assert 3 < hi < 4.5
     assert errors[-1] < 0.06 * errors[0]
@@ -97,7 +97,7 @@ def test_a_learned_range_shrinks_to_what_is_there():
 
 @pytest.mark.parametrize("make", [lambda: LearnedRange(-1.0, 1.0), lambda: ObservedRange(-1.0, 1.0).eval()])
 def test_nan_and_infinity_static(make):
-    """As inference has them: NaN takes the lowest code, infinities saturate. None of them gets a gradient."""
+    """As at inference, NaN gets the lowest code and infinities saturate. None of them gets a gradient."""
     x = torch.tensor([math.nan, math.inf, -math.inf, 0.5], requires_grad=True)
     y = make()(x)
     y.backward(torch.ones(4))
@@ -108,7 +108,7 @@ def test_nan_and_infinity_static(make):
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-40, 1e-36, 1e-30, 3e38])
 def test_ranges_of_any_size(magnitude):
-    """The smallest become scale 1, as everywhere; nothing overflows on the way."""
+    """The smallest ranges give scale 1, as in qparams, and nothing overflows."""
     learned = LearnedRange(-magnitude, magnitude)
     scale, zero_point = qparams_from_range(
         torch.tensor(-magnitude), torch.tensor(magnitude), dtype=torch.uint8, symmetric=False
@@ -160,7 +160,7 @@ def test_observed_gradients_are_clipped_and_reach_x_only():
 
 
 def test_a_range_used_twice_before_backward(generator):
-    """A shared layer: the second batch moves the buffer, and the first gradient is still that of its own range."""
+    """In a shared layer, the second batch moves the buffer. The first gradient must still use the first range."""
     observed = ObservedRange(momentum=0.5)
     x = torch.tensor([1.0, 3.0], requires_grad=True)
     total = observed(x).sum() + observed(x.detach() / 100).sum()

@@ -1,4 +1,4 @@
-"""Layers that read the same tensor share a record, and every record is what it would be alone."""
+"""Layers that read the same tensor share a record, and every record is as if nothing were shared."""
 
 import random
 
@@ -19,7 +19,7 @@ CONFIG = QConfig(sample_rows=8)
 
 
 class Attention(nn.Module):
-    """q, k and v of one tensor; what k reads may be changed by `between`."""
+    """q, k and v read one tensor. `between` may change the tensor before k reads it."""
 
     def __init__(self, between=lambda x: x):
         super().__init__()
@@ -36,7 +36,7 @@ def records_of(model, data, config=CONFIG):
 
 
 def alone(calls, config=CONFIG):
-    """The record of these calls (tensors), made by nobody else."""
+    """The record of these calls (tensors) of a single layer."""
     record = Record.empty(calls[0].shape[-1], config)
     for x in calls:
         record.observe(x)
@@ -54,7 +54,7 @@ def assert_same(record, other):
 
 
 def test_q_k_and_v_share_one_record(monkeypatch):
-    """Binned, sampled and multiplied once."""
+    """The tensor is binned, sampled and multiplied once."""
     updates, update = [], Histogram._update
     monkeypatch.setattr(Histogram, "_update", lambda self, *args: updates.append(self) or update(self, *args))
     records = records_of(Attention(), [normal(20, 16, seed=i) for i in range(3)])
@@ -78,7 +78,7 @@ def test_another_tensor_is_another_record(between):
 
 
 def test_a_tensor_in_the_place_of_a_freed_one_is_another():
-    """Fresh memory is often that of what was freed last; values may be the same, or not."""
+    """A new tensor often gets the memory that was freed last. Its values may be the same or not."""
     recorder = Recorder(CONFIG)
     for name in "abcdefgh":
         recorder.observe(name, torch.full((4, 16), float(ord(name))))
@@ -100,10 +100,10 @@ def test_tensors_without_versions_are_not_shared():
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("observer", ["auto", "moving_average"])
 def test_any_order_of_calls_gives_each_layer_its_own_record(seed, observer):
-    """Layers share tensors, miss calls, are called twice, and part: each record is what it would be alone."""
+    """Layers share tensors, miss calls, are called twice, and split off; each record is as if it were alone."""
     config = QConfig(sample_rows=8, observer=observer)
     draw, recorder, calls = random.Random(seed), Recorder(config), {name: [] for name in "abcd"}
-    likely = draw.choice([0.5, 0.9, 0.99])  # that a layer takes the common tensor
+    likely = draw.choice([0.5, 0.9, 0.99])  # the probability that a layer reads the common tensor
     for step in range(draw.randrange(1, 30)):
         common = normal(draw.choice([0, 1, 3, 20]), 4, seed=1000 * seed + step)
         for name in draw.sample("abcd", 4):
@@ -125,7 +125,7 @@ def test_any_order_of_calls_gives_each_layer_its_own_record(seed, observer):
 
 
 def test_a_layer_that_leaves_while_products_are_summed_keeps_the_rows_of_that_call():
-    """The one difference: they only steer the rounding of its weights."""
+    """That is the one difference to a record of its own. It only influences how weights are rounded."""
     recorder, first, second, other = Recorder(CONFIG), normal(20, 16), normal(20, 16, seed=1), normal(20, 16, seed=2)
     for x in (first, second):
         recorder.observe("q", x)

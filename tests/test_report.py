@@ -1,4 +1,4 @@
-"""report(): the table and the numbers, exact for a model known by heart."""
+"""report(): the exact table and numbers of a small model."""
 
 import copy
 import json
@@ -14,8 +14,8 @@ from torchq.reporting.report import LayerReport
 
 X = normal(16, 64)
 
-# packed: a header of 64, per panel of 16 columns 192 and 16 for each k in groups of 8, behind the last one 16 for each
-# k to a whole step of 64, and one byte for each column that is missing.
+# The bytes of a packed weight: a header of 64; for each panel of 16 columns, 192 and 16 per k, with k rounded up to a
+# multiple of 8; 16 for each k from there to a multiple of 64; and 1 for each column missing in the last panel.
 HIDDEN = {"before": 4 * (32 * 64 + 32), "after": 64 + 2 * (192 + 64 * 16)}
 HEAD = {"before": 4 * (10 * 32), "after": 64 + 192 + 32 * 16 + 32 * 16 + 6}
 
@@ -90,7 +90,7 @@ def test_the_table_of_measured_and_of_large_layers():
 
 
 class Deep(nn.Module):
-    """A chain of attention-like layers with long names."""
+    """Attention-like layers with long names, one after the other."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Deep(nn.Module):
 
 
 def test_a_line_fits_a_terminal():
-    """120 columns, whatever the names; what is cut is the beginning of a name, and the data have it whole."""
+    """Lines have at most 120 columns. Long names lose their beginning in the table, but not in the data."""
     torch.manual_seed(0)
     qmodel = convert(Deep(), [torch.randn(400, 64)], config=QConfig(rounding="gptq"))
     with watch_drift(qmodel) as drift:

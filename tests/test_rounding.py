@@ -1,4 +1,4 @@
-"""GPTQ and bias correction: a smaller error on rows that were not given, nothing where there is nothing to gain."""
+"""GPTQ and bias correction: a smaller error on held-out rows, and no change where there is nothing to gain."""
 
 import copy
 import dataclasses
@@ -24,13 +24,13 @@ NEAREST, GPTQ, AUTO = (QConfig(rounding=name) for name in ("nearest", "gptq", "a
 
 
 def correlated(rows, k, seed):
-    """A few directions carry most of the inputs."""
+    """Inputs with most of their energy in a few directions."""
     return normal(rows, 8, seed=seed) @ normal(8, k, seed=77) + 0.2 * normal(rows, k, seed=seed + 1)
 
 
 @pytest.mark.parametrize("k", [1, 3, 127, 128, 129, 300])
 def test_without_correlation_it_rounds_to_nearest(k):
-    """Bit for bit, also for a diagonal H, and across the blocks of 128 channels."""
+    """Bit for bit, for a diagonal H too, and also with several blocks of 128 channels."""
     weight = normal(17, k)
     scale, _ = choose_qparams(weight, axis=0)
     nearest = quantize(weight, scale, axis=0)
@@ -52,7 +52,7 @@ def test_it_lowers_the_error_on_rows_it_has_not_seen(k):
 
 
 def test_it_is_the_textbook_algorithm():
-    """The same codes as GPTQ without blocks, permutation undone by hand."""
+    """It gives the same codes as GPTQ without blocks, with the permutation undone by hand."""
     k = 150
     weight, x = normal(5, k), correlated(400, k, 1)
     gram = x.T @ x
@@ -67,7 +67,7 @@ def test_it_is_the_textbook_algorithm():
         w = w - torch.outer(error, inverse[j]) * (torch.arange(k) > j)
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         expected[:, order[j]] = code.float()
-    assert (gptq(weight, scale, gram).float() != expected).float().mean() < 0.01  # ties, by the rounding of the inverse
+    assert (gptq(weight, scale, gram).float() != expected).float().mean() < 0.01  # ties, by rounding of the inverse
 
 
 def test_layers_share_a_factor_only_where_they_share_the_inputs(monkeypatch):
@@ -80,11 +80,11 @@ def test_layers_share_a_factor_only_where_they_share_the_inputs(monkeypatch):
     factors = gptq_module.Factors()
     shared = [gptq(weight, scale, gram, factors=factors) for (weight, gram), scale in zip(layers, scales, strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    assert len(made) == 3  # of the last one only: x's is made again after y's
+    assert len(made) == 3  # only the latest factor is kept: x's is computed again after y's
 
 
 def test_bias_correction_leaves_no_mean_error():
-    """float32: the mean of 400 rows is exact to 2^-24 of the values' size, about 10."""
+    """In float32 the mean of 400 rows is exact to 2^-24 of the values' magnitude, about 10."""
     exact, actual = normal(400, 8) * 3, normal(400, 8, seed=1) + 0.7
     corrected = actual + mean_error(exact, actual)
     assert (actual - exact).mean(dim=0).abs().min() > 0.3
@@ -104,7 +104,7 @@ def layer_and_data(k=64, n=32, rows=400):
 )
 @pytest.mark.parametrize("rounding", ["gptq", "auto"])
 def test_convert_gains_on_new_data(activation, weight, rounding):
-    """Where the weights are a good part of the error; static ranges of 8 bits on these inputs are a larger one."""
+    """The weights must cause a good part of the error. With static ranges the inputs cause a larger part."""
     linear, data = layer_and_data()
     linear.weight[0] *= 8
     x, config = correlated(300, 64, 99), QConfig(activation=activation, weight=weight, rounding="nearest")
@@ -120,7 +120,7 @@ def test_convert_gains_on_new_data(activation, weight, rounding):
 
 
 def test_auto_leaves_weights_that_gain_nothing():
-    """Independent inputs: H is a multiple of the identity, up to noise."""
+    """For independent inputs, H is a multiple of the identity, up to noise."""
     linear, data = nn.Linear(64, 32), [normal(4000, 64)]
     nearest, auto = convert(linear, data, config=NEAREST), convert(linear, data, config=AUTO)
     plan = auto.torchq_plan.layers[""]
@@ -150,7 +150,7 @@ def test_too_deep_a_layer_is_refused(monkeypatch):
 
 
 def spikes(rows, size):
-    """Zeros, but for these rows of the 200."""
+    """200 rows of zeros, except for these rows."""
     x = torch.zeros(200, 16)
     x[rows] = normal(len(rows), 16) * torch.tensor(size).unsqueeze(1)
     return x
@@ -160,7 +160,7 @@ def spikes(rows, size):
 @pytest.mark.parametrize(
     "x",
     [
-        spikes([0, 2], [1.0, 1e3]),  # both are held out, so H less theirs is rounding errors
+        spikes([0, 2], [1.0, 1e3]),  # both are held out, so without them H is only rounding errors
         normal(200, 16) + spikes([0], [1e6]),
         normal(200, 16) * 1e20,  # the squares overflow
         normal(200, 16) * 1e-22,  # and underflow
@@ -178,7 +178,7 @@ def test_inputs_whose_squares_say_nothing_are_rounded_to_nearest(x, config):
 
 
 def test_the_gram_takes_in_the_first_rows_and_no_more():
-    """Whatever the number of batches; the rows that judge are taken out of it where they are in it, and only there."""
+    """XᵀX stops growing after the first rows. Only those held-out rows that it contains are subtracted from it."""
     data = [correlated(100, 8, seed=i) for i in range(9)]
     record = Record.empty(8, dataclasses.replace(GPTQ, sample_rows=50))
     for batch in data:
@@ -201,7 +201,7 @@ def test_it_is_deterministic_and_leaves_the_model():
 
 
 def test_it_works_on_smoothed_inputs():
-    """H in the units of the smoothed inputs: with the unsmoothed H or rows this is far below."""
+    """H must be that of the smoothed inputs. With the unsmoothed H or rows, the SQNR is far lower."""
     norm, linear, extra = nn.LayerNorm(64), nn.Linear(64, 32), nn.Linear(64, 64)
     norm.weight[[3, 9]] *= 50
     linear.weight[:, [3, 9]] /= 50
@@ -213,7 +213,7 @@ def test_it_works_on_smoothed_inputs():
 
 
 def test_a_rounded_layer_hands_smoothed_outputs_on():
-    """The scales of the output go into the rounded layer's scale and bias."""
+    """The smoothing of its output is folded into the rounded layer's scales and bias."""
     (model, data), x = smoothed_pair(), correlated(300, 64, 99)
     qmodel = convert(model, data, config=GPTQ)
     assert "0" in qmodel.torchq_plan.smoothings
@@ -243,7 +243,7 @@ def test_a_plan_and_the_weights_make_the_same_model(bias):
     data = [correlated(400, 64, seed) for seed in (1, 3)]
     qmodel = convert(model, data, config=GPTQ)
     plan = plan_of(qmodel)
-    assert plan == qmodel.torchq_plan  # but for the weights, which equality leaves out
+    assert plan == qmodel.torchq_plan  # equality ignores the weights
     assert [name for name, layer in plan.layers.items() if layer.weights is not None] == ["0", "2"]
     again = apply_plan(model, plan)
     assert torch.equal(again(data[0]), qmodel(data[0]))

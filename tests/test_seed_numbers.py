@@ -1,4 +1,4 @@
-"""The numbers this field is judged by, measured: size, error, and what clipping is worth. Accuracy: test_convert.py."""
+"""Measures the numbers that quantization is judged by: size, error, and gain by clipping. Accuracy: test_convert.py."""
 
 import pytest
 import safetensors.torch
@@ -20,14 +20,14 @@ SCHEMES = ["auto", "static", "dynamic"]
 
 @pytest.fixture(scope="module")
 def mlp():
-    """1024 wide; 8.4 MB of float32."""
+    """An MLP, 1024 wide, with 8.4 MB of float32 weights."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
 @pytest.mark.parametrize("activation", SCHEMES)
 def test_files_are_4_times_smaller(mlp, activation, tmp_path):
-    """4 K bytes of float32 per output feature, and K + 4 (its scale): 4 K / (K + 4) = 3.98 for K = 1024."""
+    """An output feature takes 4 K bytes in float32 and K + 4 in int8: 4 K / (K + 4) = 3.98 for K = 1024."""
     qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation))
     for name, save in [("pt", torch.save), ("safetensors", safetensors.torch.save_file)]:
         save(mlp.state_dict(), tmp_path / f"float.{name}")
@@ -38,7 +38,7 @@ def test_files_are_4_times_smaller(mlp, activation, tmp_path):
 
 
 def resident_bytes(model):
-    """Of all tensors that any of its modules holds, as parameter, buffer or attribute; a storage counts once."""
+    """The bytes of all parameters, buffers and other tensor attributes of its modules. A storage counts once."""
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in [*held, *model.parameters(), *model.buffers()]}
     return sum(storages.values())
@@ -46,7 +46,7 @@ def resident_bytes(model):
 
 @pytest.mark.parametrize("activation", SCHEMES)
 def test_resident_weights_are_4_times_smaller(mlp, activation):
-    """Also after a run: nothing is unpacked and kept."""
+    """Also after a run, so no unpacked weight is kept."""
     qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation))
     qmodel(normal(3, 1024))
     with simulate():
@@ -62,7 +62,7 @@ def test_resident_weights_are_4_times_smaller(mlp, activation):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 @pytest.mark.parametrize("shift", [0, 2, -7])
 def test_a_round_trip_errs_by_less_than_half_a_percent_of_the_range(dtype, shift):
-    """Half a step: 1 / 510 of the range asymmetrically, 1 / 254 of the largest magnitude symmetrically."""
+    """Half a step is 1 / 510 of the range (asymmetric) or 1 / 254 of the largest magnitude (symmetric)."""
     x = normal(100, 100) + shift
     for symmetric in (True, False):
         scale, zero_point = choose_qparams(x, dtype=dtype, symmetric=symmetric)
@@ -105,8 +105,8 @@ def static_db(linear, x, name, measured_on):
 
 
 def test_percentile_beats_min_max_with_outliers():
-    """Two values in 65,536 are 100 standard deviations out. Min-max has steps of 200 / 255 against 6.6 / 255 at 99.9 %:
-    20 log10(200 / 6.6) = 30 dB, less what clipping 0.1 % of the bulk costs.
+    """Two values in 65,536 are 100 standard deviations out. The step is 200 / 255 with min-max and 6.6 / 255 at 99.9 %.
+    That gives 20 log10(200 / 6.6) = 30 dB, minus the error of clipping 0.1 % of the values.
     """
     linear, x = nn.Linear(256, 64), normal(256, 256)
     bulk = x[2:].clone()
@@ -117,9 +117,9 @@ def test_percentile_beats_min_max_with_outliers():
 
 
 def test_percentile_loses_where_the_outliers_carry_the_signal():
-    """One feature of 256 is 60 times as large as the others, as in transformers. Most of every output is its, and
-    99.9 % of the values do not hold it. Min-max: steps of 2 * 60 * 3 / 255 = 1.4, noise of 1.4 / sqrt(12) in each of
-    256 features, against a signal of 60: 20 log10(60 / (0.4 * 16)) = 19 dB.
+    """One feature of 256 is 60 times as large as the others, as in transformers. It makes up most of every output, but
+    lies outside the range of 99.9 % of the values. With min-max the step is 2 * 60 * 3 / 255 = 1.4, so the noise is
+    1.4 / sqrt(12) = 0.4 in each of 256 features, against a signal of 60: 20 log10(60 / (0.4 * 16)) = 19 dB.
     """
     linear, x = nn.Linear(256, 64), normal(256, 256)
     x[:, 7] *= 60

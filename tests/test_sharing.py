@@ -1,4 +1,4 @@
-"""Layers used twice, weights used twice, and layers that no batch reaches: what each becomes, and its values."""
+"""Layers used twice, weights used twice, and layers that no batch reaches: their plans and their outputs."""
 
 import copy
 
@@ -21,7 +21,7 @@ by_rounding = pytest.mark.parametrize("rounding", ["nearest", "gptq", "auto"])
 
 
 def correlated(rows, seed):
-    """A few directions carry most of the inputs, which direction depends on `seed`: what gptq gains by."""
+    """Inputs with most of their energy in a few directions, which depend on `seed`. GPTQ gains on them."""
     return normal(rows, 4, seed=seed) @ normal(4, K, seed=seed + 50) + 0.2 * normal(rows, K, seed=seed + 1)
 
 
@@ -29,7 +29,7 @@ DATA, X = [correlated(200, 1), correlated(60, 1)], correlated(100, 1)
 
 
 def outliers(norm, *readers):
-    """Channels 3 and 7 of the norm 50 times as large, and divided out again: what smoothing is for."""
+    """Makes channels 3 and 7 of the norm 50 times as large, and undoes it in the readers: a case for smoothing."""
     norm.weight[[3, 7]] *= 50
     for reader in readers:
         reader.weight[:, [3, 7]] /= 50
@@ -65,11 +65,11 @@ def test_a_layer_used_twice_is_one_layer_that_saw_both_inputs(inplace, rounding)
     assert qmodel.torchq_plan.smoothings == {}  # its other input would need other scales
     assert torch.equal(qmodel.norm.weight, model.norm.weight)
     assert type(qmodel.fc) is QuantizedLinear
-    assert sqnr_db(model(X), qmodel(X)) > 15  # 8 bits for two inputs of which one has outliers, one after the other
+    assert sqnr_db(model(X), qmodel(X)) > 15  # one 8-bit range for two different inputs, of which one has outliers
 
 
 class SharedInSequential(nn.Sequential):
-    """fc, relu, fc: one layer at two places, which nothing may be folded into."""
+    """fc, relu, fc: one layer at two places. Nothing may be folded into it."""
 
     def __init__(self):
         fc = nn.Linear(K, K)
@@ -94,7 +94,7 @@ def test_a_layer_at_two_places_is_swapped_at_both(inplace, rounding):
 
 
 class TiedLinears(nn.Module):
-    """One Parameter in two layers; each has its own norm before it, and inputs of its own directions."""
+    """One Parameter in two layers. Each has its own norm before it, and differently correlated inputs."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class TiedLinears(nn.Module):
 @by_rounding
 @pytest.mark.parametrize("smoothing", ["none", "auto"])
 def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplace, rounding, smoothing):
-    """The layer that is smoothed gets scaled weights of its own; the other, and the Parameter, keep theirs."""
+    """The smoothed layer gets its own scaled weights. The other layer, and the Parameter, do not change."""
     model = TiedLinears().eval()
     weight = model.a.weight.clone()
     config = QConfig(activation="dynamic", rounding=rounding, smoothing=smoothing)
@@ -137,11 +137,11 @@ def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplac
         )
         assert all(torch.equal(actual, expected) for actual, expected in values)
     if rounding == "gptq":
-        assert not torch.equal(qmodel.a.weight, qmodel.b.weight)  # the inputs differ, and with them the rounding
+        assert not torch.equal(qmodel.a.weight, qmodel.b.weight)  # the inputs differ, so the rounding does too
 
 
 class Language(nn.Module):
-    """Tokens in, logits out, and one weight for both: the head's, behind a norm that would be smoothed."""
+    """A language model whose embedding and head share a weight. The head reads a norm that is worth smoothing."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ def test_a_head_that_shares_the_weight_of_an_embedding_stays_as_it_is(inplace, r
 
 
 class Auxiliary(nn.Module):
-    """A second head, for training or on request, that reads what the first reads, or that flattened."""
+    """A second head, used in training or on request, reads the first one's input, possibly flattened."""
 
     def __init__(self, flat=False):
         super().__init__()
@@ -196,7 +196,7 @@ class Auxiliary(nn.Module):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("exclude", [(), ("aux",)])
 def test_a_head_used_only_in_training_stays_float_and_exact(inplace, flat, exclude):
-    """Nothing it reads is rescaled, although no batch showed that it reads it."""
+    """Its input must not be rescaled, although no batch showed that it reads it."""
     model = Auxiliary(flat).eval()
     qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(exclude=exclude))
     plan = qmodel.torchq_plan
@@ -208,11 +208,11 @@ def test_a_head_used_only_in_training_stays_float_and_exact(inplace, flat, exclu
     reached = convert(Auxiliary(flat).eval(), DATA, forward=lambda m, x: m(x, aux=True))
     assert list(reached.torchq_plan.smoothings) == (
         [] if flat else ["norm"]
-    )  # a view of another shape is no whole read
+    )  # a view of another shape is not accepted as a read of the whole output
 
 
 def test_a_head_used_only_in_training_when_the_scheme_is_asked_for():
-    """Static has no range for it. Dynamic needs none."""
+    """With "static", there is no range for it. With "dynamic", none is needed."""
     with pytest.raises(ValueError, match=r"calib_loader never reached 'aux'. Pass data that runs .*, exclude them, or"):
         convert(Auxiliary().eval(), DATA, config=STATIC)
     model = Auxiliary().eval()
@@ -223,7 +223,7 @@ def test_a_head_used_only_in_training_when_the_scheme_is_asked_for():
 
 
 class Experts(nn.Module):
-    """One of two experts by the sign of the input; both read the norm's output."""
+    """Runs one of two experts, by the sign of the input. Both read the norm's output."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ def test_an_expert_that_no_batch_chose_gets_the_input_it_was_trained_on():
 
 
 def test_attention_does_not_count_as_unreached():
-    """nn.MultiheadAttention reads its projection's weight without a call: the other norm is smoothed as ever."""
+    """nn.MultiheadAttention never calls its projection. That must not prevent smoothing the other norm."""
     block = nn.TransformerEncoderLayer(K, 4, 48, batch_first=True, norm_first=True).eval()
     outliers(block.norm2, block.linear1)
     assert "norm2" in convert(block, [x.reshape(2, -1, K) for x in DATA]).torchq_plan.smoothings

@@ -1,4 +1,4 @@
-"""SmoothQuant: the float function stays, outliers cost nothing, and nothing is folded that others may see."""
+"""SmoothQuant: the float function stays, outliers cost no accuracy, and outputs with other readers are left alone."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ UNSMOOTHED = QConfig(smoothing="none")
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 @pytest.mark.parametrize("activation", ["auto", "dynamic", "static"])
 def test_outlier_channels_cost_nothing(norm, activation):
-    """Unsmoothed, a step is 50 times as coarse for 29 of 32 channels; smoothed, all is as if there were no outliers."""
+    """Without smoothing, the step is 50 times as coarse for 29 of 32 channels. With it, outliers have no effect."""
     model = Block(norm=norm)
     plain, smooth = (convert(model, DATA, config=QConfig(activation=activation, smoothing=s)) for s in ("none", "auto"))
     assert sqnr_db(model(X), plain(X)) < 25
@@ -70,7 +70,7 @@ def test_no_linear_is_rescaled_whose_weights_have_one_scale():
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_the_float_function_stays(norm):
-    """Two roundings of 2^-24 on each weight and on each norm output: 2^-22 relative to the sum of magnitudes."""
+    """Each weight and each norm output is rounded twice, by 2^-24: 2^-22 of the sum of magnitudes."""
     model = Block(norm=norm)
     scales = torch.rand(K) * 10 + 0.01
     smoothed = only_smoothed(model, scales)
@@ -84,7 +84,7 @@ def test_the_float_function_stays(norm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_powers_of_two_change_no_bit(dtype):
-    """And a 16-bit model gets no others."""
+    """And a 16-bit model gets only powers of two."""
     model = Block().to(dtype)
     peak = model.norm(X.to(dtype)).float().flatten(0, 1).abs().amax(dim=0)
     scales = smoothing_scales(peak, [model.a.weight, model.b.weight], 0.5)
@@ -165,7 +165,7 @@ def resmoothed(plan, **changes):
 
 
 def test_outliers_behind_a_relu_cost_nothing():
-    """An MLP's hidden layer, fused into one u8 chain as ever."""
+    """The hidden layer of an MLP is smoothed, and still fused into one chain of u8 codes."""
     first, last = nn.Linear(K, K), nn.Linear(K, 8)
     first.weight[[1, 2]] *= 50
     first.bias[[1, 2]] *= 50
@@ -179,8 +179,9 @@ def test_outliers_behind_a_relu_cost_nothing():
 
 
 def test_ranges_that_fit_few_rows_are_not_believed():
-    """After smoothing every channel of the 128 rows ends at the range, and a new row is beyond it in a quarter of its
-    32 channels. Judged by the rows that made the ranges, a chain of five seemed to gain by smoothing, and lost 9 dB.
+    """After smoothing, every channel of the 128 rows reaches the end of the range. A new row is outside in K / n = 1/4
+    of a channel on average. Measured on the rows that gave the ranges, a chain of five layers seemed to gain by
+    smoothing, but it lost 9 dB on new rows.
     """
     layers = [module for _ in range(5) for module in (nn.Linear(K, K), nn.ReLU())][:-1]
     for layer in layers[::2]:

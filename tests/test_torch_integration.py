@@ -1,4 +1,4 @@
-"""What PyTorch may do with the ops and the module: opcheck, compile, export, autograd modes, autocast."""
+"""The ops and the module in PyTorch: opcheck, compile, export, autograd modes, autocast."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from torchq.ops import Activation
 
 K = 37
 INPUT, HIDDEN = QParams(0.03, 90), QParams(0.02, 0)
-pytestmark = [  # torch.compile and torch.export use parts of torch that torch itself has deprecated
+pytestmark = [  # torch.compile and torch.export use deprecated parts of torch
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),  # torch 2.10's export.load
@@ -73,7 +73,7 @@ def samples():
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())])
 def test_opcheck(op, args):
-    """Schema, fake (static and dynamic shapes) and what the op really does agree."""
+    """Schema, fake (static and dynamic shapes) and the real op agree."""
     result = torch.library.opcheck(getattr(torch.ops.torchq, op), args)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -83,13 +83,13 @@ def test_fake_tensors_tell_the_shape_and_dtype(generator, scheme):
     model = build(scheme, generator)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         y = model(torch.empty(2, 9, K, dtype=torch.bfloat16))
-    # a layer that takes codes gives its own dtype, float32 here
+    # A layer that takes codes gives its own dtype, here float32.
     assert (y.shape, y.dtype) == ((2, 9, 21), torch.float32 if scheme == "chain" else torch.bfloat16)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compiled_equals_eager(generator, scheme):
-    """In one graph each, integer and simulated; simulate() is noticed by what was compiled before."""
+    """Int8 and simulated each compile to one graph. simulate() also works on a model that was compiled before."""
     model = build(scheme, generator)
     x = random_float(2, 9, K, generator=generator)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -98,14 +98,14 @@ def test_compiled_equals_eager(generator, scheme):
             assert_identical(compiled(x), model(x), mode.__name__)
     with simulate():
         simulated = model(x)
-    assert not torch.equal(simulated, model(x))  # two computations were compared, not one
+    assert not torch.equal(simulated, model(x))  # so two different computations were compared
 
 
 @pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 @pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
 def test_inductor_equals_eager(generator, mode):
-    """The default backend, which fuses the float operations of simulate() into C++ of its own."""
+    """Inductor, the default backend, fuses the float operations of simulate() into its own C++."""
     model = build("chain", generator)
     x = random_float(9, K, generator=generator)
     with mode():
@@ -128,7 +128,7 @@ def test_one_compiled_graph_serves_every_batch_size(generator, scheme, mode):
 
 
 def test_a_graph_with_a_symbolic_weight(generator):
-    """The packed weight as an argument: its length is symbolic, and N still comes out."""
+    """If the packed weight is an argument, its length is symbolic, and N must still be inferred from it."""
 
     def multiply(x, packed):
         y = torch.ops.torchq.linear_dynamic(x, packed)
@@ -145,7 +145,7 @@ def test_a_graph_with_a_symbolic_weight(generator):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_export_round_trip(generator, scheme, strict):
-    """Saved, loaded and decomposed, for any batch size; the weights travel packed."""
+    """The program is saved, loaded and decomposed, for any batch size. It contains the packed weights."""
     model = build(scheme, generator)
     batch = torch.export.Dim("batch", min=2)
     example = (random_float(4, 3, K, generator=generator),)
@@ -189,7 +189,7 @@ def test_an_input_that_requires_grad_is_computed(generator, scheme, mode):
 @pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_autocast_does_not_reach_inside(generator, scheme, mode):
-    """On or off, to either dtype: codes are made from what arrives, and simulate() tells their error there too."""
+    """On or off, with either dtype, codes come from the input as it is. simulate() has their error there too."""
     model = build(scheme, generator)
     x = random_float(9, K, generator=generator)
     with mode():
@@ -200,7 +200,7 @@ def test_autocast_does_not_reach_inside(generator, scheme, mode):
 
 
 def test_after_a_float_layer_under_autocast(generator):
-    """The float layer gives bfloat16, and then so do the quantized ones."""
+    """The float layer gives bfloat16, so the quantized layers give bfloat16 too."""
     model = nn.Sequential(nn.Linear(K, K), *build("dynamic", generator))
     x = random_float(9, K, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
@@ -209,7 +209,7 @@ def test_after_a_float_layer_under_autocast(generator):
 
 
 def test_layers_take_turns_with_onednn(generator):
-    """On CPUs with AMX both configure the same tile registers of a thread, and each must be right after the other."""
+    """On CPUs with AMX both configure a thread's tile registers. Each must be right after the other has run."""
     layer = QuantizedLinear(*random_weight(96, 192, generator))
     x, a, b = (torch.randn(shape, generator=generator) for shape in ((40, 192), (70, 256), (256, 80)))
     a, b = a.bfloat16(), b.bfloat16()

@@ -1,8 +1,8 @@
 """An arm64 Debian with Python and torch under build/arm, and programs run in it by qemu-user: no Arm hardware, no root.
 
-qemu-user runs one process: its system calls go to this machine's kernel, files under the root are found first (-L), and
-a program it starts is started on this machine. So the emulated Python runs setup.py while the cross compiler it calls
-runs at full speed, but `subprocess.run([sys.executable, ...])` does not work: such tests carry the mark `subprocess`.
+qemu-user emulates one process. Its system calls go to this machine's kernel, it looks for files under the root first
+(-L), and a program that it starts runs on this machine. So the emulated Python can run setup.py with a cross compiler
+at full speed. But `subprocess.run([sys.executable, ...])` does not work: such tests have the mark `subprocess`.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ DEBIAN, SITE, PACKAGE = BUILD / "debian", BUILD / "site", BUILD / "package"
 MODE = os.environ.get("TORCHQ_ARM", "")
 CXX = "aarch64-linux-gnu-g++"
 CPUS = {"cortex-a53": "neon", "neoverse-n1": "neon_dotprod", "max": "neon_i8mm"}
-"""qemu's CPU models, and the kernel that dispatch must choose there: no SDOT, SDOT but no USMMLA, both."""
+"""qemu's CPU models, and the kernel that dispatch must choose on each: without SDOT, with SDOT, and with USMMLA too."""
 
-# The last release whose aarch64 wheel on PyPI is a CPU build. It needs LSE atomics, which cortex-a53 lacks: there only
-# the core is tested, and with torch the neon kernel is forced instead.
+# The last release whose aarch64 wheel on PyPI is a CPU build. It needs LSE atomics, which cortex-a53 lacks. So only the
+# core is tested on cortex-a53, and the tests with torch force the neon kernel on another CPU.
 TORCH = "torch==2.10.0"
-# What the tests and torch need, at the versions of requirements.txt where it names them.
+# The packages that the tests and torch need, at the versions in requirements.txt if it has them.
 PINNED = ["numpy", "tqdm", "safetensors", "setuptools", "pybind11", "pytest", "hypothesis", "scikit-learn"]
 OTHERS = ["filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "iniconfig"]
 OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals"]
 OTHERS += ["cloudpickle"]
 
-# Why a test may be skipped under emulation; any other reason is a failure.
+# The reasons for which a test may be skipped under emulation. Any other reason is a failure.
 SKIPS = ["emulated by qemu-user", "the checks read x86-64 instructions", "this CPU cannot run neon_i8mm"]
 SKIPS += ["this CPU runs every kernel"]
 
@@ -49,7 +49,7 @@ NEEDED = {
 
 
 def run(command: Sequence[str | Path], **environment: str) -> str:
-    """Runs a command and returns what it printed; a failure raises with command and output."""
+    """Runs a command and returns its output. A failure raises an error with command and output."""
     done = subprocess.run(
         [str(word) for word in command],
         env={**os.environ, **environment},
@@ -64,7 +64,7 @@ def run(command: Sequence[str | Path], **environment: str) -> str:
 
 
 def check_tools() -> None:
-    """Stops with the apt-get command if a program is absent."""
+    """Fails with the apt-get command if a program is missing."""
     absent = [package for program, package in NEEDED.items() if shutil.which(program) is None]
     if absent:
         raise RuntimeError(f"apt-get install -y --no-install-recommends {' '.join(absent)}")
@@ -82,7 +82,7 @@ def emulated(program: Path, *arguments: str, cpu: str) -> str:
 
 
 def requirements() -> list[str]:
-    """Gives torch, and the pinned versions for this Python."""
+    """The requirements: torch, and the pinned versions for the emulated Python."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pins = [line.split(";")[0].strip() for line in lines if "==" in line and "< " not in line.partition(";")[2]]
     return [TORCH, *(pin for pin in pins if pin.split("==")[0] in PINNED), *OTHERS]
@@ -95,8 +95,8 @@ def make_debian() -> None:
     shutil.rmtree(DEBIAN, ignore_errors=True)
     packages = "python3.11,libpython3.11-dev,libgomp1,libstdc++6"
     command = ["mmdebstrap", "-q", "--arch=arm64", "--variant=extract", f"--include={packages}", "bookworm", DEBIAN]
-    run(command)  # makes one folder, not its parents
-    # Found before this machine's own by -L: torch reads which CPU it runs on.
+    run(command)  # makes the folder, but not its parents
+    # torch reads /proc/cpuinfo to find its CPU. With -L, it finds this file instead of the host's.
     entry = "processor\t: {}\nFeatures\t: fp asimd atomics asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n\n"
     (DEBIAN / "proc").mkdir(exist_ok=True)
     (DEBIAN / "proc" / "cpuinfo").write_text(entry.format(0) + entry.format(1))
@@ -133,7 +133,7 @@ def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
 
 
 def project_passes(cpu: str, *files: str) -> None:
-    """Runs these test files of the project, or all but those about Arm, with all of the CPU's kernels required."""
+    """Runs these test files, or all but those in tests/arm. No test of a kernel that the CPU has may be skipped."""
     paths = [TESTS / name for name in files] or [TESTS, f"--ignore={TESTS / 'arm'}"]
     kernels = list(CPUS.values())
     required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
@@ -146,7 +146,7 @@ def project_passes(cpu: str, *files: str) -> None:
 
 
 def sources_of_package() -> str:
-    """Hashes all that the package is built from."""
+    """A hash of all files that the package is built from."""
     folders = ROOT / "csrc", ROOT / "torchq"
     inside = [path for folder in folders for path in folder.rglob("*") if path.suffix not in {".so", ".pyc"}]
     found = hashlib.sha256()
@@ -161,7 +161,7 @@ def make_package() -> None:
     if stamp.exists() and stamp.read_text() == wanted:
         return
     stamp.unlink(missing_ok=True)
-    shutil.rmtree(PACKAGE, ignore_errors=True)  # a file that is no more must not be found there
+    shutil.rmtree(PACKAGE, ignore_errors=True)  # removes files that no longer exist in the project
     include = DEBIAN / "usr/include"
     shared = f"{CXX} -shared"
     os.chdir(ROOT)
@@ -170,7 +170,7 @@ def make_package() -> None:
         cpu="max",
         CC="aarch64-linux-gnu-gcc",
         CXX=CXX,
-        # Without the first, this machine's headers would be found; Debian's pyconfig.h needs the second.
+        # The first keeps the compiler from this machine's headers. Debian's pyconfig.h needs the second.
         CPPFLAGS=f"-I{include}/python3.11 -idirafter {include}",
         LDSHARED=shared,
         LDCXXSHARED=shared,
@@ -180,7 +180,7 @@ def make_package() -> None:
 
 
 def make_all() -> None:
-    """Makes what is not there yet; of several that call it at a time, one does."""
+    """Makes everything that is missing. If several processes call it at a time, one of them does the work."""
     check_tools()
     BUILD.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILD / "lock"):

@@ -1,4 +1,4 @@
-"""Saves quantized models with inputs and outputs, or loads them and demands the same bits; x86-64 to aarch64 and back.
+"""Saves quantized models with inputs and outputs, or loads them and checks the bits: x86-64 to aarch64 and back.
 
 python tests/arm/exchange.py save|check FOLDER
 """
@@ -17,7 +17,7 @@ SCHEMES = ["dynamic", "static"]
 
 
 def network(generator: torch.Generator) -> nn.Sequential:
-    """Every activation the epilogue has, no depth or width that is a whole group, panel or vector."""
+    """Has every activation of the epilogue, and no K or N that is a multiple of a group, panel or vector."""
     sizes = [75, 130, 67, 50, 33]
     layers: list[nn.Module] = []
     for wide, narrow, between in zip(
@@ -31,7 +31,7 @@ def network(generator: torch.Generator) -> nn.Sequential:
 
 
 def assert_bits(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Equal, and zeros of the same sign."""
+    """Fails unless values are equal, and zeros have the same sign."""
     assert actual.dtype == expected.dtype, what
     same = torch.equal(actual, expected) and torch.equal(actual.signbit(), expected.signbit())
     assert same, f"{what}: other bits than where the model was saved"
@@ -40,7 +40,7 @@ def assert_bits(actual: Tensor, expected: Tensor, what: str) -> None:
 def save(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     model = network(generator)
-    x = torch.randn(59, 75, generator=generator)  # enough rows that no kernel leaves a layer to another one
+    x = torch.randn(59, 75, generator=generator)  # so many rows that no kernel passes a layer on to another kernel
     for scheme in SCHEMES:
         qmodel = convert(model, [x], config=QConfig(activation=scheme))
         torch.save(qmodel, folder / f"{scheme}.model.pt")

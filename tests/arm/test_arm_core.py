@@ -24,7 +24,7 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_dispatch_picks_the_best_kernel(program, cpu):
-    """And lists what it can run, best first."""
+    """It also lists the kernels that the CPU can run, best first."""
     order = list(CPUS.values())[::-1]
     expected = [*order[order.index(CPUS[cpu]) :], "reference"]
     assert emulation.emulated(program, "--list", cpu=cpu).split("\n") == [*expected, f"active: {expected[0]}", ""]
@@ -33,9 +33,9 @@ def test_dispatch_picks_the_best_kernel(program, cpu):
 @pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("cpu", [cpu for cpu in CPUS if MODE != "quick" or cpu != "neoverse-n1"])
 def test_core_passes_its_tests(program, cpu):
-    """Every kernel of this CPU: tails, corners, special values, guard pages, parts; bit for bit the reference.
+    """Every kernel of this CPU equals the reference, bit for bit: tails, corners, special values, guard pages, parts.
 
-    A quick run leaves out neoverse-n1, whose kernels max has too; that they run there is shown with torch.
+    A quick run leaves out neoverse-n1, since max has its kernels too; the tests with torch run them on neoverse-n1.
     """
     quick = ["--quick"] if MODE == "quick" else []
     output = emulation.emulated(program, "--seed", "1", "--require", CPUS[cpu], *quick, cpu=cpu)
@@ -55,7 +55,7 @@ SYSTEMS = {
     "Windows": ["-U__linux__", "-D_WIN32", "-DPF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE=66"],
     "Windows, older SDK": ["-U__linux__", "-D_WIN32"],
 }
-# system, what it says of SDOT and of USMMLA (and A: on Apple's silicon), the kernels in the order of preference
+# The system; its answers about SDOT and USMMLA (and A: Apple silicon); and the kernels in order of preference.
 ANSWERS = [
     ("Linux", "00", "neon reference"),
     ("Linux", "10", "neon_dotprod neon reference"),
@@ -73,7 +73,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("system", "answers", "kernels"), ANSWERS)
 def test_detection(tmp_path, system, answers, kernels):
-    """cpu.cpp and dispatch.cpp as each system compiles them, its functions replaced: what is asked, what follows."""
+    """Compiles cpu.cpp and dispatch.cpp as for each system, with stand-ins for its functions; checks the kernels."""
     here, out = Path(__file__).parent / "stand_ins", tmp_path / "dispatch_test"
     flags = [*PLAIN, *WARNINGS, "-O1", *SYSTEMS[system], "-I", here]
     emulation.run([CXX, *flags, "-c", here / "dispatch_test.cpp", "-o", f"{out}.o"])

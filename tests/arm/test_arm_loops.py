@@ -1,6 +1,6 @@
-"""What the compiler made of the Arm kernels: the instructions of the multiply loops, and those of whole layers.
+"""The machine code of the Arm kernels: the instructions of the multiply loops, and of whole layers.
 
-As on x86-64, an accumulator on the stack gives the right answer at half the speed, so no other test sees it.
+As on x86-64, an accumulator on the stack gives the right answer at half the speed, so no other test would notice it.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def loops() -> dict[str, list[Loop]]:
 
 @every_kernel
 def test_every_tile_has_a_multiply_loop(loops, kernel):
-    """Of all rows, so that the tests below miss none."""
+    """For every number of rows, so that the tests below check all."""
     assert {loop.rows for loop in loops[kernel]} == set(ROWS)
 
 
@@ -33,15 +33,16 @@ def test_accumulators_stay_in_registers(loops, kernel):
 
 @every_kernel
 def test_an_iteration_is_whole_groups(loops, kernel):
-    """Each product once: rows x columns x k multiply-adds. A pair of rows is multiplied also where one is missing."""
+    """An iteration does rows x columns x k multiply-adds. USMMLA multiplies pairs of rows, even if one is missing."""
     depth, columns = {"neon": (4, 8), "neon_dotprod": (4, 16), "neon_i8mm": (16, 16)}[kernel]
     for loop in loops[kernel]:
         rows = loop.rows + loop.rows % 2 if kernel == "neon_i8mm" else loop.rows
         assert loop.macs % (rows * columns * depth) == 0, f"{kernel}, {loop.rows} rows"
 
 
-# Of the loop of a full tile: the least share of instructions that multiply, the least multiply-adds per loaded byte,
-# and the loads of an iteration. neon multiplies by two instructions, SMULL and SADALP, and loads every group's codes.
+# For the loop of a full tile: the minimum share of instructions that multiply, the minimum number of multiply-adds per
+# loaded byte, and the number of loads per iteration. neon needs two instructions to multiply, SMULL and SADALP, and
+# loads the codes of every group.
 MAIN = {"neon": (0.69, 3.4, 10), "neon_dotprod": (0.84, 4.3, 14), "neon_i8mm": (0.73, 4.3, 11)}
 
 
@@ -56,7 +57,7 @@ def test_the_main_loop_mostly_multiplies(loops, kernel):
 
 @pytest.mark.parametrize(("kernel", "most"), [("neon", 1.9), ("neon_dotprod", 1.8), ("neon_i8mm", 1.9)])
 def test_one_row_loads_little_more_than_its_weights(loops, kernel, most):
-    """One row reads every weight once: a byte per multiply-add, and its own codes. Few instructions besides."""
+    """For one row, each weight is used once: a byte per multiply-add, plus the codes. Few other instructions remain."""
     loop = main_loop(loops[kernel], 1)
     useful = loop.macs // 2 if kernel == "neon_i8mm" else loop.macs
     assert loop.loaded_bytes / useful <= 1.13
@@ -65,9 +66,9 @@ def test_one_row_loads_little_more_than_its_weights(loops, kernel, most):
 
 # ---- Whole layers, instructions executed ----------------------------------------------------------------------------
 
-# How far a layer may exceed its own multiply loops: 10 %. A loop of USMMLA is so short, 0.042 instructions per
-# multiply-add, that at 768 x 768 the fewest that quantize an input (1.75) and finish an output (1.63) are more:
-# docs/arm.md. What is measured lies a little below these.
+# How many more instructions a layer may take than its multiply loops: 10 %, except where that is impossible. A loop of
+# USMMLA takes only 0.042 instructions per multiply-add, so at 768 x 768 the minimum for quantizing an input (1.75) and
+# finishing an output (1.63) already exceeds 10 %: see docs/arm.md. The measured values lie a little below these limits.
 LIMITS = {
     ("neon", (16, 768, 768)): 0.03,
     ("neon", (128, 3072, 768)): 0.02,
@@ -120,7 +121,7 @@ CLEAN = """
 
 
 def test_the_reader_finds_the_loop():
-    """And not what lies behind it: a block moved past the end also jumps back."""
+    """It does not take a block after the end of the function, which also jumps back, for a loop."""
     (loop,) = loops_in("neon_i8mm", CLEAN)
     assert (loop.rows, loop.products, loop.macs, loop.loaded_bytes, len(loop.code)) == (2, 2, 64, 48, 6)
     assert loop.share == 2 / 6

@@ -16,26 +16,26 @@ def package(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _beside_the_package(monkeypatch):
-    """In the clone, its own torchq folder would be imported."""
+    """Changes the folder: in the checkout, Python would import its torchq folder."""
     monkeypatch.chdir(PACKAGE)
 
 
 @pytest.mark.slow(seconds=90)
 def test_the_project_passes_its_tests():
-    """On the CPU with all kernels: in a quick run those of the ops against the oracle, in the full run everything."""
+    """On the CPU with all kernels. A quick run has the tests of the ops against the oracle, the full run has all."""
     emulation.project_passes("max", *(["test_ops.py"] if MODE == "quick" else []))
 
 
 @pytest.mark.parametrize("cpu", ["neoverse-n1", "max"])
 def test_the_best_kernel_is_active(cpu):
-    """And CPU features are named as /proc/cpuinfo does. (torch's own libraries need more than cortex-a53 has.)"""
+    """CPU features have their names from /proc/cpuinfo. (cortex-a53 is left out: torch's libraries can't run on it.)"""
     code = "import torchq; from torchq import _C; print(torchq.kernels.active(), *_C.cpu_features())"
     features = {"neoverse-n1": "asimd asimddp", "max": "asimd asimddp i8mm"}[cpu]
     assert emulation.python("-c", code, cpu=cpu).split("\n")[-2] == f"{CPUS[cpu]} {features}"
 
 
 def test_a_model_moves_between_architectures(tmp_path):
-    """Saved on x86-64 it gives the same bits under aarch64, with every kernel; and the reverse."""
+    """A model saved on x86-64 gives the same bits on aarch64, with every kernel, and vice versa."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
     exchange = ROOT / "tests" / "arm" / "exchange.py"

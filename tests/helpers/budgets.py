@@ -1,4 +1,4 @@
-"""A network with one layer that int8 ruins, and a metric that sees it, for the tests of the accuracy budget."""
+"""For the tests of the accuracy budget: a network with one layer that int8 ruins, and a metric that shows it."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ X = normal(64, WIDTH, seed=9)
 
 
 class Shifted(nn.Module):
-    """Adds 300 to every other channel, and takes 300 from the rest."""
+    """Adds 300 to every other channel, and subtracts 300 from the others."""
 
     def __init__(self):
         super().__init__()
@@ -24,16 +24,16 @@ class Shifted(nn.Module):
 
 
 def bad_at(place, layers=5):
-    """A chain of Linear layers; the one at `place` gets its input shifted, by what its weight does not see.
+    """A chain of Linear layers. The input of the one at `place` is shifted by a vector that its weight maps to 0.
 
-    The shift is gone from the output in float. But a step of 600 / 255 leaves little of an input of about 1, whether
-    static or dynamic, and there is no channel whose scale could be taken to the weights.
+    In float, the shift does not change the output. In int8, the step becomes 600 / 255, too coarse for inputs of about
+    1, both static and dynamic. Smoothing can't help, since all channels are equally large.
     """
     torch.manual_seed(0)
     model = nn.Sequential()
     for i in range(layers):
         model.append(nn.Linear(WIDTH, WIDTH))
-        nn.init.kaiming_normal_(model[-1].weight, nonlinearity="relu")  # so that the output depends on every layer
+        nn.init.kaiming_normal_(model[-1].weight, nonlinearity="relu")  # so every layer affects the output
         if i == place:
             model.insert(-1, Shifted())
             signs = model[-2].shift / 300
@@ -45,7 +45,7 @@ def bad_at(place, layers=5):
 
 
 def minus_error(model):
-    """The metric of these tests: minus the error's share of the output's energy. 0 for the float model itself."""
+    """The metric of these tests: minus the error energy divided by the output energy. The float model has 0."""
     exact = model(X).clone()
 
     def evaluate(candidate):

@@ -1,4 +1,4 @@
-"""A network of one Linear, what its records must hold, and what calibration must leave alone."""
+"""A network of one Linear, to test its records, and what calibration must leave unchanged."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ BATCHES, LABELS = X.split(8), Y.split(8)  # 8, 8 and a ragged 4
 
 
 class Net(nn.Module):
-    """One Linear; what it is called with is what its record must hold."""
+    """One Linear. Its record must have the inputs of all calls."""
 
     def __init__(self):
         super().__init__()

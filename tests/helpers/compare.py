@@ -1,4 +1,4 @@
-"""What is compared, and how: bit for bit, by what a user could find changed, or by signal to noise."""
+"""Comparisons: bit for bit, of everything in a model that a user could see change, or by SQNR."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 
 def assert_identical(actual: Tensor, expected: Tensor, case: object = "") -> None:
-    """The same dtype, shape and bits; NaN equals NaN of any payload, 0.0 is not -0.0."""
+    """Dtype, shape and bits are the same. Any NaN equals any other, and 0.0 differs from -0.0."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), (
         f"{case}: {actual.dtype} {tuple(actual.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
     )
@@ -31,7 +31,7 @@ def bits(t: Tensor) -> Tensor:
 
 
 def snapshot(model):
-    """All that a user could find changed, bit for bit."""
+    """Everything in a model that a user could see change, bit for bit."""
 
     def content(tensor):
         if tensor.is_meta:
@@ -48,7 +48,7 @@ def snapshot(model):
 
 
 def assert_close_to_float(model, qmodel, *args, db=25, rows=..., **kwargs):
-    """25 dB is an error of 5.6 %: int8 loses less here (30 to 45 dB), anything computed wrongly far more."""
+    """25 dB is an error of 5.6 %. Int8 has 30 to 45 dB here, and a bug gives far less."""
     args = args or (X,)
     expected, actual = model(*args, **kwargs), qmodel(*args, **kwargs)
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
@@ -56,7 +56,7 @@ def assert_close_to_float(model, qmodel, *args, db=25, rows=..., **kwargs):
 
 
 def bound(layer, x):
-    """How far the integer and the simulated path may lie apart, per element of y, before y is rounded to its dtype.
+    """The largest difference of the integer and the simulated path, per element of y, before y is rounded to its dtype.
 
     u = 2^-24, S = Σ|x_q||w_q| of the dequantized values, as each float operation is off by at most a factor 1 ± u:
     integers: float(acc), s_x·s_w, their product: 3u·S.  simulated: dequantizing x and w, K products, K - 1 sums in

@@ -27,7 +27,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def compiler() -> list[str]:
-    """Gives $CXX, or g++; fails with what to do if there is none."""
+    """The command of $CXX, or g++. Fails with instructions if there is no compiler."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(command[0]) is None:
         pytest.fail(f"the core's tests need a C++17 compiler: {command[0]!r} was not found. Install g++ or set CXX.")
@@ -45,7 +45,7 @@ def shipped_flags() -> list[str]:
 
 def run(command: Sequence[str | Path]) -> str:
     """Runs a command and returns what it printed; a failure shows command and output."""
-    # Without CPATH and its like nothing is found but what the command line names.
+    # Without CPATH and the like, the compiler finds only what the command line names.
     env = {k: v for k, v in os.environ.items() if k not in {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"}}
     done = subprocess.run(
         [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
@@ -56,14 +56,14 @@ def run(command: Sequence[str | Path]) -> str:
 
 
 def jobs(sources: list[Path], *flags: str) -> dict[Path, list[str]]:
-    """What `compile_all` and `built` are given: each source, and its flags."""
+    """The argument of `compile_all` and `built`: each source with its flags."""
     return {source: list(flags) for source in sources}
 
 
 def compile_all(work: dict[Path, list[str]], folder: Path, command: list[str] | None = None) -> list[Path]:
-    """Compiles every source by its flags into folder, as many at a time as there are processors."""
+    """Compiles every source with its flags into `folder`, as many at a time as there are processors."""
     command = command or compiler()
-    # The largest first: the last one to start should not be the longest.
+    # The largest first, so that the last one to start is not the one that takes longest.
     sources = sorted(work, key=lambda source: (not source.name.startswith("kernel_a"), source.name))
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -77,9 +77,9 @@ def compile_all(work: dict[Path, list[str]], folder: Path, command: list[str] | 
 
 
 def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
-    """Compiles into build/core/<name>, unless the same sources stand compiled by the same flags there.
+    """Compiles into build/core/<name>, unless the same sources are already compiled there with the same flags.
 
-    So what several files test is built once, also by several workers of pytest.
+    So test files that use the same build share it, also between workers of pytest.
     """
     command = compiler()
     key = hashlib.sha256(run([*command, "--version"]).encode())
@@ -107,7 +107,7 @@ def program_sources() -> list[Path]:
 
 
 def core_as_shipped() -> list[Path]:
-    """The core's object files by setup.py's flags: without an include directory, and with warnings as errors."""
+    """The core's object files, with setup.py's flags, without an include directory, and with warnings as errors."""
     avx512 = [path for path in core_sources() if "avx512" in path.name or "amx" in path.name]
     flags = [*shipped_flags(), *WARNINGS]
     return built("shipped", jobs(core_sources(), *flags) | jobs(avx512, *flags, *AVX512_FALSE_ALARMS))

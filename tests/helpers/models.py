@@ -9,7 +9,7 @@ from torch import nn
 from helpers.numbers import normal
 from torchq import QuantizedLinear
 
-# For the networks that read 24 features: batches to calibrate with, and others.
+# For networks with 24 inputs: batches to calibrate with, and others to test with.
 DATA = [normal(16, 24, seed=i) for i in range(4)]
 X = normal(33, 24, seed=9)
 with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
@@ -48,7 +48,7 @@ def linears(model):
 
 
 def load_digits():
-    """Of the digits of scikit-learn, 1347 images and classes to train on, and the other 450."""
+    """Scikit-learn's digits: 1347 images and classes to train on, and the other 450."""
     from sklearn import datasets  # slow to import, and few tests want it
 
     x, y = datasets.load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Random numbers, each from a generator of its own or one that is passed, and the ends of float32."""
+"""Random numbers, from a generator with its own seed or from one passed in, and the limits of float32."""
 
 import torch
 from torch import Generator, Tensor
@@ -16,7 +16,7 @@ def random_int8(*shape: int, generator: Generator) -> Tensor:
 
 
 def random_float(*shape: int, generator: Generator) -> Tensor:
-    """Rows of different spread and centre, as tokens have."""
+    """Rows of different spread and mean, like tokens."""
     spread, centre = torch.rand(2, *shape[:-1], 1, generator=generator) * 3
     return torch.randn(shape, generator=generator) * spread + centre - 1
 

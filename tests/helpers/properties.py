@@ -1,4 +1,4 @@
-"""Of the tests of properties: settings under which they repeat, and batches of any floats."""
+"""For property tests: settings that make them repeatable, and batches of any floats."""
 
 import torch
 from hypothesis import settings

@@ -1,7 +1,7 @@
-"""The arithmetic of torchq in plain torch operations: the oracle the ops are held against, bit for bit.
+"""The arithmetic of torchq in plain torch operations: the oracle that the ops must equal, bit for bit.
 
-It shares no code with the C++ kernels or with torchq.qparams. Each float operation is its own torch call in float32,
-so it rounds once. Integers are summed in float64, where every sum here is exact: |Σ| < 2^31, far below 2^53.
+It shares no code with the C++ kernels or with torchq.numerics.qparams. Each float operation is its own torch call in
+float32, so it rounds once. Integers are summed in float64, where every sum here is exact: |Σ| < 2^31, far below 2^53.
 """
 
 import torch
@@ -37,7 +37,7 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
 
 
 def epilogue(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """`act(float(acc) * (x_scale * w_scale) + bias)`, float32; no bias is a bias of 0."""
+    """`act(float(acc) * (x_scale * w_scale) + bias)`, float32. Without a bias, a bias of 0 is added."""
     y = acc.float() * (x_scale * w_scale) + (torch.zeros(()) if bias is None else bias)
     return torch.where(y < 0, 0.0, y) if relu else y
 

@@ -1,4 +1,4 @@
-"""A norm with three outlier channels and two Linears that read it, for the tests of smoothing and of its proof."""
+"""A norm with three outlier channels and two Linears that read it, for the tests of smoothing and of the dataflow."""
 
 from torch import nn
 
@@ -20,7 +20,7 @@ def read(m, x):
 
 
 class Block(nn.Module):
-    """A norm and two Linears that read it, as `run(self, x)` says, with 3 channels of the norm 50 times as large."""
+    """A norm, with 3 channels 50 times as large as the others, and two Linears. `run(self, x)` is its forward."""
 
     def __init__(self, run=read, norm=nn.LayerNorm, **modules):
         super().__init__()
