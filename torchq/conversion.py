@@ -8,6 +8,7 @@ from torch import nn
 
 from torchq.calibration.batches import Forward
 from torchq.calibration.calibrate import Evidence, calibrate, warn_of_few_rows
+from torchq.calibration.isolation import taking_turns
 from torchq.config import QConfig
 from torchq.errors import BadValueError, door
 from torchq.modules.registry import type_names
@@ -71,27 +72,28 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
-    budget = make_budget(evaluate, max_drop, calib_loader)
-    layers, barred = select_layers(model, calib_loader, config)
-    prepared = any(layer.trained for layer in layers.values())
-    if inplace and any(layer.module is model for layer in layers.values()):
-        raise BadValueError(f"inplace=True can't replace the model itself, an {type_names()}. Leave it out.")
-    if config.activation == "static" and calib_loader is None and not prepared:
-        raise BadValueError("activation='static' needs a calib_loader to find the ranges with.")
-    if prepared:
-        barred = unprepared(model, layers) | barred
+    with taking_turns(model):
+        budget = make_budget(evaluate, max_drop, calib_loader)
+        layers, barred = select_layers(model, calib_loader, config)
+        prepared = any(layer.trained for layer in layers.values())
+        if inplace and any(layer.module is model for layer in layers.values()):
+            raise BadValueError(f"inplace=True can't replace the model itself, an {type_names()}. Leave it out.")
+        if config.activation == "static" and calib_loader is None and not prepared:
+            raise BadValueError("activation='static' needs a calib_loader to find the ranges with.")
+        if prepared:
+            barred = unprepared(model, layers) | barred
 
-    free = {name: layer for name, layer in layers.items() if name not in barred}
-    evidence = Evidence(model, free, config)
-    if calib_loader is not None:
-        evidence = calibrate(model, calib_loader, free, config, forward=forward, progress=progress)
-    stages = (choose, smooth, fuse, partial(round_weights, progress=progress), describe)
-    plan = first_plan(layers, barred)
-    for stage in stages:
-        plan = stage(plan, evidence)
-    if calib_loader is not None:
-        warn_of_few_rows({name: evidence.records[name] for name, layer in free.items() if not layer.trained})
-    if budget is not None:
-        plan = fit(plan, evidence, budget)
-    del layers, free, evidence  # they hold the float modules, which inplace frees one by one
-    return applied(model, plan, inplace=inplace)
+        free = {name: layer for name, layer in layers.items() if name not in barred}
+        evidence = Evidence(model, free, config)
+        if calib_loader is not None:
+            evidence = calibrate(model, calib_loader, free, config, forward=forward, progress=progress)
+        stages = (choose, smooth, fuse, partial(round_weights, progress=progress), describe)
+        plan = first_plan(layers, barred)
+        for stage in stages:
+            plan = stage(plan, evidence)
+        if calib_loader is not None:
+            warn_of_few_rows({name: evidence.records[name] for name, layer in free.items() if not layer.trained})
+        if budget is not None:
+            plan = fit(plan, evidence, budget)
+        del layers, free, evidence  # they hold the float modules, which inplace frees one by one
+        return applied(model, plan, inplace=inplace)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torchq.calibration.batches import Forward, call_with_batch
 from torchq.calibration.dataflow import Dataflow
+from torchq.calibration.isolation import in_eval_mode, own_thread, without_fast_path
 from torchq.calibration.record import Record
 from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
@@ -139,17 +140,8 @@ def warn_of_few_rows(records: Mapping[str, Record]) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside: eval mode, no gradients, and no fused attention kernels, which would bypass the layers' forward."""
-    training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, flag in training.items():
-            module.training = flag
+    with in_eval_mode(model), without_fast_path(), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -179,12 +171,12 @@ def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> It
 
     model, handles = evidence.model, []
     for path, layers in by_module.items():
-        hook = partial(record, layers)
+        hook = own_thread(partial(record, layers))
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     for name, module in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, nn.Sequential) or isinstance(parent, nn.Sequential):
-            handles.append(module.register_forward_pre_hook(partial(count, name)))
+            handles.append(module.register_forward_pre_hook(own_thread(partial(count, name))))
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
+from torchq.calibration.isolation import own_thread
 from torchq.modules.registry import Layer, type_of
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -43,8 +44,7 @@ class Dataflow(TorchDispatchMode):
     * The owner has no other layer that no batch reached and whose number of inputs would fit the output: a head used in
       training only, say, or an expert that was never chosen.
 
-    It cannot see what other operations a branch would run that no batch took, or operations in threads that the model
-    starts.
+    It cannot see what other operations a branch would run that no batch took, or operations in other threads.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -102,12 +102,14 @@ class Dataflow(TorchDispatchMode):
         handles = []
         for name in self._layers | self._sources:
             module = self._model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(self._leave, name)))
+            handles.append(module.register_forward_pre_hook(own_thread(partial(self._enter, name)), with_kwargs=True))
+            handles.append(module.register_forward_hook(own_thread(partial(self._leave, name))))
         for owner in set(self._owners.values()):
-            handles.append(self._model.get_submodule(owner).register_forward_hook(partial(self._close, owner)))
+            module = self._model.get_submodule(owner)
+            handles.append(module.register_forward_hook(own_thread(partial(self._close, owner))))
         for name in self._unreached:
-            handles.append(self._model.get_submodule(name).register_forward_pre_hook(partial(self._reach, name)))
+            module = self._model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(own_thread(partial(self._reach, name))))
         try:
             with self:
                 yield
