@@ -72,6 +72,8 @@ def calibrate(
 
     * Batches may differ in size, sequence length and leading dimensions. Only the rows count: the result is the same as
       for one batch with all rows.
+    * Padding is not recorded: where a batch is a dict with an `attention_mask` (B, T) of ones and zeros, these are the
+      rows of inputs (B, T, ..., K) whose mask is 0.
     * Constant values, a constant channel, and all zeros are allowed: all ranges stay finite, and zero stays exact.
     * A layer called twice in a forward, or under two names, is one layer, with the rows of all calls.
     * A weight shared by two layers is quantized twice, each time by the rows of that layer.
@@ -103,6 +105,7 @@ def calibrate(
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
+            recorder.begin(batch)
             call(model, batch)
             evidence.batches += 1
             dataflow.end_batch()

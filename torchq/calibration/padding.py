@@ -1,0 +1,35 @@
+"""Padding: rows of a batch that its attention mask says are no data. No range, rounding or figure is made of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def real_rows(batch: Any) -> Tensor | None:
+    """Where the `attention_mask` (B, T) of a batch, a dict, has data, as bool; None where it says nothing.
+
+    A mask is a 1 for each row that is data and a 0 for the others. Any other, such as one to be added to the scores,
+    says nothing here; nor does one without a 1.
+
+    >>> import torch
+    >>> real_rows({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
+    tensor([[ True, False]])
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
+        return None
+    real = mask != 0
+    return real if bool(real.any()) and bool(((mask == 1) | ~real).all()) else None
+
+
+def without_padding(x: Tensor, real: Tensor | None) -> Tensor:
+    """The rows of x (B, T, ..., K) that are data, (rows, ..., K); x as it is if it has no such leading dimensions.
+
+    >>> import torch
+    >>> without_padding(torch.tensor([[[1.0], [9.0]]]), torch.tensor([[True, False]]))
+    tensor([[1.]])
+    """
+    if real is None or x.dim() <= real.dim() or x.shape[: real.dim()] != real.shape:
+        return x
+    return x if bool(real.all()) else x.detach()[real]
