@@ -19,6 +19,7 @@ from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared
 from torchq.planning.rounding import round_weights
+from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smooth_search import smooth
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,7 +94,13 @@ def convert(
             plan = stage(plan, evidence)
         if calib_loader is not None:
             warn_of_few_rows({name: evidence.records[name] for name, layer in free.items() if not layer.trained})
+        check, converted = SelfCheck(evidence), None
+        if not inplace:
+            plan, converted = check.best(model, plan)
         if budget is not None:
-            plan = fit(plan, evidence, budget)
+            plan, converted = fit(plan, evidence, budget), None
         del layers, free, evidence  # they hold the float modules, which inplace frees one by one
-        return applied(model, plan, inplace=inplace)
+        if converted is None:
+            converted = applied(model, plan, inplace=inplace)
+            check.final(converted, plan, inplace=inplace)
+        return converted

@@ -16,6 +16,7 @@ from torchq.calibration.batches import Forward, call_with_batch
 from torchq.calibration.dataflow import Dataflow
 from torchq.calibration.isolation import in_eval_mode, own_thread, without_fast_path
 from torchq.calibration.record import Record
+from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
@@ -26,6 +27,10 @@ MIN_ROWS = 16
 
 After n rows, the next one has a probability of 1 / (n + 1) of holding a new largest value: 6 % after 16 rows.
 """
+
+
+JUDGES = 2
+"""How many batches the converted model is checked on."""
 
 
 @dataclass
@@ -45,6 +50,8 @@ class Evidence:
         readers: for each module whose output is proven to be read by layers only, the names of these layers.
         batches: how many batches were run.
         run: runs the first batch through a model.
+        judges: the same for the batches that judge the converted model: the last two that no weight is rounded by, or
+            the only one there was.
     """
 
     model: nn.Module
@@ -55,6 +62,12 @@ class Evidence:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     run: Callable[[nn.Module], object] | None = None
+    judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the batches that judge are others than those that weights are rounded by."""
+        return self.batches > 1
 
 
 def calibrate(
@@ -105,6 +118,10 @@ def calibrate(
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
+                evidence.judges = [evidence.run]
+            if is_held_out(evidence.batches):
+                others = [judge for judge in evidence.judges if judge is not evidence.run]
+                evidence.judges = [*others[1 - JUDGES :], partial(_run, call, batch)]
             recorder.begin(batch)
             call(model, batch)
             evidence.batches += 1

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def is_held_out(batch: int) -> bool:
+    """Whether this batch judges what the others chose: every second one, so that it can be told as they come.
+
+    >>> [is_held_out(batch) for batch in range(4)]
+    [False, True, False, True]
+    """
+    return batch % 2 == 1
+
+
 class Sample:
     """A uniform random sample of at most `capacity` rows of a stream: Vitter's algorithm R (ACM TOMS 1985).
 

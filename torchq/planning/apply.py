@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
 from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.references import attributes, held, replaced
 from torchq.planning.rounding import take_rounded, warn_of_missing
 from torchq.planning.smoothing import scaled, scaled_parameters, scales_around
 
@@ -123,9 +124,10 @@ def _swap(model: nn.Module, plan: Plan) -> None:
     The last module goes first. A layer that is to take codes takes floats too, so the model computes the right thing
     after every swap, even if memory runs out before the next one.
     """
-    places = _places(model)
+    places, holders = _places(model), _holders(model)
     for path in reversed(_paths(model, plan)):
         quantized = _int8_module(model, plan, path)
+        _follow(id(model.get_submodule(path)), quantized, holders)
         names = [layer.name for layer in layers_of(path, model.get_submodule(path))]
         for children, key in places[id(model.get_submodule(path))]:
             children[key] = quantized
@@ -143,6 +145,20 @@ def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None
     return places
 
 
+def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """By the id of a module: the attributes of other kinds that refer to it."""
+    holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for values, key in attributes(model):
+        for module in held(values[key]):
+            holders.setdefault(module, []).append((values, key))
+    return holders
+
+
+def _follow(old: int, new: nn.Module, holders: Mapping[int, list[tuple[dict[str, Any], str]]]) -> None:
+    for values, key in holders.get(old, ()):
+        values[key] = replaced(values[key], lambda module: new if id(module) == old else None)
+
+
 def _replace_folded(model: nn.Module, layer: LayerPlan) -> None:
     """Replaces the modules that were folded into this layer by `Folded`, which returns its input."""
     for name in layer.folded:
@@ -155,13 +171,28 @@ def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
 
     They go in as deepcopy's memo: it takes them for copies already made, and never copies the float weights.
     """
+    memo: dict[int, Any] = dict(swaps)
     try:
-        return copy.deepcopy(model, dict(swaps))
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise BadTypeError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True, and "
             "no evaluate, to convert it as it is."
         ) from error
+    inside = {id(module) for module in copied.modules()}
+    missing = [
+        path for path, module in model.named_modules() if id(module) in swaps and id(swaps[id(module)]) not in inside
+    ]
+    if missing:
+        raise BadTypeError(
+            f"this {type(model).__name__} makes copies in its own way (a __deepcopy__ that does not use the memo), "
+            f"without the int8 layers: {', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}. Pass "
+            "inplace=True, and no evaluate, to convert it as it is."
+        )
+    made = {id(value) for value in memo.values()}  # what deepcopy shares is the original's
+    for values, key in attributes(copied):
+        values[key] = replaced(values[key], lambda module: memo.get(id(module)), ours=lambda holder: id(holder) in made)
+    return copied
 
 
 def _rescaled_parameters(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:

@@ -188,13 +188,13 @@ def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
     """
     names = plan.int8_layers()
     with evaluating(model):
-        exact = _floats(run(model))
+        exact = floats(run(model))
     measured = {}
     for name in names:
         if exact.numel():
             with_one_int8 = applied(model, return_to_float(plan, dict.fromkeys(set(names) - {name}, "")))
             with evaluating(with_one_int8):
-                output = _floats(run(with_one_int8))
+                output = floats(run(with_one_int8))
             db = sqnr_db(exact, output) if output.shape == exact.shape else -math.inf
         else:
             own = plan.layers[name].measured_db
@@ -226,12 +226,12 @@ def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
     return dataclasses.replace(plan, layers=layers)
 
 
-def _floats(output: object) -> Tensor:
+def floats(output: object) -> Tensor:
     """All floating-point values in a model's output, as one vector."""
     if isinstance(output, Tensor) and output.is_floating_point():
         return output.detach().float().flatten()
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return torch.cat([torch.empty(0), *(_floats(part) for part in parts)])
+    return torch.cat([torch.empty(0), *(floats(part) for part in parts)])
 
 
 def _bytes(model: nn.Module) -> int:

@@ -169,11 +169,39 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What the converted model gave on calibration batches, compared with the float model.
+
+    Args:
+        output_db: SQNR of the model's output in dB: of the plan as made, and of those it was compared with.
+        chosen: which of them this plan is.
+        batches: on how many batches.
+        apart: whether these are batches that no weight was rounded by.
+    """
+
+    output_db: dict[str, float]
+    chosen: str
+    batches: int
+    apart: bool
+
+    @property
+    def model_db(self) -> float:
+        """SQNR of the model's output in dB, of the plan chosen."""
+        return self.output_db[self.chosen]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Checked":
+        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        output_db = {name: float(db) for name, db in data["output_db"].items()}
+        return cls(output_db, data["chosen"], int(data["batches"]), bool(data["apart"]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The layer plans by name, in model order, and the smoothings by the name of the module they rescale.
 
     To undo a smoothing, remove it from `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
-    what the search for an accuracy budget measured.
+    what the search for an accuracy budget measured, `checked` what the converted model's output showed.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -185,6 +213,7 @@ class Plan:
     layers: dict[str, LayerPlan]
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
     frontier: Frontier | None = None
+    checked: Checked | None = None
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
@@ -202,14 +231,19 @@ class Plan:
         """The plan as JSON values: dicts, lists, strings and numbers. Rounded weights are not included."""
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
-        return {"layers": layers, "smoothings": smoothings, "frontier": self.frontier and self.frontier.to_dict()}
+        checked = self.checked and to_json(dataclasses.asdict(self.checked))
+        frontier = self.frontier and self.frontier.to_dict()
+        return {"layers": layers, "smoothings": smoothings, "frontier": frontier, "checked": checked}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
         """The inverse of `to_dict`."""
         layers = {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()}
         smoothings = {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()}
-        return cls(layers, smoothings, data["frontier"] and Frontier.from_dict(data["frontier"]))
+        frontier, checked = data["frontier"], data.get("checked")
+        return cls(
+            layers, smoothings, frontier and Frontier.from_dict(frontier), checked and Checked.from_dict(checked)
+        )
 
 
 def attached_plan(qmodel: nn.Module) -> Plan:

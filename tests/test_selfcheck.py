@@ -1,0 +1,262 @@
+"""convert() checks itself: what the model keeps beside its modules follows the swap, or is told; and no plan made of
+data is much worse for the whole model than one made without.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.numbers import normal
+from torchq import QConfig, QuantizedLinear, apply_plan, conversion, convert
+from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import QParams
+from torchq.planning.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+DATA = [normal(100, 64, seed=i) for i in range(4)]
+GLOBAL = {}
+
+
+class Kept(nn.Module):
+    """Runs `fc` through what `keep(fc, self)` gives, held as an attribute. One norm channel asks for smoothing."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.norm, self.fc, self.out = nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 8)
+        self.norm.weight.data[5] = 60.0
+        self.step = keep(self.fc, self)
+
+    def forward(self, x):
+        step = self.step
+        while not callable(step) or isinstance(step, SimpleNamespace):
+            step = (
+                step.layer if isinstance(step, SimpleNamespace) else step["fc"] if isinstance(step, dict) else step[-1]
+            )
+        return self.out(torch.relu(step(self.norm(x))))
+
+
+def keep_partial(fc, model):
+    return functools.partial(lambda layer, x: layer(x), fc)
+
+
+KEEPS = {
+    "closure over self": lambda fc, model: lambda x: model.fc(x),
+    "closure over the layer": lambda fc, model: lambda x: fc(x),
+    "default": lambda fc, model: lambda x, layer=fc: layer(x),
+    "nested closure": lambda fc, model: (lambda inner: lambda x: inner(x))(lambda x: fc(x)),
+    "list": lambda fc, model: [model.norm, fc],
+    "tuple in a dict": lambda fc, model: {"fc": (1, fc)},
+    "object": lambda fc, model: SimpleNamespace(layer=fc),
+    "bound method": lambda fc, model: fc.forward,
+    "partial": keep_partial,
+}
+
+
+def ran_in_int8(qmodel, x):
+    ran = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+        for name, module in qmodel.named_modules()
+        if isinstance(module, QuantizedLinear)
+    ]
+    qmodel(x)
+    for handle in handles:
+        handle.remove()
+    return ran
+
+
+@pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_what_a_model_keeps_beside_its_modules_follows_the_swap(keep, inplace, data):
+    model = Kept(keep).eval()
+    x = normal(32, 64, seed=9)
+    exact = model(x)
+    qmodel = convert(model, data, inplace=inplace)
+    assert sqnr_db(exact, qmodel(x)) > 30
+    if keep is not KEEPS["bound method"]:  # a method's own call runs no hooks
+        assert ran_in_int8(qmodel, x) == set(qmodel.torchq_plan.int8_layers()) == {"fc", "out"}
+    if not inplace:
+        assert torch.equal(model(x), exact)
+        assert type(model.fc) is nn.Linear
+
+
+def test_state_that_closures_share_stays_shared():
+    """Of the cells, those with a module are new; a counter is the original's, as deepcopy has it."""
+    model = Kept(lambda fc, model: None)
+    calls, fc = [], model.fc
+
+    def step(x):
+        calls.append(len(x))
+        return fc(x)
+
+    model.step = step
+    qmodel = convert(model.eval())
+    qmodel(DATA[0])
+    model(DATA[1][:7])
+    assert calls == [100, 7]
+
+
+def keep_global(fc, model):
+    GLOBAL["fc"] = fc
+    return lambda x: GLOBAL["fc"](x)
+
+
+def test_a_float_layer_out_of_reach_is_named():
+    with pytest.raises(ValueError, match=r"1 of 2 int8 layers") as error:
+        convert(Kept(keep_global).eval(), DATA)
+    assert str(error.value) == (
+        "torchq.convert: 1 of 2 int8 layers did not run on a batch that ran them in float: 'fc'. The model runs Linear "
+        "layers that are not among its modules: a function, a list or an object that it uses keeps the float ones. Let "
+        "it call its own modules, pass inplace=True, or leave these in float with QConfig(exclude=...)."
+    )
+
+
+def test_in_place_the_error_says_what_state_the_model_is_in():
+    model = Kept(keep_global).eval()
+    with pytest.raises(ValueError, match=r"'fc'.*The model is converted now, which inplace=True can't undo\."):
+        convert(model, DATA, inplace=True)
+    assert type(model.fc) is QuantizedLinear
+
+
+def test_out_of_reach_but_excluded_converts():
+    qmodel = convert(Kept(keep_global).eval(), DATA, config=QConfig(exclude=("fc",)))
+    assert qmodel.torchq_plan.int8_layers() == ["out"]
+
+
+class OwnCopy(Kept):
+    def __init__(self):
+        super().__init__(lambda fc, model: None)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.fc(self.norm(x))))
+
+    def __deepcopy__(self, memo):
+        new = OwnCopy()
+        new.load_state_dict(self.state_dict())
+        return new.eval()
+
+
+@pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
+def test_a_model_that_copies_itself_in_its_own_way_is_told(data):
+    model = OwnCopy().eval()
+    with pytest.raises(TypeError, match=r"OwnCopy makes copies in its own way .* 'fc', 'out'\. Pass inplace=True"):
+        convert(model, data)
+    assert ran_in_int8(convert(model, data, inplace=True), DATA[0]) == {"fc", "out"}
+
+
+class Routed(nn.Module):
+    """Which expert the rows go to, their values decide, which int8 may turn: here it always does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.experts = nn.Linear(64, 64), nn.ModuleList([nn.Linear(64, 8), nn.Linear(64, 8)])
+
+    def forward(self, x):
+        return self.experts[int(isinstance(self.first, QuantizedLinear))](self.first(x))
+
+
+def test_layers_that_the_data_choose_need_not_run():
+    qmodel = convert(Routed().eval(), DATA)
+    assert qmodel.torchq_plan.int8_layers() == ["first", "experts.0"]
+    assert ran_in_int8(qmodel, DATA[0]) == {"first"}
+
+
+def test_a_converted_model_that_fails_is_told():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 8)
+
+        def forward(self, x):
+            assert type(self.fc) is nn.Linear, "not mine"
+            return self.fc(x)
+
+    with pytest.raises(ValueError, match=r"the converted Reads fails on a batch .*AssertionError: not mine"):
+        convert(Reads().eval(), DATA)
+    assert type(convert(Reads().eval()).fc) is QuantizedLinear  # nothing to check it with
+
+
+# ---- the model's output ----
+
+
+def test_the_plan_says_how_far_the_output_is_from_float():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    for settings in ({}, {"inplace": True}, {"evaluate": lambda candidate: 1.0}):
+        qmodel = convert(copy.deepcopy(model), DATA, **settings)
+        checked = qmodel.torchq_plan.checked
+        judged = torch.cat([DATA[1], DATA[3]])
+        assert checked.model_db == pytest.approx(sqnr_db(model(judged), qmodel(judged)), abs=1e-3)
+        assert (checked.chosen, checked.batches, checked.apart) == ("as made", 2, True)
+        assert Plan.from_dict(json.loads(json.dumps(qmodel.torchq_plan.to_dict()))) == qmodel.torchq_plan
+    only = convert(model, DATA[:1]).torchq_plan.checked
+    assert (only.batches, only.apart) == (1, False)
+    assert convert(model).torchq_plan.checked is None
+
+
+def worse(db):
+    """A stage that makes a layer's static range `db` too wide, as data that misleads would."""
+    return lambda plan, evidence: dataclasses.replace(
+        plan,
+        layers={
+            name: dataclasses.replace(layer, kind="int8 static", input_qparams=QParams(0.04 * 10 ** (db / 20), 128))
+            for name, layer in plan.layers.items()
+        },
+    )
+
+
+@pytest.mark.parametrize(("db", "chosen"), [(20, "without data"), (0, "as made")])
+def test_what_is_better_without_data_is_taken(monkeypatch, db, chosen):
+    if db:
+        monkeypatch.setattr(conversion, "describe", worse(db))
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    qmodel = convert(model, DATA, config=QConfig(rounding="nearest"))
+    plan = qmodel.torchq_plan
+    assert plan.checked.chosen == chosen
+    assert set(plan.checked.output_db) == {"as made", chosen}
+    x = normal(200, 64, seed=9)
+    monkeypatch.undo()
+    if chosen == "without data":
+        assert plan.layers["0"].kind == "int8 dynamic"
+        assert torch.equal(qmodel(x), convert(model)(x))
+    assert torch.equal(apply_plan(model, plan)(x), qmodel(x))
+
+
+@pytest.mark.parametrize("settings", [{"activation": "static"}, {"rounding": "gptq"}, {"margin_db": 90.0}])
+def test_what_the_user_asks_for_is_not_undone(monkeypatch, settings):
+    monkeypatch.setattr(conversion, "describe", worse(20))
+    config = QConfig(**{"rounding": "nearest", **settings})
+    plan = convert(nn.Sequential(nn.Linear(64, 8)).eval(), DATA, config=config).torchq_plan
+    assert (plan.checked.chosen, plan.layers["0"].kind) == ("as made", "int8 static")
+
+
+def test_noise_of_the_model_itself_is_the_same_for_both():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.fc(x) + torch.randn(len(x), 8)
+
+    plan = convert(Noisy().eval(), [DATA[0]], forward=lambda model, batch: model(batch)).torchq_plan
+    assert plan.checked.model_db > 30
+
+
+def test_hidden_scores_of_minus_infinity_are_not_compared():
+    model = nn.Sequential(nn.Linear(64, 8))
+    run = lambda model, batch: model(batch).masked_fill(torch.arange(8) > 5, -torch.inf)  # noqa: E731
+    assert convert(model, DATA, forward=run).torchq_plan.checked.model_db > 30
+
+
+def test_without_floats_in_the_output_nothing_is_compared():
+    model = nn.Sequential(nn.Linear(64, 8))
+    plan = convert(model, DATA, forward=lambda model, batch: model(batch).argmax(1)).torchq_plan
+    assert plan.checked is None

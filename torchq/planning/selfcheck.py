@@ -1,0 +1,197 @@
+"""convert() checks itself: batches run through both models, which layers ran, and how far the outputs are apart.
+
+A swap can miss a layer that the model also keeps elsewhere, in a global or a C extension, say: the model would go on in
+float and nobody would know. So the converted model is listened to: a layer that ran in the float model must run.
+
+A layer's own error says little of what the model makes of it. So the *model's* output is compared with float's, for the
+plan as made and for the few plans one would have without data; where one of these is more than MARGIN_DB better, it is
+taken.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from torchq.calibration.calibrate import Evidence, evaluating
+from torchq.calibration.isolation import own_thread
+from torchq.errors import BadValueError
+from torchq.modules.base import Int8Module
+from torchq.modules.registry import find_layers, type_of
+from torchq.numerics.metrics import decibels, energies
+from torchq.planning.apply import applied
+from torchq.planning.budget import floats
+from torchq.planning.plan import Checked, LayerPlan, Plan
+
+M = TypeVar("M", bound=nn.Module)
+
+MARGIN_DB = 0.3
+"""How much worse than another plan the one made may be, in SQNR of the model's output, and still be taken."""
+
+MADE = "as made"
+
+
+class _Exact(NamedTuple):
+    """What a batch gave in the float model."""
+
+    run: Callable[[nn.Module], object]
+    output: Tensor
+    ran: set[str]
+
+
+class SelfCheck:
+    """The held-out batches, as they ran through the float model.
+
+    It keeps neither the model nor its layers alive. Without calibration data, or where a batch can't be run twice, it
+    checks nothing.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._exact: list[_Exact] = []
+        self._model_name = type(evidence.model).__name__
+        self._trained = any(layer.trained for layer in evidence.layers.values())
+        self._config = evidence.config
+        self._margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
+        self._apart = evidence.apart
+        names = {id(layer.module): layer.path for layer in find_layers(evidence.model).values()}
+        for run in evidence.judges:
+            try:
+                output, called = _listened(evidence.model, run)
+            except Exception:  # the float model's own; calibration has run this batch, so it can't be run twice
+                continue
+            self._exact.append(_Exact(run, output, {names[id(module)] for module in called if id(module) in names}))
+
+    def best(self, model: M, plan: Plan) -> tuple[Plan, M]:
+        """The plan to take, with its figures, and the model converted by it: `plan`, or what is better without data."""
+        converted = applied(model, plan)
+        db = self.compare(converted)
+        if db is None:
+            return plan, converted
+        measured, kept = {MADE: db}, {MADE: (plan, converted)}
+        for name, other in self._others(plan).items():
+            candidate = applied(model, other)
+            other_db = self.compare(candidate)
+            if other_db is None:
+                continue
+            measured[name] = other_db
+            if other_db > max([db + self._margin_db, *(measured[key] for key in kept)]):
+                kept = {name: (other, candidate)}
+        chosen, (plan, converted) = next(iter(kept.items()))
+        return self._noted(converted, plan, measured, chosen), converted
+
+    def final(self, converted: nn.Module, plan: Plan, *, inplace: bool = False) -> None:
+        """Checks a model that `best` did not make, and notes its figures in its plan."""
+        db = self.compare(converted, inplace=inplace)
+        if db is not None:
+            before = plan.checked or Checked({}, MADE, 0, self._apart)
+            self._noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
+
+    def compare(self, converted: nn.Module, *, inplace: bool = False) -> float | None:
+        """SQNR of the converted model's output in dB; None where it can't be told.
+
+        Raises:
+            ValueError: an int8 layer did not run, since a float one ran that is no module of the model.
+        """
+        sums, comparable = torch.zeros(2, dtype=torch.float64), False
+        paths = {name: module for name, module in converted.named_modules() if isinstance(module, Int8Module)}
+        known = {id(module) for module in converted.modules()}
+        for run, exact, ran in self._exact:
+            try:
+                output, called = _listened(converted, run)
+            except Exception as error:
+                raise BadValueError(
+                    f"the converted {self._model_name} fails on a batch that the float model ran "
+                    f"({type(error).__name__}: {error}). {_state(inplace)}"
+                    "Leave the layer it fails at in float with QConfig(exclude=...)."
+                ) from error
+            called_ids = {id(module) for module in called}
+            strangers = [module for module in called if id(module) not in known]
+            silent = [path for path in paths if path in ran and id(paths[path]) not in called_ids]
+            if strangers and silent:
+                raise BadValueError(
+                    f"{len(silent)} of {len(paths)} int8 layers did not run on a batch that ran them in float: "
+                    f"{', '.join(map(repr, silent[:3]))}{', ...' if len(silent) > 3 else ''}. The model runs "
+                    f"{type(strangers[0]).__name__} layers that are not among its modules: a function, a list or an "
+                    f"object that it uses keeps the float ones. {_state(inplace)}Let it call its own modules"
+                    f"{'' if inplace else ', pass inplace=True'}, or leave these in float with QConfig(exclude=...)."
+                )
+            if exact.numel() and exact.shape == output.shape:
+                finite = exact.isfinite()  # masked scores are -inf
+                sums += energies(exact[finite], output[finite])
+                comparable = True
+        db = decibels(sums) if comparable else math.nan
+        return None if math.isnan(db) else db
+
+    def _others(self, plan: Plan) -> dict[str, Plan]:
+        """What one would have without data, as far as the config leaves it open, and where it differs."""
+        if self._trained:
+            return {}
+        found, layers = {}, plan.layers.values()
+        if self._config.rounding == "auto" and any(layer.rounding == "gptq" for layer in layers):
+            found["rounded to nearest"] = dataclasses.replace(
+                plan, layers={name: _nearest(layer) for name, layer in plan.layers.items()}
+            )
+        data_used = plan.smoothings or any(layer.kind == "int8 static" or layer.rounding == "gptq" for layer in layers)
+        if self._config.activation == "auto" and self._config.rounding != "gptq" and data_used:
+            reason = "better for the whole model than what the data chose for each layer"
+            found["without data"] = Plan(
+                {
+                    name: dataclasses.replace(
+                        LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=layer.sqnr_db)
+                        if layer.is_int8
+                        else layer,
+                        smoothed=None,
+                    )
+                    for name, layer in plan.layers.items()
+                }
+            )
+        return found
+
+    def _noted(self, converted: nn.Module, plan: Plan, measured: dict[str, float], chosen: str) -> Plan:
+        """The plan with these figures, as the converted model carries it too."""
+        plan = dataclasses.replace(plan, checked=Checked(measured, chosen, len(self._exact), self._apart))
+        converted.torchq_plan = plan.without_weights()  # type: ignore[assignment]
+        return plan
+
+
+def _nearest(layer: LayerPlan) -> LayerPlan:
+    if layer.rounding != "gptq":
+        return layer
+    sqnr_db = {name: db for name, db in layer.sqnr_db.items() if name != "gptq"}
+    return dataclasses.replace(layer, rounding="nearest", weights=None, sqnr_db=sqnr_db)
+
+
+def _state(inplace: bool) -> str:
+    return "The model is converted now, which inplace=True can't undo. " if inplace else ""
+
+
+@torch.no_grad()
+def _listened(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Tensor, list[nn.Module]]:
+    """The floats of the model's output, and the modules with matrices, float or int8, that it called.
+
+    With a seed of its own: dropout that is always on drops the same in both models.
+    """
+    called: list[nn.Module] = []
+    with evaluating(model), _listening(called), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return floats(run(model)), called
+
+
+@contextmanager
+def _listening(called: list[nn.Module]) -> Iterator[None]:
+    """Collects the calls of this thread. (Any hook makes int8 layers take the way through nn.Module's call.)"""
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, Int8Module) or type_of(module) is not None:
+            called.append(module)
+
+    handle = register_module_forward_pre_hook(own_thread(note))
+    try:
+        yield
+    finally:
+        handle.remove()
