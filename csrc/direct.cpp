@@ -9,9 +9,15 @@
 // gradients, the profiler, any argument that the op would refuse) it returns NotImplemented, and the caller takes the
 // usual way, which does the work or says what is wrong. So there are no messages here. What it accepts it computes
 // exactly as forward() and the op would: linear.h fills the Problem for both.
+//
+// What is called from Python here throws nothing: CPython has no way to pass a C++ exception on. Another thread may
+// give the module another packed weight whenever the GIL is released, which calls of torch's functions do, too; so the
+// packed weight is held by a reference from when it is read, and x by the caller.
 
 #include "direct.h"
 
+#include <exception>
+#include <new>
 #include <string>
 
 #include "dlpack.h"
@@ -20,19 +26,35 @@
 
 namespace py = pybind11;
 
+// What torch keeps for each thread, as its libraries export it. The first is part of the stable ABI. The second is not,
+// and so it may be absent: then Python is asked, which takes 0.1 us.
+extern "C" __attribute__((visibility("default"))) bool aoti_torch_grad_mode_is_enabled();
+namespace c10 {
+enum class DeviceType : int8_t;
+}
+namespace at::autocast {
+__attribute__((weak, visibility("default"))) bool is_autocast_enabled(c10::DeviceType);
+}
+
 namespace torchq {
 namespace {
 
 // Multiply-adds, about 5 us. A shorter product keeps the GIL: to wake a thread that waits for it would take longer.
 constexpr int64_t kKeepGilBelow = 1 << 20;
 
+// Below this address a pointer may be no address but the offset of a view into a storage that was freed. Memory of
+// today's systems lies above, except for small blocks of a program that is not position-independent.
+constexpr uintptr_t kSurelyMemory = uintptr_t{1} << 36;
+
 // What tells a plain eager call, as Python objects that live as long as the process.
 struct Torch {
   const dlpack::Exchange* exchange;
   PyTypeObject* tensor;
   PyObject* unusual[3];            // functions that return something true where a mode or tracing is active
+  PyObject* autocast;              // likewise for autocast
   PyObject *profiler, *profiling;  // the globals of torch's profiler, and the name of its flag among them
   PyObject* requires_grad;         // the name of the attribute
+  PyObject *is_neg, *offset;       // methods of a tensor
   PyObject* dtypes[4];             // in the order of kDTypes
 } torch_;
 
@@ -77,23 +99,49 @@ bool falsy(PyObject* result) {
   return yes;
 }
 
+// Of the CPU, in this thread.
+bool autocast() {
+  if (at::autocast::is_autocast_enabled) return at::autocast::is_autocast_enabled(c10::DeviceType{});
+  return !falsy(PyObject_CallNoArgs(torch_.autocast));
+}
+
 bool plain_eager() {
+  if (autocast()) return false;
   for (PyObject* f : torch_.unusual)
     if (!falsy(PyObject_CallNoArgs(f))) return false;
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
+const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8_t*>(t.data) + t.byte_offset; }
+
+// Whether there is memory at all. There is none under the wrappers of functionalize, in a tensor of zeros that torch
+// does not store, and where a storage was resized to 0; a view into such a storage has its offset for a pointer.
+bool has_memory(PyObject* object, const dlpack::Tensor& t) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data_of(t));
+  if (address >= kSurelyMemory || address == 0) return address;
+  PyObject* offset = PyObject_Vectorcall(torch_.offset, &object, 1, nullptr);
+  const long long elements = offset ? PyLong_AsLongLong(offset) : 0;
+  Py_XDECREF(offset);
+  return offset && address != static_cast<uintptr_t>(elements) * (t.dtype.bits / 8);
+}
+
 // The tensor as it lies in memory, if it is dense and on the CPU. Inside a transform such as vmap a wrapped tensor
 // fails here, since it has no memory of its own, and a plain one may be read like any other.
 bool view(PyObject* object, dlpack::Tensor* out) {
-  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu;
+  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu &&
+         has_memory(object, *out);
 }
 
-const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8_t*>(t.data) + t.byte_offset; }
+// Whether torch negates the values lazily, when they are read: as of the imaginary part of a conjugate. DLPack does not
+// say it.
+bool is_negated(PyObject* x) { return !falsy(PyObject_Vectorcall(torch_.is_neg, &x, 1, nullptr)); }
 
-// Every stride must be exactly that of a contiguous tensor, even in a dimension of size 1, where any would do. That
-// excludes torch's lazily negated tensors (the imaginary part of a conjugate), whose strides are doubled: DLPack does
-// not mark them.
+// Whether autograd wants to know of a product with x.
+bool wants_gradient(PyObject* x) {
+  return aoti_torch_grad_mode_is_enabled() && !falsy(PyObject_GetAttr(x, torch_.requires_grad));
+}
+
+// Every stride must be exactly that of a contiguous tensor, even in a dimension of size 1, where any would do.
 bool is_contiguous(const dlpack::Tensor& t) {
   int64_t expected = 1;
   for (int i = t.ndim; i-- > 0; expected *= t.shape[i])
@@ -121,9 +169,9 @@ PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype,
 
 // What the state of a QuantizedLinear says about its product.
 struct Layer {
-  PyObject* packed;
-  const DTypePair* y_dtype;  // null: that of x
-  bool takes_codes;
+  py::object packed;
+  const DTypePair* y_dtype = nullptr;  // null: that of x
+  bool takes_codes = false;
   LayerNumbers numbers;
 };
 
@@ -134,41 +182,67 @@ const PackedHeader* header_of(PyObject* object) {
   return bytes ? packed_header(data_of(packed), packed.shape[0]) : nullptr;
 }
 
+// The GIL, given away for as long as this lives, whatever is thrown.
+class Unlocked {
+ public:
+  explicit Unlocked(bool yes) : state_(yes ? PyEval_SaveThread() : nullptr) {}
+  ~Unlocked() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // y. Null without an error set: this is not a plain call.
-PyObject* multiply(PyObject* x_object, const Layer& layer) {
+py::object multiply(PyObject* x_object, const Layer& layer) {
   dlpack::Tensor x;
-  if (!torch_.exchange || !plain_eager() || !view(x_object, &x)) return nullptr;
+  if (!torch_.exchange || !plain_eager() || !view(x_object, &x)) return {};
   const DTypePair* x_dtype = find(x.dtype);
-  const PackedHeader* weights = header_of(layer.packed);
-  if (!x_dtype || !weights || (x_dtype == kU8 && !layer.takes_codes)) return nullptr;
-  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return nullptr;
-  if (!falsy(PyObject_GetAttr(x_object, torch_.requires_grad))) return nullptr;
+  const PackedHeader* weights = header_of(layer.packed.ptr());
+  if (!x_dtype || !weights || (x_dtype == kU8 && !layer.takes_codes)) return {};
+  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return {};
+  if (wants_gradient(x_object) || is_negated(x_object)) return {};
   int64_t count = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) count *= x.shape[i];
   const Kernel* kernel = kernel_for(weights->layout);
-  if (count == 0 || weights->n == 0 || !kernel) return nullptr;
+  if (count == 0 || weights->n == 0 || !kernel) return {};
 
   const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
   void* data;
-  PyObject* y = new_output(x, weights->n, *y_dtype, &data);
-  if (!y) return nullptr;
+  auto y = py::reinterpret_steal<py::object>(new_output(x, weights->n, *y_dtype, &data));
+  if (!y) return {};
   const Rows rows{data_of(x), count, weights->k, x_dtype->ours};
   const Problem problem = linear_problem(layer.numbers, rows, *weights, data, y_dtype->ours);
-  if (count * weights->n * weights->k < kKeepGilBelow) {
+  {
+    const Unlocked unlocked(count * weights->n * weights->k >= kKeepGilBelow);
     run(*kernel, problem);
-  } else {
-    Py_BEGIN_ALLOW_THREADS;
-    run(*kernel, problem);
-    Py_END_ALLOW_THREADS;
   }
   return y;
 }
 
 // y, or NotImplemented for null. If something went wrong, the op will meet it again and say what.
-PyObject* or_not_implemented(PyObject* y) {
-  if (y) return y;
+PyObject* or_not_implemented(py::object y) {
+  if (y) return y.release().ptr();
   PyErr_Clear();
   Py_RETURN_NOTIMPLEMENTED;
+}
+
+// What `f` returns; null, with a Python error set, for what it throws.
+template <class F>
+PyObject* without_exceptions(const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    PyErr_SetString(PyExc_MemoryError, "QuantizedLinear: out of memory for what the product needs beside its output");
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "QuantizedLinear: an unknown C++ exception");
+  }
+  return nullptr;
 }
 
 bool read(PyObject* value, bool (*allowed)(int64_t), int32_t* out) {
@@ -199,15 +273,17 @@ bool read(PyObject* state, Layer* out) {
   LayerNumbers& numbers = out->numbers;
   int32_t activation;
   if (!buffers || !input || !output || !read(get(names.activation), is_activation, &activation)) return false;
-  out->packed = PyDict_GetItemWithError(buffers, names.packed);
+  out->packed = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
   numbers.activation = static_cast<Activation>(activation);
   numbers.per_token = input == Py_None;
-  if (!out->packed || numbers.per_token) return out->packed;
+  if (!out->packed || numbers.per_token) return static_cast<bool>(out->packed);
   out->takes_codes = get(names.takes_codes) == Py_True;
   if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
   if (output != Py_None) out->y_dtype = kU8;
   return read(input, &numbers.x) && (output == Py_None || read(output, &numbers.y));
 }
+
+bool is_empty(PyObject* hooks) { return PyDict_Check(hooks) ? PyDict_GET_SIZE(hooks) == 0 : falsy(Py_NewRef(hooks)); }
 
 // The state of a module whose call is nothing but cls.forward(), else null: its type is cls, there is no hook on it or
 // on all modules, it has no forward() of its own, and it is not compiled. nn.Module.__call__ checks the same, in 0.7
@@ -219,14 +295,14 @@ PyObject* plain_state(PyObject* module, PyObject* cls) {
   Py_DECREF(state);  // the module keeps it alive
   for (PyObject* name : nn_module.own_hooks) {
     PyObject* hooks = PyDict_GetItemWithError(state, name);
-    if (!hooks || PyObject_IsTrue(hooks)) return nullptr;
+    if (!hooks || !is_empty(hooks)) return nullptr;
   }
   for (PyObject* name : nn_module.replacements) {
     PyObject* replacement = PyDict_GetItemWithError(state, name);
     if (replacement && replacement != Py_None) return nullptr;
   }
   for (PyObject* hooks : nn_module.global_hooks)
-    if (PyObject_IsTrue(hooks)) return nullptr;
+    if (!is_empty(hooks)) return nullptr;
   return state;
 }
 
@@ -234,15 +310,21 @@ PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
 }
 
+PyObject* is_autocast_enabled(PyObject*, PyObject*) { return PyBool_FromLong(autocast()); }
+
 PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
-  Layer layer{};
-  return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : nullptr);
+  return without_exceptions([=] {
+    PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+    Layer layer;
+    return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : py::object());
+  });
 }
 
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,
+     "is_autocast_enabled(): torch.is_autocast_enabled('cpu'), in a fifth of its time."},
     {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
      "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
      "nn.Module.__call__ and the op will do."},
@@ -268,6 +350,7 @@ void add_direct_calls(py::module_& module) {
   PyModule_AddFunctions(module.ptr(), methods);
   const py::module_ torch = py::module_::import("torch");
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
+  torch_.autocast = forever(py::module_::import("functools").attr("partial")(torch.attr("is_autocast_enabled"), "cpu"));
   if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
   const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
   const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
@@ -280,6 +363,8 @@ void add_direct_calls(py::module_& module) {
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
   torch_.profiling = name("_is_profiler_enabled");
   torch_.requires_grad = name("requires_grad");
+  torch_.is_neg = forever(tensor.attr("is_neg"));
+  torch_.offset = forever(tensor.attr("storage_offset"));
   const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
   for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
   torch_.exchange = exchange;

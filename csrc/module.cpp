@@ -56,6 +56,26 @@ void force(const std::optional<std::string>& name) {
   torchq::force_kernel(kernel);
 }
 
+PyObject* kernel_of_context_function = nullptr;
+
+// The kernel that torchq.kernels.use() forces in the calling thread's context, or null. The thread may hold the GIL, or
+// not, or be none of Python's, which has an empty context.
+const torchq::Kernel* kernel_of_context() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const torchq::Kernel* kernel = nullptr;
+  PyObject* name = PyObject_CallNoArgs(kernel_of_context_function);
+  const char* text = name && name != Py_None ? PyUnicode_AsUTF8(name) : nullptr;
+  if (text) kernel = torchq::find_kernel(text);
+  if (PyErr_Occurred()) PyErr_WriteUnraisable(kernel_of_context_function);
+  Py_XDECREF(name);
+  PyGILState_Release(state);
+  return kernel;
+}
+
+void set_kernel_of_context(py::object function) { kernel_of_context_function = function.release().ptr(); }
+
+void ask_for_kernel(bool yes) { torchq::force_kernel_of(yes ? &kernel_of_context : nullptr); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,7 +94,10 @@ PYBIND11_MODULE(_C, m) {
       "Whether a kernel of this name exists, compiled in here or not.");
   m.def("active", [] { return std::string(torchq::active_kernel().name); }, "The kernel the ops use now.");
   m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
-  m.def("force", &force, py::arg("name").none(true), "Forces a kernel; None gives the choice back.");
+  m.def("force", &force, py::arg("name").none(true), "Forces a kernel for the process; None gives the choice back.");
+  m.def("set_kernel_of_context", &set_kernel_of_context,
+        "Takes the function that gives the name of the kernel forced in the caller's context, or None. For good.");
+  m.def("ask_for_kernel", &ask_for_kernel, "Whether any context forces a kernel, so that the function must be asked.");
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
   torchq::add_direct_calls(m);
 }

@@ -10,6 +10,8 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <vector>
 
 namespace torchq {
@@ -50,10 +52,16 @@ void run(const Kernel& kernel, const Problem& problem) {
   Job job = schedule(kernel, problem);
   if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
   if (job.parts == 1) return run(job, 0, thread_scratch(job.scratch_bytes));
+  std::atomic<bool> out_of_memory{false};  // of a thread whose exceptions do not reach the caller as they are
   torch::stable::parallel_for(0, job.parts, 1, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(job.scratch_bytes);
-    for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch);
+    try {
+      void* scratch = thread_scratch(job.scratch_bytes);
+      for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
   });
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 void pack(Layout layout, const Weights& w, void* packed) {

@@ -5,7 +5,8 @@
 
 namespace torchq {
 
-// Computes problem.y with this kernel, on as many of torch's threads as the problem pays for.
+// Computes problem.y with this kernel, on as many of torch's threads as the problem pays for. Throws std::bad_alloc
+// where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem);
 
 // Weights in memory: weight (n, k), scale [n], bias [n]. has_bias: a bias of no elements may be a null pointer, too.

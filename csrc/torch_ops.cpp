@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -14,6 +15,9 @@
 
 #include "linear.h"
 #include "run.h"
+
+// Why the latest call of torch's C interface failed. Torch has this from 2.13; before, it writes the reason to stderr.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
 
 namespace {
 
@@ -70,22 +74,60 @@ std::string shape_of(const Tensor& t) {
   return out.str();
 }
 
-constexpr int64_t kMaxDims = 64;  // torch's own limit, so that shapes fit on the stack
+constexpr int64_t kMaxDims = 64;  // torch's own limit for most ops, so that shapes fit on the stack
 
-Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+// torchq/modules/quantized_linear.py makes a MemoryError of these words.
+constexpr const char* kOutOfMemory = ": out of memory";
+
+// Beside it torch can only have found no memory: all arguments have been checked.
+[[noreturn]] void fail_in_torch(const char* op, const char* what) {
+  const auto reason = torch_exception_get_what_without_backtrace;
+  fail(op, kOutOfMemory, " for ", what, reason ? ": " : ".", reason ? reason() : "");
+}
+
+Tensor empty(const char* op, const int64_t* sizes, int64_t dims, ScalarType type) {
   int64_t strides[kMaxDims], stride = 1;
   for (int64_t i = dims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
   AtenTensorHandle handle;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle))
+    fail_in_torch(op, "its output");
   return Tensor(handle);
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) { return empty(sizes.begin(), sizes.size(), type); }
+Tensor empty(const char* op, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(op, sizes.begin(), sizes.size(), type);
+}
 
+Tensor contiguous(const char* op, const Tensor& t) {
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {  // its message is a line of torch's source
+    fail_in_torch(op, "a contiguous copy");
+  }
+}
+
+// What `f` returns, which allocates scratch space.
+template <class F>
+auto with_scratch(const char* op, const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    fail(op, kOutOfMemory, " for its scratch space.");
+  }
+}
+
+// On the CPU, and with all its elements in memory: a storage may have been resized since.
 void check_cpu(const char* op, const char* argument, const Tensor& t) {
   CHECK(t.is_cpu(), op, ": ", argument, " must be on the CPU. Move it there with .cpu().");
+  if (t.numel() == 0) return;
+  int64_t storage_bytes, last = t.storage_offset();
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  CHECK(!aoti_torch_get_storage_size(t.get(), &storage_bytes), op, ": ", argument,
+        " has no storage. Pass a dense tensor.");
+  CHECK((last + 1) * static_cast<int64_t>(t.element_size()) <= storage_bytes, op, ": the storage of ", argument, " (",
+        shape_of(t), ") holds only ", storage_bytes,
+        " bytes: it was resized, as sharding and offloading do to free memory. Restore it before the call.");
 }
 
 const torchq::PackedHeader& header_of(const char* op, const Tensor& packed) {
@@ -109,6 +151,8 @@ struct HeldRows {
 HeldRows rows_of(const char* op, const char* argument, const Tensor& x, DType dtype, int64_t k) {
   check_cpu(op, argument, x);
   CHECK(x.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar.");
+  CHECK(x.dim() <= kMaxDims, op, ": ", argument, " may have up to ", kMaxDims, " dimensions, got ", x.dim(),
+        ". Flatten some: ", argument, ".flatten(0, -2).");
   const int64_t last = x.size(x.dim() - 1);
   CHECK(last == k, op, ": the weight was packed for ", k, " input features, but ", argument, " has ", last, " (",
         argument, ": ", shape_of(x), ").");
@@ -116,7 +160,7 @@ HeldRows rows_of(const char* op, const char* argument, const Tensor& x, DType dt
   for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
   if (x.is_contiguous()) return {x, {x.const_data_ptr(), count, k, dtype}};
   if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= 0) return {x, {x.const_data_ptr(), count, x.stride(0), dtype}};
-  Tensor copy = torch::stable::contiguous(x);
+  Tensor copy = contiguous(op, x);
   return {copy, {copy.const_data_ptr(), count, k, dtype}};
 }
 
@@ -137,10 +181,10 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   const HeldRows input = rows_of(op, argument, x, x_dtype, weights.k);
   int64_t sizes[kMaxDims];
   *(std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1) = weights.n;
-  Tensor y = empty(sizes, x.dim(), y_type);
+  Tensor y = empty(op, sizes, x.dim(), y_type);
   if (input.rows.count == 0 || weights.n == 0) return y;
-  torchq::run(kernel_for(op, weights.layout),
-              torchq::linear_problem(layer, input.rows, weights, y.mutable_data_ptr(), y_dtype));
+  const auto problem = torchq::linear_problem(layer, input.rows, weights, y.mutable_data_ptr(), y_dtype);
+  with_scratch(op, [&] { torchq::run(kernel_for(op, weights.layout), problem); });
   return y;
 }
 
@@ -174,9 +218,9 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   };
   check_column("scale", scale);
   if (bias) check_column("bias", *bias);
-  const Tensor w = torch::stable::contiguous(weight), s = torch::stable::contiguous(scale);
-  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  Tensor packed = empty({torchq::packed_bytes(n, k)}, ScalarType::Byte);
+  const Tensor w = contiguous(op, weight), s = contiguous(op, scale);
+  const std::optional<Tensor> b = bias ? std::optional(contiguous(op, *bias)) : std::nullopt;
+  Tensor packed = empty(op, {torchq::packed_bytes(n, k)}, ScalarType::Byte);
   const torchq::Weights weights{n,
                                 k,
                                 static_cast<const int8_t*>(w.const_data_ptr()),
@@ -192,8 +236,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t in_featu
   const torchq::PackedHeader& header = header_of(op, packed);
   CHECK(header.k == in_features, op, ": the weight was packed for ", header.k,
         " input features, got in_features = ", in_features, '.');
-  Tensor weight = empty({header.n, header.k}, ScalarType::Char), scale = empty({header.n}, ScalarType::Float),
-         bias = empty({header.n}, ScalarType::Float);
+  Tensor weight = empty(op, {header.n, header.k}, ScalarType::Char), scale = empty(op, {header.n}, ScalarType::Float),
+         bias = empty(op, {header.n}, ScalarType::Float);
   torchq::unpack(packed.const_data_ptr(), static_cast<int8_t*>(weight.mutable_data_ptr()),
                  static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(bias.mutable_data_ptr()));
   return {weight, scale, bias};
@@ -243,11 +287,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   const HeldRows input = rows_of(op, "x", x, *dtype, k);
   int64_t sizes[kMaxDims];
   int64_t* last = std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1;
-  Tensor codes = empty(sizes, x.dim(), ScalarType::Byte);
+  Tensor codes = empty(op, sizes, x.dim(), ScalarType::Byte);
   *last = 1;
-  Tensor scale = empty(sizes, x.dim(), ScalarType::Float), zero_point = empty(sizes, x.dim(), ScalarType::Int);
+  Tensor scale = empty(op, sizes, x.dim(), ScalarType::Float), zero_point = empty(op, sizes, x.dim(), ScalarType::Int);
   const torchq::Kernel& kernel = torchq::active_kernel();
-  std::vector<uint8_t> scratch(torchq::row_scratch_bytes(k));
+  auto scratch = with_scratch(op, [&] { return std::vector<uint8_t>(torchq::row_scratch_bytes(k)); });
   const auto* from = static_cast<const uint8_t*>(input.rows.data);
   const int64_t stride = input.rows.stride * torchq::element_bytes(*dtype);
   for (int64_t r = 0; r < input.rows.count; ++r) {

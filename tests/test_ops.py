@@ -320,8 +320,13 @@ def test_python_threads_may_share_a_packed_weight(kernel, generator, set_threads
     packed = ops.pack(*random_weight(385, 345, generator))
     inputs = [random_float(m, 345, generator=generator) for m in (1, 40, 33, 7)]
     expected = [ops.linear_dynamic(x, packed) for x in inputs]
+
+    def work(x):
+        with kernels.use(kernel):  # each thread for itself
+            return ops.linear_dynamic(x, packed)
+
     with ThreadPoolExecutor(4) as pool:
-        results = [list(pool.map(lambda x: ops.linear_dynamic(x, packed), inputs * 8)) for _ in range(2)]
+        results = [list(pool.map(work, inputs * 8)) for _ in range(2)]
     for run in results:
         for actual, wanted in zip(run, expected * 8, strict=True):
             assert_identical(actual, wanted)

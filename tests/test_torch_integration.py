@@ -188,15 +188,19 @@ def test_an_input_that_requires_grad_is_computed(generator, scheme, mode):
 
 @pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_autocast_does_not_reach_inside(generator, scheme, mode):
-    """On or off, with either dtype, codes come from the input as it is. simulate() has their error there too."""
+def test_autocast_says_the_output_dtype_and_no_more(generator, scheme, mode):
+    """On or off, to either dtype: codes are made from what arrives, and the last output is rounded once."""
     model = build(scheme, generator)
     x = random_float(9, K, generator=generator)
     with mode():
-        expected = model(x)
-        for dtype, enabled in ((torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)):
-            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-                assert_identical(model(x), expected, f"{dtype=} {enabled=}")
+        hidden, expected = model[0](x), model(x)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                first = model[0](x)
+                assert_identical(first, hidden if scheme == "chain" else hidden.to(dtype), f"{dtype=}")
+                assert_identical(model[1](hidden), expected.to(dtype), f"{dtype=}")
+                with torch.autocast("cpu", enabled=False):
+                    assert_identical(model(x), expected, f"{dtype=} off")
 
 
 def test_after_a_float_layer_under_autocast(generator):

@@ -2,7 +2,7 @@
 
 One table lists the kernels, best first (csrc/gemm/dispatch.cpp). The first that this CPU can run is active. All kernels
 give the same integers and the same floats, bit for bit, so the choice affects only speed. To force a kernel, set the
-environment variable `TORCHQ_KERNEL=<name>` for a process, or call `use(name)` for a block of code.
+environment variable `TORCHQ_KERNEL=<name>` for a process, or call `use(name)` for a block of code in its thread.
 """
 
 import os
@@ -12,10 +12,14 @@ from contextlib import contextmanager
 import torch  # noqa: F401  (its libraries must be loaded before _C)
 
 from torchq import _C
+from torchq.scopes import Scoped
 
 __all__ = ["ENVIRONMENT_VARIABLE", "active", "last_used", "names", "runnable", "tile", "use"]
 
 ENVIRONMENT_VARIABLE = "TORCHQ_KERNEL"
+
+_used: Scoped[str] = Scoped("torchq.kernels.use", _C.ask_for_kernel)
+_C.set_kernel_of_context(_used.get)
 
 
 def names() -> list[str]:
@@ -37,7 +41,7 @@ def runnable() -> list[str]:
 
 
 def active() -> str:
-    """The kernel the ops use now.
+    """The kernel that the ops use now, called from this thread.
 
     >>> active() in runnable()
     True
@@ -61,7 +65,11 @@ def tile(name: str) -> tuple[int, int, int]:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Forces a kernel inside a `with` block, for the whole process (all threads).
+    """Forces a kernel inside a `with` block, for its own thread and asyncio task.
+
+    Other threads go on with theirs, also those that were started inside. An op asks the thread that called it: torch's
+    own threads, which compute a part of the product each, take that kernel too. A DataLoader's workers are processes;
+    forked inside the block, they force this kernel as well. For a whole process set `TORCHQ_KERNEL`.
 
     Raises:
         ValueError: no kernel has this name, or it is not compiled into this build.
@@ -71,12 +79,9 @@ def use(name: str) -> Iterator[None]:
     ...     active()
     'reference'
     """
-    previous = _C.forced()
-    _force(name, "kernels.use()")
-    try:
+    _check_runnable(name, "kernels.use()")
+    with _used.of(name):
         yield
-    finally:
-        _C.force(previous)
 
 
 def _checked(name: str, source: str) -> str:
@@ -91,20 +96,20 @@ def _checked(name: str, source: str) -> str:
     raise ValueError(f"{source}: {name!r} is not a kernel. Compiled in: {compiled}.")
 
 
-def _force(name: str, source: str) -> None:
+def _check_runnable(name: str, source: str) -> None:
     kernel = next(kernel for kernel in _C.table() if kernel.name == _checked(name, source))
     if not kernel.runnable:
         lacking = ", ".join(sorted(set(kernel.needs) - set(_C.cpu_features())))
         raise RuntimeError(
             f"{source}: this CPU lacks {lacking}, which kernel {name!r} needs. It can run: {', '.join(runnable())}."
         )
-    _C.force(name)
 
 
 def _force_from_environment() -> None:
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     if name:
-        _force(name, ENVIRONMENT_VARIABLE)
+        _check_runnable(name, ENVIRONMENT_VARIABLE)
+        _C.force(name)
 
 
 _force_from_environment()

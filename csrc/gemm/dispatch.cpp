@@ -46,6 +46,7 @@ const Kernel& at(int index) { return *kKernels[index]; }
 #endif
 
 std::atomic<const Kernel*> forced{nullptr};
+std::atomic<KernelOfContext> of_context{nullptr};
 
 const Kernel& best() {
   for (int i = 0; i < kKernelCount; ++i)
@@ -77,19 +78,27 @@ bool reads(const Kernel& kernel, Layout layout) { return kernel.layout == layout
 
 const Kernel& active_kernel() {
   static const Kernel& automatic = best();
-  const Kernel* kernel = forced.load(std::memory_order_relaxed);
+  const Kernel* kernel = forced_kernel();
   return kernel ? *kernel : automatic;
 }
 
 const Kernel* kernel_for(Layout layout) {
+  const Kernel* kernel = forced_kernel();
+  if (kernel) return reads(*kernel, layout) ? kernel : nullptr;
   if (reads(active_kernel(), layout)) return &active_kernel();
-  for (int i = 0; i < kKernelCount && !forced_kernel(); ++i)
+  for (int i = 0; i < kKernelCount; ++i)
     if (can_run(at(i)) && at(i).layout == layout && &at(i) != &kernel_reference) return &at(i);
   return nullptr;
 }
 
 void force_kernel(const Kernel* kernel) { forced.store(kernel, std::memory_order_relaxed); }
 
-const Kernel* forced_kernel() { return forced.load(std::memory_order_relaxed); }
+void force_kernel_of(KernelOfContext function) { of_context.store(function, std::memory_order_relaxed); }
+
+const Kernel* forced_kernel() {
+  const KernelOfContext function = of_context.load(std::memory_order_relaxed);
+  const Kernel* kernel = function ? function() : nullptr;
+  return kernel ? kernel : forced.load(std::memory_order_relaxed);
+}
 
 }  // namespace torchq

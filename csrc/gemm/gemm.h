@@ -156,8 +156,13 @@ const Kernel& active_kernel();
 // The kernel to multiply by weights in this layout: the active one if it reads the layout; else, unless a kernel was
 // forced, the best that does. Null if there is none. `reference`, a hundred times slower, is never taken unasked.
 const Kernel* kernel_for(Layout layout);
-// Forces a kernel, which this CPU must be able to run. Null ends that.
+// Forces a kernel, which this CPU must be able to run, for the process. Null ends that.
 void force_kernel(const Kernel* kernel);
+// A function that says which kernel is forced for its caller's thread, or null for none: it goes before the process's.
+// Null, of this function, ends that. It is asked once or twice for each product, on the thread that wants it.
+using KernelOfContext = const Kernel* (*)();
+void force_kernel_of(KernelOfContext function);
+// The kernel forced for this thread.
 const Kernel* forced_kernel();
 
 }  // namespace torchq

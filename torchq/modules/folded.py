@@ -15,8 +15,8 @@ class Folded(nn.Identity):
     1
     """
 
-    def __call__(self, x: Any) -> Any:
-        """Returns x."""
+    def __call__(self, input: Any) -> Any:
+        """Returns the input."""
         if is_dynamo_compiling() or not _C.is_plain(self, Folded):
-            return super().__call__(x)
-        return x
+            return super().__call__(input)
+        return input

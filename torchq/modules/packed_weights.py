@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torchq import ops
 from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatViews, bias_view, read_only, weight_view
+from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, dequantize
 
 _SIDES = ("input", "output")
@@ -184,11 +185,11 @@ class PackedWeights(Int8Module):
         state = dict(self.__dict__)
         state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
         state["_parameters"] = {}
-        state["canonical"] = self._canonical()
+        state["canonical"] = sendable(self._canonical())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        canonical = state.pop("canonical")
+        canonical = received(state.pop("canonical"))
         super().__setstate__(state)
         self._adopt(canonical)
 

@@ -11,8 +11,9 @@ from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 class QATLinear(nn.Linear):
     """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: the same as the converted layer in `torchq.simulate()`.
 
-    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, also
-    under autocast. Weight and bias are ordinary float parameters. Gradients: torchq/modules/ranges.py.
+    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, or in
+    autocast's, as nn.Linear does. The arithmetic is float32 there, too. Weight and bias are ordinary float parameters.
+    Gradients: torchq/modules/ranges.py.
 
     Args:
         in_features: K.
@@ -65,20 +66,23 @@ class QATLinear(nn.Linear):
         del self.input_range, self.per_channel
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features).
 
         Raises:
             TypeError: x is not float32, bfloat16 or float16.
             ValueError: the weight has NaN or infinity.
         """
+        x = input
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
             rows = self.input_range(x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]))
             weight = fake_quantize_weight(self.weight, per_channel=self.per_channel)
             y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
-            return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+            return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes and weight scheme, for `repr`."""

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 
 from torchq import _C, kernels, ops
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.base import Matrix
 from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -21,12 +23,21 @@ from torchq.numerics.qparams import (
     row_qparams,
 )
 from torchq.ops import Activation
+from torchq.scopes import Scoped
 
 # The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
 _linear_static = torch.ops.torchq.linear_static.default
 
-_simulating = False
+_simulated_anywhere = False  # in any thread: where not, no thread need look into its context
+
+
+def _set_simulated_anywhere(yes: bool) -> None:
+    global _simulated_anywhere
+    _simulated_anywhere = yes
+
+
+_simulating: Scoped[bool] = Scoped("torchq.simulate", _set_simulated_anywhere)
 
 
 @contextmanager
@@ -37,6 +48,9 @@ def simulate() -> Iterator[None]:
     rounding of the sums. (If a layer's output is requantized to u8, such a rounding can cross a tie and change a code
     by one.)
 
+    It holds for its own thread and asyncio task: other threads go on in int8, also those that were started inside. A
+    DataLoader's workers are processes; forked inside, they simulate as well.
+
     >>> layer = QuantizedLinear.from_float(nn.Linear(8, 4))
     >>> x = torch.ones(2, 8)
     >>> with simulate():
@@ -44,19 +58,32 @@ def simulate() -> Iterator[None]:
     >>> torch.allclose(layer(x), expected, atol=1e-6)
     True
     """
-    global _simulating
-    previous, _simulating = _simulating, True
-    try:
+    with _simulating.of(True):
         yield
-    finally:
-        _simulating = previous
+
+
+@torch.fx.wrap
+def _float_dtype(x: Tensor) -> torch.dtype:
+    """Of an input that is no codes. It is a node of a traced graph, so that the graph refuses codes as well."""
+    if x.dtype == torch.uint8:
+        raise not_codes()
+    return x.dtype
+
+
+def _path(module: nn.Module, x: Proxy) -> str:
+    """The module's name in what torch.fx traces; empty if it is all of that, or no part of it."""
+    try:
+        return x.tracer.path_of_module(module)  # type: ignore[attr-defined, no-any-return]
+    except (AttributeError, NameError):
+        return ""
 
 
 class QuantizedLinear(PackedWeights):
     """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
 
-    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype. Without
-    `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them that of `ops.linear_static`.
+    Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, or in
+    autocast's, as nn.Linear does. Without `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them that
+    of `ops.linear_static`.
 
     Args:
         weight_int8: int8 (out_features, in_features).
@@ -149,39 +176,76 @@ class QuantizedLinear(PackedWeights):
         """The bytes of the packed weight: codes, scales, bias and padding."""
         return self.packed.numel()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """forward(), skipping nn.Module's and the dispatcher's part of the call if they have nothing to do.
 
         That takes 1.3 us instead of 2.6 (docs/performance.md). For comparison, multiplying one row by 768 x 768 weights
         takes 3.6 us.
         """
-        y = NotImplemented if is_dynamo_compiling() or _simulating else _C.call_linear(self, QuantizedLinear, x)
-        return super().__call__(x) if y is NotImplemented else y
+        if is_dynamo_compiling() or _simulated_anywhere:
+            return super().__call__(input)  # type: ignore[no-any-return]
+        y = _C.call_linear(self, QuantizedLinear, input)
+        if y is not NotImplemented:
+            return y
+        if isinstance(input, Proxy) and (path := _path(self, input)):  # a leaf of a traced graph, as nn.Linear is
+            return input.tracer.create_proxy("call_module", path, (input,), {})
+        return super().__call__(input)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        if _simulating:
-            with torch.autocast("cpu", enabled=False):
-                return self._simulated(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features).
+
+        Raises:
+            TypeError: a dtype or layout that is none of those above.
+            RuntimeError: another width or device, or a storage that was freed.
+            MemoryError: no memory for the output, or for what the product needs beside it.
+        """
+        x, dtype = input, None  # dtype: that of the output, where autocast says so
+        if torch.is_autocast_enabled("cpu") if is_dynamo_compiling() else _C.is_autocast_enabled():
+            dtype = torch.get_autocast_dtype("cpu")
+        if _simulated_anywhere:
+            if is_dynamo_compiling():  # no graph knows which thread will run it
+                return self._int8_or_simulated(x, dtype)
+            if _simulating.get():
+                refuse_layout(x)
+                with torch.autocast("cpu", enabled=False):
+                    return self._simulated(x, dtype)
+        try:
+            return self._int8(x, dtype)
+        except RuntimeError as error:
+            known = explained(error, x)
+            if known is error:
+                raise
+            raise known from None
+
+    def _int8(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         packed = self._buffers["packed"]  # faster than self.packed, which finds it after three failed look-ups
         if self.input_qparams is None:
-            return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
+            if dtype is None:
+                return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
+            if x.dtype is not dtype and x.dtype in (torch.bfloat16, torch.float16):
+                x = x.float()  # so that the output is rounded once
+            return _linear_dynamic(x, packed, self.activation).to(dtype)  # type: ignore[no-any-return]
         scale, zero_point = self.input_qparams
-        if x.dtype == torch.uint8 and not self.takes_codes:
-            raise self._not_codes()
+        own = self.dtype if self.takes_codes else _float_dtype(x)
         if self.output_qparams is not None:
             y_scale, y_zero_point = self.output_qparams
             return _linear_static(  # type: ignore[no-any-return]
                 x, packed, scale, zero_point, torch.uint8, y_scale, y_zero_point, self.activation
             )
-        dtype = self.dtype if self.takes_codes else x.dtype
+        dtype = dtype or own
         return _linear_static(x, packed, scale, zero_point, dtype, 1.0, 0, self.activation)  # type: ignore[no-any-return]
 
-    def _simulated(self, x: Tensor) -> Tensor:
+    def _int8_or_simulated(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or (self.dtype if self.takes_codes else _float_dtype(x))
+        pairs = [list(map(float, pair or ())) for pair in (self.input_qparams, self.output_qparams)]
+        y: Tensor = _linear_of_context(x, self.packed, *pairs, self.activation, self.takes_codes, dtype)
+        return y
+
+    def _simulated(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight, weight_scale, bias = self._unpacked()
         if x.dtype == torch.uint8:
             if not self.takes_codes or self.input_qparams is None:
-                raise self._not_codes()
+                raise not_codes()
             x = dequantize(x, *self.input_qparams)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if self.input_qparams is None:
@@ -193,13 +257,7 @@ class QuantizedLinear(PackedWeights):
         y = FUNCTIONS[Activation(self.activation)](y)
         if self.output_qparams is not None:  # stays float32, so that the next layer gets exactly these codes
             return fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
-        return y.to(self.dtype if self.takes_codes else x.dtype)
-
-    def _not_codes(self) -> TypeError:
-        return TypeError(
-            "QuantizedLinear: x must be float32, bfloat16 or float16, got uint8. Convert it first, as the float model "
-            "would need it: x.float()."
-        )
+        return y.to(dtype or (self.dtype if self.takes_codes else x.dtype))
 
     def extra_repr(self) -> str:
         """Scheme and kernel, for `repr`."""
@@ -211,3 +269,43 @@ class QuantizedLinear(PackedWeights):
         if self.output_qparams is not None:
             parts.append("out=uint8")
         return ", ".join(parts)
+
+
+@torch.library.custom_op("torchq::linear_of_context", mutates_args=())
+def _linear_of_context(
+    x: Tensor,
+    packed: Tensor,
+    input_qparams: list[float],
+    output_qparams: list[float],
+    activation: int,
+    takes_codes: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A QuantizedLinear in a compiled graph: int8, or simulated where the thread that runs it is inside simulate().
+
+    It stands only in graphs that were compiled while some thread simulated. Compiled code looks at globals before it
+    runs, and cannot look into its context; so the others hold the ops themselves.
+    """
+    layer = QuantizedLinear.__new__(QuantizedLinear)
+    nn.Module.__init__(layer)
+    layer.register_buffer("packed", packed, persistent=False)
+    layer.in_features, layer.out_features = x.shape[-1], ops.out_features(packed, x.shape[-1])
+    layer.input_qparams, layer.output_qparams = (
+        QParams(pair[0], int(pair[1])) if pair else None for pair in (input_qparams, output_qparams)
+    )
+    layer.activation, layer.takes_codes, layer.dtype = activation, takes_codes, dtype
+    return layer._simulated(x, dtype) if _simulating.get() else layer._int8(x, dtype)
+
+
+@_linear_of_context.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    input_qparams: list[float],
+    output_qparams: list[float],
+    activation: int,
+    takes_codes: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], ops.out_features(packed, x.shape[-1])), dtype=dtype)
+    return y if not output_qparams else y.to(torch.uint8)
