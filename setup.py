@@ -16,6 +16,10 @@ MIN_TORCH = (2, 10)
 # -Wno-*uninitialized: false alarms in the avx512fintrin.h of g++ 12.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Hardened: a smashed stack ends the process, the tables of addresses are read-only once loaded, and no symbol is
+# exported but Python's way in, so that no other library's of the same name is taken for ours.
+CXX_FLAGS += ["-fstack-protector-strong", "-fvisibility-inlines-hidden"]
+LINUX_LINK_FLAGS = ["-Wl,-z,relro,-z,now", f"-Wl,--version-script={os.path.join('csrc', 'exports.map')}"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
 
 # The kernels of all architectures: a file compiles to nothing on another architecture than its own.
@@ -58,6 +62,7 @@ def extension_arguments() -> dict:
         SOURCES,
         include_dirs=[pybind11.get_include()],
         extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
+        extra_link_args=LINUX_LINK_FLAGS if sys.platform == "linux" else [],
         depends=[os.path.join(folder, f) for folder in ("csrc", "csrc/gemm") for f in os.listdir(folder) if "." in f],
     )
     if "torch_python" in module.libraries:  # only the stable ABI is linked
