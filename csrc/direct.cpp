@@ -46,16 +46,30 @@ constexpr int64_t kKeepGilBelow = 1 << 20;
 // today's systems lies above, except for small blocks of a program that is not position-independent.
 constexpr uintptr_t kSurelyMemory = uintptr_t{1} << 36;
 
+// Something of a tensor that Python reads as a method of no arguments or as an attribute: called where it ends up.
+struct Asked {
+  PyObject* descriptor;
+  PyCFunction method;
+  getter attribute;
+  void* closure;
+
+  PyObject* operator()(PyObject* tensor) const {
+    if (method) return method(tensor, nullptr);
+    if (attribute) return attribute(tensor, closure);
+    return Py_TYPE(descriptor)->tp_call ? PyObject_Vectorcall(descriptor, &tensor, 1, nullptr)
+                                        : Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor, nullptr);
+  }
+};
+
 // What tells a plain eager call, as Python objects that live as long as the process.
 struct Torch {
   const dlpack::Exchange* exchange;
   PyTypeObject* tensor;
-  PyObject* unusual[3];            // functions that return something true where a mode or tracing is active
-  PyObject* autocast;              // likewise for autocast
-  PyObject *profiler, *profiling;  // the globals of torch's profiler, and the name of its flag among them
-  PyObject* requires_grad;         // the name of the attribute
-  PyObject *is_neg, *offset;       // methods of a tensor
-  PyObject* dtypes[4];             // in the order of kDTypes
+  PyObject* unusual[3];                 // functions that return something true where a mode or tracing is active
+  PyObject* autocast;                   // likewise for autocast
+  PyObject *profiler, *profiling;       // the globals of torch's profiler, and the name of its flag among them
+  Asked requires_grad, is_neg, offset;  // of a tensor
+  PyObject* dtypes[4];                  // in the order of kDTypes
 } torch_;
 
 // What can stand between the call of an nn.Module and its forward().
@@ -119,7 +133,7 @@ const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8
 bool has_memory(PyObject* object, const dlpack::Tensor& t) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(data_of(t));
   if (address >= kSurelyMemory || address == 0) return address;
-  PyObject* offset = PyObject_Vectorcall(torch_.offset, &object, 1, nullptr);
+  PyObject* offset = torch_.offset(object);
   const long long elements = offset ? PyLong_AsLongLong(offset) : 0;
   Py_XDECREF(offset);
   return offset && address != static_cast<uintptr_t>(elements) * (t.dtype.bits / 8);
@@ -134,12 +148,10 @@ bool view(PyObject* object, dlpack::Tensor* out) {
 
 // Whether torch negates the values lazily, when they are read: as of the imaginary part of a conjugate. DLPack does not
 // say it.
-bool is_negated(PyObject* x) { return !falsy(PyObject_Vectorcall(torch_.is_neg, &x, 1, nullptr)); }
+bool is_negated(PyObject* x) { return !falsy(torch_.is_neg(x)); }
 
 // Whether autograd wants to know of a product with x.
-bool wants_gradient(PyObject* x) {
-  return aoti_torch_grad_mode_is_enabled() && !falsy(PyObject_GetAttr(x, torch_.requires_grad));
-}
+bool wants_gradient(PyObject* x) { return aoti_torch_grad_mode_is_enabled() && !falsy(torch_.requires_grad(x)); }
 
 // Every stride must be exactly that of a contiguous tensor, even in a dimension of size 1, where any would do.
 bool is_contiguous(const dlpack::Tensor& t) {
@@ -332,6 +344,18 @@ PyMethodDef methods[] = {
 
 PyObject* forever(py::object object) { return object.release().ptr(); }
 
+Asked asked(const py::object& of_tensor) {
+  Asked out{forever(of_tensor), nullptr, nullptr, nullptr};
+  if (Py_TYPE(out.descriptor) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(out.descriptor)->d_method;
+    if (method->ml_flags == METH_NOARGS) out.method = method->ml_meth;
+  } else if (Py_TYPE(out.descriptor) == &PyGetSetDescr_Type) {
+    const PyGetSetDef* attribute = reinterpret_cast<PyGetSetDescrObject*>(out.descriptor)->d_getset;
+    out.attribute = attribute->get, out.closure = attribute->closure;
+  }
+  return out;
+}
+
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
 }  // namespace
@@ -362,9 +386,9 @@ void add_direct_calls(py::module_& module) {
   torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
   torch_.profiling = name("_is_profiler_enabled");
-  torch_.requires_grad = name("requires_grad");
-  torch_.is_neg = forever(tensor.attr("is_neg"));
-  torch_.offset = forever(tensor.attr("storage_offset"));
+  torch_.requires_grad = asked(tensor.attr("requires_grad"));
+  torch_.is_neg = asked(tensor.attr("is_neg"));
+  torch_.offset = asked(tensor.attr("storage_offset"));
   const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
   for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
   torch_.exchange = exchange;
