@@ -82,8 +82,8 @@ class QuantizedLinear(PackedWeights):
     """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
 
     Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, or in
-    autocast's, as nn.Linear does. Without `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them that
-    of `ops.linear_static`.
+    autocast's, as nn.Linear does. Without `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them
+    that of `ops.linear_static`.
 
     Args:
         weight_int8: int8 (out_features, in_features).
