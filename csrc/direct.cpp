@@ -68,6 +68,7 @@ struct Torch {
   PyObject* unusual[3];                 // functions that return something true where a mode or tracing is active
   PyObject* autocast;                   // likewise for autocast
   PyObject *profiler, *profiling;       // the globals of torch's profiler, and the name of its flag among them
+  PyObject *forward_ad, *level;         // likewise of forward-mode derivatives, whose level is -1 outside
   Asked requires_grad, is_neg, offset;  // of a tensor
   PyObject* dtypes[4];                  // in the order of kDTypes
 } torch_;
@@ -123,6 +124,8 @@ bool plain_eager() {
   if (autocast()) return false;
   for (PyObject* f : torch_.unusual)
     if (!falsy(PyObject_CallNoArgs(f))) return false;
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.level);
+  if (!level || PyLong_AsLong(level) >= 0) return false;
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
@@ -386,6 +389,8 @@ void add_direct_calls(py::module_& module) {
   torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
   torch_.profiling = name("_is_profiler_enabled");
+  torch_.forward_ad = forever(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
+  torch_.level = name("_current_level");
   torch_.requires_grad = asked(tensor.attr("requires_grad"));
   torch_.is_neg = asked(tensor.attr("is_neg"));
   torch_.offset = asked(tensor.attr("storage_offset"));

@@ -196,6 +196,15 @@ def test_fx_sees_the_module_a_tracer_calls_a_leaf(layer):
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_has_its_tangent(layer):
+    """A dual tensor is a plain one to look at."""
+    x = torch.randn(2, 20)
+    with torch.autograd.forward_ad.dual_level():
+        assert direct(layer, torch.autograd.forward_ad.make_dual(x, x)) is NotImplemented
+    assert direct(layer, x) is not NotImplemented
+
+
 def test_inference_mode(layer):
     x = torch.randn(2, 20)
     expected = op_dynamic(x, layer.packed, 0)

@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
 from torchq import _C, kernels, ops
+from torchq.modules import gradients
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.base import Matrix
 from torchq.modules.packed_weights import PackedWeights
@@ -219,6 +220,8 @@ class QuantizedLinear(PackedWeights):
 
     def _int8(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         packed = self._buffers["packed"]  # faster than self.packed, which finds it after three failed look-ups
+        if gradients.wanted(x):
+            return self._with_gradient(x, dtype)
         if self.input_qparams is None:
             if dtype is None:
                 return _linear_dynamic(x, packed, self.activation)  # type: ignore[no-any-return]
@@ -235,6 +238,14 @@ class QuantizedLinear(PackedWeights):
         dtype = dtype or own
         return _linear_static(x, packed, scale, zero_point, dtype, 1.0, 0, self.activation)  # type: ignore[no-any-return]
 
+    def _with_gradient(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The same values, with the gradient to x; where others get codes, their values in float32."""
+        if dtype is not None and x.dtype is not dtype:
+            x = x.float()  # so that the output is rounded once
+        own = self.dtype if self.takes_codes else x.dtype
+        y = gradients.linear(x, self.packed, self.activation, self.input_qparams, self.output_qparams, own)
+        return y if dtype is None or self.output_qparams is not None else y.to(dtype)
+
     def _int8_or_simulated(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or (self.dtype if self.takes_codes else _float_dtype(x))
         pairs = [list(map(float, pair or ())) for pair in (self.input_qparams, self.output_qparams)]
@@ -249,14 +260,16 @@ class QuantizedLinear(PackedWeights):
             x = dequantize(x, *self.input_qparams)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if self.input_qparams is None:
-            rows = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
+            rounded = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
         else:
-            rows = fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
+            rounded = fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
+        rows = gradients.straight_through(rows, rounded) if gradients.wanted(rows) else rounded
         y = nn.functional.linear(rows, dequantize(weight, weight_scale, axis=0), bias)
         y = y.reshape(*x.shape[:-1], self.out_features)
         y = FUNCTIONS[Activation(self.activation)](y)
         if self.output_qparams is not None:  # stays float32, so that the next layer gets exactly these codes
-            return fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
+            rounded = fake_quantize(y, *self.output_qparams, dtype=torch.uint8)
+            return gradients.straight_through(y, rounded) if gradients.wanted(y) else rounded
         return y.to(dtype or (self.dtype if self.takes_codes else x.dtype))
 
     def extra_repr(self) -> str:
