@@ -124,7 +124,9 @@ def test_the_dtype_of_x(generator, scheme, dtype):
     x, dy = inputs(generator, 9, K, dtype=dtype), torch.randn(9, N, generator=generator).to(dtype)
     got = input_gradient(model[0], x, torch.ones(9, HIDDEN))
     assert got.dtype == dtype
-    assert error(got, expected_gradient(model[:1], x, torch.ones(9, HIDDEN))) < CLOSE_BF16
+    # Rounded once, at the end: 1e-6 of float32's errors takes one of some hundred values across a tie of float16
+    expected = expected_gradient(model[:1], x, torch.ones(9, HIDDEN)).to(dtype)
+    assert (got == expected).double().mean() > 0.98
     got = input_gradient(model, x, dy)
     assert got.dtype == dtype
     # `formula` hands float32 to the second layer, and what is between them has the dtype in the model: 2 roundings each
@@ -155,6 +157,13 @@ def test_the_values_are_those_of_inference(generator, mode, scheme, activation, 
         assert y.requires_grad
         assert_identical(y.detach(), expected)
         assert_identical(vmap(model)(x), expected)
+
+
+def test_a_producer_gives_the_values_of_its_codes(generator):
+    producer = build("chain", generator)[0]
+    x = inputs(generator, 9, K)
+    y = producer(x.clone().requires_grad_()).detach()
+    assert_identical(y, torchq.dequantize(producer(x), *BETWEEN))
 
 
 def test_every_code_survives_the_float_chain():

@@ -42,13 +42,12 @@ def wanted(x: Any) -> bool:
     Under torch.func always: inside vmap a tensor does not say whether an outer transform differentiates. In programs of
     torch.export and torch.jit never: they are for inference, and hold the ops and codes themselves.
     """
+    backward = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+    if not (backward or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return False
     if not isinstance(x, Tensor) or is_exporting() or (not is_dynamo_compiling() and torch._C._get_tracing_state()):
         return False
-    if x.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch._C._are_functorch_transforms_active():
-        return x.is_floating_point()
-    return not is_dynamo_compiling() and forward_ad._current_level >= 0 and x.is_floating_point()
+    return x.is_floating_point()
 
 
 def linear(
