@@ -175,9 +175,10 @@ def forged(packed, at, value):
 
 
 WRONG = [-1, -16, -(2**63), 2**40, 2**62, 2**63 - 1]
+WRAPS = 4 + 2**62  # the length of a buffer of 4 columns, modulo 2^64
 
 
-@pytest.mark.parametrize(("field", "n"), [(8, n) for n in [*WRONG, 3, 5]] + [(16, k) for k in [*WRONG, 65]])
+@pytest.mark.parametrize(("field", "n"), [(8, n) for n in [*WRONG, WRAPS, 3, 5]] + [(16, k) for k in [*WRONG, 65]])
 def test_a_header_that_does_not_fit_its_buffer(layer, x, field, n):
     packed = forged(layer.packed, field, n)
     layer.packed = packed

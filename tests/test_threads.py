@@ -4,6 +4,7 @@ import asyncio
 import gc
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 
@@ -287,9 +288,10 @@ def others_run_during(call, tries):
             ran.append(True)
 
     thread = threading.Thread(target=other)
-    thread.start()
-    sys.setswitchinterval(1000)  # nobody asks for the GIL
+    sys.setswitchinterval(1000)  # nobody asks for the GIL, also not the thread while it starts
     try:
+        thread.start()
+        time.sleep(0.05)  # it comes to its lock
         go.release()  # gives no GIL away
         for _ in range(tries):
             call()
@@ -302,6 +304,8 @@ def others_run_during(call, tries):
 
 
 def test_a_large_product_gives_the_gil_away():
-    """For some 10 ms here. Torch's own functions may do so, too, for too short a time to wake anybody."""
-    layer, x = QuantizedLinear.from_float(nn.Linear(2048, 2048)), torch.randn(512, 2048)
-    assert others_run_during(lambda: _C.call_linear(layer, QuantizedLinear, x), tries=10)
+    """For some 10 ms here; a small one does not."""
+    layer, x, kept = QuantizedLinear.from_float(nn.Linear(65536, 64)), torch.randn(256, 65536), []
+    assert others_run_during(lambda: kept.append(_C.call_linear(layer, QuantizedLinear, x)), tries=10)
+    small, row = QuantizedLinear.from_float(nn.Linear(64, 64)), torch.randn(1, 64)
+    assert not others_run_during(lambda: kept.append(_C.call_linear(small, QuantizedLinear, row)), tries=1)
