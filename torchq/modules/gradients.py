@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.fx import Proxy
 
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
@@ -42,6 +43,8 @@ def wanted(x: Any) -> bool:
     Under torch.func always: inside vmap a tensor does not say whether an outer transform differentiates. In programs of
     torch.export and torch.jit never: they are for inference, and hold the ops and codes themselves.
     """
+    if isinstance(x, Proxy):  # of torch.fx, for whom a layer is a leaf
+        return False
     backward = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
     if not (backward or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return False

@@ -204,6 +204,8 @@ class QuantizedLinear(PackedWeights):
         if torch.is_autocast_enabled("cpu") if is_dynamo_compiling() else _C.is_autocast_enabled():
             dtype = torch.get_autocast_dtype("cpu")
         if _simulated_anywhere:
+            if is_dynamo_compiling() and gradients.wanted(x):  # training in simulate(): the graph is of its thread
+                return self._simulated(x, dtype)
             if is_dynamo_compiling():  # no graph knows which thread will run it
                 return self._int8_or_simulated(x, dtype)
             if _simulating.get():
