@@ -42,8 +42,8 @@ def test_rows_of_padding_are_not_recorded(dtype, padding):
     assert torch.equal(records["tokens"].sample.rows, x[MASK == 1])
     assert torch.equal(records["tokens"].gram, x[MASK == 1].T @ x[MASK == 1])
     assert torch.equal(records["tokens"].extremes, torch.stack([x[MASK == 1].amin(0), x[MASK == 1].amax(0)]))
-    assert records["texts"].sample.seen == 3
-    assert records["flat"].sample.seen == 12  # which row is which token, its shape does not tell
+    assert records["texts"].sample.rows_seen == 3
+    assert records["flat"].sample.rows_seen == 12  # which row is which token, its shape does not tell
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_any_other_mask_changes_nothing(mask):
 def test_a_mask_is_for_its_own_batch_only():
     x = normal(3, 4, 8)
     records = recorded(Masked(), [{"x": x, "attention_mask": MASK}, {"x": x}, x]).records
-    assert records["tokens"].sample.seen == 6 + 12 + 12
+    assert records["tokens"].sample.rows_seen == 6 + 12 + 12
 
 
 def test_padding_may_be_nan():
