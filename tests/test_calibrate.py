@@ -288,9 +288,9 @@ def test_memory_does_not_grow_with_the_number_of_batches():
         loader = (normal(50, 6, seed=i) * 10.0 ** (i % 9) for i in range(batches))
         return tensor_bytes(recorded(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), loader).records, set())
 
-    # Two layers: a sample of 256 rows of 6 floats and their positions, the extremes of 6 channels, 6 x 6 products, 2048
-    # counts of 8 bytes, and lo, hi, exponent and zeros.
-    layer = 256 * (6 * 4 + 8) + 2 * 6 * 4 + 6 * 6 * 4 + 2048 * 8 + 2 * 4 + 2 * 8
+    # Two layers: a sample of 256 rows of 6 floats, their positions and whether their batch is held out, the extremes of
+    # 6 channels, 6 x 6 products, 2048 counts of 8 bytes, and lo, hi, exponent and zeros.
+    layer = 256 * (6 * 4 + 8 + 1) + 2 * 6 * 4 + 6 * 6 * 4 + 2048 * 8 + 2 * 4 + 2 * 8
     assert total(3) == total(30) == 2 * layer
 
 

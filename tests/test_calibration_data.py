@@ -67,10 +67,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("loader", SHAPES.values(), ids=SHAPES)
 def test_batches_of_any_shape_give_what_their_rows_give(loader):
-    """Bit for bit. The model has one layer, since torch's matmul may round differently for other batch sizes."""
-    expected = convert(model()[:2], [ROWS])
+    """Bit for bit. The model has one layer, since torch's matmul may round differently for other batch sizes.
+
+    Rounding is left out: with "auto" and several batches, every second batch judges it.
+    """
+    expected = convert(model()[:2], [ROWS], config=QConfig(rounding="nearest"))
     assert expected.torchq_plan.smoothings
-    same(convert(model()[:2], loader), expected)
+    same(convert(model()[:2], loader, config=QConfig(rounding="nearest")), expected)
 
 
 def test_rounding_sees_the_same_rows_whatever_their_batches():

@@ -35,11 +35,11 @@ def records_of(model, data, config=CONFIG):
     return calibrate(model, data, find_layers(model), config).records
 
 
-def alone(calls, config=CONFIG):
-    """The record of these calls (tensors) of a single layer."""
+def alone(calls, config=CONFIG, *, batches=False):
+    """The record of these calls (tensors) of a single layer: in a batch each, or all in one."""
     record = Record.empty(calls[0].shape[-1], config)
-    for x in calls:
-        record.observe(x)
+    for batch, x in enumerate(calls):
+        record.observe(x, batch if batches else 0)
     return record
 
 
@@ -61,8 +61,8 @@ def test_q_k_and_v_share_one_record(monkeypatch):
     assert records["q"] is records["k"] is records["v"]
     assert records["o"] is not records["q"]
     assert len(updates) == 2 * 3
-    assert_same(records["q"], alone([normal(20, 16, seed=i) for i in range(3)]))
-    assert torch.equal(records["q"].gram, alone([normal(20, 16, seed=i) for i in range(3)]).gram)
+    assert_same(records["q"], alone([normal(20, 16, seed=i) for i in range(3)], batches=True))
+    assert torch.equal(records["q"].gram, alone([normal(20, 16, seed=i) for i in range(3)], batches=True).gram)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_another_tensor_is_another_record(between):
     model = Attention(between)
     records = records_of(model, [normal(20, 16, seed=i) for i in range(3)])
     assert records["k"] is not records["q"]
-    assert_same(records["k"], alone([between(normal(20, 16, seed=i)).reshape(-1, 16) for i in range(3)]))
+    assert_same(records["k"], alone([between(normal(20, 16, seed=i)).reshape(-1, 16) for i in range(3)], batches=True))
 
 
 def test_a_tensor_in_the_place_of_a_freed_one_is_another():

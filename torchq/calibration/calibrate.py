@@ -84,7 +84,7 @@ def calibrate(
     The model is left as it was: hooks are removed and training flags restored, also when a batch fails. Special cases:
 
     * Batches may differ in size, sequence length and leading dimensions. Only the rows count: the result is the same as
-      for one batch with all rows.
+      for one batch with all rows, except that with `rounding="auto"` every second batch judges the rounding.
     * Padding is not recorded: where a batch is a dict with an `attention_mask` (B, T) of ones and zeros, these are the
       rows of inputs (B, T, ..., K) whose mask is 0.
     * Constant values, a constant channel, and all zeros are allowed: all ranges stay finite, and zero stays exact.

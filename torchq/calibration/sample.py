@@ -32,6 +32,7 @@ class Sample:
         self.capacity, self.rows_seen = capacity, 0
         self._kept: Tensor | None = None
         self._positions = torch.zeros(capacity, dtype=torch.long)
+        self._held_out = torch.zeros(capacity, dtype=torch.bool)
         self._generator = torch.Generator().manual_seed(0)
         self._last: _Overwritten | None = None
 
@@ -45,8 +46,13 @@ class Sample:
         """The position in the stream of each of the `rows`."""
         return self._positions[: min(self.rows_seen, self.capacity)]
 
-    def add(self, rows: Tensor) -> None:
-        """Offers rows (n, K); each row seen so far is kept with equal probability."""
+    @property
+    def held_out(self) -> Tensor:
+        """Which of the rows are of a batch that is held out, as bool (rows,)."""
+        return self._held_out[: min(self.rows_seen, self.capacity)]
+
+    def add(self, rows: Tensor, batch: int = 0) -> None:
+        """Offers rows (n, K) of this batch; each row seen so far is kept with equal probability."""
         if self._kept is None:
             self._kept = rows.new_empty(self.capacity, rows.shape[1])
         generator = self._generator.get_state()
@@ -57,9 +63,11 @@ class Sample:
         last = dict(zip(slot[hits].tolist(), hits.tolist(), strict=True))  # the last row for a slot wins
         slots, chosen = torch.tensor(list(last), dtype=torch.long), torch.tensor(list(last.values()), dtype=torch.long)
         old = slots[slots < self.rows_seen]  # slots in use before this call; the others were empty
-        self._last = _Overwritten(self.rows_seen, old, self._kept[old], self._positions[old], generator)
+        self._last = _Overwritten(
+            self.rows_seen, old, self._kept[old], self._positions[old], self._held_out[old], generator
+        )
         self._kept[slots] = rows[chosen]
-        self._positions[slots] = index[chosen]
+        self._positions[slots], self._held_out[slots] = index[chosen], is_held_out(batch)
         self.rows_seen += rows.shape[0]
 
     def before_last_add(self) -> "Sample":
@@ -77,6 +85,8 @@ class Sample:
             sample._kept, sample._positions = self._kept.clone(), self._positions.clone()
             sample.rows_seen = last.rows_seen
             sample._kept[last.slots], sample._positions[last.slots] = last.rows, last.positions
+            sample._held_out = self._held_out.clone()
+            sample._held_out[last.slots] = last.held_out
             sample._generator.set_state(last.generator)
         return sample
 
@@ -92,4 +102,5 @@ class _Overwritten(NamedTuple):
     slots: Tensor
     rows: Tensor
     positions: Tensor
+    held_out: Tensor
     generator: Tensor

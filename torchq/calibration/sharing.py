@@ -58,12 +58,12 @@ class _Stream:
         self.calls_made: dict[str, int] = {}
         self.latest: _Identity | None = None
 
-    def observe(self, x: Tensor, real: Tensor | None) -> None:
-        """Records the next call: of x, the rows that `real` says are data."""
+    def observe(self, x: Tensor, real: Tensor | None, batch: int) -> None:
+        """Records the next call, in this batch: of x, the rows that `real` says are data."""
         shared = len(self.calls_made) > 1
         if shared:  # a shallow copy of an observer is a snapshot, since observers never change their tensors in place
             self.before = dataclasses.replace(self.record, observer=copy.copy(self.record.observer))
-        self.record.observe(without_padding(x, real))
+        self.record.observe(without_padding(x, real), batch)
         self.latest = _Identity(x)
         if not shared:  # no layer can split off, so the sample from before this call is not needed
             self.record.sample.forget()
@@ -101,10 +101,12 @@ class Recorder:
         self._streams: dict[str, _Stream] = {}
         self._new: list[_Stream] = []  # the streams with at most one call, which a layer may still join
         self._real: Tensor | None = None
+        self._batch = -1
 
     def begin(self, batch: Any) -> None:
         """The calls that follow are of this batch, whose padding is not recorded."""
         self._real = real_rows(batch)
+        self._batch += 1
 
     def observe(self, name: str, x: Tensor) -> None:
         """Records the input x (..., K) of one call of the layer `name`."""
@@ -116,7 +118,7 @@ class Recorder:
             stream = self._split_off(name, stream)
         for other in stream.behind():
             self._split_off(other, stream)
-        stream.observe(x, self._real)
+        stream.observe(x, self._real, max(0, self._batch))
         stream.calls_made[name] += 1
         self._new = [each for each in self._new if each.record.calls <= 1]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
-from torchq.calibration.record import Trial
+from torchq.calibration.record import MIN_STATIC_ROWS, Trial
 from torchq.config import QConfig
 from torchq.errors import BadValueError
 from torchq.modules.base import Matrix, Trained
@@ -18,6 +18,8 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import QParams
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.smoothing import scaled_parts
+
+TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 
 
 def choose(plan: Plan, evidence: Evidence) -> Plan:
@@ -59,13 +61,16 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
-    return plan_layer(layer, record.whole, config)
+    return plan_layer(layer, record.whole, config, few=record.is_too_few)
 
 
-def plan_layer(layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | None = None) -> LayerPlan:
+def plan_layer(
+    layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | None = None, few: bool = False
+) -> LayerPlan:
     """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
 
-    `into` (K,): the trial's inputs were divided by it, so the weight is multiplied by it.
+    `into` (K,): the trial's inputs were divided by it, so the weight is multiplied by it. Rows that are `few` give no
+    static range unless asked for.
     """
     per_channel = config.weight == "per_channel"
     measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
@@ -74,6 +79,8 @@ def plan_layer(layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | No
     if config.activation == "auto":
         close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # False for nan
         use_static, reason = close, "static costs no accuracy" if close else "static would cost accuracy"
+        if close and few:
+            use_static, reason = False, f"{TOO_FEW} for a static range"
     else:
         use_static, reason = config.activation == "static", "asked for"
     if not (static if use_static else dynamic) >= config.min_sqnr_db:

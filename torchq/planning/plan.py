@@ -96,7 +96,7 @@ class LayerPlan:
         input_qparams: scale and zero point of a static layer's input.
         observer: the name of the observer that gave the static range.
         sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB. "gptq" is the chosen scheme
-            with weights rounded by GPTQ, measured on the held-out half of the sample.
+            with weights rounded by GPTQ, measured on the held-out rows.
         activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.

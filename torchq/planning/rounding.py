@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchq import ops
-from torchq.calibration.calibrate import Evidence
+from torchq.calibration.calibrate import MIN_ROWS, Evidence
 from torchq.calibration.record import MAX_GRAM_DEPTH, Record
 from torchq.errors import BadValueError, door
 from torchq.modules.base import Matrix
@@ -48,9 +48,10 @@ _MIN_SQUARE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = None) -> Plan:
     """Rounds the int8 layers of `plan` by GPTQ and corrects their bias: always ("gptq"), or where it helps ("auto").
 
-    Layers from `prepare_qat` are left alone: they were trained on weights rounded to nearest. Half of a layer's sample
-    is held out: it is subtracted from H and measures the result. The other half gives the bias correction. The XᵀX of a
-    record is freed once every layer that shares it is rounded.
+    Layers from `prepare_qat` are left alone: they were trained on weights rounded to nearest. Every second batch is
+    held out: it is no part of H and measures the result. For one batch only, or "gptq", half of a layer's sample is
+    held out and subtracted from H. The other rows give the bias correction. The XᵀX of a record is freed once every
+    layer that shares it is rounded.
     """
     if evidence.config.rounding == "nearest":
         return plan
@@ -164,10 +165,15 @@ def warn_of_missing(plan: Plan) -> None:
 
 def _why_not(record: Record) -> str | None:
     """Why GPTQ is not tried: it would cost too much, or there is too little data for H. None if it is."""
-    depth, rows = record.sample.rows.shape[1], record.sample.rows_seen - len(record.sample.rows[::2])
+    depth, judge = record.sample.rows.shape[1], _judge(record)
+    rows = record.sample.rows_seen - (record.held_rows or int(judge.sum()))
     if record.gram is None:
         rounding = record.config.rounding
         return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
+    if record.config.rounding == "auto" and record.sample.rows_seen < MIN_ROWS:
+        return f"{record.sample.rows_seen} calibration rows, rounding='auto' takes gptq from {MIN_ROWS} rows on"
+    if not judge.any() or judge.all():
+        return "its rows are all of batches that judge, or none is: gptq needs both"
     if INPUTS_PER_ROW * rows < depth:
         needed = -(-depth // INPUTS_PER_ROW)
         return f"{rows} calibration rows beside the held-out ones, gptq needs {needed} for {depth} inputs"
@@ -178,9 +184,16 @@ def _why_not(record: Record) -> str | None:
     return None
 
 
+def _judge(record: Record) -> Tensor:
+    """Which rows of the sample judge, bool (R,): those of batches held out, or of one batch every second."""
+    return record.sample.held_out if record.held_rows else torch.arange(len(record.sample.rows)) % 2 == 0
+
+
 def _held_out_of_gram(record: Record) -> Tensor:
     """The held-out rows that are part of XᵀX, (R, K)."""
-    return record.sample.rows[::2][record.sample.positions[::2] < record.gram_rows]
+    if record.held_rows:
+        return record.sample.rows[:0]
+    return record.sample.rows[_judge(record) & (record.sample.positions < record.gram_rows)]
 
 
 @torch.no_grad()
@@ -196,7 +209,8 @@ def _round_layer(
     gram = record.gram - counted.T @ counted
     if into is not None:
         rows, gram = rows / into, gram / torch.outer(into, into)
-    held_out, correction_rows = rows[::2], rows[1::2]
+    judge = _judge(record)
+    held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
     scale = weight_scale(weight, per_channel=plan.per_channel).contiguous()
     bias = torch.zeros(len(weight)) if matrix.bias is None else matrix.bias.float()

@@ -39,7 +39,9 @@ def _smooth_one(source: str, readers: tuple[str, ...], plan: Plan, evidence: Evi
     config = evidence.config
     group = _Group([evidence.layers[name] for name in readers], evidence)
     before = {
-        layer.name: plan_layer(layer, record.held_out(), config) if record.is_few else plan.layers[layer.name]
+        layer.name: plan_layer(layer, record.held_out(), config, few=record.is_too_few)
+        if record.is_few
+        else plan.layers[layer.name]
         for layer, record in group.members
     }
     after = {alpha: group.planned(group.scales(alpha, held_out=True)) for alpha in ALPHAS}
@@ -74,7 +76,9 @@ class _Group:
     def planned(self, scales: Tensor) -> dict[str, LayerPlan]:
         """The plans of the layers for inputs divided by `scales`, measured on held-out rows if rows are few."""
         return {
-            layer.name: plan_layer(layer, self.trial(record, scales, held_out=True), self._config, into=scales)
+            layer.name: plan_layer(
+                layer, self.trial(record, scales, held_out=True), self._config, into=scales, few=record.is_too_few
+            )
             for layer, record in self.members
         }
 
