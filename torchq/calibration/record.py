@@ -87,7 +87,7 @@ class Record:
         """A record without data, for the observers `config` asks for."""
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, in_features))))
         wanted = in_features <= MAX_GRAM_DEPTH[config.rounding]
-        gram = torch.zeros(in_features, in_features) if wanted else None
+        gram = torch.zeros(in_features, in_features, dtype=torch.float32, device="cpu") if wanted else None
         return cls(_new_observer(config), Sample(rows), config, gram=gram)
 
     @property
@@ -192,4 +192,4 @@ def _extremes(rows: Tensor) -> Tensor:
 
 
 def _peak(extremes: Tensor | None) -> Tensor:
-    return torch.empty(0) if extremes is None else extremes.abs().amax(dim=0)
+    return torch.empty(0, dtype=torch.float32, device="cpu") if extremes is None else extremes.abs().amax(dim=0)

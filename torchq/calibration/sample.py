@@ -31,15 +31,17 @@ class Sample:
     def __init__(self, capacity: int) -> None:
         self.capacity, self.rows_seen = capacity, 0
         self._kept: Tensor | None = None
-        self._positions = torch.zeros(capacity, dtype=torch.long)
-        self._held_out = torch.zeros(capacity, dtype=torch.bool)
-        self._generator = torch.Generator().manual_seed(0)
+        self._positions = torch.zeros(capacity, dtype=torch.long, device="cpu")
+        self._held_out = torch.zeros(capacity, dtype=torch.bool, device="cpu")
+        self._generator = torch.Generator(device="cpu").manual_seed(0)
         self._last: _Overwritten | None = None
 
     @property
     def rows(self) -> Tensor:
         """The sample, (rows, K)."""
-        return torch.empty(0, 0) if self._kept is None else self._kept[: min(self.rows_seen, self.capacity)]
+        if self._kept is None:
+            return torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        return self._kept[: min(self.rows_seen, self.capacity)]
 
     @property
     def positions(self) -> Tensor:
@@ -56,12 +58,12 @@ class Sample:
         if self._kept is None:
             self._kept = rows.new_empty(self.capacity, rows.shape[1])
         generator = self._generator.get_state()
-        index = torch.arange(self.rows_seen, self.rows_seen + rows.shape[0])
-        draw = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64)
+        index = torch.arange(self.rows_seen, self.rows_seen + rows.shape[0], dtype=torch.long, device="cpu")
+        draw = torch.rand(rows.shape[0], generator=self._generator, dtype=torch.float64, device="cpu")
         slot = torch.where(index < self.capacity, index, (draw * (index + 1)).long())
         hits = (slot < self.capacity).nonzero().flatten()
         last = dict(zip(slot[hits].tolist(), hits.tolist(), strict=True))  # the last row for a slot wins
-        slots, chosen = torch.tensor(list(last), dtype=torch.long), torch.tensor(list(last.values()), dtype=torch.long)
+        slots, chosen = (torch.tensor(list(each), dtype=torch.long, device="cpu") for each in (last, last.values()))
         old = slots[slots < self.rows_seen]  # slots in use before this call; the others were empty
         self._last = _Overwritten(
             self.rows_seen, old, self._kept[old], self._positions[old], self._held_out[old], generator

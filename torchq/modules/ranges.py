@@ -129,8 +129,8 @@ class LearnedRange(nn.Module):
         super().__init__()
         magnitude = max(-lo, hi)
         unit = 2.0 ** (math.frexp(magnitude)[1] - 1) if magnitude / 255 >= FLT_MIN else 1.0
-        self.ends = nn.Parameter(torch.tensor([lo / unit, hi / unit], dtype=torch.float32))
-        self.register_buffer("unit", torch.tensor(unit, dtype=torch.float32))
+        self.ends = nn.Parameter(torch.tensor([lo / unit, hi / unit], dtype=torch.float32, device="cpu"))
+        self.register_buffer("unit", torch.tensor(unit, dtype=torch.float32, device="cpu"))
 
     def forward(self, rows: Tensor) -> Tensor:
         """float32 (..., K) -> float32 (..., K)."""
@@ -185,7 +185,7 @@ class ObservedRange(nn.Module):
         if not 0 <= momentum < 1:
             raise ValueError(f"ObservedRange: momentum must be in [0, 1), got {momentum}. Try 0.9.")
         self.momentum, self.frozen = momentum, False
-        self.register_buffer("ends", torch.tensor([lo, hi], dtype=torch.float32))
+        self.register_buffer("ends", torch.tensor([lo, hi], dtype=torch.float32, device="cpu"))
 
     def forward(self, rows: Tensor) -> Tensor:
         """float32 (..., K) -> float32 (..., K)."""

@@ -43,7 +43,7 @@ def energies(reference: Tensor, approximation: Tensor) -> Tensor:
     """`sum(ref^2)` and `sum((ref - approx)^2)`, float64 (2,). Their sums over parts give `sqnr_db` of the whole."""
     # One piece at a time: in float64, the temporaries of a whole output would be larger than its layer.
     pieces = zip(*(x.detach().reshape(-1).split(_PIECE) for x in (reference, approximation)), strict=True)
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for ref, approx in pieces:
         sums[0] += ref.double().square().sum()
         sums[1] += (ref.double() - approx.double()).square().sum()

@@ -229,7 +229,7 @@ def quantize_weight(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tenso
             [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
     """
     scale = weight_scale(weight, per_channel=per_channel)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
@@ -253,7 +253,7 @@ def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def float32_qparams(pair: QParams | None) -> QParams | None:
     """The pair with its scale rounded to float32, as state_dict and the kernels hold it."""
-    return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32)), int(pair.zero_point))
+    return pair and QParams(float(torch.tensor(pair.scale, dtype=torch.float32, device="cpu")), int(pair.zero_point))
 
 
 def _extremes(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:

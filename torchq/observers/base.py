@@ -41,8 +41,8 @@ class Observer:
             )
         self.channels = channels
         self.count = 0
-        self._lo = torch.full(self._shape, math.inf)
-        self._hi = torch.full(self._shape, -math.inf)
+        self._lo = torch.full(self._shape, math.inf, dtype=torch.float32, device="cpu")
+        self._hi = torch.full(self._shape, -math.inf, dtype=torch.float32, device="cpu")
 
     def observe(self, x: Tensor) -> None:
         """Observes all values of x, of any float dtype and shape, as float32. An empty x changes nothing.
@@ -136,7 +136,11 @@ class Observer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was observed, as plain tensors of a fixed size. The settings are not included."""
-        return {"count": torch.tensor(self.count), "lo": self._lo.clone(), "hi": self._hi.clone()}
+        return {
+            "count": torch.tensor(self.count, dtype=torch.int64, device="cpu"),
+            "lo": self._lo.clone(),
+            "hi": self._hi.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what was observed by a `state_dict()`. ValueError if its names or shapes do not fit."""
@@ -225,7 +229,7 @@ class MovingAverageObserver(Observer):
             )
         self.momentum = momentum
         self.batches = 0
-        self._average = torch.zeros(2, *self._shape, dtype=torch.float64)
+        self._average = torch.zeros(2, *self._shape, dtype=torch.float64, device="cpu")
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The averaged range, widened to contain 0. ValueError if nothing was observed."""
@@ -235,7 +239,10 @@ class MovingAverageObserver(Observer):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was observed: adds the average of lo and hi, and the number of batches."""
-        return super().state_dict() | {"batches": torch.tensor(self.batches), "average": self._average.clone()}
+        return super().state_dict() | {
+            "batches": torch.tensor(self.batches, dtype=torch.int64, device="cpu"),
+            "average": self._average.clone(),
+        }
 
     def _settings(self) -> dict[str, float | None]:
         return super()._settings() | {"momentum": self.momentum}

@@ -56,7 +56,7 @@ class PercentileObserver(Histogram):
         # Exactly 99.9 as written, not the nearest float: 99.9 % of 1000 values must be 999. If it came out slightly
         # larger, the range would reach into the bin of the first outlier.
         cut = self.count * (1 - Fraction(str(self.percentile)) / 100)
-        two_sided, one_sided = torch.tensor([self.count - cut / 2, self.count - cut], dtype=torch.float64)
+        two_sided, one_sided = torch.tensor([self.count - cut / 2, self.count - cut], dtype=torch.float64, device="cpu")
         keep = torch.where((lo < 0) & (hi > 0), two_sided, one_sided)
         # Positions count bins from zero.
         upper = self._upper(self.counts, keep) * self._width()
@@ -168,8 +168,10 @@ def _without_zeros(histogram: Histogram) -> Tensor:
 
 # ---- mean squared error ------------------------------------------------------------------------------------------
 
-_FROM_EXTREMES = 2 ** (-torch.arange(21, dtype=torch.float64) / 2)  # 1, 0.71, 0.5, ..., 1 / 1024
-_AROUND = [2 ** (torch.arange(-5, 6, dtype=torch.float64) / steps) for steps in (8, 32, 64)]  # 0.65 to 1.54, ...
+_FROM_EXTREMES = 2 ** (-torch.arange(21, dtype=torch.float64, device="cpu") / 2)  # 1, 0.71, 0.5, ..., 1 / 1024
+_AROUND = [
+    2 ** (torch.arange(-5, 6, dtype=torch.float64, device="cpu") / steps) for steps in (8, 32, 64)
+]  # 0.65 to 1.54, ...
 
 
 def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -229,7 +231,7 @@ _EMPTY = 1e-4  # the count of Q in a bin that has values in P and would have non
 def _windows(widest: Tensor) -> Tensor:
     """The windows to try, in bins on either side of zero, widest first: int64 [C, 64]."""
     ratio = (LEVELS / 2 / widest.double()).unsqueeze(-1)
-    return (widest.unsqueeze(-1) * ratio ** torch.linspace(0, 1, 64, dtype=torch.float64)).round().long()
+    return (widest.unsqueeze(-1) * ratio ** torch.linspace(0, 1, 64, dtype=torch.float64, device="cpu")).round().long()
 
 
 def divergence(counts: Tensor, windows: Tensor) -> Tensor:
@@ -243,7 +245,8 @@ def divergence(counts: Tensor, windows: Tensor) -> Tensor:
         float64 [C, J].
     """
     half, windows = counts.shape[-1] // 2, windows.unsqueeze(-1)
-    position = torch.arange(-half, half) + windows  # of each bin, from the window's first bin: [C, J, bins]
+    offsets = torch.arange(-half, half, dtype=torch.int64, device="cpu")
+    position = offsets + windows  # of each bin, from the window's first bin: [C, J, bins]
     is_inside = (position >= 0) & (position < 2 * windows)
     level = (position * LEVELS).div_(2 * windows, rounding_mode="floor").clamp_(0, LEVELS - 1)
 
@@ -255,7 +258,7 @@ def divergence(counts: Tensor, windows: Tensor) -> Tensor:
     reference.scatter_add_(-1, half - windows, below).scatter_add_(-1, half + windows - 1, above)
 
     occupied = (reference > 0).double()
-    empty = torch.zeros(*inside.shape[:2], LEVELS, dtype=torch.float64)
+    empty = torch.zeros(*inside.shape[:2], LEVELS, dtype=torch.float64, device="cpu")
     merged, members = empty.scatter_add(-1, level, inside), empty.scatter_add(-1, level, occupied)
     spread = (merged / members.clamp(min=1)).gather(-1, level).clamp_(min=_EMPTY) * occupied
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
+from torchq.numerics.qparams import FLT_MIN
 from torchq.observers.base import Observer
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ class Histogram(Observer):
     Attributes:
         counts: int64 [bins] or [channels, bins], lowest values first.
         exponent: e, int64 ().
-        zeros: how many values were exactly 0, int64 (). Every quantization represents them exactly.
+        zeros: how many values were 0, int64 (). Every quantization represents them exactly. Values up to FLT_MIN count
+            as 0: no scale is smaller, and CPUs that flush denormals (torch.set_flush_denormal) make zeros of them.
 
     Raises:
         ValueError: bins is not a power of two, or is less than 2.
@@ -59,15 +62,15 @@ class Histogram(Observer):
                 "Try 2048."
             )
         self.bins = bins
-        self.counts = torch.zeros(*self._shape, bins, dtype=torch.int64)
-        self.zeros = torch.zeros(self._shape, dtype=torch.int64)
+        self.counts = torch.zeros(*self._shape, bins, dtype=torch.int64, device="cpu")
+        self.zeros = torch.zeros(self._shape, dtype=torch.int64, device="cpu")
         # The smallest limit. Zeros are in the same bin at every limit, so all-zero batches need no special case.
-        self.exponent = torch.full(self._shape, _NARROWEST + self._log2_half)
+        self.exponent = torch.full(self._shape, _NARROWEST + self._log2_half, dtype=torch.int64, device="cpu")
 
     def edges(self) -> Tensor:
         """The borders of the bins: float64 [bins + 1] or [channels, bins + 1]."""
         half = self.bins // 2
-        return torch.arange(-half, half + 1, dtype=torch.float64) * self._width().unsqueeze(-1)
+        return torch.arange(-half, half + 1, dtype=torch.float64, device="cpu") * self._width().unsqueeze(-1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was observed: adds counts, zeros and exponent."""
@@ -89,15 +92,16 @@ class Histogram(Observer):
         channels = x.shape[1]
         self._rescale(torch.maximum(self.exponent, _exponent(torch.maximum(-lo, hi))))
         per_value = _power_of_two(self._log2_half - self.exponent).float()
-        first = self.bins // 2 + self.bins * torch.arange(channels, dtype=torch.int32)
+        first = self.bins // 2 + self.bins * torch.arange(channels, dtype=torch.int32, device="cpu")
         # A chunk has at least as many values as there are counts. Otherwise, adding up the counts would take the most
         # time.
         for chunk in x.split(max(_CHUNK // channels, self.bins)):
+            chunk = hardshrink(chunk, FLT_MIN)  # a new tensor; denormals become 0 whether the CPU flushes them or not
             sign = chunk.sign()
             nonzeros = sign.square().sum(0).long().reshape(self._shape)  # exact in float32: fewer than 2^24 ones
             # The product with a power of two is exact, or it underflows to 0, which is the right bin. The conversion
             # truncates towards zero (torch.trunc would take several times as long).
-            index = (chunk * per_value).to(torch.int32)
+            index = chunk.mul_(per_value).to(torch.int32)
             index += sign.clamp_(max=0).to(torch.int32)
             index += first
             counts = torch.bincount(index.flatten(), minlength=channels * self.bins)
@@ -119,7 +123,7 @@ class Histogram(Observer):
             return self.counts
         doublings = (exponent - self.exponent).clamp(max=62)  # shifts by 64 are undefined; 62 leaves bins 0 and -1
         half = self.bins // 2
-        target = (torch.arange(-half, half) >> doublings.unsqueeze(-1)) + half
+        target = (torch.arange(-half, half, dtype=torch.int64, device="cpu") >> doublings.unsqueeze(-1)) + half
         return torch.zeros_like(self.counts).scatter_add_(-1, target, self.counts)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
@@ -138,4 +142,4 @@ def _exponent(magnitude: Tensor) -> Tensor:
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent as float64, exactly; torch.pow does not guarantee that."""
     powers = [math.ldexp(1.0, e) for e in exponent.flatten().tolist()]
-    return torch.tensor(powers, dtype=torch.float64).reshape(exponent.shape)
+    return torch.tensor(powers, dtype=torch.float64, device="cpu").reshape(exponent.shape)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from torchq.errors import BadTypeError, door
@@ -95,7 +96,9 @@ def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
 
 def _float_part(layer: Layer) -> nn.Linear:
     """An nn.Linear for a matrix that stays in float while others of its module become int8."""
-    part = nn.Linear(layer.in_features, layer.out_features, layer.matrix.bias is not None, device="meta")
+    part = nn.Linear(
+        layer.in_features, layer.out_features, layer.matrix.bias is not None, device="meta", dtype=torch.float32
+    )
     part.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     if layer.matrix.bias is not None:
         part.bias = nn.Parameter(layer.matrix.bias.detach().clone(), requires_grad=False)

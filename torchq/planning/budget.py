@@ -231,7 +231,7 @@ def floats(output: object) -> Tensor:
     if isinstance(output, Tensor) and output.is_floating_point():
         return output.detach().float().flatten()
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return torch.cat([torch.empty(0), *(floats(part) for part in parts)])
+    return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(floats(part) for part in parts)])
 
 
 def _bytes(model: nn.Module) -> int:

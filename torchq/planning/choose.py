@@ -121,7 +121,7 @@ def measure(
     >>> sorted(measure(matrix, rows, {"minmax": QParams(0.03, 128)}))
     ['dynamic', 'minmax']
     """
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("dynamic", *ranges)}
+    sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
     for _, part in scaled_parts(matrix, per_channel=per_channel, into=into):
         bias = None if part.bias is None else part.bias.float()
         exact = nn.functional.linear(rows, part.weight.float(), bias)

@@ -28,7 +28,8 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         into, out = scales_around(plan.smoothings, name)
         rows = record.sample.rows if into is None else record.sample.rows / into
         parts = scaled_parts(evidence.layers[name].matrix, per_channel=layer.per_channel, into=into, out=out)
-        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer)), torch.zeros(2)))
+        both = torch.zeros(2, dtype=torch.float64, device="cpu")
+        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer)), both))
         stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.rows_seen / record.calls)))
         layers[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=layers)

@@ -76,7 +76,7 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     """U, upper triangular, with UᵀU = (H + d·I)⁻¹."""
     diagonal = gram.diagonal()
     damping = _DAMPING * float(diagonal.mean()) or 1.0  # 1 if H is all zero, for which U is the identity
-    lower = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
+    lower = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device="cpu"))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     return factor
 

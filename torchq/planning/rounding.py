@@ -116,7 +116,7 @@ def plan_of(qmodel: nn.Module) -> Plan:
 
 def _weights_of(quantized: QuantizedLinear) -> Rounded:
     weight, scale, bias = ops.unpack(quantized.packed)
-    return Rounded(weight, scale, torch.zeros(len(scale)) if bias is None else bias)
+    return Rounded(weight, scale, torch.zeros(len(scale), dtype=torch.float32, device="cpu") if bias is None else bias)
 
 
 def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None) -> None:
@@ -213,7 +213,7 @@ def _round_layer(
     held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
     scale = weight_scale(weight, per_channel=plan.per_channel).contiguous()
-    bias = torch.zeros(len(weight)) if matrix.bias is None else matrix.bias.float()
+    bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
 
     def run(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
         packed = ops.pack(codes, scale, bias)

@@ -97,7 +97,7 @@ class SelfCheck:
         Raises:
             ValueError: an int8 layer did not run, since a float one ran that is no module of the model.
         """
-        sums, comparable = torch.zeros(2, dtype=torch.float64), False
+        sums, comparable = torch.zeros(2, dtype=torch.float64, device="cpu"), False
         paths = {name: module for name, module in converted.named_modules() if isinstance(module, Int8Module)}
         known = {id(module) for module in converted.modules()}
         for run, exact, ran in self._exact:

@@ -107,8 +107,8 @@ def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], nam
 
 def scales_around(smoothings: Mapping[str, Smoothing], name: str) -> tuple[Tensor | None, Tensor | None]:
     """The scales that divide this module's input (K,), and those that divide its output (N,); None where none do."""
-    into = next((torch.tensor(s.scales) for s in smoothings.values() if name in s.layers), None)
-    return into, torch.tensor(smoothings[name].scales) if name in smoothings else None
+    into = next((_tensor(s.scales) for s in smoothings.values() if name in s.layers), None)
+    return into, _tensor(smoothings[name].scales) if name in smoothings else None
 
 
 def channels_of(module: nn.Module | None) -> int | None:
@@ -130,6 +130,10 @@ def _scaled(values: Mapping[str, Tensor], into: Tensor | None, out: Tensor | Non
     if out is not None:
         new = {key: value / _column(out, value) for key, value in new.items()}
     return {key: value.to(dtype) for key, value in new.items()}
+
+
+def _tensor(scales: Sequence[float]) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32, device="cpu")
 
 
 def _column(scales: Tensor, value: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
 
 
 def _time(layer: QuantizedLinear, rows: int, rounds: int) -> LayerTime:
-    x = torch.randn(rows, layer.in_features).to(layer.dtype)
-    codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8)
+    x = torch.randn(rows, layer.in_features, dtype=torch.float32, device="cpu").to(layer.dtype)
+    codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8, device="cpu")
     weight = layer.weight.clone()
     bias = None if layer.bias is None else layer.bias.clone()
     calls = {"float": partial(linear, x, weight, bias), "int8": partial(layer, codes if layer.takes_codes else x)}
