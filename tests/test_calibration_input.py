@@ -25,20 +25,24 @@ def test_errors_of_the_loader():
     assert len(list(used_up)) == 3
     assert "(an iterator can be used up only once)" in error_of(used_up)
     assert error_of(7) == "TypeError: calib_loader must be an iterable of batches, got int."
-    assert "must be an iterable of batches, got TensorDataset." in error_of(TensorDataset(X, Y))
+    assert (
+        "must be an iterable of batches, got TensorDataset. Wrap a dataset: torch.utils.data.DataLoader("
+        in error_of(TensorDataset(X, Y))
+    )
+    assert error_of("abc") == "TypeError: calib_loader must be an iterable of batches, got str."
 
 
 @pytest.mark.parametrize("batch", ["text", 3, None, X.numpy(), {1, 2}])
 def test_a_batch_of_an_unknown_type(batch):
     message = error_of([X, batch])
-    assert message.startswith(f"TypeError: calib_loader gave a batch of type {type(batch).__name__};")
+    assert message.startswith(f"TypeError: batch 1 of calib_loader is of type {type(batch).__name__};")
     assert message.endswith("Pass forward=lambda model, batch: ... to say how to call the model with it.")
 
 
 @pytest.mark.parametrize(("model", "batch", "required"), [(Net(), (), 1), (Net(), [], 1), (Many(), (X,), 2)])
 def test_a_batch_with_too_few_elements(model, batch, required):
     assert error_of([batch], model).startswith(
-        f"ValueError: {type(model).__name__}.forward requires {required} inputs, a batch of "
+        f"ValueError: {type(model).__name__}.forward requires {required} inputs, batch 0 of "
         f"calib_loader has {len(batch)} elements. Pass forward=lambda model, batch: ..."
     )
 

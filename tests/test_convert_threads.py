@@ -9,7 +9,7 @@ from torch import nn
 
 from helpers.numbers import normal
 from torchq import convert
-from torchq.calibration.isolation import in_eval_mode, taking_turns, without_fast_path
+from torchq.calibration.isolation import in_eval_mode, taking_turns, uncompiled, without_fast_path
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -88,6 +88,26 @@ def test_overlapping_conversions_leave_switches_as_they_were(enabled, first_leav
         assert [module.training for module in model] == [True, True, False, True]
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize("first_leaves_first", [True, False])
+def test_overlapping_conversions_leave_compiled_parts_as_they_were(first_leaves_first):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled, runs = torch.compile(chain(), backend=backend), [uncompiled() for _ in range(2)]
+    for run in runs:
+        run.__enter__()
+    for run in runs if first_leaves_first else reversed(runs):
+        compiled(DATA[0])
+        assert graphs == []
+        run.__exit__(None, None, None)
+    compiled(DATA[0])
+    assert len(graphs) == 1
 
 
 def test_threads_that_convert_one_model_get_what_one_alone_gets():

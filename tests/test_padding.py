@@ -68,8 +68,9 @@ def test_any_other_mask_changes_nothing(mask):
 
 def test_a_mask_is_for_its_own_batch_only():
     x = normal(3, 4, 8)
-    records = recorded(Masked(), [{"x": x, "attention_mask": MASK}, {"x": x}, x]).records
-    assert records["tokens"].sample.rows_seen == 6 + 12 + 12
+    masked = {"x": x, "attention_mask": MASK}
+    records = recorded(Masked(), [masked, {"x": x}, x, (masked, "a label")]).records
+    assert records["tokens"].sample.rows_seen == 6 + 12 + 12 + 6
 
 
 def test_padding_may_be_nan():

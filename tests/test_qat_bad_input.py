@@ -75,13 +75,13 @@ CASES = {
         model,
         {"calib_loader": ["text"]},
         TypeError,
-        r"torchq.prepare_qat: calib_loader gave a batch of type str",
+        r"torchq.prepare_qat: batch 0 of calib_loader is of type str",
     ),
     "too few elements": (
         model,
         {"calib_loader": [()]},
         ValueError,
-        r"torchq.prepare_qat: Sequential.forward requires 1 inputs, a batch of calib_loader has 0",
+        r"torchq.prepare_qat: Sequential.forward requires 1 inputs, batch 0 of calib_loader has 0",
     ),
     "nan": (
         model,

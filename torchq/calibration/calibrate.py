@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchq.calibration.batches import Forward, call_with_batch
+from torchq.calibration.batches import Forward, call_with_batch, check_loader, has_forward, run_batch
 from torchq.calibration.dataflow import Dataflow
-from torchq.calibration.isolation import in_eval_mode, own_thread, without_fast_path
+from torchq.calibration.isolation import in_eval_mode, own_thread, uncompiled, without_fast_path
 from torchq.calibration.record import Record
 from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
@@ -85,8 +85,8 @@ def calibrate(
 
     * Batches may differ in size, sequence length and leading dimensions. Only the rows count: the result is the same as
       for one batch with all rows, except that with `rounding="auto"` every second batch judges the rounding.
-    * Padding is not recorded: where a batch is a dict with an `attention_mask` (B, T) of ones and zeros, these are the
-      rows of inputs (B, T, ..., K) whose mask is 0.
+    * Padding is not recorded: where a batch is a dict, or (dict, label), with an `attention_mask` (B, T) of ones and
+      zeros, these are the rows of inputs (B, T, ..., K) whose mask is 0.
     * Constant values, a constant channel, and all zeros are allowed: all ranges stay finite, and zero stays exact.
     * A layer called twice in a forward, or under two names, is one layer, with the rows of all calls.
     * A weight shared by two layers is quantized twice, each time by the rows of that layer.
@@ -94,8 +94,9 @@ def calibrate(
 
     Args:
         model: the float model.
-        loader: an iterable of batches: tensors, tuples whose leading elements `model.forward` requires, or dicts of
-            its keyword arguments (keys it does not know, such as labels, are left out).
+        loader: an iterable of batches: tensors; tuples whose leading elements `model.forward` requires (all of them,
+            where it takes *args); dicts of its keyword arguments (keys it does not know, such as labels, are left out),
+            or a dict that forward takes whole, as its one input; (dict, label); lists of objects, taken whole.
         layers: the layers to record, by name.
         config: which observers, and how many sample rows.
         forward: `forward(model, batch)`, which then replaces this rule for calling the model.
@@ -106,13 +107,18 @@ def calibrate(
             the batch).
         TypeError: a batch is none of the above and there is no `forward`.
     """
-    if not isinstance(loader, Iterable):
-        raise BadTypeError(f"calib_loader must be an iterable of batches, got {type(loader).__name__}.")
+    check_loader(loader)
+    if forward is None and not has_forward(model):
+        raise BadTypeError(
+            f"this {type(model).__name__} has no forward(), so a batch of calib_loader can't be given to it. Pass "
+            "forward=lambda model, batch: ... to say how to run one."
+        )
     evidence, recorder = Evidence(model, layers, config), Recorder(config)
     call = forward or call_with_batch
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(dataflow.watching())  # first, so recording runs within the layer's call
         stack.enter_context(_recording(recorder, evidence, dataflow))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
@@ -123,7 +129,7 @@ def calibrate(
                 others = [judge for judge in evidence.judges if judge is not evidence.run]
                 evidence.judges = [*others[1 - JUDGES :], partial(_run, call, batch)]
             recorder.begin(batch)
-            call(model, batch)
+            run_batch(model, batch, evidence.batches, forward)
             evidence.batches += 1
             dataflow.end_batch()
     evidence.readers = dataflow.readers

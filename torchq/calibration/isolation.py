@@ -1,10 +1,12 @@
 """Conversions in one thread while others serve the same model, or convert: nobody sees or disturbs the other.
 
-What a conversion switches is shared by all threads: torch's fused attention, the modules' training flags, and hooks,
-which fire for every thread's calls. So switches are counted under a lock, and undone by the last to leave; hooks act on
-the calls of the thread that set them only; and conversions that share a module take turns.
+What a conversion switches is shared by all threads: torch's fused attention, whether compiled parts run compiled, the
+modules' training flags, and hooks, which fire for every thread's calls. So switches are counted under a lock, and
+undone by the last to leave; hooks act on the calls of the thread that set them only; and conversions that share a
+module take turns.
 """
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ P = ParamSpec("P")
 
 _LOCK = threading.Condition()
 _no_fast_path: list[bool] = []  # one entry for each that has it off: what it was when the first came
+_eager: list[Any] = []  # one entry for each that runs uncompiled: the stance that the first set
 _evaluated: dict[int, tuple[nn.Module, bool]] = {}  # by id: the module, and the flag the first found
 _evaluations: Counter[int] = Counter()
 _converted: dict[int, tuple[int, int]] = {}  # by the module's id: the thread that converts it, and how often
@@ -37,6 +40,23 @@ def without_fast_path() -> Iterator[None]:
             before = _no_fast_path.pop()
             if not _no_fast_path:
                 torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled parts run uncompiled, or hooks would be traced; as before when the last thread leaves."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    with _LOCK:
+        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def real_rows(batch: Any) -> Tensor | None:
-    """Where the `attention_mask` (B, T) of a batch, a dict, has data, as bool; None where it says nothing.
+    """Where the `attention_mask` (B, T) of a batch, a dict or (dict, label), has data, as bool; None: it says nothing.
 
     A mask is a 1 for each row that is data and a 0 for the others. Any other, such as one to be added to the scores,
     says nothing here; nor does one without a 1.
@@ -16,6 +16,8 @@ def real_rows(batch: Any) -> Tensor | None:
     >>> real_rows({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
     tensor([[ True, False]])
     """
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
         return None

@@ -178,9 +178,11 @@ def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
+        distributed = isinstance(model, nn.parallel.DistributedDataParallel)
         raise BadTypeError(
-            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True, and "
-            "no evaluate, to convert it as it is."
+            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass "
+            f"{'model.module, the model within, or ' if distributed else ''}inplace=True, and no evaluate, to convert "
+            "it as it is."
         ) from error
     inside = {id(module) for module in copied.modules()}
     missing = [

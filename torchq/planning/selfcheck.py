@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from torchq.calibration.calibrate import Evidence, evaluating
-from torchq.calibration.isolation import own_thread
+from torchq.calibration.isolation import own_thread, uncompiled
 from torchq.errors import BadValueError
 from torchq.modules.base import Int8Module
 from torchq.modules.registry import find_layers, type_of
@@ -177,7 +177,7 @@ def _listened(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Ten
     With a seed of its own: dropout that is always on drops the same in both models.
     """
     called: list[nn.Module] = []
-    with evaluating(model), _listening(called), torch.random.fork_rng(devices=[]):
+    with evaluating(model), uncompiled(), _listening(called), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return floats(run(model)), called
 
