@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torchq import kernels, ops
-from torchq.planning import budget
+from torchq.planning import budget, layers
 from torchq.timing import interleaved
 
 pytest.register_assert_rewrite("helpers", "emulation")  # before any test imports them
@@ -23,6 +23,7 @@ collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "subprocess: starts another program, which an emulated Python cannot")
+    config.addinivalue_line("markers", "small_layers_stay_float: as for users; without it they become int8")
     config.addinivalue_line("markers", f"slow(seconds): more than {SLOW}; about so many, two workers on two cores")
     torch.set_num_threads(1)  # most tensors are tiny, and more threads would only spin: see set_threads
     absent = REQUIRED - set(kernels.names())
@@ -30,6 +31,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"TORCHQ_REQUIRED_KERNELS: {', '.join(sorted(absent))} not among the compiled: {', '.join(kernels.names())}"
         )
+
+
+@pytest.fixture(autouse=True)
+def small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers become int8 in the tests, which are of other things, and quick by them.
+
+    That small layers stay in float has tests of its own, marked `small_layers_stay_float`.
+    """
+    if not request.node.get_closest_marker("small_layers_stay_float"):
+        monkeypatch.setattr(layers, "too_small", lambda layer: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

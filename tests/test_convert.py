@@ -158,6 +158,7 @@ def spoilt(bad):
     ],
     ids=["subclass", "instance", "hook", "pre-hook", "float64", "nan", "inf"],
 )
+@pytest.mark.filterwarnings("ignore:torchq.convert. 1 of . layers are float64")
 def test_what_stays_float_has_its_reason_and_works_as_before(make, reason, data):
     model = Beside(make())
     before = snapshot(model)

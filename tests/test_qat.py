@@ -286,6 +286,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("config", [None, QConfig(exclude=("he*",))])
+@pytest.mark.filterwarnings("ignore:torchq.convert. 1 of . layers are float64")
 def test_what_stays_float_has_its_reason_then_and_after(config):
     model = prepare_qat(Zoo(), DATA, config=QConfig(exclude=("he*",)))
     assert list(layers_of(model)) == ["fc"]

@@ -53,6 +53,7 @@ def test_the_layers_say_what_the_plan_says():
         assert layer.kernel == kernels.active()
 
 
+@pytest.mark.filterwarnings("ignore:torchq.convert. nothing became int8")
 def test_float_layers_have_their_reason_and_no_error():
     qmodel = convert(model(), [X], config=QConfig(exclude=("2",)))
     assert report(qmodel).layers[1] == LayerReport("2", "float", None, 1280, 1280, None, "excluded by '2'")
@@ -63,7 +64,12 @@ def test_float_layers_have_their_reason_and_no_error():
 
 def test_the_table():
     qmodel = convert(model(), config=QConfig(exclude=("2",)))
-    head, line, hidden, excluded, total, meanings, *words = str(report(qmodel)).splitlines()
+    whole, left, empty, head, line, hidden, excluded, total, meanings, *words = str(report(qmodel)).splitlines()
+    assert whole == (
+        f"whole model: 9.4 KiB -> 3.7 KiB ({9600 / (2496 + 1280):.2f}x smaller), "
+        f"{2048 / (2048 + 320):.1%} of the weights of matrix products in int8"
+    )
+    assert (left, empty) == ("left in float: 1.2 KiB in 1 Linear", "")
     assert head.split() == ["layer", "scheme", "before", "after", "output"]
     assert line == "-" * len(head)
     assert [cell.strip() for cell in hidden.split("  ") if cell.strip()] == ["0", "dynamic", "8.1 KiB", "2.4 KiB", "-"]
@@ -79,7 +85,8 @@ def test_the_table():
 def test_the_table_of_measured_and_of_large_layers():
     qmodel = convert(nn.Linear(1024, 1024), [normal(16, 1024)])
     result = report(qmodel)
-    _, _, row, total, *_, last = str(result).splitlines()
+    whole, _, _, _, row, total, *_, last = str(result).splitlines()
+    assert "smaller), 100.0% of the weights of matrix products in int8, output SQNR " in whole
     layer = result.layers[0]
     numbers = f"{layer.weight_db:.1f}    {layer.input_db:.1f}   {layer.sqnr_db:.1f}    0.00%  "
     assert row.startswith("(root)  ")
@@ -116,9 +123,10 @@ def test_a_line_fits_a_terminal():
     for result in (report(qmodel), report(qmodel, profile=profile_layers(qmodel, rounds=1), drift=drift)):
         lines = str(result).splitlines()
         assert max(map(len, lines)) <= 120
-        assert [line.split()[0][-26:] for line in lines[2:5]] == [
+        start = lines.index("") + 3  # below the whole model, the titles and a rule
+        assert [line.split()[0][-26:] for line in lines[start : start + 3]] == [
             name[-26:] for name in qmodel.torchq_plan.layers
-        ] or lines[2].startswith("...")
+        ] or lines[start].startswith("...")
         assert result.layers[0].name == "encoder_with_a_long_name.layer_0.self_attention_projection"
 
 

@@ -17,7 +17,7 @@ from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.choose import choose
 from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
-from torchq.planning.layers import first_plan, select_layers, unprepared
+from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smooth_search import smooth
@@ -89,7 +89,7 @@ def convert(
         if calib_loader is not None:
             evidence = calibrate(model, calib_loader, free, config, forward=forward, progress=progress)
         stages = (choose, smooth, fuse, partial(round_weights, progress=progress), describe)
-        plan = first_plan(layers, barred)
+        plan = first_plan(model, layers, barred)
         for stage in stages:
             plan = stage(plan, evidence)
         if calib_loader is not None:
@@ -99,6 +99,7 @@ def convert(
             plan, converted = check.best(model, plan)
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None
+        warn_of_float(plan, layers)
         del layers, free, evidence  # they hold the float modules, which inplace frees one by one
         if converted is None:
             converted = applied(model, plan, inplace=inplace)

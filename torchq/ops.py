@@ -28,7 +28,7 @@ __all__ = [
 MAX_DEPTH = _C.MAX_DEPTH
 """The largest K whose int32 sums are exact: 255 * 128 * K < 2^31 holds up to K = 65793."""
 
-_PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
+PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
 
 
 class Activation(IntEnum):
@@ -50,8 +50,8 @@ def packed_bytes(n: int, k: int) -> int:
     >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels; one byte less to encode N
     -1
     """
-    panels = -(-n // _PANEL_COLUMNS)
-    return _HEADER + panels * _panel_bytes(k) + _room_to_read(k) + panels * _PANEL_COLUMNS - n
+    panels = -(-n // PANEL_COLUMNS)
+    return _HEADER + panels * _panel_bytes(k) + _room_to_read(k) + panels * PANEL_COLUMNS - n
 
 
 def out_features(packed: Tensor, k: int) -> int:
@@ -62,15 +62,15 @@ def out_features(packed: Tensor, k: int) -> int:
     20
     """
     size, panel = packed.numel() - _HEADER - _room_to_read(k), _panel_bytes(k)
-    return size // panel * _PANEL_COLUMNS - size % panel
+    return size // panel * PANEL_COLUMNS - size % panel
 
 
 def _panel_bytes(k: int) -> int:
-    return _PANEL_META + (k + 7) // 8 * 8 * _PANEL_COLUMNS
+    return _PANEL_META + (k + 7) // 8 * 8 * PANEL_COLUMNS
 
 
 def _room_to_read(k: int) -> int:
-    return ((k + 63) // 64 * 64 - (k + 7) // 8 * 8) * _PANEL_COLUMNS
+    return ((k + 63) // 64 * 64 - (k + 7) // 8 * 8) * PANEL_COLUMNS
 
 
 def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -64,9 +64,9 @@ def prepare_qat(
         ValueError: no Linear in the model, or none that can be quantized; already prepared or converted; weights not
             on the CPU; "learned" without a calib_loader; or what `convert` raises for the loader and the config.
 
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> qat_model = prepare_qat(model, [torch.randn(16, 8)])
-    >>> qat_model(torch.randn(4, 8)).sum().backward()
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> qat_model = prepare_qat(model, [torch.randn(16, 64)])
+    >>> qat_model(torch.randn(4, 64)).sum().backward()
     >>> sorted(name for name, p in qat_model.named_parameters() if p.grad is not None)[:3]
     ['0.bias', '0.input_range.ends', '0.weight']
     """
@@ -107,7 +107,7 @@ def freeze_ranges(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of `model` is prepared.
 
-    >>> model = prepare_qat(nn.Sequential(nn.Linear(8, 2)), [torch.randn(16, 8)])
+    >>> model = prepare_qat(nn.Sequential(nn.Linear(64, 32)), [torch.randn(16, 64)])
     >>> freeze_ranges(model)
     >>> [name for name, p in model.named_parameters() if not p.requires_grad]
     ['0.input_range.ends']

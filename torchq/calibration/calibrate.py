@@ -149,9 +149,12 @@ def _run(call: Forward, batch: Any, model: nn.Module) -> object:
 
 
 def warn_of_few_rows(records: Mapping[str, Record]) -> None:
-    """Warns the caller of `convert`, once, if some layers got input rows, but fewer than MIN_ROWS."""
+    """Warns the caller of `convert`, once, if some layers got input rows, but fewer than MIN_ROWS.
+
+    There is no warning where the config leaves nothing for them to choose.
+    """
     few = {name: record.sample.rows_seen for name, record in records.items() if 0 < record.sample.rows_seen < MIN_ROWS}
-    if not few:
+    if not few or all(_is_fixed(record.config) for record in records.values()):
         return
     name, rows = min(few.items(), key=lambda item: item[1])
     warnings.warn(
@@ -161,6 +164,11 @@ def warn_of_few_rows(records: Mapping[str, Record]) -> None:
         "none at all for dynamic quantization.",
         stacklevel=4,  # the caller of convert()
     )
+
+
+def _is_fixed(config: QConfig) -> bool:
+    """Whether calibration chooses no range, no rounding and no smoothing."""
+    return (config.activation, config.rounding, config.smoothing) == ("dynamic", "nearest", "none")
 
 
 @contextmanager

@@ -11,12 +11,14 @@ a QuantizedLinear.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from torchq.modules.float_view import FloatView
 from torchq.numerics.qparams import QParams
 
 if TYPE_CHECKING:
@@ -111,6 +113,30 @@ class ModuleType(ABC):
 def float_size(module: nn.Module) -> int:
     """The bytes of a module's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The bytes of all parameters and buffers of a model, shared ones once."""
+    return sum(tensor.nbytes for _, tensor in own_tensors(model))
+
+
+def own_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """All parameters and buffers with the module that holds them; shared ones once, with the first that does.
+
+    An int8 layer's views of its weight and bias take no bytes, and are left out.
+    """
+    seen = set()
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or is_lazy(tensor) or isinstance(tensor, FloatView):
+                continue
+            try:
+                key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+            except (NotImplementedError, RuntimeError):  # sparse, and other tensors without a storage
+                key = (id(tensor), 0, 0)
+            if key not in seen:
+                seen.add(key)
+                yield module, tensor
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

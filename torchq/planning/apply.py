@@ -40,7 +40,7 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
 
     >>> import dataclasses
     >>> from torchq import convert, plan_of
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> plan = plan_of(convert(model))
     >>> plan.layers["2"] = dataclasses.replace(plan.layers["2"], kind="float", reason="my choice")
     >>> type(apply_plan(model, plan)[2]).__name__

@@ -222,7 +222,8 @@ def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
             layer = dataclasses.replace(layer, feeds=None, skipped=())
         layers[name] = layer
     if not any(layer.is_int8 for layer in layers.values()):
-        return Plan({name: dataclasses.replace(layer, smoothed=None) for name, layer in layers.items()})
+        layers = {name: dataclasses.replace(layer, smoothed=None) for name, layer in layers.items()}
+        return dataclasses.replace(plan, layers=layers, smoothings={})
     return dataclasses.replace(plan, layers=layers)
 
 

@@ -201,7 +201,8 @@ class Plan:
     """The layer plans by name, in model order, and the smoothings by the name of the module they rescale.
 
     To undo a smoothing, remove it from `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
-    what the search for an accuracy budget measured, `checked` what the converted model's output showed.
+    what the search for an accuracy budget measured, `checked` what the converted model's output showed, `model_bytes`
+    the bytes of the float model's parameters and buffers.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -214,6 +215,7 @@ class Plan:
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
     frontier: Frontier | None = None
     checked: Checked | None = None
+    model_bytes: int | None = None
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
@@ -233,7 +235,13 @@ class Plan:
         smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
         checked = self.checked and to_json(dataclasses.asdict(self.checked))
         frontier = self.frontier and self.frontier.to_dict()
-        return {"layers": layers, "smoothings": smoothings, "frontier": frontier, "checked": checked}
+        return {
+            "layers": layers,
+            "smoothings": smoothings,
+            "frontier": frontier,
+            "checked": checked,
+            "model_bytes": self.model_bytes,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -242,7 +250,11 @@ class Plan:
         smoothings = {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()}
         frontier, checked = data["frontier"], data.get("checked")
         return cls(
-            layers, smoothings, frontier and Frontier.from_dict(frontier), checked and Checked.from_dict(checked)
+            layers,
+            smoothings,
+            frontier and Frontier.from_dict(frontier),
+            checked and Checked.from_dict(checked),
+            data.get("model_bytes"),
         )
 
 

@@ -139,8 +139,9 @@ class SelfCheck:
         data_used = plan.smoothings or any(layer.kind == "int8 static" or layer.rounding == "gptq" for layer in layers)
         if self._config.activation == "auto" and self._config.rounding != "gptq" and data_used:
             reason = "better for the whole model than what the data chose for each layer"
-            found["without data"] = Plan(
-                {
+            found["without data"] = dataclasses.replace(
+                plan,
+                layers={
                     name: dataclasses.replace(
                         LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=layer.sqnr_db)
                         if layer.is_int8
@@ -148,7 +149,8 @@ class SelfCheck:
                         smoothed=None,
                     )
                     for name, layer in plan.layers.items()
-                }
+                },
+                smoothings={},
             )
         return found
 

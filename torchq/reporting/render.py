@@ -10,6 +10,7 @@ from torchq import text
 
 if TYPE_CHECKING:
     from torchq.reporting.report import LayerReport, Report
+    from torchq.reporting.whole import WholeModel
 
 WIDTH = 120
 
@@ -69,7 +70,8 @@ def render(report: Report) -> list[str]:
     room = WIDTH - sum(2 + max(map(len, column)) for column in columns)
     names = ["layer", *(_shortened(layer.name or "(root)", max(room, 8)) for layer in layers)]
     head, *rows = zip(names, *columns, strict=True)
-    lines = [*text.table(head, rows), _total(report)]
+    lines = [] if report.model is None else _whole(report.model)
+    lines += [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
     lines += [line for entry in _remarks(layers) for line in _wrapped(entry)]
     lines += [layer.advice for layer in layers if layer.advice is not None]
@@ -93,6 +95,20 @@ def _column(
 def _shortened(name: str, room: int) -> str:
     """A name cut to `room` characters. The end is kept, since it is what differs between layers."""
     return name if len(name) <= room else "..." + name[len(name) - room + 3 :]
+
+
+def _whole(model: WholeModel) -> list[str]:
+    """What the report opens with."""
+    before, after = text.size(model.bytes_before), text.size(model.bytes_after)
+    share = (
+        f"{model.int8_weights / model.weights:.1%} of the weights of matrix products in int8" if model.weights else ""
+    )
+    db = "" if model.output_db is None else f"output SQNR {model.output_db:.1f} dB"
+    facts = [f"{before} -> {after} ({model.bytes_before / max(1, model.bytes_after):.2f}x smaller)", share, db]
+    lines = _wrapped(f"whole model: {', '.join(filter(None, facts))}")
+    left = ", ".join(f"{text.size(each.bytes)} in {each.modules} {each.kind}" for each in model.left)
+    lines += _wrapped(f"left in float: {left}") if left else []
+    return [*lines, ""]
 
 
 def _total(report: Report) -> str:

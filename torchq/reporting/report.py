@@ -15,6 +15,7 @@ from torchq.planning.plan import Plan, attached_plan
 from torchq.reporting.drift import Drift
 from torchq.reporting.profile import LayerTime
 from torchq.reporting.render import render
+from torchq.reporting.whole import WholeModel, whole_model
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     frontier: Frontier | None = None
+    model: WholeModel | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -88,7 +90,7 @@ class Report:
         layers = [text.to_json(asdict(layer)) for layer in self.layers]
         frontier = self.frontier and self.frontier.to_dict()
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {"layers": layers, **sizes, "frontier": frontier}
+        return {"layers": layers, **sizes, "frontier": frontier, "model": self.model and self.model.to_dict()}
 
     def plot(self, path: str | Path) -> None:
         """Draws the frontier: the metric against latency and bytes (see `Frontier.plot`).
@@ -112,9 +114,11 @@ class Report:
 def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None, drift: Drift | None = None) -> Report:
     """What every layer of a converted model became: scheme, kernel, bytes, SQNR, clipped share, times, reason.
 
-    SQNR and clipped share are measured on the layer's own calibration sample; they are None without calibration. After
-    a conversion with `evaluate`, the report includes the frontier of the accuracy budget. Printed, it is at most 120
-    columns wide. If times or drift are given, their columns replace those on how the scheme was chosen.
+    The report opens with the whole model: bytes, the share of weights in int8, and what stayed in float, also of module
+    types that torchq does not know, and the SQNR of the model's output where `convert` measured it. SQNR and clipped
+    share of a layer are measured on its own calibration sample; they are None without calibration. After a conversion
+    with `evaluate`, the report includes the frontier of the accuracy budget. Printed, it is at most 120 columns wide.
+    If times or drift are given, their columns replace those on how the scheme was chosen.
 
     Args:
         qmodel: from `torchq.convert`.
@@ -131,7 +135,7 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     """
     plan = attached_plan(qmodel)
     layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
-    return Report(tuple(layers), plan.frontier)
+    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan))
 
 
 def _layer_report(

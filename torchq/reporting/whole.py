@@ -1,0 +1,84 @@
+"""The whole model, and not only its layers: what it takes before and after, and what of it stayed in float."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from torchq.modules.base import own_tensors
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.planning.plan import Plan
+from torchq.text import to_json
+
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class LeftInFloat:
+    """All modules of one type that hold parameters or buffers in float.
+
+    Args:
+        kind: the name of the type; of a module with modules inside, the parameters that are its own.
+        modules: how many.
+        bytes: of their own parameters and buffers.
+    """
+
+    kind: str
+    modules: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Sizes of the whole model. What several modules share is counted once.
+
+    Args:
+        bytes_before: all parameters and buffers of the float model.
+        bytes_after: the same now.
+        int8_weights: how many weights of matrix products are int8.
+        weights: how many there are. A parameter with two or more dimensions counts as one of a matrix product, be it of
+            a convolution, a recurrent layer or the model's own; an embedding's table does not.
+        left: what stayed in float, the largest first.
+        output_db: SQNR of the model's output in dB, where `convert` measured it.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    int8_weights: int
+    weights: int
+    left: tuple[LeftInFloat, ...] = ()
+    output_db: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        data: dict[str, Any] = to_json(asdict(self))
+        return data
+
+
+def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
+    """What `qmodel` is made of.
+
+    >>> from torchq.conversion import convert
+    >>> whole = whole_model(qmodel := convert(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))), qmodel.torchq_plan)
+    >>> whole.bytes_before, whole.weights, whole.left
+    (17152, 4096, (LeftInFloat(kind='LayerNorm', modules=1, bytes=512),))
+    """
+    holders: dict[str, set[int]] = {}
+    sizes: dict[str, int] = {}
+    after = grown = int8 = weights = 0
+    for module, tensor in own_tensors(qmodel):
+        after += tensor.nbytes
+        if isinstance(module, QuantizedLinear):
+            int8 += module.out_features * module.in_features
+            grown += module.int8_bytes - module.float_bytes
+            continue
+        kind = type(module).__name__ + ("'s own parameters" if module._modules else "")
+        holders.setdefault(kind, set()).add(id(module))
+        sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+        is_matrix = isinstance(tensor, nn.Parameter) and sum(size > 1 for size in tensor.shape) >= 2
+        weights += tensor.numel() if is_matrix and not isinstance(module, _LOOKED_UP) else 0
+    left = [LeftInFloat(kind, len(holders[kind]), size) for kind, size in sizes.items()]
+    before = after - grown if plan.model_bytes is None else plan.model_bytes
+    left.sort(key=lambda each: -each.bytes)
+    output_db = None if plan.checked is None else plan.checked.model_db
+    return WholeModel(before, after, int8, weights + int8, tuple(left), output_db)
