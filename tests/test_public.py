@@ -127,7 +127,7 @@ warnings.simplefilter("ignore")  # torch's own
 import pickle, torch, torchq
 from torch import nn
 data = torch.randn(64, 16)
-qmodel = torchq.convert(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [data])
+qmodel = torchq.convert(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), [data])
 assert "layer" in str(torchq.report(qmodel))
 assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
 """

@@ -110,7 +110,7 @@ BATCHES = normal(4, 16, 24, seed=3)
 
 def build(ranges):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 8))
+    model = nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 16))
     return prepare_qat(model, [normal(16, 24)] if ranges == "learned" else None, ranges=ranges)
 
 
