@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling, is_exporting
@@ -50,7 +51,13 @@ def wanted(x: Any) -> bool:
         return False
     if not isinstance(x, Tensor) or is_exporting() or (not is_dynamo_compiling() and torch._C._get_tracing_state()):
         return False
-    return x.is_floating_point()
+    return x.is_floating_point() and (backward or is_dynamo_compiling() or not _functionalized_only())
+
+
+def _functionalized_only() -> bool:
+    """Whether torch.func.functionalize is active, which knows no autograd.Function, and nothing is differentiated."""
+    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []}
+    return TransformType.Functionalize in kinds and not kinds & {TransformType.Grad, TransformType.Jvp}
 
 
 def linear(

@@ -186,7 +186,9 @@ def _why_not(record: Record) -> str | None:
 
 def _judge(record: Record) -> Tensor:
     """Which rows of the sample judge, bool (R,): those of batches held out, or of one batch every second."""
-    return record.sample.held_out if record.held_rows else torch.arange(len(record.sample.rows)) % 2 == 0
+    if record.held_rows:
+        return record.sample.held_out
+    return torch.arange(len(record.sample.rows), dtype=torch.long, device="cpu") % 2 == 0
 
 
 def _held_out_of_gram(record: Record) -> Tensor:
