@@ -43,8 +43,9 @@ def convert(
         model: a trained model on the CPU, in float32, bfloat16 or float16. It is left as it was, unless `inplace`.
         calib_loader: an iterable of typical batches: tensors, (input, label) pairs, or dicts, which may differ in shape
             (see `calibrate` for special cases). A layer that gets fewer than 16 rows (samples, or tokens) causes a
-            UserWarning. Without a loader, every layer is dynamic. A model from `prepare_qat` keeps the schemes and
-            ranges it was trained with in any case; with data, its layers are also fused and their error is measured.
+            UserWarning, and one that gets fewer than 64 is dynamic. Without a loader, every layer is. A model from
+            `prepare_qat` keeps the schemes and ranges it was trained with in any case; with data, its layers are also
+            fused and their error is measured.
         config: a QConfig; the default measures and chooses per layer.
         forward: `forward(model, batch)`: how to run one batch, if `model(batch)` and the like do not work.
         inplace: swap the layers of `model` itself and return it. That needs memory only for the model, one more layer,
