@@ -335,3 +335,13 @@ def test_a_plan_of_another_model_is_refused():
     plan = convert(Branches()).torchq_plan
     with pytest.raises(ValueError, match=r"the plan names layer 'common', which is no nn.Linear of the model"):
         apply_plan(mlp(), plan)
+
+
+@pytest.mark.parametrize("change", [lambda layer: layer.pop("gptq_db"), lambda layer: layer.update(of_tomorrow=1)])
+def test_a_plan_of_another_version_is_an_error_that_says_so(change):
+    data = convert(mlp()).torchq_plan.to_dict()
+    change(data["layers"]["0"])
+    with pytest.raises(
+        ValueError, match=r"torchq\.Plan\.from_dict: data must be .*(gptq_db|of_tomorrow).*convert the model"
+    ):
+        Plan.from_dict(data)

@@ -245,17 +245,24 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_dict`."""
-        layers = {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()}
-        smoothings = {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()}
-        frontier, checked = data["frontier"], data.get("checked")
-        return cls(
-            layers,
-            smoothings,
-            frontier and Frontier.from_dict(frontier),
-            checked and Checked.from_dict(checked),
-            data.get("model_bytes"),
-        )
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field is missing or unknown, as in plans that torchq 0.1.0 saved.
+        """
+        try:
+            return cls(
+                {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()},
+                {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()},
+                data["frontier"] and Frontier.from_dict(data["frontier"]),
+                data.get("checked") and Checked.from_dict(data["checked"]),
+                data.get("model_bytes"),
+            )
+        except (KeyError, TypeError) as wrong:
+            raise ValueError(
+                "torchq.Plan.from_dict: data must be what Plan.to_dict() of this version gives. It does not fit: "
+                f"{type(wrong).__name__} {wrong}. If another version of torchq saved it, convert the model again."
+            ) from wrong
 
 
 def attached_plan(qmodel: nn.Module) -> Plan:
