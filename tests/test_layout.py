@@ -207,3 +207,15 @@ def test_the_tree_names_every_folder_and_file(root):
     folders = {f"{Path(file).parent}/" for file in files}
     names = named()
     assert [file for file in [*sorted(folders), *files] if not any(fnmatchcase(file, name) for name in names)] == []
+
+
+def test_every_promise_names_tests_that_exist():
+    rows = [row for row in (ROOT / "docs/reliability.md").read_text().splitlines() if re.match(r"\| [^-]", row)]
+    promises = [row for row in rows if row != "| promise | tests |"]
+    assert len(promises) > 20
+    for promise in promises:
+        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", promise.split("|")[2])
+        assert named, promise
+        for file, test in named:
+            assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+            assert (ROOT / "tests" / file).exists(), file
