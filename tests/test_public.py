@@ -134,6 +134,7 @@ assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
 
 
 @pytest.mark.subprocess
+@pytest.mark.slow(seconds=5)
 def test_numpy_is_not_needed():
     run = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

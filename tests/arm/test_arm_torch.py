@@ -26,6 +26,7 @@ def test_the_project_passes_its_tests():
     emulation.project_passes("max", *(["test_ops.py"] if MODE == "quick" else []))
 
 
+@pytest.mark.slow(seconds=11)
 @pytest.mark.parametrize("cpu", ["neoverse-n1", "max"])
 def test_the_best_kernel_is_active(cpu):
     """CPU features have their names from /proc/cpuinfo. (cortex-a53 is left out: torch's libraries can't run on it.)"""
@@ -34,6 +35,7 @@ def test_the_best_kernel_is_active(cpu):
     assert emulation.python("-c", code, cpu=cpu).split("\n")[-2] == f"{CPUS[cpu]} {features}"
 
 
+@pytest.mark.slow(seconds=36)
 def test_a_model_moves_between_architectures(tmp_path):
     """A model saved on x86-64 gives the same bits on aarch64, with every kernel, and vice versa."""
     here, there = tmp_path / "here", tmp_path / "there"
