@@ -2,8 +2,10 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,18 @@ def test_typed_marker_is_shipped():
 
 def test_versions_agree():
     assert f'version = "{torchq.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.slow(seconds=4)
+def test_a_source_distribution_has_what_the_build_reads(tmp_path):
+    copy = tmp_path / "copy"
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "tests", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    read = [path for folder in ("csrc", "torchq") for path in (copy / folder).rglob("*") if path.is_file()]
+    assert len(read) > 100
+    assert [path for path in read if str(path.relative_to(copy)) not in held] == []
