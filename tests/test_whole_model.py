@@ -70,6 +70,18 @@ def test_small_layers_are_not_prepared_either_and_prepared_ones_become_int8():
     assert [layer.kind for layer in convert(prepared.eval()).torchq_plan.layers.values()] == ["int8 static", "float"]
 
 
+@pytest.mark.small_layers_stay_float
+@pytest.mark.parametrize("data", [None, [X]], ids=["without data", "calibrated"])
+def test_a_model_of_small_layers_alone_is_trained_as_it_is(data):
+    model = nn.Sequential(nn.Linear(64, 1)).eval()
+    message = r"torchq.prepare_qat: nothing was prepared; '0': 1 output, fewer than a panel of 16"
+    with pytest.warns(UserWarning, match=message):
+        prepared = prepare_qat(model, data)
+    assert torch.equal(prepared(X), model(X))
+    with pytest.warns(UserWarning, match="nothing became int8"):
+        assert torch.equal(convert(prepared)(X), model(X))
+
+
 # ---- Nothing in int8, and float64 ---------------------------------------------------------------------------------
 
 

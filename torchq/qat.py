@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
@@ -20,7 +21,7 @@ from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerTo
 from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
 from torchq.planning.choose import measure, plan_layer
-from torchq.planning.layers import select_layers
+from torchq.planning.layers import select_layers, too_small
 from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
 from torchq.planning.smooth_search import smooth
 from torchq.planning.smoothing import scaled_parameters, scales_around
@@ -61,8 +62,9 @@ def prepare_qat(
 
     Raises:
         TypeError: `model` is not a module or can't be copied, or a batch is of a type it can't be called with.
-        ValueError: no Linear in the model, or none that can be quantized; already prepared or converted; weights not
-            on the CPU; "learned" without a calib_loader; or what `convert` raises for the loader and the config.
+        ValueError: no Linear in the model, or none that can be quantized (a warning, where all are only too small);
+            already prepared or converted; weights not on the CPU; "learned" without a calib_loader; or what `convert`
+            raises for the loader and the config.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> qat_model = prepare_qat(model, [torch.randn(16, 64)])
@@ -86,7 +88,9 @@ def prepare_qat(
     reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
     if not starts:
         name, reason = next(iter(reasons.items()))
-        raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
+        if any(reason != too_small(layers[name]) for name, reason in reasons.items()):
+            raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
+        warnings.warn(f"torchq.prepare_qat: nothing was prepared; {name!r}: {reason}.", stacklevel=3)
     if not inplace:
         model = _copy(model)
     _rescale_parameters(model, smoothings)
