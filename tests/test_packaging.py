@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import torchq
 from helpers import ROOT
@@ -96,3 +97,24 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path):
     read = [path for folder in ("csrc", "torchq") for path in (copy / folder).rglob("*") if path.is_file()]
     assert len(read) > 100
     assert [path for path in read if str(path.relative_to(copy)) not in held] == []
+
+
+@pytest.mark.slow(seconds=8)
+@pytest.mark.subprocess
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_exported_program_loads_where_nobody_imports_torchq(tmp_path):
+    """The entry point of the package tells torch where `torch.ops.torchq` comes from."""
+    model = torchq.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)))
+    x = torch.linspace(-1, 1, 4 * 64).reshape(4, 64)
+    program, numbers = tmp_path / "model.pt2", tmp_path / "y.pt"
+    torch.export.save(torch.export.export(model, (x,)), program)
+    metadata = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(metadata, cwd=ROOT, check=True, capture_output=True)
+    code = (
+        "import sys, torch; assert 'torchq' not in sys.modules\n"
+        f"y = torch.export.load({str(program)!r}).module()(torch.linspace(-1, 1, 256).reshape(4, 64))\n"
+        f"torch.save(y.detach(), {str(numbers)!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert torch.equal(torch.load(numbers), model(x).detach())
