@@ -16,6 +16,8 @@ from torch._ops import _OpNamespace
 class _Ops(_OpNamespace):
     """The namespace `torch.ops.torchq`, whose first op that is asked for imports torchq."""
 
+    __module__ = _OpNamespace.__module__  # ops are named after it, in programs too
+
     def __getattr__(self, op_name: str) -> Any:
         if not op_name.startswith("__"):
             importlib.import_module("torchq")
@@ -25,4 +27,4 @@ class _Ops(_OpNamespace):
 def announce() -> None:
     """Puts the namespace in its place, unless torchq is imported already."""
     if "torchq" not in vars(torch.ops):
-        torch.ops.torchq = _Ops("torchq")
+        setattr(torch.ops, "torchq", _Ops("torchq"))  # noqa: B010 mypy knows no attribute of this name

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import _torchq_autoload
 import torchq
 from helpers import ROOT
 from torchq import _C
@@ -118,3 +119,10 @@ def test_an_exported_program_loads_where_nobody_imports_torchq(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert torch.equal(torch.load(numbers), model(x).detach())
+
+
+def test_ops_have_the_same_names_with_and_without_the_entry_point():
+    """A saved program holds these names."""
+    own, plain = _torchq_autoload._Ops("torchq"), torch._ops._OpNamespace("torchq")
+    assert own.linear_dynamic.__module__ == plain.linear_dynamic.__module__ == "torch._ops.torchq"
+    assert str(own.linear_dynamic.default) == str(plain.linear_dynamic.default)
