@@ -15,7 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLOWEST := --durations=15 --durations-min=2  # a test listed there needs the mark @pytest.mark.slow(seconds=...)
 CORE := $(wildcard csrc/gemm/*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
+ATTENTION := $(wildcard csrc/attention/*)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
 
 .PHONY: demo test test-arm test-arm-full lint guard bench-core clean
 
@@ -57,7 +58,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(CORE) $(wildcard csrc/*.cpp)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(CORE) $(ATTENTION) $(wildcard csrc/*.cpp)
 	@command -v $(firstword $(CXX)) > /dev/null || { echo "No C++ compiler. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -1,4 +1,4 @@
-"""Builds torchq._C: the GEMM core, the torch ops and the pybind11 module in one library. The rest is in pyproject.toml.
+"""Builds torchq._C: the cores, the torch ops and the pybind11 module in one library. The rest is in pyproject.toml.
 
 Every file is compiled with baseline flags. A kernel file enables its own instructions in a target region, so that no
 AVX gets into code that other CPUs run. The kernel is chosen at run time.
@@ -26,8 +26,12 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
 CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
-SOURCES = [f"csrc/{name}.cpp" for name in ["torch_ops", "run", "direct", "module"]]
+ATTENTION_KERNELS = ["reference"]
+ATTENTION = ["dispatch", "schedule", "operands", "attention", *(f"kernel_{k}" for k in ATTENTION_KERNELS)]
+SOURCES = [f"csrc/{name}.cpp" for name in ["torch_ops", "attention_op", "run", "direct", "module"]]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
+SOURCES += [f"csrc/attention/{name}.cpp" for name in ATTENTION]
+FOLDERS = ["csrc", "csrc/gemm", "csrc/attention"]
 
 
 def check_torch() -> None:
@@ -63,7 +67,7 @@ def extension_arguments() -> dict:
         include_dirs=[pybind11.get_include()],
         extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
         extra_link_args=LINUX_LINK_FLAGS if sys.platform == "linux" else [],
-        depends=[os.path.join(folder, f) for folder in ("csrc", "csrc/gemm") for f in os.listdir(folder) if "." in f],
+        depends=[os.path.join(folder, f) for folder in FOLDERS for f in os.listdir(folder) if "." in f],
     )
     if "torch_python" in module.libraries:  # only the stable ABI is linked
         module.libraries.remove("torch_python")

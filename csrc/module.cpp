@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/attention.h"
 #include "direct.h"
 #include "gemm/gemm.h"
 
@@ -93,6 +94,9 @@ PYBIND11_MODULE(_C, m) {
       "is_kernel_name", [](const std::string& name) { return torchq::is_kernel_name(name.c_str()); },
       "Whether a kernel of this name exists, compiled in here or not.");
   m.def("active", [] { return std::string(torchq::active_kernel().name); }, "The kernel the ops use now.");
+  m.def(
+      "active_attention", [] { return std::string(torchq::attention::kernel_beside(torchq::active_kernel()).name); },
+      "The attention kernel that runs beside the active one.");
   m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
   m.def("force", &force, py::arg("name").none(true), "Forces a kernel for the process; None gives the choice back.");
   m.def("set_kernel_of_context", &set_kernel_of_context,

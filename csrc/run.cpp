@@ -44,12 +44,9 @@ void* thread_scratch(size_t bytes) {
   return scratch.data();
 }
 
-}  // namespace
-
-void run(const Kernel& kernel, const Problem& problem) {
-  const int64_t y_bytes = problem.m * problem.y.stride;
-  if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
-  Job job = schedule(kernel, problem);
+// Runs the parts of a job, of products or of attention, on as many of torch's threads as there are parts.
+template <class Job>
+void run_parts(Job& job) {
   if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
   if (job.parts == 1) return run(job, 0, thread_scratch(job.scratch_bytes));
   std::atomic<bool> out_of_memory{false};  // of a thread whose exceptions do not reach the caller as they are
@@ -62,6 +59,20 @@ void run(const Kernel& kernel, const Problem& problem) {
     }
   });
   if (out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void run(const Kernel& kernel, const Problem& problem) {
+  const int64_t y_bytes = problem.m * problem.y.stride;
+  if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
+  Job job = schedule(kernel, problem);
+  run_parts(job);
+}
+
+void run(const attention::Kernel& kernel, const attention::Problem& problem) {
+  attention::Job job = attention::schedule(kernel, problem);
+  run_parts(job);
 }
 
 void pack(Layout layout, const Weights& w, void* packed) {

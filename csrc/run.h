@@ -1,13 +1,15 @@
 // The core's work on torch's threads: what the torch ops and the direct calls share.
 #pragma once
 
+#include "attention/attention.h"
 #include "gemm/gemm.h"
 
 namespace torchq {
 
-// Computes problem.y with this kernel, on as many of torch's threads as the problem pays for. Throws std::bad_alloc
-// where a thread has no memory for its scratch.
+// Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for. Throws
+// std::bad_alloc where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem);
+void run(const attention::Kernel& kernel, const attention::Problem& problem);
 
 // Weights in memory: weight (n, k), scale [n], bias [n]. has_bias: a bias of no elements may be a null pointer, too.
 struct Weights {

@@ -2,133 +2,22 @@
 // 2.10), so that one build serves every later torch. The fakes are in torchq/ops.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <new>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "linear.h"
 #include "run.h"
-
-// Why the latest call of torch's C interface failed. Torch has this from 2.13; before, it writes the reason to stderr.
-extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+#include "torch_checks.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace torchq::ops;
 using torchq::DType;
 using torchq::LayerNumbers;
 using torchq::Rows;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
-
-// Like STD_TORCH_CHECK, but without the build machine's file name and line in front of the user's message. It is a
-// macro so that the parts of a message are computed only if it is needed: shape_of() alone takes half a microsecond.
-#define CHECK(ok, ...)            \
-  do {                            \
-    if (!(ok)) fail(__VA_ARGS__); \
-  } while (false)
-
-const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "another dtype";
-  }
-}
-
-std::optional<DType> float_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return std::nullopt;
-  }
-}
-
-std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << ')';
-  return out.str();
-}
-
-constexpr int64_t kMaxDims = 64;  // torch's own limit for most ops, so that shapes fit on the stack
-
-// torchq/modules/quantized_linear.py makes a MemoryError of these words.
-constexpr const char* kOutOfMemory = ": out of memory";
-
-// Beside it torch can only have found no memory: all arguments have been checked.
-[[noreturn]] void fail_in_torch(const char* op, const char* what) {
-  const auto reason = torch_exception_get_what_without_backtrace;
-  fail(op, kOutOfMemory, " for ", what, reason ? ": " : ".", reason ? reason() : "");
-}
-
-Tensor empty(const char* op, const int64_t* sizes, int64_t dims, ScalarType type) {
-  int64_t strides[kMaxDims], stride = 1;
-  for (int64_t i = dims; i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  AtenTensorHandle handle;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle))
-    fail_in_torch(op, "its output");
-  return Tensor(handle);
-}
-
-Tensor empty(const char* op, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return empty(op, sizes.begin(), sizes.size(), type);
-}
-
-Tensor contiguous(const char* op, const Tensor& t) {
-  try {
-    return torch::stable::contiguous(t);
-  } catch (const std::exception&) {  // its message is a line of torch's source
-    fail_in_torch(op, "a contiguous copy");
-  }
-}
-
-// What `f` returns, which allocates scratch space.
-template <class F>
-auto with_scratch(const char* op, const F& f) {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    fail(op, kOutOfMemory, " for its scratch space.");
-  }
-}
-
-// On the CPU, and with all its elements in memory: a storage may have been resized since.
-void check_cpu(const char* op, const char* argument, const Tensor& t) {
-  CHECK(t.is_cpu(), op, ": ", argument, " must be on the CPU. Move it there with .cpu().");
-  if (t.numel() == 0) return;
-  int64_t storage_bytes, last = t.storage_offset();
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  CHECK(!aoti_torch_get_storage_size(t.get(), &storage_bytes), op, ": ", argument,
-        " has no storage. Pass a dense tensor.");
-  CHECK((last + 1) * static_cast<int64_t>(t.element_size()) <= storage_bytes, op, ": the storage of ", argument, " (",
-        shape_of(t), ") holds only ", storage_bytes,
-        " bytes: it was resized, as sharding and offloading do to free memory. Restore it before the call.");
-}
 
 const torchq::PackedHeader& header_of(const char* op, const Tensor& packed) {
   check_cpu(op, "packed", packed);
@@ -164,6 +53,7 @@ HeldRows rows_of(const char* op, const char* argument, const Tensor& x, DType dt
   return {copy, {copy.const_data_ptr(), count, k, dtype}};
 }
 
+using torchq::ops::name_of;  // beside this one
 const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
 
 const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {

@@ -1,4 +1,4 @@
-"""The GEMM core alone: it compiles without torch and Python, it allocates nothing, and it passes its own tests.
+"""The cores alone: they compile without torch and Python, they allocate nothing, and pass their own tests.
 
 The tests of the core are a C++ program, tests/core. Here it is built as shipped and under sanitizers, and run.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.core import (
+    ATTENTION,
     CORE,
     PLAIN,
     SANITIZERS,
@@ -44,7 +45,11 @@ def forbidden(source: str) -> list[str]:
     return bad + FORBIDDEN_WORDS.findall(code)
 
 
-@pytest.mark.parametrize("path", sorted(path for path in CORE.rglob("*") if path.is_file()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for core in (CORE, ATTENTION) for path in core.rglob("*") if path.is_file()),
+    ids=lambda path: f"{path.parent.name}-{path.name}",
+)
 def test_core_knows_no_torch_no_allocation_no_threads(path):
     assert forbidden(path.read_text()) == []
 

@@ -14,7 +14,7 @@ import torch  # noqa: F401  (its libraries must be loaded before _C)
 from torchq import _C
 from torchq.scopes import Scoped
 
-__all__ = ["ENVIRONMENT_VARIABLE", "active", "last_used", "names", "runnable", "tile", "use"]
+__all__ = ["ENVIRONMENT_VARIABLE", "active", "active_attention", "last_used", "names", "runnable", "tile", "use"]
 
 ENVIRONMENT_VARIABLE = "TORCHQ_KERNEL"
 
@@ -47,6 +47,16 @@ def active() -> str:
     True
     """
     return _C.active()
+
+
+def active_attention() -> str:
+    """The attention kernel that goes with the active one: the best that uses no wider vectors.
+
+    >>> with use("reference"):
+    ...     active_attention()
+    'reference'
+    """
+    return _C.active_attention()
 
 
 def last_used() -> str | None:

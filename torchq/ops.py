@@ -1,4 +1,4 @@
-"""The torch ops: a typed wrapper and a fake for each. Schemas and kernels are in csrc/torch_ops.cpp.
+"""The torch ops: a typed wrapper and a fake for each. Schemas and checks: csrc/torch_ops.cpp, attention_op.cpp.
 
 `pack` runs once per weight; the other ops multiply by the packed weight. A packed weight is a plain uint8 vector,
 computed from (weight, scale, bias) and never serialized. Its length encodes N, the number of output features, given K,
@@ -6,15 +6,19 @@ the number of input features (csrc/gemm/gemm.h). The fakes infer shapes from it.
 """
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchq import _C
+from torchq.numerics.attention import gradients
 
 __all__ = [
+    "ATTENTION_SCHEMES",
     "MAX_DEPTH",
     "Activation",
+    "attention",
     "gemm",
     "linear_dynamic",
     "linear_static",
@@ -27,6 +31,9 @@ __all__ = [
 
 MAX_DEPTH = _C.MAX_DEPTH
 """The largest K whose int32 sums are exact: 255 * 128 * K < 2^31 holds up to K = 65793."""
+
+ATTENTION_SCHEMES = ("float32",)
+"""The schemes of `attention`, by the number that the op takes."""
 
 PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
 
@@ -183,6 +190,71 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.torchq.quantize_per_token(x)  # type: ignore[no-any-return]
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    offset: int = 0,
+    window: int | None = None,
+    scheme: str = "float32",
+) -> Tensor:
+    """`softmax(scale · q · kᵀ + mask) · v` per batch and head, as torch's `scaled_dot_product_attention`.
+
+    Row i of q stands at position `offset + i` of the keys. A row that no key is left for gives zeros, as in torch. NaN
+    and infinities come out where the formula has them. (torch's fused kernel gives 0, not NaN, where all scores of a
+    row are NaN.) A key that the mask hides takes part with weight 0, so it must be finite: 0 · NaN is NaN. A key that a
+    row cannot see by `is_causal` or `window` is read or not, as the tiles happen to fall.
+
+    Args:
+        q: float32, bfloat16 or float16 (B, H, L, D), any strides.
+        k: the same dtype, (B, G, S, D); H is a multiple of G, and each head of k and v serves H / G heads of q.
+        v: the same dtype, (B, G, S, E).
+        mask: bool, True where a key may be seen, or float, which is added to the scores. Any shape and strides that
+            broadcast to (B, H, L, S). It goes together with `is_causal` and `window`.
+        is_causal: a row sees no key beyond its own position.
+        scale: 1 / sqrt(D) by default.
+        offset: the position of q's first row among the keys: with a cache, the number of keys before it.
+        window: a row sees keys j with `abs(position - j) < window`; with `is_causal` the last `window` up to its own.
+        scheme: how the two products are computed; "float32" is exact to rounding.
+
+    Returns:
+        (B, H, L, E), the dtype of q, laid out in memory as q is. It has the gradients of the float formula.
+
+    Raises:
+        ValueError: no such scheme.
+        RuntimeError: wrong dtype, shape or device.
+
+    >>> q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.0], [0.0], [9.0]]]])
+    >>> attention(q, k, torch.tensor([[[[1.0], [3.0], [5.0]]]]), torch.tensor([True, True, False]))
+    tensor([[[[2.]]]])
+    """
+    if scheme not in ATTENTION_SCHEMES:
+        raise ValueError(f"torchq.ops.attention: scheme must be one of {ATTENTION_SCHEMES}, got {scheme!r}.")
+    arguments = (q, k, v, mask, is_causal, scale, offset, window, ATTENTION_SCHEMES.index(scheme))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
+        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    return torch.ops.torchq.attention(*arguments)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """The op with the gradients of the float formula, for which the backward pass computes the weights again."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        q, k, v, mask, is_causal, scale, offset, window, _ = arguments
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.rest = is_causal, scale, offset, window
+        return torch.ops.torchq.attention(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+
+
 # ---- Fakes: shapes and dtypes without data, for torch.compile and torch.export ------------------------------------
 
 
@@ -242,3 +314,25 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     one = (*x.shape[:-1], 1)
     codes, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(one, dtype=torch.float32)
     return codes, scale, x.new_empty(one, dtype=torch.int32)
+
+
+@torch.library.register_fake("torchq::attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    offset: int = 0,
+    window: int | None = None,
+    scheme: int = 0,
+) -> Tensor:
+    _check_devices("attention", "k", k, "q", q)
+    _check_devices("attention", "v", v, "q", q)
+    if mask is not None:
+        _check_devices("attention", "mask", mask, "q", q)
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)
+    return q.new_empty((batch, heads, rows, v.shape[3]))

@@ -16,6 +16,7 @@ from filelock import FileLock  # torch needs it too
 from helpers import ROOT
 
 CORE = ROOT / "csrc" / "gemm"
+ATTENTION = ROOT / "csrc" / "attention"
 PROGRAM = ROOT / "tests" / "core"
 BUILD = ROOT / "build" / "core"
 
@@ -60,12 +61,17 @@ def jobs(sources: list[Path], *flags: str) -> dict[Path, list[str]]:
     return {source: list(flags) for source in sources}
 
 
+def object_name(source: Path) -> str:
+    """Both cores have a dispatch.cpp."""
+    return f"{source.parent.name}_{source.stem}.o"
+
+
 def compile_all(work: dict[Path, list[str]], folder: Path, command: list[str] | None = None) -> list[Path]:
     """Compiles every source with its flags into `folder`, as many at a time as there are processors."""
     command = command or compiler()
     # The largest first, so that the last one to start is not the one that takes longest.
     sources = sorted(work, key=lambda source: (not source.name.startswith("kernel_a"), source.name))
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    objects = [folder / object_name(source) for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [
             pool.submit(run, [*command, *work[source], "-c", source, "-o", out])
@@ -85,7 +91,7 @@ def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
     key = hashlib.sha256(run([*command, "--version"]).encode())
     for source, flags in sorted(work.items()):
         key.update(f"{source.name} {shlex.join([*command, *flags])}\n".encode())
-    for path in sorted(path for folder in (CORE, PROGRAM) for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for folder in (CORE, ATTENTION, PROGRAM) for path in folder.rglob("*") if path.is_file()):
         key.update(path.read_bytes())
     folder = BUILD / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +101,11 @@ def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
             stamp.unlink(missing_ok=True)
             compile_all(work, folder, command)
             stamp.write_text(key.hexdigest())
-    return [folder / f"{source.stem}.o" for source in work]
+    return [folder / object_name(source) for source in work]
 
 
 def core_sources() -> list[Path]:
-    return sorted(CORE.rglob("*.cpp"))
+    return sorted([*CORE.rglob("*.cpp"), *ATTENTION.rglob("*.cpp")])
 
 
 def program_sources() -> list[Path]:

@@ -1,0 +1,122 @@
+// Computes a part of a problem: heads -> blocks of rows -> y.
+//
+// The keys and values of a head are packed once into scratch that stays in L2, and all its rows pass over them, also
+// those of other heads that share them. A block of rows has all its scores before softmax: no running maximum, and
+// the weights of a row depend on nothing but the row.
+//
+//   for each head of k and v
+//     pack_keys(), pack_values()
+//     for each head of q that shares them, for each block of its rows
+//       scores = q · k, hidden keys are -inf, softmax, weights · v, each row divided by the sum of its weights
+
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../gemm/divide.h"
+#include "operands.h"
+#include "scratch.h"
+
+namespace torchq {
+namespace attention {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Some rows of one head of q, with the head of k and v that they share.
+struct Block {
+  int64_t batch, head, kv_head, begin, end;
+};
+
+// The keys that any row of a block sees, widened to whole panels; empty if begin == end.
+struct Keys {
+  int64_t begin, end;
+};
+
+// What one row sees by its position: keys [begin, end).
+Keys seen_by(const Problem& p, int64_t row) {
+  const auto within = [&](int64_t key) { return std::min(std::max<int64_t>(key, 0), p.keys); };
+  const int64_t begin = within(row + p.band.first);
+  return {begin, std::max(begin, within(row + p.band.last + 1))};
+}
+
+Keys seen_by(const Problem& p, const Block& block) {
+  const int64_t begin = seen_by(p, block.begin).begin / kPanel * kPanel;
+  const int64_t end = round_up(seen_by(p, block.end - 1).end, kPanel);
+  return {begin, std::max(begin, end)};
+}
+
+// The masked scores of a row: x (the scores of keys) from the row's own view.
+void hide(const Job& job, const Block& block, int64_t row, const Keys& keys, const Scratch& s, float* x) {
+  const Problem& p = *job.problem;
+  const Keys seen = seen_by(p, row);
+  const int64_t begin = std::max(seen.begin, keys.begin), end = std::max(begin, std::min(seen.end, keys.end));
+  if (p.mask.data) {
+    const float* mask = mask_row(job, block.batch, block.head, row, s);
+    for (int64_t j = begin; j < end; ++j) x[j - keys.begin] += mask[j];
+  }
+  std::fill(x, x + (begin - keys.begin), -kInfinity);
+  std::fill(x + (end - keys.begin), x + (keys.end - keys.begin), -kInfinity);
+}
+
+uint8_t* output_row(const Problem& p, const Block& block, int64_t row) {
+  return static_cast<uint8_t*>(p.y) + block.batch * p.y_batch + block.head * p.y_head + row * p.y_row;
+}
+
+void run_block(const Job& job, const Block& block, const Scratch& s) {
+  const Problem& p = *job.problem;
+  const Kernel& kernel = *job.kernel;
+  const int64_t m = block.end - block.begin;
+  const Keys keys = seen_by(p, block);
+  for (int64_t r = 0; r < m; ++r)
+    load_row(kernel, p.q, p.q.at(block.batch, block.head, block.begin + r), p.depth, p.scale, s,
+             s.queries + r * s.depth_stride);
+  kernel.multiply({m, (keys.end - keys.begin) / kPanel, p.depth, s.queries, s.depth_stride,
+                   s.keys + keys.begin / kPanel * s.key_panel, s.key_panel, s.scores, s.score_stride});
+  for (int64_t r = 0; r < m; ++r) {
+    float* x = s.scores + r * s.score_stride;
+    hide(job, block, block.begin + r, keys, s, x);
+    s.sums[r] = kernel.softmax(x, keys.end - keys.begin);
+  }
+  kernel.multiply({m, ceil_div(p.columns, kPanel), std::min(keys.end, p.keys) - keys.begin, s.scores, s.score_stride,
+                   s.values + keys.begin * kPanel, s.value_panel, s.out, s.column_stride});
+  for (int64_t r = 0; r < m; ++r) {
+    void* y = output_row(p, block, block.begin + r);
+    if (s.sums[r] == 0.0f)  // no key
+      std::memset(y, 0, p.columns * element_bytes(p.y_dtype));
+    else
+      kernel.from_floats(s.out + r * s.column_stride, 1.0f / s.sums[r], p.columns, p.y_dtype, y);
+  }
+}
+
+}  // namespace
+
+void run(const Job& job, int index, void* memory) {
+  const Problem& p = *job.problem;
+  const Scratch s = carve(job, memory);
+  // Units of work: blocks of rows, those of a shared head together. Where there are many heads a part has whole ones.
+  const int64_t group = p.heads / p.kv_heads, of_head = group * job.blocks, heads = p.batch * p.kv_heads;
+  const int64_t grain = heads >= 4 * int64_t{job.parts} ? of_head : 1, grains = heads * of_head / grain;
+  const int64_t begin = piece(grains, index, job.parts) * grain, end = piece(grains, index + 1, job.parts) * grain;
+  int64_t packed = -1;
+  *s.mask_in_cache = nullptr;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t head = unit / of_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+    if (head != packed) {
+      pack_keys(job, batch, kv_head, s);
+      pack_values(job, batch, kv_head, s);
+      packed = head;
+    }
+    const int64_t block = unit % job.blocks;
+    run_block(job,
+              {batch, kv_head * group + unit % of_head / job.blocks, kv_head, piece(p.rows, block, job.blocks),
+               piece(p.rows, block + 1, job.blocks)},
+              s);
+  }
+}
+
+}  // namespace attention
+}  // namespace torchq

@@ -1,0 +1,56 @@
+// What an attention kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
+//
+// A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, and the five steps that are
+// worth vector instructions. Loops over heads and rows, and all that a mask means, are the same for all
+// (attention.cpp). Kernels agree to rounding; `reference` is the definition.
+#pragma once
+
+#include <cstdint>
+
+#include "../gemm/compiler.h"
+#include "../gemm/cpu.h"
+#include "../gemm/types.h"
+
+namespace torchq {
+
+struct Kernel;  // of the products of codes: ../gemm/kernel.h
+
+namespace attention {
+
+// Keys of a panel of k, and columns of a panel of v.
+constexpr int64_t kPanel = 16;
+
+// out (m, 16 · panels) = a (m, depth) · b. b is packed: panel p starts panel_stride · p further, and holds
+// (depth, 16). Strides count floats. m, panels and depth may be any numbers, also 0.
+struct Product {
+  int64_t m, panels, depth;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t panel_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+struct Kernel {
+  const char* name = nullptr;
+  uint32_t needs = 0;  // Feature bits
+  // The features of its vectors, any of which a GEMM kernel must need for this one to run beside it; 0: beside any.
+  uint32_t beside = 0;
+
+  // out[i] = x[i] · factor for i < n; zeros up to the next multiple of 16.
+  void (*to_floats)(const void* x, DType dtype, int64_t n, float factor, float* out) = nullptr;
+  // y[i] = x[i] · factor for i < n, rounded half to even.
+  void (*from_floats)(const float* x, float factor, int64_t n, DType dtype, void* y) = nullptr;
+  // 16 rows of n floats, `stride` floats apart, to n rows of 16. n is a multiple of 16.
+  void (*transpose)(const float* x, int64_t stride, int64_t n, float* out) = nullptr;
+  void (*multiply)(const Product& product) = nullptr;
+  // x[i] becomes exp(x[i] - max); returns their sum. n is a multiple of 16. Where all are -inf, all become 0. Where one
+  // is NaN or +inf, the sum is NaN.
+  float (*softmax)(float* x, int64_t n) = nullptr;
+};
+
+extern const Kernel kernel_reference;
+
+}  // namespace attention
+}  // namespace torchq

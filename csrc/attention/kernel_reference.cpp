@@ -1,0 +1,77 @@
+// The definition of the arithmetic, one float at a time.
+
+#include <cfloat>
+#include <cmath>
+
+#include "../gemm/scalar.h"
+#include "kernel.h"
+
+namespace torchq {
+namespace attention {
+namespace reference {
+
+#include "../gemm/vec1.inc"
+
+#include "exponential.inc"
+
+template <class T>
+void to_floats(const T* x, int64_t n, float factor, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]) * factor;
+  for (int64_t i = n; i % kPanel; ++i) out[i] = 0.0f;
+}
+
+void to_floats(const void* x, DType dtype, int64_t n, float factor, float* out) {
+  if (dtype == DType::bf16) return to_floats(static_cast<const Bf16*>(x), n, factor, out);
+  if (dtype == DType::f16) return to_floats(static_cast<const F16*>(x), n, factor, out);
+  to_floats(static_cast<const float*>(x), n, factor, out);
+}
+
+void from_floats(const float* x, float factor, int64_t n, DType dtype, void* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = x[i] * factor;
+    if (dtype == DType::bf16)
+      static_cast<Bf16*>(y)[i] = to_bf16(value);
+    else if (dtype == DType::f16)
+      static_cast<F16*>(y)[i] = to_f16(value);
+    else
+      static_cast<float*>(y)[i] = value;
+  }
+}
+
+void transpose(const float* x, int64_t stride, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t r = 0; r < kPanel; ++r) out[i * kPanel + r] = x[r * stride + i];
+}
+
+void multiply(const Product& p) {
+  for (int64_t r = 0; r < p.m; ++r)
+    for (int64_t c = 0; c < p.panels * kPanel; ++c) {
+      const float* column = p.b + c / kPanel * p.panel_stride + c % kPanel;
+      float sum = 0.0f;
+      for (int64_t i = 0; i < p.depth; ++i) sum = fma(p.a[r * p.a_stride + i], column[i * kPanel], sum);
+      p.out[r * p.out_stride + c] = sum;
+    }
+}
+
+float softmax(float* x, int64_t n) {
+  float largest = -FLT_MAX, sum = 0.0f;
+  for (int64_t i = 0; i < n; ++i) largest = max(x[i], largest);
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = exponential(x[i] - largest);
+  return sum;
+}
+
+}  // namespace reference
+
+constexpr Kernel kernel_reference = [] {
+  Kernel k;
+  k.name = "reference";
+  k.to_floats = reference::to_floats;
+  k.from_floats = reference::from_floats;
+  k.transpose = reference::transpose;
+  k.multiply = reference::multiply;
+  k.softmax = reference::softmax;
+  return k;
+}();
+
+}  // namespace attention
+}  // namespace torchq
