@@ -22,8 +22,8 @@ int main(int argc, char** argv) {
   for (int8_t& w : weight) w = static_cast<int8_t>(random());
   std::vector<float> scale(n, 1e-3f), bias(n, 0.5f), x(m * k), y(m * n);
   for (float& v : x) v = static_cast<float>(random()) * 1e-4f;
-  std::vector<uint8_t> packed(torchq::packed_bytes(n, k));
-  torchq::pack_begin(kernel->layout, n, k, true, packed.data());
+  std::vector<uint8_t> packed(torchq::packed_bytes(n, k, false));
+  torchq::pack_begin(kernel->layout, n, k, true, nullptr, packed.data());
   torchq::pack_panels(weight.data(), scale.data(), bias.data(), packed.data(), 0, torchq::panel_count(n));
 
   torchq::Problem problem{};

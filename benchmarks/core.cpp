@@ -40,8 +40,8 @@ class Layer {
     std::vector<int8_t> weight(s.n * s.k);
     for (auto& w : weight) w = static_cast<int8_t>(random());
     std::vector<float> scale(s.n, 1e-3f);
-    void* packed = aligned<uint8_t>(packed_, torchq::packed_bytes(s.n, s.k));
-    torchq::pack_begin(kernel.layout, s.n, s.k, false, packed);
+    void* packed = aligned<uint8_t>(packed_, torchq::packed_bytes(s.n, s.k, false));
+    torchq::pack_begin(kernel.layout, s.n, s.k, false, nullptr, packed);
     torchq::pack_panels(weight.data(), scale.data(), nullptr, packed, 0, torchq::panel_count(s.n));
     x_ = aligned<float>(x_bytes_, s.m * s.k);
     for (int64_t i = 0; i < s.m * s.k; ++i) x_[i] = std::normal_distribution<float>()(random);

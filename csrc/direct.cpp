@@ -217,7 +217,7 @@ py::object multiply(PyObject* x_object, const Layer& layer) {
   if (!torch_.exchange || !plain_eager() || !view(x_object, &x)) return {};
   const DTypePair* x_dtype = find(x.dtype);
   const PackedHeader* weights = header_of(layer.packed.ptr());
-  if (!x_dtype || !weights || (x_dtype == kU8 && !layer.takes_codes)) return {};
+  if (!x_dtype || !weights || (x_dtype == kU8 && (!layer.takes_codes || weights->has_channel_scale))) return {};
   if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return {};
   if (wants_gradient(x_object) || is_negated(x_object)) return {};
   int64_t count = 1;

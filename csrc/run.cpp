@@ -76,9 +76,9 @@ void run(const attention::Kernel& kernel, const attention::Problem& problem) {
 }
 
 void pack(Layout layout, const Weights& w, void* packed) {
-  const int64_t bytes = packed_bytes(w.n, w.k);
+  const int64_t bytes = packed_bytes(w.n, w.k, w.channel_scale != nullptr);
   if (bytes >= kHugeWeights) prefer_huge_pages(packed, bytes);
-  pack_begin(layout, w.n, w.k, w.has_bias, packed);
+  pack_begin(layout, w.n, w.k, w.has_bias, w.channel_scale, packed);
   torch::stable::parallel_for(0, panel_count(w.n), kPanelsPerThread, [&](int64_t begin, int64_t end) {
     pack_panels(w.weight, w.scale, w.bias, packed, begin, end);
   });

@@ -11,15 +11,16 @@ namespace torchq {
 void run(const Kernel& kernel, const Problem& problem);
 void run(const attention::Kernel& kernel, const attention::Problem& problem);
 
-// Weights in memory: weight (n, k), scale [n], bias [n]. has_bias: a bias of no elements may be a null pointer, too.
+// Weights in memory: weight (n, k), scale [n], bias [n], channel_scale [k] or null. has_bias: a bias of no elements may
+// be a null pointer, too.
 struct Weights {
   int64_t n, k;
   const int8_t* weight;
-  const float *scale, *bias;
+  const float *scale, *bias, *channel_scale;
   bool has_bias;
 };
 
-// Packs weights into a fresh buffer of packed_bytes(n, k).
+// Packs weights into a fresh buffer of packed_bytes().
 void pack(Layout layout, const Weights& weights, void* packed);
 
 }  // namespace torchq

@@ -68,6 +68,10 @@ const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, const LayerNumbers& layer) {
   const torchq::PackedHeader& weights = header_of(op, packed);
+  CHECK(!weights.has_channel_scale || element_bytes(x_dtype) > 1, op,
+        ": the weight was packed with a channel_scale, which multiplies floats before they are quantized, but ",
+        argument, " holds codes (", name_of(x.scalar_type()),
+        "). Pass floats, or pack the weight without channel_scale.");
   const HeldRows input = rows_of(op, argument, x, x_dtype, weights.k);
   int64_t sizes[kMaxDims];
   *(std::copy(x.sizes().begin(), x.sizes().end(), sizes) - 1) = weights.n;
@@ -92,7 +96,24 @@ torchq::QParams qparams_of(const char* op, const char* what, double scale, int64
 
 // ---- The ops ----------------------------------------------------------------------------------------------------
 
-Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
+// The data of a float32 tensor, null without one.
+const float* floats(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+void check_channel_scale(const char* op, const Tensor& t, int64_t k) {
+  check_cpu(op, "channel_scale", t);
+  CHECK(t.dim() == 1 && t.size(0) == k && t.scalar_type() == ScalarType::Float, op, ": channel_scale must be float32 (",
+        k, ",), one per input feature, got ", name_of(t.scalar_type()), ' ', shape_of(t), '.');
+  const Tensor dense = contiguous(op, t);
+  const auto* values = static_cast<const float*>(dense.const_data_ptr());
+  for (int64_t i = 0; i < k; ++i)
+    CHECK(torchq::is_scale(values[i]), op, ": channel_scale must hold positive normal float32 numbers, got ", values[i],
+          " at ", i, '.');
+}
+
+Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+            const std::optional<Tensor>& channel_scale) {
   const char* op = "torchq::pack";
   check_cpu(op, "weight", weight);
   CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::Char, op, ": weight must be int8 (N, K), got ",
@@ -108,29 +129,29 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
   };
   check_column("scale", scale);
   if (bias) check_column("bias", *bias);
+  if (channel_scale) check_channel_scale(op, *channel_scale, k);
+  const auto dense = [&](const std::optional<Tensor>& t) { return t ? std::optional(contiguous(op, *t)) : t; };
   const Tensor w = contiguous(op, weight), s = contiguous(op, scale);
-  const std::optional<Tensor> b = bias ? std::optional(contiguous(op, *bias)) : std::nullopt;
-  Tensor packed = empty(op, {torchq::packed_bytes(n, k)}, ScalarType::Byte);
-  const torchq::Weights weights{n,
-                                k,
-                                static_cast<const int8_t*>(w.const_data_ptr()),
-                                static_cast<const float*>(s.const_data_ptr()),
-                                b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
-                                b.has_value()};
+  const std::optional<Tensor> b = dense(bias), c = k > 0 ? dense(channel_scale) : std::nullopt;
+  Tensor packed = empty(op, {torchq::packed_bytes(n, k, c.has_value())}, ScalarType::Byte);
+  const torchq::Weights weights{
+      n, k, static_cast<const int8_t*>(w.const_data_ptr()), floats(s), floats(b), floats(c), b.has_value()};
   torchq::pack(torchq::active_kernel().layout, weights, packed.mutable_data_ptr());
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features) {
   const char* op = "torchq::unpack";
   const torchq::PackedHeader& header = header_of(op, packed);
   CHECK(header.k == in_features, op, ": the weight was packed for ", header.k,
         " input features, got in_features = ", in_features, '.');
-  Tensor weight = empty(op, {header.n, header.k}, ScalarType::Char), scale = empty(op, {header.n}, ScalarType::Float),
-         bias = empty(op, {header.n}, ScalarType::Float);
+  const auto float_vector = [&](int64_t size) { return empty(op, {size}, ScalarType::Float); };
+  Tensor weight = empty(op, {header.n, header.k}, ScalarType::Char), scale = float_vector(header.n),
+         bias = float_vector(header.n), channel_scale = float_vector(header.has_channel_scale ? header.k : 0);
   torchq::unpack(packed.const_data_ptr(), static_cast<int8_t*>(weight.mutable_data_ptr()),
-                 static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(bias.mutable_data_ptr()));
-  return {weight, scale, bias};
+                 static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(bias.mutable_data_ptr()),
+                 static_cast<float*>(channel_scale.mutable_data_ptr()));
+  return {weight, scale, bias, channel_scale};
 }
 
 Tensor gemm(const Tensor& a, const Tensor& packed) {
@@ -196,8 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(torchq, m) {
-  m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor");
-  m.def("unpack(Tensor packed, int in_features) -> (Tensor weight, Tensor scale, Tensor bias)");
+  m.def("pack(Tensor weight, Tensor scale, Tensor? bias=None, Tensor? channel_scale=None) -> Tensor");
+  m.def("unpack(Tensor packed, int in_features) -> (Tensor weight, Tensor scale, Tensor bias, Tensor channel_scale)");
   m.def("gemm(Tensor a, Tensor packed) -> Tensor");
   m.def("linear_dynamic(Tensor x, Tensor packed, int activation=0) -> Tensor");
   m.def(

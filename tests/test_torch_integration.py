@@ -51,19 +51,23 @@ def build(scheme, generator):
 def samples():
     generator = torch.Generator().manual_seed(0)
     weight, scale, bias = random_weight(21, K, generator)
-    packed = torch.ops.torchq.pack(weight, scale, bias)
+    packed, channel_scale = torch.ops.torchq.pack(weight, scale, bias), torch.arange(1.0, K + 1)
+    scaled = torch.ops.torchq.pack(weight, scale, bias, channel_scale)
     x = random_float(2, 3, K, generator=generator)
     transposed = random_float(K, 5, generator=generator).t()
     codes = torch.randint(0, 256, (4, K), dtype=torch.uint8, generator=generator)
     for args in ((weight, scale, bias), (weight, scale), (weight.t().contiguous().t(), scale), (weight[:, :0], scale)):
         yield "pack", args
     yield "pack", (weight[:16], scale[:16], bias[:16])
-    yield "unpack", (packed, K)
+    yield "pack", (weight, scale, bias, channel_scale)
+    for each in (packed, scaled):
+        yield "unpack", (each, K)
     yield "unpack", (torch.ops.torchq.pack(weight[:16], scale[:16]), K)
     for a in (random_int8(4, K, generator=generator), random_int8(K, 4, generator=generator).t()):
         yield "gemm", (a, packed)
     for v in (x, x.bfloat16(), x.half(), transposed, x[0, 0], x[:0]):
         yield "linear_dynamic", (v, packed, 1)
+        yield "linear_dynamic", (v, scaled, 1)
         yield "quantize_per_token", (v,)
     for v in (x, x.bfloat16(), codes):
         for out_dtype in (torch.float32, torch.float16, torch.uint8):

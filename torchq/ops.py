@@ -1,8 +1,9 @@
 """The torch ops: a typed wrapper and a fake for each. Schemas and checks: csrc/torch_ops.cpp, attention_op.cpp.
 
 `pack` runs once per weight; the other ops multiply by the packed weight. A packed weight is a plain uint8 vector,
-computed from (weight, scale, bias) and never serialized. Its length encodes N, the number of output features, given K,
-the number of input features (csrc/gemm/gemm.h). The fakes infer shapes from it.
+computed from (weight, scale, bias, channel_scale) and never serialized. Its length encodes N, the number of output
+features, and whether there is a channel_scale, given K, the number of input features (csrc/gemm/gemm.h). The fakes
+infer shapes from it.
 """
 
 from enum import IntEnum
@@ -20,6 +21,7 @@ __all__ = [
     "Activation",
     "attention",
     "gemm",
+    "has_channel_scale",
     "linear_dynamic",
     "linear_static",
     "out_features",
@@ -35,7 +37,7 @@ MAX_DEPTH = _C.MAX_DEPTH
 ATTENTION_SCHEMES = ("float32",)
 """The schemes of `attention`, by the number that the op takes."""
 
-PANEL_COLUMNS, _PANEL_META, _HEADER = 16, 192, 64
+PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
 
 
 class Activation(IntEnum):
@@ -51,14 +53,17 @@ class Activation(IntEnum):
     SILU = 4
 
 
-def packed_bytes(n: int, k: int) -> int:
-    """The length in bytes of a packed (N, K) weight: header, panels, padding for over-reads, and the encoding of N.
+def packed_bytes(n: int, k: int, channel_scale: bool = False) -> int:
+    """The length in bytes of a packed (N, K) weight, with a channel_scale or without.
+
+    Header, panels, padding for over-reads, the channel_scale, and the encoding of N.
 
     >>> packed_bytes(32, 8) - packed_bytes(31, 8)  # the same panels; one byte less to encode N
     -1
     """
     panels = -(-n // PANEL_COLUMNS)
-    return _HEADER + panels * _panel_bytes(k) + _room_to_read(k) + panels * PANEL_COLUMNS - n
+    scale_bytes = (k * 4 + _LINE - 1) // _LINE * _LINE if channel_scale else 0
+    return _HEADER + panels * _panel_bytes(k) + _room_to_read(k) + scale_bytes + panels * PANEL_COLUMNS - n
 
 
 def out_features(packed: Tensor, k: int) -> int:
@@ -68,8 +73,24 @@ def out_features(packed: Tensor, k: int) -> int:
     >>> out_features(pack(w, torch.ones(20)), 8)
     20
     """
-    size, panel = packed.numel() - _HEADER - _room_to_read(k), _panel_bytes(k)
-    return size // panel * PANEL_COLUMNS - size % panel
+    panels, rest = _panels_and_rest(packed, k)
+    return panels * PANEL_COLUMNS - rest % _LINE
+
+
+def has_channel_scale(packed: Tensor, k: int) -> bool:
+    """Whether a packed tensor has a channel_scale, from its length and K.
+
+    >>> w, ones = torch.zeros(20, 8, dtype=torch.int8), torch.ones
+    >>> [has_channel_scale(pack(w, ones(20), None, scale), 8) for scale in (None, ones(8))]
+    [False, True]
+    """
+    return _panels_and_rest(packed, k)[1] >= _LINE
+
+
+def _panels_and_rest(packed: Tensor, k: int) -> tuple[int, int]:
+    """The number of panels, and the bytes behind them: those of the channel_scale, in whole lines, and up to 15."""
+    size = packed.numel() - _HEADER - _room_to_read(k)
+    return size // _panel_bytes(k), size % _panel_bytes(k)
 
 
 def _panel_bytes(k: int) -> int:
@@ -80,35 +101,43 @@ def _room_to_read(k: int) -> int:
     return ((k + 63) // 64 * 64 - (k + 7) // 8 * 8) * PANEL_COLUMNS
 
 
-def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Arranges int8 weights for the kernels, with their scales and bias: uint8 (packed_bytes(N, K),).
+def pack(weight: Tensor, scale: Tensor, bias: Tensor | None = None, channel_scale: Tensor | None = None) -> Tensor:
+    """Arranges int8 weights for the kernels, with their scales and bias: a uint8 vector of `packed_bytes`.
+
+    With a `channel_scale`, `linear_dynamic` and `linear_static` multiply every row of x by it before they quantize the
+    row: they take `x * channel_scale`, in float32 and rounded once, for x. So the weight is that of the float layer
+    divided by it. Such a weight takes no codes.
 
     Args:
         weight: int8 (N, K), any values, K <= 65793.
         scale: float32 (N,), one per output feature.
         bias: float32 (N,), or None.
+        channel_scale: float32 (K,), one positive normal number per input feature, or None.
 
     Raises:
-        RuntimeError: wrong dtype, shape or device, or K too large.
+        RuntimeError: wrong dtype, shape or device, K too large, or a channel_scale with other numbers.
 
     >>> packed = pack(torch.ones(2, 3, dtype=torch.int8), torch.tensor([0.5, 1.0]))
     >>> packed.dtype, packed.dim()
     (torch.uint8, 1)
     """
-    return torch.ops.torchq.pack(weight, scale, bias)  # type: ignore[no-any-return]
+    return torch.ops.torchq.pack(weight, scale, bias, channel_scale)  # type: ignore[no-any-return]
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The exact inverse of `pack`: weight int8 (N, K), scale float32 (N,), bias float32 (N,) or None.
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The exact inverse of `pack`.
+
+    weight int8 (N, K), scale float32 (N,), bias float32 (N,) or None, channel_scale float32 (K,) or None.
 
     >>> weight = torch.tensor([[1, -2, 3]], dtype=torch.int8)
     >>> unpack(pack(weight, torch.ones(1)))
-    (tensor([[ 1, -2,  3]], dtype=torch.int8), tensor([1.]), None)
+    (tensor([[ 1, -2,  3]], dtype=torch.int8), tensor([1.]), None, None)
     """
     is_packed = packed.dtype == torch.uint8 and packed.dim() == 1 and packed.numel() >= _HEADER
     k = int(packed[16:24].clone().view(torch.int64)) if is_packed else -1
-    weight, scale, bias = torch.ops.torchq.unpack(packed, k)  # raises the error if packed is not packed
-    return weight, scale, bias if bool(packed[24:28].clone().view(torch.int32)) else None
+    weight, scale, bias, channel_scale = torch.ops.torchq.unpack(packed, k)  # raises the error if packed is not packed
+    has_bias = bool(packed[24:28].clone().view(torch.int32))
+    return weight, scale, bias if has_bias else None, channel_scale if has_channel_scale(packed, k) else None
 
 
 def gemm(a: Tensor, packed: Tensor) -> Tensor:
@@ -129,7 +158,7 @@ def linear_dynamic(x: Tensor, packed: Tensor, activation: int = Activation.NONE)
 
     Args:
         x: float32, bfloat16 or float16 (..., K). A row with NaN or infinity gives a row of NaN.
-        packed: from `pack`.
+        packed: from `pack`. Its channel_scale, if any, multiplies x first.
         activation: an `Activation`.
 
     Returns:
@@ -158,7 +187,7 @@ def linear_static(
     Args:
         x: uint8 (..., K): codes. Or float (..., K), which is quantized here by
             `clamp(rne(x * (1 / x_scale)) + x_zero_point, 0, 255)`; NaN gives 0, and infinities saturate.
-        packed: from `pack`.
+        packed: from `pack`. Its channel_scale, if any, multiplies x first; x then can't be codes.
         x_scale: positive; rounded to float32.
         x_zero_point: in [0, 255].
         out_dtype: a float dtype, or uint8 for codes `clamp(rne(y * (1 / y_scale)) + y_zero_point, 0, 255)`.
@@ -271,18 +300,19 @@ def _rows_out(op: str, name: str, x: Tensor, packed: Tensor, dtype: torch.dtype)
 
 
 @torch.library.register_fake("torchq::pack")
-def _(weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_devices("pack", "scale", scale, "weight", weight)
-    if bias is not None:
-        _check_devices("pack", "bias", bias, "weight", weight)
-    return weight.new_empty((packed_bytes(*weight.shape),), dtype=torch.uint8)
+def _(weight: Tensor, scale: Tensor, bias: Tensor | None = None, channel_scale: Tensor | None = None) -> Tensor:
+    for name, vector in (("scale", scale), ("bias", bias), ("channel_scale", channel_scale)):
+        if vector is not None:
+            _check_devices("pack", name, vector, "weight", weight)
+    n, k = weight.shape
+    return weight.new_empty((packed_bytes(n, k, channel_scale is not None),), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torchq::unpack")
-def _(packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    n = out_features(packed, in_features)
-    weight = packed.new_empty((n, in_features), dtype=torch.int8)
-    return weight, packed.new_empty((n,), dtype=torch.float32), packed.new_empty((n,), dtype=torch.float32)
+def _(packed: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, channels = out_features(packed, in_features), in_features if has_channel_scale(packed, in_features) else 0
+    scale, bias, channel_scale = (packed.new_empty((size,), dtype=torch.float32) for size in (n, n, channels))
+    return packed.new_empty((n, in_features), dtype=torch.int8), scale, bias, channel_scale
 
 
 @torch.library.register_fake("torchq::gemm")

@@ -66,16 +66,18 @@ void copy_rows(const Job& job, const uint8_t* x, int64_t count, const CodeRows& 
 void quantize_batch(const Job& job, const uint8_t* x, int64_t count, const CodeRows& to) {
   const Input& input = job.problem->x;
   const Kernel& kernel = *job.kernel;
-  const int64_t k = job.problem->weights->k;
+  const PackedHeader& weights = *job.problem->weights;
+  const float* channel_scale = channel_scale_of(weights);
+  const auto row = [&](int64_t r) { return FloatRow{x + r * input.stride, input.dtype, weights.k, channel_scale}; };
   RowRange ranges[kBatchRows];
-  for (int64_t r = 0; input.per_token && r < count; ++r) ranges[r] = kernel.range(x + r * input.stride, input.dtype, k);
+  for (int64_t r = 0; input.per_token && r < count; ++r) ranges[r] = kernel.range(row(r));
   for (int64_t r = 0; r < count; ++r) {
     const QParams q = input.per_token ? choose_qparams(ranges[r]) : input.qparams;
     to.scale[r] = q.scale;
     to.zero_point[r] = q.zero_point;
   }
   for (int64_t r = 0; r < count; ++r) {
-    kernel.quantize(x + r * input.stride, input.dtype, k, 1.0f / to.scale[r], to.zero_point[r],
+    kernel.quantize(row(r), 1.0f / to.scale[r], to.zero_point[r],
                     code_at(kernel.codes, to.codes, r, 0, job.codes_stride), input.per_token);
     to.zero_point[r] -= kernel.codes.shift;
   }
@@ -134,8 +136,9 @@ size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }
 
 QParams quantize_row(const Kernel& kernel, const void* x, DType dtype, int64_t k, uint8_t* codes, void* scratch) {
   remember(kernel);
-  const QParams q = choose_qparams(kernel.range(x, dtype, k));
-  kernel.quantize(x, dtype, k, 1.0f / q.scale, q.zero_point, scratch, true);
+  const FloatRow row{x, dtype, k, nullptr};
+  const QParams q = choose_qparams(kernel.range(row));
+  kernel.quantize(row, 1.0f / q.scale, q.zero_point, scratch, true);
   auto* from = static_cast<uint8_t*>(scratch);
   const CodeFormat& format = kernel.codes;
   const uint8_t flip = format.shift == 128 ? 0x80 : 0;

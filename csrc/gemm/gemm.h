@@ -23,7 +23,7 @@ constexpr int64_t kMaxDepth = 65793;
 
 // ---- Packed weights (pack.cpp) ----------------------------------------------------------------------------------
 //
-//   [header, 64 bytes][panel 0][panel 1]...[padding][N encoding]
+//   [header, 64 bytes][panel 0][panel 1]...[padding][channel scale][N encoding]
 //
 // A panel is 16 columns: [colsum i32 x16][scale f32 x16][bias f32 x16][weights]. In layout P16c4 the weights are groups
 // of 4 k, each 16 columns x 4 bytes; in P16c8 groups of 8 k, each 16 columns x 8 bytes. In either layout K is padded
@@ -32,34 +32,42 @@ constexpr int64_t kMaxDepth = 65793;
 // A kernel that takes 64 k at once reads past the end of a panel, into the next one or into the padding behind the last
 // one. What it reads there does not matter, for the codes beyond K are 0.
 //
-// The N encoding is 16 * panels - N unused bytes. With them the length of the buffer tells N once K is known, so shapes
-// can be inferred without reading the data.
+// The channel scale, which weights may have or not, is a float for each input channel k, padded with zeros to whole
+// cache lines. Every row of the input is multiplied by it before it is quantized.
+//
+// The N encoding is 16 * panels - N unused bytes. Once K is known, the length of the buffer tells N and whether there
+// is a channel scale, so shapes can be inferred without reading the data: a panel is longer than both of these
+// together.
 
 struct PackedHeader {
   uint32_t magic;
   Layout layout;
   int64_t n, k;
-  uint32_t has_bias;
-  uint8_t unused[36];
+  uint32_t has_bias, has_channel_scale;
+  uint8_t unused[32];
 };
 static_assert(sizeof(PackedHeader) == 64);
 
 constexpr int64_t panel_count(int64_t n) { return (n + kPanelColumns - 1) / kPanelColumns; }
 constexpr int64_t panel_bytes(int64_t k) { return kPanelMeta + (k + 7) / 8 * 8 * kPanelColumns; }
 constexpr int64_t padding_bytes(int64_t k) { return ((k + 63) / 64 * 64 - (k + 7) / 8 * 8) * kPanelColumns; }
-constexpr int64_t packed_bytes(int64_t n, int64_t k) {
+constexpr int64_t channel_scale_bytes(int64_t k) { return (k * 4 + 63) / 64 * 64; }
+constexpr int64_t packed_bytes(int64_t n, int64_t k, bool has_channel_scale) {
   return sizeof(PackedHeader) + panel_count(n) * panel_bytes(k) + padding_bytes(k) +
-         (panel_count(n) * kPanelColumns - n);
+         (has_channel_scale ? channel_scale_bytes(k) : 0) + (panel_count(n) * kPanelColumns - n);
 }
 
 // The header of a buffer, or null if pack_begin() did not write these bytes.
 const PackedHeader* packed_header(const void* packed, int64_t bytes);
 
-void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed);
+// channel_scale [K], or null for none.
+void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, const float* channel_scale, void* packed);
 // Panels [begin, end). weight (N, K) int8 row-major; scale [N]; bias [N] or null.
 void pack_panels(const int8_t* weight, const float* scale, const float* bias, void* packed, int64_t begin, int64_t end);
-// The exact inverse of pack_begin + pack_panels; bias may be null.
-void unpack(const void* packed, int8_t* weight, float* scale, float* bias);
+// The exact inverse of pack_begin + pack_panels; bias and channel_scale may be null.
+void unpack(const void* packed, int8_t* weight, float* scale, float* bias, float* channel_scale);
+// The channel scale in a packed buffer, or null if it has none.
+const float* channel_scale_of(const PackedHeader& weights);
 
 // ---- Activations (codes.cpp) ------------------------------------------------------------------------------------
 
@@ -87,8 +95,10 @@ size_t row_scratch_bytes(int64_t k);
 
 // The rows that codes are made of.
 struct Input {
-  const void* data;  // (m, K): f32 / bf16 / f16, quantized here; u8, codes already; i8, codes - 128
-  int64_t stride;    // bytes between rows
+  // (m, K): f32 / bf16 / f16, quantized here; u8, codes already; i8, codes - 128. Weights with a channel scale take
+  // floats only.
+  const void* data;
+  int64_t stride;  // bytes between rows
   DType dtype;
   bool per_token;   // each row gets its own scale and zero point; else qparams
   QParams qparams;  // of i8 too: x = (value - zero_point) * scale

@@ -26,6 +26,15 @@ constexpr int64_t kPanelMeta = 3 * kPanelColumns * 4;  // [colsum i32 x16][scale
 
 // ---- What a kernel's functions take and give --------------------------------------------------------------------
 
+// A row of the input as a kernel quantizes it: k values of dtype f32, bf16 or f16. With a channel scale [k] they are
+// float(x[i]) * channel_scale[i], rounded once, in float32; with null they are x[i].
+struct FloatRow {
+  const void* x;
+  DType dtype;
+  int64_t k;
+  const float* channel_scale;
+};
+
 // The smallest and the largest of a row's values and 0. If the row holds a NaN or an infinity, finite is false, and lo
 // and hi mean nothing.
 struct RowRange {
@@ -131,14 +140,13 @@ struct Kernel {
   uint32_t needs = 0;          // Feature bits
   Layout layout = Layout::p16c4;
 
-  // The range of k values of dtype f32, bf16 or f16.
-  RowRange (*range)(const void* x, DType dtype, int64_t k) = nullptr;
-  // codes[i] = clamp(rne(x[i] * inv_scale) + zero_point, 0, 255); NaN gives 0. Writes whole vectors: codes has room for
-  // k rounded up to 64.
+  // The range of the row's values.
+  RowRange (*range)(const FloatRow& row) = nullptr;
+  // codes[i] = clamp(rne(value[i] * inv_scale) + zero_point, 0, 255); NaN gives 0. Writes whole vectors: codes has room
+  // for k rounded up to 64.
   // own: the caller promises that scale and zero point are choose_qparams() of this row's range. Then either
-  // |x * inv_scale| < 256, or all products are NaN and the zero point is 0, and a kernel may clamp less.
-  void (*quantize)(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes,
-                   bool own) = nullptr;
+  // |value * inv_scale| < 256, or all products are NaN and the zero point is 0, and a kernel may clamp less.
+  void (*quantize)(const FloatRow& row, float inv_scale, int32_t zero_point, void* codes, bool own) = nullptr;
   void (*run)(const Block& block) = nullptr;
 
   CodeFormat codes = {};

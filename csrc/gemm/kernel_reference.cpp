@@ -13,10 +13,16 @@ namespace reference {
 #include "activations.inc"
 
 template <class T>
-RowRange range(const T* x, int64_t k) {
+float value(const FloatRow& row, int64_t i) {
+  const float x = to_float(static_cast<const T*>(row.x)[i]);
+  return row.channel_scale ? x * row.channel_scale[i] : x;
+}
+
+template <class T>
+RowRange range_of(const FloatRow& row) {
   RowRange r{0.0f, 0.0f, true};
-  for (int64_t i = 0; i < k; ++i) {
-    const float v = to_float(x[i]);
+  for (int64_t i = 0; i < row.k; ++i) {
+    const float v = value<T>(row, i);
     r.lo = v < r.lo ? v : r.lo;
     r.hi = v > r.hi ? v : r.hi;
     r.finite &= std::isfinite(v);
@@ -33,21 +39,21 @@ uint8_t to_code(float v, int32_t zero_point) {
 }
 
 template <class T>
-void quantize(const T* x, int64_t k, float inv_scale, int32_t zero_point, uint8_t* codes) {
-  for (int64_t i = 0; i < k; ++i) codes[i] = to_code(to_float(x[i]) * inv_scale, zero_point);
+void quantize_values(const FloatRow& row, float inv_scale, int32_t zero_point, uint8_t* codes) {
+  for (int64_t i = 0; i < row.k; ++i) codes[i] = to_code(value<T>(row, i) * inv_scale, zero_point);
 }
 
-RowRange range(const void* x, DType dtype, int64_t k) {
-  if (dtype == DType::bf16) return range(static_cast<const Bf16*>(x), k);
-  if (dtype == DType::f16) return range(static_cast<const F16*>(x), k);
-  return range(static_cast<const float*>(x), k);
+RowRange range(const FloatRow& row) {
+  if (row.dtype == DType::bf16) return range_of<Bf16>(row);
+  if (row.dtype == DType::f16) return range_of<F16>(row);
+  return range_of<float>(row);
 }
 
-void quantize(const void* x, DType dtype, int64_t k, float inv_scale, int32_t zero_point, void* codes, bool) {
+void quantize(const FloatRow& row, float inv_scale, int32_t zero_point, void* codes, bool) {
   auto* out = static_cast<uint8_t*>(codes);
-  if (dtype == DType::bf16) return quantize(static_cast<const Bf16*>(x), k, inv_scale, zero_point, out);
-  if (dtype == DType::f16) return quantize(static_cast<const F16*>(x), k, inv_scale, zero_point, out);
-  return quantize(static_cast<const float*>(x), k, inv_scale, zero_point, out);
+  if (row.dtype == DType::bf16) return quantize_values<Bf16>(row, inv_scale, zero_point, out);
+  if (row.dtype == DType::f16) return quantize_values<F16>(row, inv_scale, zero_point, out);
+  return quantize_values<float>(row, inv_scale, zero_point, out);
 }
 
 void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {

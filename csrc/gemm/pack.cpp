@@ -14,6 +14,11 @@ uint8_t* panel_at(void* packed, int64_t k, int64_t index) {
   return static_cast<uint8_t*>(packed) + sizeof(PackedHeader) + index * panel_bytes(k);
 }
 
+// Where the channel scale starts.
+const uint8_t* scale_at(const void* packed, const PackedHeader& header) {
+  return panel_at(const_cast<void*>(packed), header.k, panel_count(header.n)) + padding_bytes(header.k);
+}
+
 // The start of a panel: three numbers per column.
 struct PanelMeta {
   int32_t colsum[kPanelColumns];
@@ -44,19 +49,24 @@ const PackedHeader* packed_header(const void* packed, int64_t bytes) {
   const auto* header = static_cast<const PackedHeader*>(packed);
   const bool known = header->layout == Layout::p16c4 || header->layout == Layout::p16c8;
   const bool ours = header->magic == kMagic && known && header->n >= 0 && header->k >= 0 && header->k <= kMaxDepth &&
-                    header->n <= bytes && bytes == packed_bytes(header->n, header->k);
+                    header->n <= bytes && header->has_channel_scale <= 1 &&
+                    bytes == packed_bytes(header->n, header->k, header->has_channel_scale);
   return ours ? header : nullptr;
 }
 
-void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, void* packed) {
+void pack_begin(Layout layout, int64_t n, int64_t k, bool has_bias, const float* channel_scale, void* packed) {
   PackedHeader header{};
   header.magic = kMagic;
   header.layout = layout;
   header.n = n;
   header.k = k;
   header.has_bias = has_bias;
+  header.has_channel_scale = channel_scale != nullptr;
   std::memcpy(packed, &header, sizeof(header));
-  std::memset(panel_at(packed, k, panel_count(n)), 0, padding_bytes(k) + panel_count(n) * kPanelColumns - n);
+  uint8_t *rest = panel_at(packed, k, panel_count(n)), *end = static_cast<uint8_t*>(packed);
+  end += packed_bytes(n, k, channel_scale != nullptr);
+  std::memset(rest, 0, end - rest);
+  if (channel_scale) std::memcpy(rest + padding_bytes(k), channel_scale, k * sizeof(float));
 }
 
 void pack_panels(const int8_t* weight, const float* scale, const float* bias, void* packed, int64_t begin,
@@ -83,7 +93,7 @@ void pack_panels(const int8_t* weight, const float* scale, const float* bias, vo
   }
 }
 
-void unpack(const void* packed, int8_t* weight, float* scale, float* bias) {
+void unpack(const void* packed, int8_t* weight, float* scale, float* bias, float* channel_scale) {
   PackedHeader header;
   std::memcpy(&header, packed, sizeof(header));
   const int64_t k = header.k, depth = layout_depth(header.layout);
@@ -96,6 +106,12 @@ void unpack(const void* packed, int8_t* weight, float* scale, float* bias) {
     scale[n] = meta.scale[c];
     if (bias) bias[n] = meta.bias[c];
   }
+  if (channel_scale && header.has_channel_scale)
+    std::memcpy(channel_scale, scale_at(packed, header), k * sizeof(float));
+}
+
+const float* channel_scale_of(const PackedHeader& weights) {
+  return weights.has_channel_scale ? reinterpret_cast<const float*>(scale_at(&weights, weights)) : nullptr;
 }
 
 }  // namespace torchq

@@ -53,7 +53,7 @@ int64_t rows_of_block(const Job& job, int64_t m) {
 Job schedule(const Kernel& asked, const Problem& problem) {
   const PackedHeader& weights = *problem.weights;
   const int64_t m = problem.m;
-  const bool beyond_l2 = packed_bytes(weights.n, weights.k) > kL2Bytes;
+  const bool beyond_l2 = packed_bytes(weights.n, weights.k, weights.has_channel_scale) > kL2Bytes;
   const Kernel& kernel = choose_kernel(asked, m, weights, beyond_l2);
   const Tiling& tiling = kernel.tiling;
 

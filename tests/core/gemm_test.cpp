@@ -96,10 +96,13 @@ void test_shapes(bool quick) {
   int64_t kind = 0;
   for (int64_t n : column_counts())
     for (int64_t k : kDepths) {
-      const Weights weights = random_weights(n, k);
+      Weights weights = random_weights(n, k);
+      const std::vector<float> channel_scale = random_channel_scale(k);
       for (int64_t m : row_counts()) {
         ++kind;
         if (quick && kind % 7 != 0) continue;
+        const bool scaled = element_bytes(kKinds[kind % 8].dtype) > 1 && kind / 8 % 2;
+        weights.channel_scale = scaled ? channel_scale : std::vector<float>();
         check_problem("random", random_rows(m, k, kKinds[kind % 8]), weights);
       }
     }
@@ -109,8 +112,9 @@ void test_shapes(bool quick) {
 void test_blocks(bool quick) {
   constexpr DType outputs[] = {DType::f32, DType::u8};
   const int64_t m = quick ? 49 : 67, n = 17, k = 16 * 1024 + 3;
-  const Weights weights = random_weights(n, k);
+  Weights weights = random_weights(n, k);
   for (const Kind& kind : kKinds) {
+    weights.channel_scale = kind.dtype == DType::f32 ? random_channel_scale(k) : std::vector<float>();
     const Rows rows = random_rows(m, k, kind);
     check_problem("random", rows, weights, outputs);
     Stage stage(rows, weights, Side::end, 0);

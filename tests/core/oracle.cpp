@@ -114,10 +114,15 @@ uint8_t oracle_code(float scaled, int32_t zero_point) {
   return static_cast<uint8_t>(std::clamp<int64_t>(half_to_even(scaled) + zero_point, 0, 255));
 }
 
-RowRange oracle_range(const uint8_t* row, DType dtype, int64_t k) {
+float scaled_element(const uint8_t* row, DType dtype, int64_t i, const float* channel_scale) {
+  const float x = element(row, dtype, i);
+  return channel_scale ? rounded(x * channel_scale[i]) : x;
+}
+
+RowRange oracle_range(const uint8_t* row, DType dtype, int64_t k, const float* channel_scale) {
   RowRange range{0.0f, 0.0f, true};
   for (int64_t i = 0; i < k; ++i) {
-    const float x = element(row, dtype, i);
+    const float x = scaled_element(row, dtype, i, channel_scale);
     if (!std::isfinite(x)) range.finite = false;
     if (x < range.lo) range.lo = x;
     if (x > range.hi) range.hi = x;
@@ -144,10 +149,12 @@ Sums oracle_sums(const Rows& rows, const Weights& weights) {
       for (int64_t i = 0; i < k; ++i)
         centred[i] = (rows.dtype == DType::u8 ? int64_t{row[i]} : int64_t{static_cast<int8_t>(row[i])}) - q.zero_point;
     } else {
-      if (rows.per_token) q = oracle_qparams(oracle_range(row, rows.dtype, k));
+      const float* channel_scale = weights.channel_scale.empty() ? nullptr : weights.channel_scale.data();
+      if (rows.per_token) q = oracle_qparams(oracle_range(row, rows.dtype, k, channel_scale));
       const float inverse = rounded(1 / q.scale);
       for (int64_t i = 0; i < k; ++i)
-        centred[i] = oracle_code(rounded(element(row, rows.dtype, i) * inverse), q.zero_point) - q.zero_point;
+        centred[i] = oracle_code(rounded(scaled_element(row, rows.dtype, i, channel_scale) * inverse), q.zero_point) -
+                     q.zero_point;
     }
     sums.row_scale[r] = q.scale;
     for (int64_t c = 0; c < n; ++c) {

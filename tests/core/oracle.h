@@ -26,7 +26,9 @@ std::vector<uint8_t> encode(const std::vector<float>& values, DType dtype);
 // ---- Rows -------------------------------------------------------------------------------------------------------
 
 uint8_t oracle_code(float scaled, int32_t zero_point);
-RowRange oracle_range(const uint8_t* row, DType dtype, int64_t k);
+// Element i of a row as it is quantized: times the scale of its channel, [k] or null for none.
+float scaled_element(const uint8_t* row, DType dtype, int64_t i, const float* channel_scale);
+RowRange oracle_range(const uint8_t* row, DType dtype, int64_t k, const float* channel_scale = nullptr);
 QParams oracle_qparams(const RowRange& range);
 
 // One rounding to float32, whatever the compiler is told about contraction.
@@ -36,9 +38,10 @@ float rounded(float x);
 
 struct Weights {
   int64_t n, k;
-  std::vector<int8_t> codes;  // (n, k)
-  std::vector<float> scale;   // [n]
-  std::vector<float> bias;    // [n], or empty
+  std::vector<int8_t> codes;              // (n, k)
+  std::vector<float> scale;               // [n]
+  std::vector<float> bias;                // [n], or empty
+  std::vector<float> channel_scale = {};  // [k], or empty
 };
 
 struct Rows {

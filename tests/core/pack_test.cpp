@@ -7,11 +7,14 @@
 namespace torchq::test {
 namespace {
 
-// The packed form by its description: [colsum][scale][bias][weights], zero-padded, zeros after the last panel.
+// The packed form by its description: [colsum][scale][bias][weights], zero-padded, zeros after the last panel,
+// then the channel scale.
 std::vector<uint8_t> oracle_panels(const Weights& w, Layout layout) {
   const int64_t panels = panel_count(w.n), bytes = 192 + (w.k + 7) / 8 * 128, depth = layout == Layout::p16c8 ? 8 : 4;
   const int64_t room = 192 + (w.k + 63) / 64 * 1024 - bytes;  // a last panel of whole steps of 64 k would end there
-  std::vector<uint8_t> out(panels * bytes + room + 16 * panels - w.n);
+  const int64_t lines = w.channel_scale.empty() ? 0 : (w.k + 15) / 16;
+  std::vector<uint8_t> out(panels * bytes + room + lines * 64 + 16 * panels - w.n);
+  if (lines) std::memcpy(out.data() + panels * bytes + room, w.channel_scale.data(), w.k * 4);
   for (int64_t n = 0; n < w.n; ++n) {
     uint8_t* panel = out.data() + n / 16 * bytes;
     int32_t colsum = 0;
@@ -26,8 +29,12 @@ std::vector<uint8_t> oracle_panels(const Weights& w, Layout layout) {
   return out;
 }
 
+const float* channel_scale(const Weights& w) { return w.channel_scale.empty() ? nullptr : w.channel_scale.data(); }
+
+int64_t packed_bytes(const Weights& w) { return torchq::packed_bytes(w.n, w.k, channel_scale(w)); }
+
 void pack(Layout layout, const Weights& w, uint8_t* packed, const std::vector<std::pair<int64_t, int64_t>>& pieces) {
-  pack_begin(layout, w.n, w.k, !w.bias.empty(), packed);
+  pack_begin(layout, w.n, w.k, !w.bias.empty(), channel_scale(w), packed);
   for (const auto& [begin, end] : pieces)
     pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed, begin, end);
 }
@@ -39,26 +46,29 @@ bool equal(const T* a, const std::vector<T>& b) {
 
 // unpack() into memory that ends where the weights end.
 void check_unpack(const uint8_t* packed, const Weights& w) {
-  static Guarded weight_memory, scale_memory, bias_memory;
+  static Guarded weight_memory, scale_memory, bias_memory, channel_memory;
   auto* weight = reinterpret_cast<int8_t*>(weight_memory.place(w.n * w.k, Side::end));
   auto* scale = reinterpret_cast<float*>(scale_memory.place(w.n * 4, Side::end));
   auto* bias = reinterpret_cast<float*>(bias_memory.place(w.n * 4, Side::end));
-  unpack(packed, weight, scale, bias);
+  auto* channels = reinterpret_cast<float*>(channel_memory.place(w.channel_scale.size() * 4, Side::end));
+  unpack(packed, weight, scale, bias, channels);
   check("core", equal(weight, w.codes) && equal(scale, w.scale), "unpack() gave other weights or scales");
   check("core", equal(bias, w.bias.empty() ? std::vector<float>(w.n) : w.bias), "unpack() gave another bias");
+  check("core", equal(channels, w.channel_scale), "unpack() gave another channel scale");
   std::fill(weight, weight + w.n * w.k, int8_t{85});
-  unpack(packed, weight, scale, nullptr);
-  check("core", equal(weight, w.codes), "unpack() without a bias gave other weights");
+  unpack(packed, weight, scale, nullptr, nullptr);
+  check("core", equal(weight, w.codes), "unpack() of the weight alone gave other weights");
 }
 
-void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
+void check_pack(Layout layout, int64_t n, int64_t k, bool scaled, Side side) {
   static Guarded memory;
-  const Weights w = random_weights(n, k);
-  now("pack layout=%d n=%d k=%d bias=%d side=%s", static_cast<int>(layout), static_cast<int>(n), static_cast<int>(k),
-      !w.bias.empty(), side == Side::end ? "end" : "start");
-  const int64_t panels = panel_count(n), bytes = packed_bytes(n, k);
-  check("core", bytes == 64 + panels * panel_bytes(k) + padding_bytes(k) + 16 * panels - n, "packed_bytes is %d",
-        static_cast<int>(bytes));
+  Weights w = random_weights(n, k);
+  if (scaled) w.channel_scale = random_channel_scale(k);
+  now("pack layout=%d n=%d k=%d bias=%d channel_scale=%d side=%s", static_cast<int>(layout), static_cast<int>(n),
+      static_cast<int>(k), !w.bias.empty(), scaled, side == Side::end ? "end" : "start");
+  const int64_t panels = panel_count(n), bytes = packed_bytes(w), lines = scaled ? (k + 15) / 16 : 0;
+  check("core", bytes == 64 + panels * panel_bytes(k) + padding_bytes(k) + 64 * lines + 16 * panels - n,
+        "packed_bytes is %d", static_cast<int>(bytes));
 
   uint8_t* packed = memory.place(bytes, side);
   std::memset(packed, kCanary, bytes);
@@ -69,8 +79,14 @@ void check_pack(Layout layout, int64_t n, int64_t k, Side side) {
   const std::vector<uint8_t> aligned(packed, packed + bytes);  // the guarded one may start at any byte
   const PackedHeader* header = packed_header(aligned.data(), bytes);
   check("core",
-        header && header->n == n && header->k == k && header->has_bias == !w.bias.empty() && header->layout == layout,
-        "packed_header() does not give back layout, n, k and has_bias");
+        header && header->n == n && header->k == k && header->has_bias == !w.bias.empty() && header->layout == layout &&
+            header->has_channel_scale == (channel_scale(w) != nullptr),
+        "packed_header() does not give back layout, n, k, has_bias and has_channel_scale");
+  const float* scale = channel_scale_of(*header);
+  check("core",
+        scale ? equal(scale, w.channel_scale) && (scale - reinterpret_cast<const float*>(header)) % 16 == 0
+              : w.channel_scale.empty(),
+        "channel_scale_of() is not where the channel scale lies");
   check_unpack(packed, w);
 }
 
@@ -80,7 +96,7 @@ void expect_rejected(const std::vector<uint8_t>& bytes, int64_t length, const ch
 
 void test_strangers() {
   const Weights w = random_weights(21, 10);
-  std::vector<uint8_t> good(packed_bytes(21, 10));
+  std::vector<uint8_t> good(packed_bytes(w));
   pack(Layout::p16c4, w, good.data(), {{0, 2}});
   now("packed_header of n=21 k=10");
   const auto length = static_cast<int64_t>(good.size());
@@ -92,7 +108,8 @@ void test_strangers() {
   expect_rejected(good, length - 1, "one byte too few");
   std::vector<uint8_t> longer = good;
   longer.resize(length + 64);
-  for (int64_t more = 1; more <= 64; ++more) expect_rejected(longer, length + more, "bytes too many");
+  for (int64_t more = 1; more <= 64; ++more)  // 64: as long as with a channel scale
+    expect_rejected(longer, length + more, "bytes too many");
 
   const auto damaged = [&](void (*damage)(PackedHeader&), const char* what) {
     std::vector<uint8_t> bytes = good;
@@ -103,6 +120,8 @@ void test_strangers() {
   damaged([](PackedHeader& h) { h.magic = 0; }, "no magic");
   damaged([](PackedHeader& h) { h.layout = static_cast<Layout>(3); }, "an unknown layout");
   damaged([](PackedHeader& h) { h.n = 22; }, "another n");
+  damaged([](PackedHeader& h) { h.has_channel_scale = 1; }, "a channel scale that it has no room for");
+  damaged([](PackedHeader& h) { h.has_channel_scale = 2; }, "an unknown flag");
   damaged([](PackedHeader& h) { h.n = -1; }, "a negative n");
   damaged([](PackedHeader& h) { h.n = INT64_MAX; }, "an n that overflows");
   damaged([](PackedHeader& h) { h.k = 65; }, "another k");
@@ -110,8 +129,8 @@ void test_strangers() {
   damaged([](PackedHeader& h) { h.k = INT64_MAX; }, "a k that overflows");
   expect_rejected(std::vector<uint8_t>(length), length, "zeros");
 
-  std::vector<uint8_t> deep(packed_bytes(1, kMaxDepth + 1));
-  pack_begin(Layout::p16c4, 1, kMaxDepth + 1, false, deep.data());
+  std::vector<uint8_t> deep(torchq::packed_bytes(1, kMaxDepth + 1, false));
+  pack_begin(Layout::p16c4, 1, kMaxDepth + 1, false, nullptr, deep.data());
   expect_rejected(deep, static_cast<int64_t>(deep.size()), "a k past kMaxDepth");
 }
 
@@ -121,8 +140,9 @@ void test_pack() {
   for (Layout layout : {Layout::p16c4, Layout::p16c8}) {
     for (int64_t n : {0, 1, 15, 16, 17, 31, 32, 33, 48, 100})
       for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 63, 64, 65})
-        for (Side side : {Side::end, Side::start}) check_pack(layout, n, k, side);
-    check_pack(layout, 1, kMaxDepth, Side::end);
+        for (bool scaled : {false, true})
+          for (Side side : {Side::end, Side::start}) check_pack(layout, n, k, scaled, side);
+    check_pack(layout, 1, kMaxDepth, true, Side::end);
   }
   test_strangers();
 }

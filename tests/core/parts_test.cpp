@@ -72,8 +72,8 @@ void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kin
 // Weights that no L2 holds. Up to how many rows each thread reads only its own weights is the kernel's to say.
 void check_weights_beyond_l2(const Kernel& kernel) {
   const int64_t n = 1000, k = 4096;
-  std::vector<uint8_t> packed(packed_bytes(n, k));
-  pack_begin(kernel.layout, n, k, false, packed.data());
+  std::vector<uint8_t> packed(packed_bytes(n, k, false));
+  pack_begin(kernel.layout, n, k, false, nullptr, packed.data());
   Problem problem{};
   problem.weights = reinterpret_cast<const PackedHeader*>(packed.data());
   for (int64_t m : {9, 32, 33, 128, 129}) {

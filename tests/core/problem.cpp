@@ -41,6 +41,13 @@ Weights random_weights(int64_t n, int64_t k) {
   return w;
 }
 
+std::vector<float> random_channel_scale(int64_t k) {
+  std::vector<float> scale(k);
+  for (float& c : scale)
+    c = std::ldexp(random_source.uniform(0.5f, 1.0f), static_cast<int>(random_source.between(-6, 6)));
+  return scale;
+}
+
 Rows rows_of(const std::vector<float>& values, int64_t m, int64_t k, Kind kind) {
   Random& r = random_source;
   float largest = 0.0f;
@@ -79,22 +86,25 @@ QParams output_qparams(const Sums& sums, const Weights& weights) {
 
 // Without the bytes that encode N, which no kernel reads. What is in the room that some do read is no matter.
 std::vector<uint8_t> packed_of(const Weights& w, Layout layout) {
-  std::vector<uint8_t> packed(packed_bytes(w.n, w.k), kCanary);
-  pack_begin(layout, w.n, w.k, !w.bias.empty(), packed.data());
+  const float* channel_scale = w.channel_scale.empty() ? nullptr : w.channel_scale.data();
+  std::vector<uint8_t> packed(packed_bytes(w.n, w.k, channel_scale), kCanary);
+  pack_begin(layout, w.n, w.k, !w.bias.empty(), channel_scale, packed.data());
   pack_panels(w.codes.data(), w.scale.data(), w.bias.empty() ? nullptr : w.bias.data(), packed.data(), 0,
               panel_count(w.n));
   packed.resize(packed.size() - (16 * panel_count(w.n) - w.n));
-  std::memset(packed.data() + packed.size() - padding_bytes(w.k), kCanary, padding_bytes(w.k));
+  const int64_t scale_bytes = channel_scale ? channel_scale_bytes(w.k) : 0;
+  std::memset(packed.data() + packed.size() - scale_bytes - padding_bytes(w.k), kCanary, padding_bytes(w.k));
   return packed;
 }
 
 std::string describe(const Rows& rows, const Weights& weights, const Out& out, const char* fill) {
   static const char* const kNames[] = {"", " relu", " gelu", " gelu_tanh", " silu"};
   char text[256];
-  std::snprintf(text, sizeof(text), "m=%d n=%d k=%d x=%s %s zp=%d y=%s%s bias=%s fill=%s", static_cast<int>(rows.m),
-                static_cast<int>(weights.n), static_cast<int>(rows.k), name_of(rows.dtype),
+  std::snprintf(text, sizeof(text), "m=%d n=%d k=%d x=%s %s zp=%d y=%s%s bias=%s channel_scale=%s fill=%s",
+                static_cast<int>(rows.m), static_cast<int>(weights.n), static_cast<int>(rows.k), name_of(rows.dtype),
                 rows.per_token ? "per token" : "static", rows.per_token ? -1 : rows.q.zero_point, name_of(out.dtype),
-                kNames[static_cast<int>(out.activation)], weights.bias.empty() ? "no" : "yes", fill);
+                kNames[static_cast<int>(out.activation)], weights.bias.empty() ? "no" : "yes",
+                weights.channel_scale.empty() ? "no" : "yes", fill);
   return text;
 }
 

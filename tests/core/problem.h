@@ -18,6 +18,8 @@ constexpr Kind kKinds[] = {{DType::f32, true}, {DType::f32, false}, {DType::bf16
 
 // Full-range weights; scales and biases wide enough for f16 to overflow and to go subnormal.
 Weights random_weights(int64_t n, int64_t k);
+// For rows of floats: some channels far from the others, as smoothing gives them.
+std::vector<float> random_channel_scale(int64_t k);
 Rows random_rows(int64_t m, int64_t k, Kind kind);
 // Rows of these float values, static with a range that some of them exceed.
 Rows rows_of(const std::vector<float>& values, int64_t m, int64_t k, Kind kind);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "oracle.h"
+#include "problem.h"
 
 namespace torchq::test {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
 
-Guarded x_memory, codes_memory, scratch_memory;
+Guarded x_memory, codes_memory, scratch_memory, scale_memory;
 
 uint32_t bits_of(float x) {
   uint32_t bits;
@@ -22,15 +22,31 @@ uint32_t bits_of(float x) {
   return bits;
 }
 
+float value(const FloatRow& row, int64_t i) {
+  return scaled_element(static_cast<const uint8_t*>(row.x), row.dtype, i, row.channel_scale);
+}
+
+RowRange range_by_oracle(const FloatRow& row) {
+  return oracle_range(static_cast<const uint8_t*>(row.x), row.dtype, row.k, row.channel_scale);
+}
+
+std::string describe(const FloatRow& row, const char* fill) {
+  char text[96];
+  std::snprintf(text, sizeof(text), "%d x %s%s, fill %s", static_cast<int>(row.k), name_of(row.dtype),
+                row.channel_scale ? " with a channel scale" : "", fill);
+  return text;
+}
+
 int64_t room_for(int64_t k) { return (k + 63) / 64 * 64; }
 
 // kernel.quantize() of a row in guarded memory, one int per code. Runs of 8 codes may lie apart: kernel.h,
 // CodeFormat::interleaved_rows.
-std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zp) {
+std::vector<int> codes_of(const Kernel& kernel, const FloatRow& row, float inverse, int32_t zp) {
+  const int64_t k = row.k;
   const int64_t bytes = room_for(k) * kernel.codes.bytes * kernel.codes.interleaved_rows;
   uint8_t* codes = codes_memory.place(bytes, Side::end);
   std::memset(codes, kCanary, bytes);
-  kernel.quantize(x, dtype, k, inverse, zp, codes, false);
+  kernel.quantize(row, inverse, zp, codes, false);
   std::vector<int> out(k);
   for (int64_t i = 0; i < k; ++i) {
     const int64_t at = i / 8 * 8 * kernel.codes.interleaved_rows + i % 8;
@@ -43,11 +59,11 @@ std::vector<int> codes_of(const Kernel& kernel, const uint8_t* x, DType dtype, i
   return out;
 }
 
-void check_range(const uint8_t* x, DType dtype, int64_t k, const char* fill) {
-  RowRange want = oracle_range(x, dtype, k);
-  now("range of %d x %s, fill %s", static_cast<int>(k), name_of(dtype), fill);
+void check_range(const FloatRow& row, const char* fill) {
+  RowRange want = range_by_oracle(row);
+  now("range of %s", describe(row, fill).c_str());
   for (const Kernel* kernel : runnable()) {
-    const RowRange got = kernel->range(x, dtype, k);
+    const RowRange got = kernel->range(row);
     const bool same = got.finite == want.finite &&
                       (!want.finite || (bits_of(got.lo) == bits_of(want.lo) && bits_of(got.hi) == bits_of(want.hi)));
     check(kernel->name, same, "expected [%g, %g] finite %d, got [%g, %g] finite %d", want.lo, want.hi, want.finite,
@@ -56,19 +72,19 @@ void check_range(const uint8_t* x, DType dtype, int64_t k, const char* fill) {
   }
 }
 
-void check_codes(const uint8_t* x, DType dtype, int64_t k, float inverse, int32_t zero_point, const char* fill) {
+void check_codes(const FloatRow& row, float inverse, int32_t zero_point, const char* fill) {
+  const int64_t k = row.k;
   std::vector<int> want(k);
-  for (int64_t i = 0; i < k; ++i) want[i] = oracle_code(rounded(element(x, dtype, i) * inverse), zero_point);
-  now("codes of %d x %s, inverse scale %.9g, zero point %d, fill %s", static_cast<int>(k), name_of(dtype), inverse,
-      zero_point, fill);
+  for (int64_t i = 0; i < k; ++i) want[i] = oracle_code(rounded(value(row, i) * inverse), zero_point);
+  now("codes of %s, inverse scale %.9g, zero point %d", describe(row, fill).c_str(), inverse, zero_point);
   for (const Kernel* kernel : runnable()) {
-    const std::vector<int> got = codes_of(*kernel, x, dtype, k, inverse, zero_point);
+    const std::vector<int> got = codes_of(*kernel, row, inverse, zero_point);
     const int64_t at = std::mismatch(want.begin(), want.end(), got.begin()).first - want.begin();
     if (at == k)
       check(kernel->name, true, "%s", "");
     else
-      check(kernel->name, false, "at %d, x = %.9g: expected %d, got %d", static_cast<int>(at), element(x, dtype, at),
-            want[at], got[at]);
+      check(kernel->name, false, "at %d, x = %.9g: expected %d, got %d", static_cast<int>(at), value(row, at), want[at],
+            got[at]);
     if (kernel == &kernel_reference) want = got;
   }
 }
@@ -97,6 +113,12 @@ const uint8_t* placed(const std::vector<uint8_t>& bytes, Side side) {
   return x;
 }
 
+const float* placed(const std::vector<float>& scale, Side side) {
+  uint8_t* at = scale_memory.place(scale.size() * 4, side);
+  if (!scale.empty()) std::memcpy(at, scale.data(), scale.size() * 4);
+  return reinterpret_cast<const float*>(at);
+}
+
 std::vector<uint8_t> random_bits(DType dtype, int64_t k) {
   std::vector<uint8_t> bytes(k * element_bytes(dtype));
   for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random_source.bits());
@@ -115,13 +137,15 @@ void test_lengths() {
   for (DType dtype : kFloats)
     for (int64_t k = 0; k <= 130; ++k)
       for (Side side : {Side::end, Side::start})
-        for (bool any_bits : {false, true}) {
+        for (int variant = 0; variant < 4; ++variant) {
+          const bool any_bits = variant & 1, scaled = variant & 2;
           const char* fill = any_bits ? "random bits" : "uniform(-3, 2)";
           const uint8_t* x = placed(any_bits ? random_bits(dtype, k) : random_values(dtype, k), side);
-          check_range(x, dtype, k, fill);
-          check_codes(x, dtype, k, random_source.pick(inverses), static_cast<int32_t>(random_source.below(256)), fill);
-          check_codes(x, dtype, k, 50.0f, 128, fill);
-          check_row(x, dtype, k, fill);
+          const FloatRow row{x, dtype, k, scaled ? placed(random_channel_scale(k), side) : nullptr};
+          check_range(row, fill);
+          check_codes(row, random_source.pick(inverses), static_cast<int32_t>(random_source.below(256)), fill);
+          check_codes(row, 50.0f, 128, fill);
+          if (!row.channel_scale) check_row(x, dtype, k, fill);
         }
 }
 
@@ -138,11 +162,11 @@ void test_all_patterns(bool quick) {
     const uint8_t* x = placed(bytes, Side::end);
     for (float inverse : {1.0f, 255.0f, 0.1f, 1e6f, 1e-30f, 1e38f, kInf, kNaN, 0.0f, -1.0f})
       for (int32_t zero_point : {0, 1, 127, 128, 255})
-        if (!quick || pair++ % 6 == 0) check_codes(x, dtype, 65536, inverse, zero_point, "all patterns");
-    check_range(x, dtype, 65536, "all patterns");
+        if (!quick || pair++ % 6 == 0) check_codes({x, dtype, 65536, nullptr}, inverse, zero_point, "all patterns");
+    check_range({x, dtype, 65536, nullptr}, "all patterns");
     // In slices, most of which hold no NaN: the whole row always has one.
     for (int64_t i = 0; i < 65536; i += 32)
-      check_range(x + i * element_bytes(dtype), dtype, 32, "slice of all patterns");
+      check_range({x + i * element_bytes(dtype), dtype, 32, nullptr}, "slice of all patterns");
   }
 }
 
@@ -152,13 +176,13 @@ void test_special_ranges() {
     for (int64_t k : {1, 5, 16, 37, 67}) {
       std::vector<float> values(k);
       for (float& v : values) v = random_source.pick({0.0f, -0.0f});
-      check_range(placed(encode(values, dtype), Side::end), dtype, k, "zeros of both signs");
+      check_range({placed(encode(values, dtype), Side::end), dtype, k, nullptr}, "zeros of both signs");
       for (float special : {kInf, -kInf, kNaN, -0.0f, 1000.0f, -1000.0f})
         for (float base : {0.0f, -1.0f, 1.0f})
           for (int64_t at = 0; at < k; ++at) {
             std::fill(values.begin(), values.end(), base);
             values[at] = special;
-            check_range(placed(encode(values, dtype), Side::end), dtype, k, "a special value among others");
+            check_range({placed(encode(values, dtype), Side::end), dtype, k, nullptr}, "a special value among others");
           }
     }
 }
@@ -174,7 +198,7 @@ void test_ties() {
       }
       const uint8_t* x = placed(encode(values, dtype), Side::end);
       for (int32_t zero_point : {0, 1, 127, 128, 254, 255})
-        check_codes(x, dtype, static_cast<int64_t>(values.size()), rounded(1 / scale), zero_point, "ties");
+        check_codes({x, dtype, static_cast<int64_t>(values.size()), nullptr}, rounded(1 / scale), zero_point, "ties");
     }
 }
 
@@ -190,8 +214,9 @@ void test_round_trip() {
       const uint8_t* x = placed(encode(values, dtype), Side::end);
       for (const Kernel* kernel : runnable()) {
         now("round trip of %d x %s", static_cast<int>(k), name_of(dtype));
-        const QParams q = choose_qparams(kernel->range(x, dtype, k));
-        const std::vector<int> codes = codes_of(*kernel, x, dtype, k, 1 / q.scale, q.zero_point);
+        const FloatRow row{x, dtype, k, nullptr};
+        const QParams q = choose_qparams(kernel->range(row));
+        const std::vector<int> codes = codes_of(*kernel, row, 1 / q.scale, q.zero_point);
         double worst = 0;
         for (int64_t i = 0; i < k; ++i)
           worst = std::max(worst, std::fabs((codes[i] - q.zero_point) * double{q.scale} - element(x, dtype, i)));

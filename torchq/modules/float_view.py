@@ -115,12 +115,18 @@ class FloatView(Tensor):
         return f"FloatView of int8 ({self.make()!r})"
 
 
+def float_weight(packed: Tensor, k: int) -> Tensor:
+    """The weight (N, K) of a packed matrix in float32, as the float layer had it: times the channel_scale, if any."""
+    weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, k)
+    values = dequantize(weight, scale, axis=0)
+    return values * channel_scale if channel_scale.numel() else values
+
+
 def weight_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView:
     """The weight (N, K) of a packed matrix, as float."""
 
     def make() -> Tensor:
-        weight, scale, _ = torch.ops.torchq.unpack(packed, k)
-        return dequantize(weight, scale, axis=0).to(dtype)
+        return float_weight(packed, k).to(dtype)
 
     return FloatView(make, torch.empty(n, k, dtype=dtype, device="meta"), packed.device)
 

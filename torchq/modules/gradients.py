@@ -131,9 +131,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, packed = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
-            weight, scale, _ = torch.ops.torchq.unpack(packed, x.shape[-1])
+            weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, x.shape[-1])
             dz = _times_slope(dy.float(), x, packed, ctx.activation, ctx.x_qparams)
-            dx = torch.matmul(dz * scale, weight.float()).to(x.dtype)
+            dx = _scaled(torch.matmul(dz * scale, weight.float()), channel_scale).to(x.dtype)
         return dx, None, None, None, None, None
 
     @staticmethod
@@ -160,9 +160,14 @@ class _ForwardMode(_Linear):
 def _jvp(ctx: Any, tangent: Tensor) -> Tensor:
     x, packed = ctx.saved_tensors
     with torch.autocast("cpu", enabled=False):
-        weight, scale, _ = torch.ops.torchq.unpack(packed, x.shape[-1])
-        z = torch.matmul(tangent.float(), weight.float().t()) * scale
+        weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, x.shape[-1])
+        z = torch.matmul(_scaled(tangent.float(), channel_scale), weight.float().t()) * scale
         return _times_slope(z, x, packed, ctx.activation, ctx.x_qparams).to(ctx.dtype)
+
+
+def _scaled(values: Tensor, channel_scale: Tensor) -> Tensor:
+    """Values (..., K) of the input's channels, times their scale; an empty one is none."""
+    return values * channel_scale if channel_scale.numel() else values
 
 
 def _uncompiled(function: Callable[..., Any], *args: Any) -> Any:

@@ -14,22 +14,26 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import ops
 from torchq.modules.base import Int8Module
-from torchq.modules.float_view import FloatViews, bias_view, read_only, weight_view
+from torchq.modules.float_view import FloatViews, bias_view, float_weight, read_only, weight_view
 from torchq.modules.sending import received, sendable
-from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, dequantize
+from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
 
 _SIDES = ("input", "output")
 _OWN = (
     "weight_int8",
     "weight_scale",
     "bias",
+    "channel_scale",
     *(f"{side}_{what}" for side in _SIDES for what in ("scale", "zero_point")),
 )
-_READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale")
+_READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale", "channel_scale")
 
 
 class PackedWeights(Int8Module):
-    """Weight int8 (N, K), its scales (N,), a bias (N,) or none, and the static qparams of input and output, if any."""
+    """Weight int8 (N, K), its scales (N,), a bias (N,) or none, and of the input and the output what quantizes them.
+
+    That is the input's channel_scale (K,), if any, and the static qparams of both, if any.
+    """
 
     packed: Tensor
     in_features: int
@@ -40,9 +44,9 @@ class PackedWeights(Int8Module):
     output_qparams: QParams | None
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer."""
+        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
         self.has_bias = bias is not None
-        self._set_packed(ops.pack(weight_int8, weight_scale, bias))
+        self._set_packed(ops.pack(weight_int8, weight_scale, bias, self.channel_scale))
 
     def _set_packed(self, packed: Tensor) -> None:
         if "packed" in self._buffers:
@@ -59,10 +63,12 @@ class PackedWeights(Int8Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight (out_features, in_features) in the model's dtype: a read-only `FloatView`."""
+        """The weight (out_features, in_features) as the float layer had it, in the model's dtype: a `FloatView`.
+
+        Read only. Dequantized, and times the channel_scale: the layer approximates `F.linear(x, weight, bias)`.
+        """
         if is_dynamo_compiling():  # which can't trace a tensor subclass: it gets the values
-            codes, scale, _ = self._unpacked()
-            return dequantize(codes, scale, axis=0).to(self.dtype)
+            return float_weight(self.packed, self.in_features).to(self.dtype)
         return self._parameters["weight"]  # type: ignore[return-value]
 
     @property
@@ -82,21 +88,28 @@ class PackedWeights(Int8Module):
         """float32 (out_features,)."""
         return self._unpacked()[1]
 
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """float32 (in_features,): what every row of the input is multiplied by before it is quantized, or None."""
+        return self._unpacked()[3] if ops.has_channel_scale(self.packed, self.in_features) else None
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _READ_ONLY:
             raise read_only(name)
         super().__setattr__(name, value)
 
-    def _unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _unpacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.torchq.unpack(self.packed, self.in_features)  # type: ignore[no-any-return]
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _canonical(self) -> dict[str, Tensor]:
-        weight, scale, bias = self._unpacked()
+        weight, scale, bias, channel_scale = self._unpacked()
         tensors = {"weight_int8": weight, "weight_scale": scale}
         if self.has_bias:
             tensors["bias"] = bias
+        if channel_scale.numel():
+            tensors["channel_scale"] = channel_scale
         device = self.packed.device
         for side, pair in self._pairs().items():
             tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=device)
@@ -114,6 +127,8 @@ class PackedWeights(Int8Module):
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(tensors)
         if self.has_bias:
             expected["bias"] = (torch.float32, (n,))
+        if ops.has_channel_scale(self.packed, k):
+            expected["channel_scale"] = (torch.float32, (k,))
         for side in self._pairs():
             expected |= {f"{side}_scale": (torch.float32, ()), f"{side}_zero_point": (torch.int32, ())}
         return expected
@@ -124,7 +139,8 @@ class PackedWeights(Int8Module):
             if f"{side}_scale" in tensors:
                 pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
                 setattr(self, f"{side}_qparams", pair)
-        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], tensors.get("bias")))
+        vectors = (tensors.get("bias"), tensors.get("channel_scale"))
+        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], *vectors))
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""
@@ -147,7 +163,9 @@ class PackedWeights(Int8Module):
         return found
 
     def _other_scheme(self, name: str) -> str:
-        what = "has a bias" if name == "bias" else "is static" if name.startswith("input") else "gives u8 codes"
+        what = {"bias": "has a bias", "channel_scale": "scales the channels of its input"}.get(
+            name, "is static" if name.startswith("input") else "gives u8 codes"
+        )
         return (
             f"the saved layer {what}, this one is not so. Make the model by the saved one's plan first: "
             "torchq.apply_plan(model, plan), with the plan of the saved model (qmodel.torchq_plan.to_dict() is JSON)."
@@ -168,9 +186,9 @@ class PackedWeights(Int8Module):
     ) -> None:
         expected = self._expected()
         given = {key: state_dict[prefix + key] for key in expected if prefix + key in state_dict}
-        for pair in _PAIRS:  # codes mean nothing without their scale: both or neither
-            if not all(key in given for key in pair):
-                given = {key: tensor for key, tensor in given.items() if key not in pair}
+        for group in _GROUPS:  # codes mean nothing without their scales: all or none
+            if any(key in expected and key not in given for key in group):
+                given = {key: tensor for key, tensor in given.items() if key not in group}
         if strict:
             missing_keys.extend(prefix + key for key in expected if prefix + key not in state_dict)
             ours = [key for key in state_dict if key.startswith(prefix)]
@@ -202,7 +220,11 @@ class PackedWeights(Int8Module):
         return self
 
 
-_PAIRS = (("weight_int8", "weight_scale"), ("input_scale", "input_zero_point"), ("output_scale", "output_zero_point"))
+_GROUPS = (
+    ("weight_int8", "weight_scale", "channel_scale"),
+    ("input_scale", "input_zero_point"),
+    ("output_scale", "output_zero_point"),
+)
 
 
 def check_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -80,11 +80,11 @@ def _path(module: nn.Module, x: Proxy) -> str:
 
 
 class QuantizedLinear(PackedWeights):
-    """`y = act(dequantize(codes(x) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
+    """`y = act(dequantize(codes(x · c) · wᵀ) + bias)`: int8 weights, u8 activations, exact int32 sums.
 
     Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, or in
     autocast's, as nn.Linear does. Without `input_qparams` the arithmetic is that of `ops.linear_dynamic`, with them
-    that of `ops.linear_static`.
+    that of `ops.linear_static`. c is the `channel_scale`: 1 without one, and else the weight is the float layer's by c.
 
     Args:
         weight_int8: int8 (out_features, in_features).
@@ -95,6 +95,10 @@ class QuantizedLinear(PackedWeights):
         activation: computed in the epilogue.
         takes_codes: whether the layer before passes u8 codes, in `input_qparams`. If not, uint8 input is refused.
         dtype: of the output, if the input is u8 codes.
+        channel_scale: float32 (in_features,), positive: multiplies every row of the input before it is quantized.
+
+    Raises:
+        ValueError: both takes_codes and a channel_scale, which only floats can be multiplied by.
 
     >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
     torch.Size([2, 4])
@@ -111,8 +115,14 @@ class QuantizedLinear(PackedWeights):
         activation: Activation = Activation.NONE,
         takes_codes: bool = False,
         dtype: torch.dtype = torch.float32,
+        channel_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if takes_codes and channel_scale is not None:
+            raise ValueError(
+                "QuantizedLinear: a layer with a channel_scale quantizes its own input, so it can't take codes. Leave "
+                "out one of takes_codes and channel_scale."
+            )
         self.out_features, self.in_features = weight_int8.shape
         self.has_bias = self.had_bias = bias is not None  # bias correction may add one later
         self.input_qparams = float32_qparams(input_qparams)
@@ -120,7 +130,7 @@ class QuantizedLinear(PackedWeights):
         self.activation = int(activation)
         self.takes_codes = takes_codes
         self.dtype = dtype
-        self._set_packed(ops.pack(weight_int8, weight_scale, bias))
+        self._set_packed(ops.pack(weight_int8, weight_scale, bias, channel_scale))
 
     @classmethod
     def from_float(
@@ -132,10 +142,12 @@ class QuantizedLinear(PackedWeights):
         output_qparams: QParams | None = None,
         activation: Activation = Activation.NONE,
         takes_codes: bool = False,
+        channel_scale: Tensor | None = None,
     ) -> "QuantizedLinear":
         """Quantizes the weight of an nn.Linear, symmetrically: `w_int8 = rne(w / scale)`, `scale = max|w| / 127`.
 
-        A `Matrix`, of any module, will do as well.
+        A `Matrix`, of any module, will do as well. With a `channel_scale` c (in_features,), w is the weight divided by
+        c: `x · c` times `w / c` is x times w.
 
         Raises:
             ValueError: in_features > 65793, or a weight that is not on the CPU or not finite.
@@ -155,7 +167,7 @@ class QuantizedLinear(PackedWeights):
                 f"QuantizedLinear.from_float: in_features = {weight.shape[1]} is too deep: int32 sums of u8 x int8 "
                 f"products are exact up to {ops.MAX_DEPTH}. Leave this layer in float."
             )
-        codes, scale = quantize_weight(weight, per_channel=per_channel)
+        codes, scale = quantize_weight(weight, per_channel=per_channel, channel_scale=channel_scale)
         return cls(
             codes,
             scale,
@@ -165,6 +177,7 @@ class QuantizedLinear(PackedWeights):
             activation=activation,
             takes_codes=takes_codes,
             dtype=weight.dtype,
+            channel_scale=channel_scale,
         )
 
     @property
@@ -255,12 +268,14 @@ class QuantizedLinear(PackedWeights):
         return y
 
     def _simulated(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        weight, weight_scale, bias = self._unpacked()
+        weight, weight_scale, bias, channel_scale = self._unpacked()
         if x.dtype == torch.uint8:
             if not self.takes_codes or self.input_qparams is None:
                 raise not_codes()
             x = dequantize(x, *self.input_qparams)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if channel_scale.numel():
+            rows = rows * channel_scale
         if self.input_qparams is None:
             rounded = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
         else:
@@ -279,6 +294,8 @@ class QuantizedLinear(PackedWeights):
         scheme = "dynamic" if self.input_qparams is None else "static"
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"bias={self.has_bias}"]
         parts += [f"scheme={scheme}", f"kernel={kernels.active()}"]
+        if ops.has_channel_scale(self.packed, self.in_features):
+            parts.append("channel_scale=True")
         if self.activation != Activation.NONE:
             parts.append(f"activation={Activation(self.activation).name.lower()}")
         if self.output_qparams is not None:

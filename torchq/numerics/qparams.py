@@ -31,6 +31,7 @@ Every function but `quantize_weight`, which is for conversion, traces under `tor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -209,7 +210,7 @@ def fake_quantize(
     return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
 
 
-def quantize_weight(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, *, per_channel: bool, channel_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The int8 codes and scales of a weight, symmetric: `codes = rne(w / scale)`, `scale = max|w| / 127`.
 
     It works on blocks of rows, so that the float temporaries stay in cache and are small compared with the weight.
@@ -217,30 +218,49 @@ def quantize_weight(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tenso
     Args:
         weight: float (N, K).
         per_channel: True for one scale per row (output channel), False for one for all.
+        channel_scale: float32 (K,), positive: w is the weight divided by it. None for the weight itself.
 
     Returns:
         int8 (N, K) and float32 (N,).
 
     Raises:
-        ValueError: the weight has NaN or infinity.
+        ValueError: the weight, or its quotient, has NaN or infinity.
 
     >>> quantize_weight(torch.tensor([[127.0, 0.4], [1.27, 0.01]]), per_channel=True)
     (tensor([[127,   0],
             [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
     """
-    scale = weight_scale(weight, per_channel=per_channel)
+    scale = weight_scale(weight, per_channel=per_channel, channel_scale=channel_scale)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], rows):
-        block = slice(start, start + rows)
-        codes[block] = quantize(weight[block], scale[block], axis=0)
+    for rows, values in weight_blocks(weight, channel_scale):
+        codes[rows] = quantize(values, scale[rows], axis=0)
     return codes, scale
 
 
-def weight_scale(weight: Tensor, *, per_channel: bool) -> Tensor:
+def weight_scale(weight: Tensor, *, per_channel: bool, channel_scale: Tensor | None = None) -> Tensor:
     """The scales of `quantize_weight`, float32 (N,)."""
-    scale, _ = choose_qparams(weight, axis=0 if per_channel else None)
-    return scale.expand(weight.shape[0])
+    if channel_scale is None:
+        scale, _ = choose_qparams(weight, axis=0 if per_channel else None)
+        return scale.expand(weight.shape[0])
+    peaks = [values.abs().amax(dim=1) for _, values in weight_blocks(weight, channel_scale) if values.numel()]
+    peak = torch.cat(peaks) if peaks else torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if not per_channel and len(peak):
+        peak = peak.amax().expand(len(peak))
+    return choose_qparams(peak.unsqueeze(1), axis=0)[0]
+
+
+def weight_blocks(weight: Tensor, channel_scale: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The weight (N, K), or its quotient by `channel_scale` (K,), some rows at a time.
+
+    The quotient of a whole large layer would be a second copy of it.
+
+    >>> [(rows, values.shape) for rows, values in weight_blocks(torch.zeros(3, 2**17), torch.ones(2**17))]
+    [(slice(0, 2, None), torch.Size([2, 131072])), (slice(2, 4, None), torch.Size([1, 131072]))]
+    """
+    count = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], count):
+        rows = slice(start, start + count)
+        yield rows, weight[rows] if channel_scale is None else weight[rows].float() / channel_scale
 
 
 def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def plan_of(qmodel: nn.Module) -> Plan:
 
 
 def _weights_of(quantized: QuantizedLinear) -> Rounded:
-    weight, scale, bias = ops.unpack(quantized.packed)
+    weight, scale, bias, _ = ops.unpack(quantized.packed)
     return Rounded(weight, scale, torch.zeros(len(scale), dtype=torch.float32, device="cpu") if bias is None else bias)
 
 
