@@ -76,7 +76,7 @@ def _float32(task: Task, x: Tensor, threads: int) -> Run:
     return lambda: task.model(x)
 
 
-def _torch_dynamic(engine: str, per_channel: bool) -> Make:
+def torch_dynamic(engine: str, per_channel: bool) -> Make:
     """torch.ao.quantization.quantize_dynamic, deprecated in torch 2.13. It always uses 7-bit activations."""
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
@@ -111,7 +111,7 @@ def _onnxruntime(quantize: Callable[[Path, Task], None]) -> Make:
     def make(task: Task, x: Tensor, threads: int) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            path.write_bytes(_onnx(task.model, tuple(x.shape)))
+            path.write_bytes(onnx_bytes(task.model, tuple(x.shape), x.dtype))
             quantize(path, task)
             with torch.no_grad():
                 shape = task.model(x).shape
@@ -121,11 +121,10 @@ def _onnxruntime(quantize: Callable[[Path, Task], None]) -> Make:
 
 
 @functools.lru_cache(maxsize=1)
-def _onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The model for inputs of this shape, exported by torch.onnx and pre-processed by ONNX Runtime."""
+def onnx_bytes(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+    """The model for inputs of this kind, exported by torch.onnx and pre-processed by ONNX Runtime."""
     from onnxruntime.quantization import shape_inference
 
-    dtype = torch.long if any(isinstance(module, nn.Embedding) for module in model.modules()) else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         raw, path = Path(folder) / "raw.onnx", Path(folder) / "model.onnx"
         example = torch.zeros(shape, dtype=dtype)
@@ -143,7 +142,9 @@ def _onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
         return path.read_bytes()
 
 
-def _dynamic(per_channel: bool) -> Callable[[Path, Task], None]:
+def onnxruntime_dynamic(per_channel: bool) -> Callable[[Path, Task], None]:
+    """quantize_dynamic with signed weights."""
+
     def quantize(path: Path, task: Task) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -170,7 +171,7 @@ def _static(**options: Any) -> Callable[[Path, Task], None]:
     return quantize
 
 
-def _static_linear(method: str) -> Callable[[Path, Task], None]:
+def onnxruntime_static_linear(method: str) -> Callable[[Path, Task], None]:
     """What ONNX Runtime documents as best for x86: u8 activations, per-channel int8 weights. Only for linear layers."""
 
     def quantize(path: Path, task: Task) -> None:
@@ -193,16 +194,17 @@ def _static_linear(method: str) -> Callable[[Path, Task], None]:
 # ---- OpenVINO -------------------------------------------------------------------------------------------------------
 
 
-def _openvino_model(task: Task, x: Tensor) -> Any:
+def openvino_model(model: nn.Module, x: Tensor) -> Any:
+    """The model as OpenVINO traces it on x; its input is named "x"."""
     import openvino
 
-    model = openvino.convert_model(task.model, example_input=x)
-    model.inputs[0].get_tensor().set_names({"x"})
-    return model
+    graph = openvino.convert_model(model, example_input=x)
+    graph.inputs[0].get_tensor().set_names({"x"})
+    return graph
 
 
 def _openvino_float32(task: Task, x: Tensor, threads: int) -> Run:
-    return openvino_run(_openvino_model(task, x), x, threads)
+    return openvino_run(openvino_model(task.model, x), x, threads)
 
 
 def _nncf(options: Callable[[], dict[str, Any]]) -> Make:
@@ -210,18 +212,19 @@ def _nncf(options: Callable[[], dict[str, Any]]) -> Make:
 
     def make(task: Task, x: Tensor, threads: int) -> Run:
         singles = [row for batch in task.calibration for row in batch.split(1)]
-        return openvino_run(nncf_quantized(_openvino_model(task, x), singles, **options()), x, threads)
+        return openvino_run(nncf_quantized(openvino_model(task.model, x), singles, **options()), x, threads)
 
     return make
 
 
-def _preset(name: str) -> dict[str, Any]:
+def preset(name: str) -> dict[str, Any]:
+    """Activations symmetric ("PERFORMANCE") or asymmetric ("MIXED")."""
     import nncf
 
     return {"preset": nncf.QuantizationPreset[name]}
 
 
-def _smooth(alpha: float) -> dict[str, Any]:
+def smooth(alpha: float) -> dict[str, Any]:
     """model_type TRANSFORMER: SmoothQuant (NNCF's default alpha is 0.95), and special handling of attention."""
     import nncf
 
@@ -241,7 +244,7 @@ def _openvino_dynamic(group: int) -> Make:
     def make(task: Task, x: Tensor, threads: int) -> Run:
         import nncf
 
-        compressed = nncf.compress_weights(_openvino_model(task, x), mode=nncf.CompressWeightsMode.INT8_SYM)
+        compressed = nncf.compress_weights(openvino_model(task.model, x), mode=nncf.CompressWeightsMode.INT8_SYM)
         return openvino_run(compressed, x, threads, DYNAMIC_QUANTIZATION_GROUP_SIZE=group)
 
     return make
@@ -256,23 +259,28 @@ CONTESTANTS = [  # "contestant: setting"; the most accurate setting of each coun
     Peer("torchq dynamic", True, _torchq(torchq.QConfig(activation="dynamic"))),
     Peer("torchq static", True, _torchq(torchq.QConfig(activation="static"))),
     Peer("torchq QAT", True, _torchq_qat()),
-    Peer("torch.ao dynamic: default", True, _torch_dynamic("x86", per_channel=False)),
-    Peer("torch.ao dynamic: per channel", True, _torch_dynamic("x86", per_channel=True)),
-    Peer("torch.ao dynamic: per channel, onednn", True, _torch_dynamic("onednn", per_channel=True)),
+    Peer("torch.ao dynamic: default", True, torch_dynamic("x86", per_channel=False)),
+    Peer("torch.ao dynamic: per channel", True, torch_dynamic("x86", per_channel=True)),
+    Peer("torch.ao dynamic: per channel, onednn", True, torch_dynamic("onednn", per_channel=True)),
     Peer("torchao dynamic", True, _torchao, ("torchao",)),
-    Peer("onnxruntime dynamic: default", True, _onnxruntime(_dynamic(per_channel=False)), ONNXRUNTIME),
-    Peer("onnxruntime dynamic: per channel", True, _onnxruntime(_dynamic(per_channel=True)), ONNXRUNTIME),
+    Peer("onnxruntime dynamic: default", True, _onnxruntime(onnxruntime_dynamic(per_channel=False)), ONNXRUNTIME),
+    Peer("onnxruntime dynamic: per channel", True, _onnxruntime(onnxruntime_dynamic(per_channel=True)), ONNXRUNTIME),
     Peer("onnxruntime static: default", True, _onnxruntime(_static()), ONNXRUNTIME),
     *(
-        Peer(f"onnxruntime static: linear u8s8, {method}", True, _onnxruntime(_static_linear(method)), ONNXRUNTIME)
+        Peer(
+            f"onnxruntime static: linear u8s8, {method}",
+            True,
+            _onnxruntime(onnxruntime_static_linear(method)),
+            ONNXRUNTIME,
+        )
         for method in ("MinMax", "Entropy", "Percentile")
     ),
     *(
-        Peer(f"openvino static: {name}", True, _nncf(functools.partial(_preset, name)), (*OPENVINO, "nncf"))
+        Peer(f"openvino static: {name}", True, _nncf(functools.partial(preset, name)), (*OPENVINO, "nncf"))
         for name in ("PERFORMANCE", "MIXED")
     ),
     *(
-        Peer(f"openvino static: SmoothQuant {a:g}", True, _nncf(functools.partial(_smooth, a)), (*OPENVINO, "nncf"))
+        Peer(f"openvino static: SmoothQuant {a:g}", True, _nncf(functools.partial(smooth, a)), (*OPENVINO, "nncf"))
         for a in (0.95, 0.5)
     ),
     *(Peer(f"openvino dynamic: groups of {g}", True, _openvino_dynamic(g), (*OPENVINO, "nncf")) for g in (32, 128)),
