@@ -26,7 +26,7 @@ TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
 CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
-ATTENTION_KERNELS = ["reference"]
+ATTENTION_KERNELS = ["reference", "avx2", "avx512", "neon"]
 ATTENTION = ["dispatch", "schedule", "operands", "attention", *(f"kernel_{k}" for k in ATTENTION_KERNELS)]
 SOURCES = [f"csrc/{name}.cpp" for name in ["torch_ops", "attention_op", "run", "direct", "module"]]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]

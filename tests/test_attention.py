@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.attention import assert_exact_to_rounding, operands, oracle
 from helpers.compare import assert_identical
+from torchq import kernels
 from torchq.ops import attention
 
 MIN = torch.finfo(torch.float32).min
@@ -222,3 +223,13 @@ def test_threads_change_no_bit(kernel, generator, set_threads):
             results.append(attention(q, k, v, is_causal=True))
         for y in results[1:]:
             assert_identical(y, results[0])
+
+
+# ---- Kernels ----
+
+
+def test_the_kernel_goes_with_the_forced_one(kernel):
+    """Attention uses the vectors of the GEMM kernel that is forced, and no wider ones."""
+    beside = {"reference": "reference", "avx2": "avx2", "avx_vnni": "avx2"}
+    beside |= dict.fromkeys(("avx512_vnni", "avx512vl_vnni", "amx_int8"), "avx512")
+    assert kernels.active_attention() == beside.get(kernel, "neon")

@@ -127,7 +127,8 @@ def test_no_cpp_function_is_too_long():
     long = []
     for path in sources("csrc", kinds=(".cpp", ".h", ".inc")):
         found = list(functions((ROOT / path).read_text()))
-        assert found or path.suffix != ".cpp", f"{path}: no function was found in it"
+        made_of_pieces = path.suffix == ".cpp" and path.stem.startswith("kernel_")
+        assert found or path.suffix != ".cpp" or made_of_pieces, f"{path}: no function was found in it"
         long += [f"{path}: {lines} lines: {head}" for head, lines in found if lines > LONGEST_FUNCTION]
     assert long == []
 

@@ -66,20 +66,31 @@ uint8_t* output_row(const Problem& p, const Block& block, int64_t row) {
   return static_cast<uint8_t*>(p.y) + block.batch * p.y_batch + block.head * p.y_head + row * p.y_row;
 }
 
+// A row's share of what the next head reads. In a model, rows of one head lie far apart in memory, and no hardware
+// prefetcher finds them.
+void prefetch_next(const Problem& p, const Block& block, int64_t row) {
+  prefetch_row({p.q, block.batch, block.head + 1, row}, p.depth);
+  if ((block.head + 1) % (p.heads / p.kv_heads)) return;  // it shares these keys and values
+  for (int64_t key = piece(p.keys, row, p.rows); key < piece(p.keys, row + 1, p.rows); ++key) {
+    prefetch_row({p.k, block.batch, block.kv_head + 1, key}, p.depth);
+    prefetch_row({p.v, block.batch, block.kv_head + 1, key}, p.columns);
+  }
+}
+
 void run_block(const Job& job, const Block& block, const Scratch& s) {
   const Problem& p = *job.problem;
   const Kernel& kernel = *job.kernel;
   const int64_t m = block.end - block.begin;
   const Keys keys = seen_by(p, block);
   for (int64_t r = 0; r < m; ++r)
-    load_row(kernel, p.q, p.q.at(block.batch, block.head, block.begin + r), p.depth, p.scale, s,
-             s.queries + r * s.depth_stride);
+    load_row(job, {p.q, block.batch, block.head, block.begin + r}, p.depth, p.scale, s, s.queries + r * s.depth_stride);
   kernel.multiply({m, (keys.end - keys.begin) / kPanel, p.depth, s.queries, s.depth_stride,
                    s.keys + keys.begin / kPanel * s.key_panel, s.key_panel, s.scores, s.score_stride});
   for (int64_t r = 0; r < m; ++r) {
     float* x = s.scores + r * s.score_stride;
     hide(job, block, block.begin + r, keys, s, x);
     s.sums[r] = kernel.softmax(x, keys.end - keys.begin);
+    prefetch_next(p, block, block.begin + r);
   }
   kernel.multiply({m, ceil_div(p.columns, kPanel), std::min(keys.end, p.keys) - keys.begin, s.scores, s.score_stride,
                    s.values + keys.begin * kPanel, s.value_panel, s.out, s.column_stride});

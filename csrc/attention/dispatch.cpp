@@ -9,6 +9,12 @@ namespace {
 
 // Best first.
 const Kernel* const kKernels[] = {
+#if defined(__x86_64__)
+    &kernel_avx512,
+    &kernel_avx2,
+#elif defined(__aarch64__)
+    &kernel_neon,
+#endif
     &kernel_reference,
 };
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);

@@ -38,8 +38,9 @@ struct Kernel {
   // The features of its vectors, any of which a GEMM kernel must need for this one to run beside it; 0: beside any.
   uint32_t beside = 0;
 
-  // out[i] = x[i] · factor for i < n; zeros up to the next multiple of 16.
-  void (*to_floats)(const void* x, DType dtype, int64_t n, float factor, float* out) = nullptr;
+  // x[i] · factor for i < n, then zeros up to the next multiple of 16. Each 16 start `stride` floats after the last:
+  // 16 for a row, the distance of panels for a row across panels.
+  void (*to_floats)(const void* x, DType dtype, int64_t n, float factor, float* out, int64_t stride) = nullptr;
   // y[i] = x[i] · factor for i < n, rounded half to even.
   void (*from_floats)(const float* x, float factor, int64_t n, DType dtype, void* y) = nullptr;
   // 16 rows of n floats, `stride` floats apart, to n rows of 16. n is a multiple of 16.
@@ -51,6 +52,12 @@ struct Kernel {
 };
 
 extern const Kernel kernel_reference;
+#if defined(__x86_64__)
+extern const Kernel kernel_avx2;
+extern const Kernel kernel_avx512;
+#elif defined(__aarch64__)
+extern const Kernel kernel_neon;
+#endif
 
 }  // namespace attention
 }  // namespace torchq

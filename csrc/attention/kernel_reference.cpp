@@ -15,15 +15,15 @@ namespace reference {
 #include "exponential.inc"
 
 template <class T>
-void to_floats(const T* x, int64_t n, float factor, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]) * factor;
-  for (int64_t i = n; i % kPanel; ++i) out[i] = 0.0f;
+void to_floats(const T* x, int64_t n, float factor, float* out, int64_t stride) {
+  for (int64_t i = 0; i < n || i % kPanel; ++i)
+    out[i / kPanel * stride + i % kPanel] = i < n ? to_float(x[i]) * factor : 0.0f;
 }
 
-void to_floats(const void* x, DType dtype, int64_t n, float factor, float* out) {
-  if (dtype == DType::bf16) return to_floats(static_cast<const Bf16*>(x), n, factor, out);
-  if (dtype == DType::f16) return to_floats(static_cast<const F16*>(x), n, factor, out);
-  to_floats(static_cast<const float*>(x), n, factor, out);
+void to_floats(const void* x, DType dtype, int64_t n, float factor, float* out, int64_t stride) {
+  if (dtype == DType::bf16) return to_floats(static_cast<const Bf16*>(x), n, factor, out, stride);
+  if (dtype == DType::f16) return to_floats(static_cast<const F16*>(x), n, factor, out, stride);
+  to_floats(static_cast<const float*>(x), n, factor, out, stride);
 }
 
 void from_floats(const float* x, float factor, int64_t n, DType dtype, void* y) {

@@ -7,9 +7,19 @@
 namespace torchq {
 namespace attention {
 
-// out[i] = factor · (element i of the row at x) for i < n; zeros up to the next multiple of 16.
-void load_row(const Kernel& kernel, const View& view, const void* x, int64_t n, float factor, const Scratch& s,
-              float* out);
+// A row of a view: row r of a head.
+struct Row {
+  const View& view;
+  int64_t batch, head, row;
+};
+
+// out[i] = factor · (element i of the row) for i < n, then zeros up to the next multiple of 16. Each 16 start `stride`
+// floats after the last.
+void load_row(const Job& job, const Row& row, int64_t n, float factor, const Scratch& s, float* out,
+              int64_t stride = kPanel);
+
+// Asks for a row that is needed soon. It may be none: a prefetch faults nowhere.
+void prefetch_row(const Row& row, int64_t n);
 
 // All keys, or values, of a head into panels.
 void pack_keys(const Job& job, int64_t batch, int64_t head, const Scratch& s);

@@ -43,13 +43,13 @@ bool may_use_tiles() {
 uint32_t detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
-  const bool f16c = c & bit_F16C;
+  const bool f16c = c & bit_F16C, fma = c & bit_FMA;
   const uint64_t saved = xcr0();
   const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xE6) == 0xE6, tiles = (saved & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
   const uint32_t subleaves = a;
   uint32_t have = 0;
-  if (ymm && f16c && (b & bit_AVX2)) have |= kAvx2;
+  if (ymm && f16c && fma && (b & bit_AVX2)) have |= kAvx2;
   constexpr uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
   constexpr uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE and AMX-INT8

@@ -7,7 +7,7 @@ namespace torchq {
 
 // The CPU features that kernels need.
 enum Feature : uint32_t {
-  kAvx2 = 1u << 0,        // AVX2 and F16C
+  kAvx2 = 1u << 0,        // AVX2, FMA and F16C
   kAvxVnni = 1u << 1,     // VEX-encoded VPDPBUSD
   kAvx512Vnni = 1u << 2,  // AVX512 F, BW, DQ, VL and VNNI
   kAsimd = 1u << 3,       // Advanced SIMD, part of every armv8.0-a
