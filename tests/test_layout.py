@@ -21,7 +21,7 @@ LAYERS = [
     {"modules"},
     {"calibration"},
     {"planning"},
-    {"conversion", "qat", "reporting"},
+    {"conversion", "qat", "reporting", "compiling"},
     {"__init__"},
 ]
 

@@ -1,6 +1,7 @@
 """Real int8 speed for PyTorch models on a CPU, in eager mode, in one call: `torchq.convert(model, calib_loader)`."""
 
 from torchq import kernels, observers, ops
+from torchq.compiling import compile_options
 from torchq.config import QConfig
 from torchq.conversion import convert
 from torchq.modules.quantized_linear import QuantizedLinear, simulate
@@ -22,6 +23,7 @@ __all__ = [
     "QuantizedLinear",
     "apply_plan",
     "choose_qparams",
+    "compile_options",
     "convert",
     "dequantize",
     "fake_quantize",

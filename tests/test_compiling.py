@@ -1,0 +1,91 @@
+"""torch.compile with torchq's options: activations fold into the layers before them, and nothing else changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchq
+from helpers.compare import assert_identical
+from helpers.numbers import normal
+from torchq.compiling import fold_activations
+from torchq.ops import Activation
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+F = nn.functional
+
+
+class Model(nn.Module):
+    """`between` is computed on the output of the first layer."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(64, 64), nn.Linear(64, 32), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+def compiled_ops(model, x):
+    """What the compiled model gives, and the activations of the layers in its graph."""
+    seen = []
+
+    def passes(graph):
+        fold_activations(graph)
+        seen.extend(node.args[2:] for node in graph.nodes if node.target is torch.ops.torchq.linear_dynamic.default)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True, options={"pre_grad_custom_pass": passes})(x)
+    return y, [args[0] if args else 0 for args in seen]
+
+
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        (F.gelu, Activation.GELU),
+        (lambda y: F.gelu(y, approximate="tanh"), Activation.GELU_TANH),
+        (lambda y: y.relu(), Activation.RELU),
+        (nn.SiLU(), Activation.SILU),
+    ],
+)
+def test_an_activation_is_folded(function, activation):
+    model = torchq.convert(Model(function))
+    x = normal(4, 64)
+    y, activations = compiled_ops(model, x)
+    assert activations == [activation, 0]
+    hidden = torchq.ops.linear_dynamic(x, model.first.packed, activation)
+    assert_identical(y, model.second(hidden).detach())
+
+
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize("function", [lambda y: F.gelu(y) + y, lambda y: F.leaky_relu(y), lambda y: F.relu(y * 2)])
+def test_what_must_not_be_folded(function):
+    """Another reader of the layer's output; another function; another operation between."""
+    model = torchq.convert(Model(function))
+    x = normal(4, 64)
+    y, activations = compiled_ops(model, x)
+    assert activations == [0, 0]
+    torch.testing.assert_close(y, model(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow(seconds=10)
+def test_training_around_frozen_layers_is_not_touched():
+    model = torchq.convert(Model(F.gelu))
+    x = normal(4, 64).requires_grad_()
+    model(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    torch.compile(model, options=torchq.compile_options())(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow(seconds=60)
+def test_an_exported_model_runs_ahead_of_time(tmp_path):
+    """AOTInductor compiles the program into a library, which calls torchq's ops."""
+    model = torchq.convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
+    x = normal(4, 64)
+    program = torch.export.export(model, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)
+    assert_identical(loaded(x), model(x).detach())
