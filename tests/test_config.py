@@ -22,6 +22,7 @@ def test_defaults():
         "sample_rows": 256,
         "smoothing": "auto",
         "rounding": "auto",
+        "attention": "auto",
         "exclude": (),
     }
 

@@ -17,8 +17,8 @@ LONGEST_FUNCTION = 60  # lines of a C++ function
 LAYERS = [
     {"errors", "text", "timing", "scopes", "_C"},
     {"numerics"},
-    {"observers", "ops", "kernels", "config"},
-    {"modules"},
+    {"observers", "ops", "kernels"},
+    {"modules", "config"},
     {"calibration"},
     {"planning"},
     {"conversion", "qat", "reporting", "compiling"},

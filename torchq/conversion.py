@@ -13,6 +13,7 @@ from torchq.config import QConfig
 from torchq.errors import BadValueError, door
 from torchq.modules.registry import type_names
 from torchq.planning.apply import applied
+from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.choose import choose
 from torchq.planning.describe import describe
@@ -98,11 +99,15 @@ def convert(
         check, converted = SelfCheck(evidence), None
         if not inplace:
             plan, converted = check.best(model, plan)
+            plan = choose_attention(converted, plan, check, config.attention)
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None
         warn_of_float(plan, layers)
         del layers, free, evidence  # they hold the float modules, which inplace frees one by one
         if converted is None:
             converted = applied(model, plan, inplace=inplace)
-            check.final(converted, plan, inplace=inplace)
+            plan = check.final(converted, plan, inplace=inplace)
+            if inplace:  # a budget has been kept without it, so then nothing is risked
+                exact = budget is not None and config.attention == "auto"
+                choose_attention(converted, plan, check, "float32" if exact else config.attention)
         return converted

@@ -10,6 +10,7 @@ from torch import nn
 
 from torchq.errors import BadTypeError, door
 from torchq.modules.activations import activation_of
+from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.folded import Folded
 from torchq.modules.hugging_face import refuse_save_pretrained
@@ -17,7 +18,7 @@ from torchq.modules.packed_weights import check_state
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
-from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.plan import LayerPlan, Plan, attention_schemes
 from torchq.planning.references import attributes, held, replaced
 from torchq.planning.rounding import take_rounded, warn_of_missing
 from torchq.planning.smoothing import scaled, scaled_parameters, scales_around
@@ -70,6 +71,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
                 kind.release(module)
     finally:
         leave_fast_path(model)
+    if plan.attentions:
+        offer_attention(model, attention_schemes(plan.attentions))
     model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
     if plan.int8_layers():
         model.register_load_state_dict_pre_hook(check_state)

@@ -7,9 +7,10 @@ from torch import nn
 
 from torchq.errors import BadValueError
 from torchq.modules.activations import activation_of
+from torchq.modules.attention import attention_modules
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
-from torchq.ops import Activation
+from torchq.ops import ATTENTION_SCHEMES, Activation
 from torchq.planning.fusion import IDLE
 from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
 from torchq.planning.smoothing import channels_of
@@ -32,6 +33,8 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         )
     for source, smoothing in plan.smoothings.items():
         _check_smoothing(modules, layers, plan, source, smoothing)
+    if plan.attentions:
+        _check_attentions(attention_modules(model), plan)
 
 
 def _require(ok: bool, name: str, problem: str) -> None:
@@ -63,6 +66,18 @@ def _check_folded(modules: Mapping[str, nn.Module], name: str, planned: LayerPla
         idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)
         foldable = idle or activation_of(module) != Activation.NONE
         _require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
+
+
+def _check_attentions(modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    for name, row in plan.attentions.items():
+        known = (*ATTENTION_SCHEMES, "sdpa")
+        if row.scheme not in known:
+            raise BadValueError(f"attention {name!r} is to be {row.scheme!r}, expected one of {known}.")
+        if name not in modules:
+            raise BadValueError(
+                f"the plan names attention {name!r}, which is no module of the model that asks transformers for its "
+                "attention 'sdpa'. Was the model made with another attn_implementation?"
+            )
 
 
 def _check_smoothing(

@@ -169,6 +169,31 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class AttentionPlan:
+    """How one attention of the model is computed.
+
+    Args:
+        scheme: of `torchq.ops.attention`, or "sdpa" where torch goes on computing it.
+        reason: why, in a few words.
+        sqnr_db: SQNR of the attention's output under the faster schemes, on calibration batches, in dB.
+    """
+
+    scheme: str
+    reason: str
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "AttentionPlan":
+        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        return cls(data["scheme"], data["reason"], {scheme: float(db) for scheme, db in data["sqnr_db"].items()})
+
+
+def attention_schemes(rows: Mapping[str, AttentionPlan]) -> dict[str, str]:
+    """The schemes of `torchq.ops.attention` by the module's name, without what stays torch's."""
+    return {name: row.scheme for name, row in rows.items() if row.scheme != "sdpa"}
+
+
+@dataclass(frozen=True)
 class Checked:
     """What the converted model gave on calibration batches, compared with the float model.
 
@@ -202,7 +227,8 @@ class Plan:
 
     To undo a smoothing, remove it from `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
     what the search for an accuracy budget measured, `checked` what the converted model's output showed, `model_bytes`
-    the bytes of the float model's parameters and buffers.
+    the bytes of the float model's parameters and buffers. `attentions` are those of Hugging Face models, by the names
+    of the modules that compute them.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -216,6 +242,7 @@ class Plan:
     frontier: Frontier | None = None
     checked: Checked | None = None
     model_bytes: int | None = None
+    attentions: dict[str, AttentionPlan] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
@@ -241,6 +268,7 @@ class Plan:
             "frontier": frontier,
             "checked": checked,
             "model_bytes": self.model_bytes,
+            "attentions": {name: to_json(dataclasses.asdict(row)) for name, row in self.attentions.items()},
         }
 
     @classmethod
@@ -257,6 +285,7 @@ class Plan:
                 data["frontier"] and Frontier.from_dict(data["frontier"]),
                 data.get("checked") and Checked.from_dict(data["checked"]),
                 data.get("model_bytes"),
+                {name: AttentionPlan.from_dict(values) for name, values in data.get("attentions", {}).items()},
             )
         except (KeyError, TypeError) as wrong:
             raise ValueError(

@@ -84,12 +84,13 @@ class SelfCheck:
         chosen, (plan, converted) = next(iter(kept.items()))
         return self._noted(converted, plan, measured, chosen), converted
 
-    def final(self, converted: nn.Module, plan: Plan, *, inplace: bool = False) -> None:
-        """Checks a model that `best` did not make, and notes its figures in its plan."""
+    def final(self, converted: nn.Module, plan: Plan, *, inplace: bool = False) -> Plan:
+        """Checks a model that `best` did not make. The plan with its figures, as the model carries it too."""
         db = self.compare(converted, inplace=inplace)
-        if db is not None:
-            before = plan.checked or Checked({}, MADE, 0, self._apart)
-            self._noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
+        if db is None:
+            return plan
+        before = plan.checked or Checked({}, MADE, 0, self._apart)
+        return self._noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
 
     def compare(self, converted: nn.Module, *, inplace: bool = False) -> float | None:
         """SQNR of the converted model's output in dB; None where it can't be told.

@@ -74,6 +74,7 @@ def render(report: Report) -> list[str]:
     lines += [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
     lines += [line for entry in _remarks(layers) for line in _wrapped(entry)]
+    lines += [line for entry in _attentions(report) for line in _wrapped(entry)]
     lines += [layer.advice for layer in layers if layer.advice is not None]
     return lines if report.frontier is None else [*lines, "", str(report.frontier)]
 
@@ -133,9 +134,22 @@ def _remarks(layers: tuple[LayerReport, ...]) -> list[str]:
     return [f"{remark}: {_listed(names, len(layers))}" for remark, names in remarks.items()]
 
 
-def _listed(names: list[str], of: int) -> str:
+def _attentions(report: Report) -> list[str]:
+    """A line for the attentions of each scheme and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, row in report.attentions.items():
+        groups.setdefault((row.scheme, row.reason), []).append(name)
+    lines = []
+    for (scheme, reason), names in groups.items():
+        dbs = [report.attentions[name].sqnr_db[scheme] for name in names if scheme in report.attentions[name].sqnr_db]
+        own = f" of {_db(min(dbs))} to {_db(max(dbs))} dB each" if dbs else ""
+        lines.append(f"attention in {scheme}{own} ({reason}): {_listed(names, len(report.attentions), 'of them')}")
+    return lines
+
+
+def _listed(names: list[str], of: int, what: str = "layers") -> str:
     if len(names) == of > 1:
-        return f"all {of} layers"
+        return f"all {of} {what}"
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 

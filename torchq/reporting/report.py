@@ -1,7 +1,7 @@
 """report(): what a converted model is made of, layer by layer, as text and as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torchq import kernels, text
 from torchq.errors import door
 from torchq.modules.base import Int8Module, float_size
 from torchq.planning.frontier import Frontier
-from torchq.planning.plan import Plan, attached_plan
+from torchq.planning.plan import AttentionPlan, Plan, attached_plan
 from torchq.reporting.drift import Drift
 from torchq.reporting.profile import LayerTime
 from torchq.reporting.render import render
@@ -74,6 +74,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     frontier: Frontier | None = None
     model: WholeModel | None = None
+    attentions: Mapping[str, AttentionPlan] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -90,7 +91,13 @@ class Report:
         layers = [text.to_json(asdict(layer)) for layer in self.layers]
         frontier = self.frontier and self.frontier.to_dict()
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {"layers": layers, **sizes, "frontier": frontier, "model": self.model and self.model.to_dict()}
+        return {
+            "layers": layers,
+            **sizes,
+            "frontier": frontier,
+            "model": self.model and self.model.to_dict(),
+            "attentions": {name: text.to_json(asdict(row)) for name, row in self.attentions.items()},
+        }
 
     def plot(self, path: str | Path) -> None:
         """Draws the frontier: the metric against latency and bytes (see `Frontier.plot`).
@@ -135,7 +142,7 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     """
     plan = attached_plan(qmodel)
     layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
-    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan))
+    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions)
 
 
 def _layer_report(

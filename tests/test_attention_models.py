@@ -1,0 +1,249 @@
+"""Hugging Face models whose attention torchq computes: which, by which scheme, and with the right values."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torchq
+from torchq.modules.attention import AttentionScheme, attention_modules
+from torchq.planning.plan import AttentionPlan, Plan
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+SCHEMES = torchq.ops.ATTENTION_SCHEMES
+LEAST_DB = {"float32": 110, "bfloat16": 45, "int8_bfloat16": 40, "int8": 35}
+FASTEST = SCHEMES[-1]
+
+
+def bert(**more):
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(**SIZES, **more)).eval()
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, **more)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tokens(rows, length, seed=0):
+    return torch.randint(1, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count=6):
+    return [{"input_ids": tokens(8, 24, seed)} for seed in range(count)]
+
+
+def only_attention(model, scheme):
+    """Converted with every layer in float, so that only attention differs."""
+    config = torchq.QConfig(attention=scheme, min_sqnr_db=1e9)
+    return torchq.convert(model, batches(), config=config, progress=False)
+
+
+def db(model, other, **inputs):
+    with torch.no_grad():
+        return torchq.sqnr_db(model(**inputs)[0], other(**inputs)[0])
+
+
+# ---- Where it is offered ----
+
+
+def test_the_copy_asks_for_torchq_and_the_original_for_what_it_did():
+    model = bert()
+    qmodel = torchq.convert(model)
+    assert qmodel.config._attn_implementation == "torchq"
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(hasattr(module, "torchq_attention") for module in model.modules())
+    names = [f"encoder.layer.{i}.attention.self" for i in range(3)]
+    assert list(attention_modules(model)) == names == list(qmodel.torchq_plan.attentions)
+    assert {row.scheme for row in qmodel.torchq_plan.attentions.values()} == {"float32"}
+
+
+def test_a_model_that_wants_its_attention_weights_keeps_eager():
+    model = bert(attn_implementation="eager")
+    qmodel = torchq.convert(model, batches(), progress=False)
+    assert qmodel.config._attn_implementation == "eager"
+    assert qmodel.torchq_plan.attentions == {}
+    with torch.no_grad():
+        assert len(qmodel(**batches()[0], output_attentions=True).attentions) == 3
+
+
+def test_none_leaves_attention_alone():
+    qmodel = torchq.convert(bert(), config=torchq.QConfig(attention="none"))
+    assert qmodel.config._attn_implementation == "sdpa"
+    assert qmodel.torchq_plan.attentions == {}
+
+
+def test_a_model_without_attention_has_no_rows():
+    assert torchq.convert(nn.Sequential(nn.Linear(64, 64))).torchq_plan.attentions == {}
+
+
+def test_inplace_asks_for_torchq_in_the_model_itself():
+    model = bert()
+    expected = torchq.convert(model, batches(), progress=False)
+    torchq.convert(model, batches(), inplace=True, progress=False)
+    assert model.config._attn_implementation == "torchq"
+    assert model.torchq_plan.attentions == expected.torchq_plan.attentions
+    assert torch.equal(model(**batches()[0])[0], expected(**batches()[0])[0])
+
+
+# ---- Its values ----
+
+
+@pytest.mark.parametrize(("scheme", "least_db"), [(scheme, LEAST_DB[scheme]) for scheme in SCHEMES])
+def test_each_scheme_is_as_close_as_it_should_be(scheme, least_db):
+    model = bert()
+    qmodel = only_attention(model, scheme)
+    assert {module.torchq_attention.scheme for module in attention_modules(qmodel).values()} == {scheme}
+    assert db(model, qmodel, **batches()[0]) > least_db
+    if scheme != "float32":
+        assert db(model, qmodel, **batches()[0]) < 100  # so the scheme was really used
+
+
+def test_padding_is_masked():
+    model = bert()
+    qmodel = only_attention(model, "float32")
+    mask = torch.ones(4, 24, dtype=torch.long)
+    mask[1:, 7:] = 0
+    ids = tokens(4, 24)
+    assert db(model, qmodel, input_ids=ids, attention_mask=mask) > 110
+    shorter = qmodel(input_ids=ids[1:2, :7])[0]
+    torch.testing.assert_close(qmodel(input_ids=ids, attention_mask=mask)[0][1:2, :7], shorter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_decoder_generates_what_the_float_model_does(cache):
+    model = llama()
+    qmodel = torchq.convert(
+        model, batches(), config=torchq.QConfig(attention="float32", min_sqnr_db=1e9), progress=False
+    )
+    assert qmodel.config._attn_implementation == "torchq"
+    more = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    ids = tokens(2, 5)
+    assert torch.equal(qmodel.generate(ids, **more), model.generate(ids, **more))
+
+
+def test_a_sliding_window():
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6)
+    torch.manual_seed(0)
+    model = transformers.MistralModel(config).eval()
+    assert db(model, only_attention(model, "float32"), **batches()[0]) > 110
+
+
+def test_encoder_and_decoder():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BartModel(config).eval()
+    qmodel = only_attention(model, "float32")
+    assert len(qmodel.torchq_plan.attentions) == 3
+    assert db(model, qmodel, input_ids=tokens(2, 20), decoder_input_ids=tokens(2, 9)) > 110
+
+
+def test_position_biases_are_left_to_transformers():
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, vocab_size=99)
+    model = transformers.T5EncoderModel(config).eval()
+    assert db(model, only_attention(model, FASTEST), **batches()[0]) == float("inf")
+
+
+def test_training_with_dropout_and_gradients_is_left_to_transformers():
+    model = bert(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    qmodel = only_attention(model, FASTEST)
+    outputs = []
+    for each in (model, qmodel):
+        torch.manual_seed(1)
+        x = each.embeddings(tokens(2, 24)).detach().requires_grad_()
+        each.train()(inputs_embeds=x)[0].square().sum().backward()
+        outputs.append(x.grad)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+
+
+# ---- How the scheme is chosen ----
+
+
+def test_auto_keeps_the_output_within_the_margin():
+    model = bert()
+    exact = torchq.convert(model, batches(), config=torchq.QConfig(attention="float32"), progress=False).torchq_plan
+    plan = torchq.convert(model, batches(), progress=False).torchq_plan
+    assert plan.checked.model_db > exact.checked.model_db - 0.3
+
+
+def test_auto_keeps_float32_where_the_output_would_lose():
+    """Nothing else has an error here, so any scheme would lose more than 0.3 dB."""
+    plan = only_attention(bert(), "auto").torchq_plan
+    assert {row.scheme for row in plan.attentions.values()} == {"float32"}
+
+
+def test_an_edited_plan_is_applied():
+    model = bert()
+    plan = torchq.plan_of(torchq.convert(model, batches(), progress=False))
+    name = "encoder.layer.1.attention.self"
+    rows = {**plan.attentions, name: AttentionPlan("sdpa", "my choice")}
+    qmodel = torchq.apply_plan(model, dataclasses.replace(plan, attentions=rows))
+    assert set(attention_schemes(qmodel)) == set(plan.attentions) - {name}
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def attention_schemes(model):
+    modules = attention_modules(model).items()
+    return {name: module.torchq_attention.scheme for name, module in modules if hasattr(module, "torchq_attention")}
+
+
+def test_a_wrong_plan_is_an_error():
+    model = bert()
+    plan = torchq.plan_of(torchq.convert(model))
+    for scheme, message in [
+        ("float32", "plan names attention 'pooler', which is no module"),
+        ("int4", "expected one of"),
+    ]:
+        wrong = dataclasses.replace(plan, attentions={"pooler": AttentionPlan(scheme, "")})
+        with pytest.raises(ValueError, match=message):
+            torchq.apply_plan(model, wrong)
+
+
+def test_the_report_says_how_attention_is_computed():
+    qmodel = torchq.convert(bert(), config=torchq.QConfig(attention="float32"))
+    assert "attention in float32 (as the config says): all 3 of them" in str(torchq.report(qmodel))
+    rows = torchq.report(qmodel).to_dict()["attentions"]
+    assert rows["encoder.layer.0.attention.self"]["scheme"] == "float32"
+
+
+# ---- Copies, processes, compilers ----
+
+
+def test_copies_and_pickles_compute_the_same():
+    qmodel = only_attention(bert(), FASTEST)
+    expected = qmodel(**batches()[0])[0]
+    for other in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        assert attention_schemes(other) == attention_schemes(qmodel)
+        assert torch.equal(other(**batches()[0])[0], expected)
+
+
+def test_unpickling_registers_the_function():
+    interface = transformers.AttentionInterface._global_mapping
+    saved = pickle.dumps(AttentionScheme("int8"))
+    kept = interface.pop("torchq", None)
+    try:
+        assert pickle.loads(saved).scheme == "int8"
+        assert "torchq" in interface
+    finally:
+        if kept is not None:
+            interface["torchq"] = kept
+
+
+@pytest.mark.slow(seconds=20)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torch_compile_gives_the_same_without_a_graph_break():
+    qmodel = only_attention(bert(), FASTEST)
+    inputs = batches()[0]
+    with torch.no_grad():
+        compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs)[0], qmodel(**inputs)[0], rtol=1e-4, atol=1e-5)

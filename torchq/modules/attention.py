@@ -1,0 +1,181 @@
+"""Attention of Hugging Face models by `torchq.ops.attention`, through transformers' own registry.
+
+transformers lets a library register an attention function under a name, and a model choose it by its config
+(`AttentionInterface`, `AttentionMaskInterface`). A converted model's config says "torchq". Each of its modules that
+asks the registry has an `AttentionScheme`, which says how precisely it is computed. The original model keeps "sdpa".
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from torchq import ops
+from torchq.numerics.metrics import energies
+from torchq.scopes import Scoped
+
+NAME = "torchq"
+"""What the config of a converted model says."""
+
+REPLACED = "sdpa"
+"""The attention that torchq takes the place of: what it computes is the same. "eager" may be asked for its weights."""
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which every modeling file of transformers knows it
+
+
+class AttentionScheme:
+    """What an attention module of a converted model computes with: its attribute `torchq_attention`.
+
+    A process that unpickles one can run the model: that registers torchq's function with transformers.
+
+    >>> AttentionScheme("float32")
+    AttentionScheme('float32')
+    """
+
+    def __init__(self, scheme: str) -> None:
+        self.scheme = scheme
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register()
+
+    def __repr__(self) -> str:
+        return f"AttentionScheme({self.scheme!r})"
+
+
+def register() -> None:
+    """Gives transformers the function and its masks. Nothing changes for models that do not ask for them."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ask transformers' registry for its "sdpa", by name; none without transformers.
+
+    That a module asks the registry is read from the names that its forward uses. A modeling file that has an "sdpa" of
+    its own is left alone.
+    """
+    if "transformers" not in sys.modules:
+        return {}
+    return {name: module for name, module in model.named_modules() if _asks_the_registry(module)}
+
+
+def _asks_the_registry(module: nn.Module) -> bool:
+    if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (REPLACED, NAME):
+        return False
+    forward = inspect.unwrap(type(module).forward)
+    if _REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return False
+    try:
+        return forward.__globals__[_REGISTRY][REPLACED] is _sdpa()
+    except (ImportError, KeyError, TypeError):  # another version of transformers, or a registry of another kind
+        return False
+
+
+def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
+    """Lets the attention modules of a converted model use torchq, each by its scheme; those not named, torch's sdpa.
+
+    A config is shared by modules. A module whose config says "torchq" and that has no scheme computes by sdpa.
+    """
+    if schemes:
+        register()
+    for name, module in attention_modules(model).items():
+        config: Any = module.config
+        module.__dict__.pop("torchq_attention", None)
+        config._attn_implementation_internal = REPLACED
+        if name in schemes:
+            module.torchq_attention = AttentionScheme(schemes[name])  # type: ignore[assignment]
+    for name in schemes:
+        config = model.get_submodule(name).config
+        config._attn_implementation_internal = NAME
+
+
+# ---- The function ---------------------------------------------------------------------------------------------------
+
+
+class AttentionErrors:
+    """Compares the schemes with float32 on the calls of some runs: signal and noise of each, by module and scheme."""
+
+    def __init__(self, schemes: tuple[str, ...]) -> None:
+        self.schemes = schemes
+        self.sums: dict[tuple[int, str], Tensor] = {}
+
+    def note(self, module: nn.Module, exact: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Computes one call by each scheme."""
+        for scheme in self.schemes:
+            found = energies(exact, ops.attention(**arguments, scheme=scheme))
+            key = (id(module), scheme)
+            self.sums[key] = found if key not in self.sums else self.sums[key] + found
+
+
+_measured_anywhere = False  # in any thread
+
+
+def _set_measured_anywhere(yes: bool) -> None:
+    global _measured_anywhere
+    _measured_anywhere = yes
+
+
+_measuring: Scoped[AttentionErrors] = Scoped("measuring attention", _set_measured_anywhere)
+
+
+@contextmanager
+def measuring(errors: AttentionErrors) -> Iterator[None]:
+    """Inside, in this thread, attention is computed in float32, and every call's error under each scheme noted."""
+    with _measuring.of(errors):
+        yield
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query (B, H, L, D), key and value (B, G, S, D), to (B, L, H, D).
+
+    Dropout, gradients, position biases and whatever else is not plain inference go to transformers' own sdpa.
+    """
+    state = getattr(module, "torchq_attention", None)
+    special = dropout > 0 or any(kwargs.get(each) is not None for each in ("softcap", "position_bias"))
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if state is None or special or wanted or kwargs.get("output_attentions"):
+        more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return _sdpa()(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
+    rows, keys = query.shape[2], key.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(is_causal) and attention_mask is None and rows > 1
+    if causal and keys > rows:  # an empty cache of fixed length: what is not filled yet lies behind
+        key, value = key[:, :, :rows], value[:, :, :rows]
+    arguments: dict[str, Any] = {
+        "q": query,
+        "k": key,
+        "v": value,
+        "mask": attention_mask,
+        "is_causal": causal,
+        "scale": scaling,
+    }
+    errors = None if is_dynamo_compiling() or not _measured_anywhere else _measuring.get()
+    y = ops.attention(**arguments, scheme=state.scheme if errors is None else "float32")
+    if errors is not None:
+        errors.note(module, y, arguments)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def _sdpa() -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward

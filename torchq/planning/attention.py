@@ -1,0 +1,86 @@
+"""How precisely each attention of the model is computed: measured on the model's own output.
+
+Attention in int8 is the fastest and the least exact. How much that matters to the model, no attention knows by itself.
+So all start in float32, which is exact to rounding. Those that lose least by themselves become int8 first, as many as
+the model's output allows; of the rest, as many as it allows become the next faster scheme.
+"""
+
+import dataclasses
+
+from torch import nn
+
+from torchq.modules.attention import AttentionErrors, attention_modules, measuring, offer_attention
+from torchq.numerics.metrics import decibels
+from torchq.ops import ATTENTION_SCHEMES
+from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
+from torchq.planning.selfcheck import MARGIN_DB, SelfCheck
+
+ROUNDING_DB = 90.0
+"""An output this close differs by float32's rounding only."""
+
+FASTER = tuple(scheme for scheme in ("int8", "int8_bfloat16") if scheme in ATTENTION_SCHEMES)
+"""The schemes that cost accuracy and may pay, the fastest first. Alone, "bfloat16" is slower than both."""
+
+
+def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice: str) -> Plan:
+    """The plan with a row for each attention; the converted model computes by it."""
+    names = list(attention_modules(converted))
+    if choice == "none" or not names:
+        return plan
+    if choice != "auto":
+        rows = {name: AttentionPlan(choice, "as the config says") for name in names}
+        return _applied(converted, plan, rows, check.compare(_offered(converted, rows)))
+    errors = AttentionErrors(FASTER)
+    exact = {name: AttentionPlan("float32", "no data to measure a faster scheme with") for name in names}
+    with measuring(errors):
+        exact_db = check.compare(_offered(converted, exact))
+    own_db = None if plan.checked is None else plan.checked.model_db
+    if exact_db is None or own_db is None:
+        return _applied(converted, plan, exact, exact_db)
+    if exact_db < min(own_db - MARGIN_DB, ROUNDING_DB):
+        rows = {name: AttentionPlan("sdpa", "torchq's attention gives this model other values") for name in names}
+        return _applied(converted, plan, rows, check.compare(_offered(converted, rows)))
+    rows = {name: _measured(converted.get_submodule(name), errors) for name in names}
+    rows, db = _fastest(converted, rows, exact_db, check)
+    return _applied(converted, plan, rows, db)
+
+
+def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
+    found = {scheme: errors.sums.get((id(module), scheme)) for scheme in errors.schemes}
+    sqnr_db = {scheme: decibels(sums) for scheme, sums in found.items() if sums is not None}
+    reason = "a faster scheme would cost accuracy" if sqnr_db else "no batch reached it"
+    return AttentionPlan("float32", reason, sqnr_db)
+
+
+def _fastest(
+    converted: nn.Module, rows: dict[str, AttentionPlan], exact_db: float, check: SelfCheck
+) -> tuple[dict[str, AttentionPlan], float]:
+    """As many rows in faster schemes as keep the output within MARGIN_DB of all float32: all, a half, or a quarter."""
+    best = exact_db
+    for scheme in FASTER:
+        left = [name for name, row in rows.items() if row.scheme == "float32" and scheme in row.sqnr_db]
+        left.sort(key=lambda name: -rows[name].sqnr_db[scheme])
+        for count in dict.fromkeys(-(-len(left) // part) for part in (1, 2, 4)):
+            reason = f"the model's output loses less than {MARGIN_DB} dB by it"
+            faster = {name: dataclasses.replace(rows[name], scheme=scheme, reason=reason) for name in left[:count]}
+            db = check.compare(_offered(converted, rows | faster)) if faster else None
+            if db is not None and db > exact_db - MARGIN_DB:
+                rows, best = rows | faster, db
+                break
+    return rows, best
+
+
+def _offered(converted: nn.Module, rows: dict[str, AttentionPlan]) -> nn.Module:
+    offer_attention(converted, attention_schemes(rows))
+    return converted
+
+
+def _applied(converted: nn.Module, plan: Plan, rows: dict[str, AttentionPlan], db: float | None) -> Plan:
+    """Applies the rows, and puts them and the output's SQNR into the plan, and into the one that the model carries."""
+    _offered(converted, rows)
+    checked = plan.checked
+    if checked is not None and db is not None:
+        checked = dataclasses.replace(checked, output_db={**checked.output_db, checked.chosen: db})
+    plan = dataclasses.replace(plan, attentions=rows, checked=checked)
+    converted.torchq_plan = plan.without_weights()  # type: ignore[assignment]
+    return plan
