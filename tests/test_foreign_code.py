@@ -306,6 +306,51 @@ def test_a_bad_value_is_named_and_nothing_is_loaded(key, name, value):
         nn.ModuleDict({"inner": qmodel}).load_state_dict({f"inner.{k}": v for k, v in state.items()})
 
 
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape of a float layer", "no tensor"])
+def test_a_bad_key_is_named_and_nothing_is_loaded(change):
+    """Nor of the layers before it, nor of float ones."""
+    model = nn.Sequential(nn.LayerNorm(24), chain(), nn.BatchNorm1d(16))
+    qmodel = convert(model, DATA, config=QConfig(activation="static", smoothing="none"))
+    state, before = {key: tensor * 2 for key, tensor in saved(qmodel).items()}, copy.deepcopy(saved(qmodel))
+    key = {"shape of a float layer": "0.bias", "unexpected": "1.gain"}.get(change, "1.2.weight_scale")
+    if change == "missing":
+        del state[key]
+    else:
+        state[key] = [1.0] if change == "no tensor" else torch.ones(3)
+    with pytest.raises(RuntimeError, match=rf"nothing of it was:\s+.*{key}"):
+        qmodel.load_state_dict(state)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in qmodel.state_dict().items())
+
+
+class Renamed(nn.Module):
+    """Takes keys of an earlier version of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for key in [key for key in state_dict if key.startswith(f"{prefix}old.")]:
+            state_dict[key.replace("old.", "inner.")] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_a_module_that_loads_in_its_own_way_does_so():
+    qmodel = convert(nn.Sequential(chain(), Renamed(), nn.BatchNorm1d(16)).eval())
+    state, expected = saved(qmodel), qmodel(DATA[0])
+    old = {key.replace("inner.", "old."): tensor for key, tensor in state.items() if "num_batches" not in key}
+    qmodel[0][0].replace_weight(torch.zeros(32, 24, dtype=torch.int8), torch.ones(32), torch.zeros(32))
+    assert not torch.equal(qmodel(DATA[0]), expected)
+    qmodel.load_state_dict(old)  # without what torch 0.4 did not save of a BatchNorm, too
+    assert torch.equal(qmodel(DATA[0]), expected)
+    old["1.old.weight_scale"] = -old["1.old.weight_scale"]
+    with pytest.raises(RuntimeError, match=r"1\.inner\.weight_scale: scales must be positive"):
+        qmodel.load_state_dict(old)
+
+
 def test_codes_must_mean_the_same_to_both_layers():
     qmodel = convert(chain(), DATA, config=QConfig(activation="static"))
     state = saved(qmodel)

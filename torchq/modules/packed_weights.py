@@ -120,8 +120,8 @@ class PackedWeights(Int8Module):
         pairs = {"input": self.input_qparams, "output": self.output_qparams}
         return {side: pair for side, pair in pairs.items() if pair is not None}
 
-    def _expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each canonical tensor."""
+    def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of a checkpoint."""
         n, k = self.out_features, self.in_features
         tensors = {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(tensors)
@@ -144,12 +144,15 @@ class PackedWeights(Int8Module):
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""
-        expected, found = self._expected(), []
+        expected, found = self.expected(), []
         for name in _OWN:
-            key, tensor = prefix + name, state_dict.get(prefix + name)
-            if tensor is None:
+            key = prefix + name
+            if key not in state_dict:
                 continue
-            if name not in expected:
+            tensor = state_dict[key]
+            if not isinstance(tensor, Tensor):
+                found.append(f"{key}: expected a tensor, got {type(tensor).__name__}.")
+            elif name not in expected:
                 found.append(f"{key}: {self._other_scheme(name)}")
             elif (tensor.dtype, tuple(tensor.shape)) != expected[name]:
                 dtype, shape = expected[name]
@@ -184,7 +187,7 @@ class PackedWeights(Int8Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        expected = self._expected()
+        expected = self.expected()
         given = {key: state_dict[prefix + key] for key in expected if prefix + key in state_dict}
         for group in _GROUPS:  # codes mean nothing without their scales: all or none
             if any(key in expected and key not in given for key in group):
@@ -225,29 +228,3 @@ _GROUPS = (
     ("input_scale", "input_zero_point"),
     ("output_scale", "output_zero_point"),
 )
-
-
-def check_state(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-    """A `load_state_dict` pre-hook of a converted model: refuses a bad checkpoint before anything of it is loaded.
-
-    Raises:
-        RuntimeError: with every key whose value, shape or dtype no int8 layer of the model can take.
-    """
-    found: list[str] = []
-    for name, layer in module.named_modules():
-        if isinstance(layer, PackedWeights):
-            found += layer.problems(state_dict, f"{prefix}{name}." if name else prefix)
-    plan = getattr(module, "torchq_plan", None)
-    for name, planned in ({} if plan is None else plan.layers).items():
-        if planned.feeds:
-            found += _disagreement(state_dict, f"{prefix}{name}.output", f"{prefix}{planned.feeds}.input")
-    if found:
-        raise RuntimeError("torchq: this checkpoint can't be loaded, and nothing of it was:\n\t" + "\n\t".join(found))
-
-
-def _disagreement(state_dict: dict[str, Any], writer: str, reader: str) -> list[str]:
-    """Whether the u8 codes that one layer gives mean something else to the layer that takes them."""
-    pairs = [[state_dict.get(f"{side}_{what}") for what in ("scale", "zero_point")] for side in (writer, reader)]
-    if any(value is None for pair in pairs for value in pair) or pairs[0] == pairs[1]:
-        return []
-    return [f"{writer}_scale: these codes are read with another {reader}_scale or {reader}_zero_point."]

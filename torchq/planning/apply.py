@@ -12,9 +12,9 @@ from torchq.errors import BadTypeError, door
 from torchq.modules.activations import activation_of
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
+from torchq.modules.checkpoints import check_state
 from torchq.modules.folded import Folded
 from torchq.modules.hugging_face import refuse_save_pretrained
-from torchq.modules.packed_weights import check_state
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
