@@ -5,6 +5,8 @@
 #   make lint        ruff, mypy, clang-format
 #   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python
 #   make test-arm-full  the same with every test
+#   make test-sanitize  the core and the extension under ASan, UBSan and TSan
+#   make fuzz MINUTES=1  random ops, models, checkpoints and bytes, each test for so long; a failure prints how to repeat it
 #   make guard       int8 against float32: prints the speed, checks the answers
 #   make bench-core  percent of peak of every kernel this CPU can run
 #   make clean       remove everything that was built
@@ -16,9 +18,10 @@ BIN := $(VENV)/bin
 SLOWEST := --durations=15 --durations-min=2  # a test listed there needs the mark @pytest.mark.slow(seconds=...)
 CORE := $(wildcard csrc/gemm/*)
 ATTENTION := $(wildcard csrc/attention/*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* tests/arm/stand_ins/*.* benchmarks/*.c*)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* tests/*/*.cpp tests/arm/stand_ins/*.* benchmarks/*.c*)
+MINUTES ?= 1
 
-.PHONY: demo test test-arm test-arm-full lint guard bench-core clean
+.PHONY: demo test test-arm test-arm-full test-sanitize fuzz lint guard bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
@@ -34,6 +37,12 @@ test-arm: $(VENV)/built
 
 test-arm-full: $(VENV)/built
 	TORCHQ_ARM=full $(BIN)/python -m pytest -n auto --dist loadfile $(SLOWEST) tests/arm
+
+test-sanitize: $(VENV)/built
+	TORCHQ_SANITIZE=1 $(BIN)/python -m pytest -n auto $(SLOWEST) tests/sanitize
+
+fuzz: $(VENV)/built
+	TORCHQ_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n auto $(SLOWEST) tests/fuzz
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

@@ -21,6 +21,8 @@ CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CXX_FLAGS += ["-fstack-protector-strong", "-fvisibility-inlines-hidden"]
 LINUX_LINK_FLAGS = ["-Wl,-z,relro,-z,now", f"-Wl,--version-script={os.path.join('csrc', 'exports.map')}"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the stable ABI of torch 2.10
+# Of this build alone, for compiler and linker, after ours: tests/sanitize passes -fsanitize=... here.
+EXTRA_FLAGS = os.environ.get("TORCHQ_EXTRA_FLAGS", "").split()
 
 # The kernels of all architectures: a file compiles to nothing on another architecture than its own.
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
@@ -65,8 +67,8 @@ def extension_arguments() -> dict:
         "torchq._C",
         SOURCES,
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=CXX_FLAGS + TORCH_FLAGS,
-        extra_link_args=LINUX_LINK_FLAGS if sys.platform == "linux" else [],
+        extra_compile_args=CXX_FLAGS + TORCH_FLAGS + EXTRA_FLAGS,
+        extra_link_args=(LINUX_LINK_FLAGS if sys.platform == "linux" else []) + EXTRA_FLAGS,
         depends=[os.path.join(folder, f) for folder in FOLDERS for f in os.listdir(folder) if "." in f],
     )
     if "torch_python" in module.libraries:  # only the stable ABI is linked

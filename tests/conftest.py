@@ -17,8 +17,9 @@ REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "
 
 SLOW = 2  # seconds; a slower test needs the mark slow(seconds=...)
 
-# The tests in arm/ cross-compile and emulate: `make test-arm` sets TORCHQ_ARM.
-collect_ignore_glob = [] if os.environ.get("TORCHQ_ARM") else ["arm/*"]
+# What cross-compiles, or builds everything again: `make test-arm`, `make test-sanitize` and `make fuzz` ask for it.
+ON_REQUEST = {"arm/*": "TORCHQ_ARM", "sanitize/*": "TORCHQ_SANITIZE", "fuzz/test_core_fuzz.py": "TORCHQ_FUZZ_MINUTES"}
+collect_ignore_glob = [files for files, asked in ON_REQUEST.items() if not os.environ.get(asked)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -215,7 +215,7 @@ def test_every_promise_names_tests_that_exist():
     promises = [row for row in rows if row != "| promise | tests |"]
     assert len(promises) > 20
     for promise in promises:
-        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", promise.split("|")[2])
+        named = re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(test_\w+))?`", promise.split("|")[2])
         assert named, promise
         for file, test in named:
             assert not test or f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)

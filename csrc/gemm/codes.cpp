@@ -30,7 +30,7 @@ uint8_t* code_at(const CodeFormat& format, uint8_t* codes, int64_t row, int64_t 
 // flip: 0x80 where signed codes become unsigned or the reverse, else 0.
 template <class Code>
 void copy_codes(const uint8_t* x, uint8_t flip, int64_t k, Code* codes) {
-  if (sizeof(Code) == 1 && !flip) return void(std::memcpy(codes, x, k));
+  if (sizeof(Code) == 1 && !flip && k > 0) return void(std::memcpy(codes, x, k));  // without k, x may be null
   for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(x[i] ^ flip);
 }
 

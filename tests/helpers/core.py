@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,25 +82,33 @@ def compile_all(work: dict[Path, list[str]], folder: Path, command: list[str] | 
     return objects
 
 
-def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
-    """Compiles into build/core/<name>, unless the same sources are already compiled there with the same flags.
+def files_under(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def made(folder: Path, key: str, contents: Sequence[Path], make: Callable[[], object]) -> None:
+    """Calls `make`, which fills the folder, unless it did so before with the same key and contents of these files.
 
     So test files that use the same build share it, also between workers of pytest.
     """
-    command = compiler()
-    key = hashlib.sha256(run([*command, "--version"]).encode())
-    for source, flags in sorted(work.items()):
-        key.update(f"{source.name} {shlex.join([*command, *flags])}\n".encode())
-    for path in sorted(path for folder in (CORE, ATTENTION, PROGRAM) for path in folder.rglob("*") if path.is_file()):
-        key.update(path.read_bytes())
-    folder = BUILD / name
+    digest = hashlib.sha256(key.encode())
+    for path in contents:
+        digest.update(path.read_bytes())
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / "complete"
     with FileLock(f"{folder}.lock"):
-        if not stamp.exists() or stamp.read_text() != key.hexdigest():
+        if not stamp.exists() or stamp.read_text() != digest.hexdigest():
             stamp.unlink(missing_ok=True)
-            compile_all(work, folder, command)
-            stamp.write_text(key.hexdigest())
+            make()
+            stamp.write_text(digest.hexdigest())
+
+
+def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
+    """Compiles into build/core/<name>, if it isn't there already."""
+    command, folder = compiler(), BUILD / name
+    key = run([*command, "--version"])
+    key += "".join(f"{source.name} {shlex.join([*command, *flags])}\n" for source, flags in sorted(work.items()))
+    made(folder, key, files_under(CORE, ATTENTION, PROGRAM), lambda: compile_all(work, folder, command))
     return [folder / object_name(source) for source in work]
 
 

@@ -1,0 +1,204 @@
+"""The ops and the layer's call on any tensors, against the arithmetic in plain torch operations, bit for bit.
+
+Shapes, dtypes, strides, offsets, special values, kernels and ways in are drawn. The curved activations are compared
+with the reference kernel, which tests/test_activations.py compares with torch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers import reference
+from helpers.compare import assert_identical
+from helpers.fuzzing import fuzz
+from helpers.numbers import FLT_MAX, FLT_MIN
+from torchq import QuantizedLinear, kernels, ops
+from torchq.numerics.qparams import QParams
+from torchq.ops import Activation
+
+pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.slow(seconds=5)]
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, FLT_MIN, FLT_MIN / 2, 1e-45, FLT_MAX, -FLT_MAX, 65504.0]
+
+
+# ---- The same values, laid out in other ways ----
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    wide = x.new_zeros((*x.shape[:-1], x.shape[-1] + 3))
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def behind_others(x: Tensor) -> Tensor:
+    """At an offset, where no vector of the CPU's is aligned."""
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+
+def odd_strides(x: Tensor) -> Tensor:
+    """Strides of dimensions of size 1 may be anything; torch calls such a tensor contiguous."""
+    x = x.contiguous()
+    strides = [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, strides)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """All rows are the first."""
+    return x[:1].expand(x.shape) if x.dim() > 1 and x.shape[0] else x
+
+
+LAYOUTS = [Tensor.contiguous, with_gaps, transposed, behind_others, odd_strides, expanded]
+
+
+# ---- What is drawn ----
+
+
+@dataclass
+class Case:
+    """A product. Its tensors come of `seed`, so that a small case is one of small numbers."""
+
+    kernel: str
+    rows: tuple[int, ...]
+    n: int
+    k: int
+    dtype: torch.dtype
+    layout: Callable[[Tensor], Tensor]
+    special: bool
+    has_bias: bool
+    activation: Activation
+    out: torch.dtype
+    qparams: tuple[float, int]
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def x(self) -> Tensor:
+        g, shape = self.generator(), (*self.rows, self.k)
+        if self.dtype in (torch.uint8, torch.int8):
+            info = torch.iinfo(self.dtype)
+            return self.layout(torch.randint(info.min, info.max + 1, shape, dtype=self.dtype, generator=g))
+        x = torch.randn(shape, generator=g) * torch.randn((*self.rows, 1), generator=g).exp() + 0.3
+        if self.special:
+            values = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=g)]
+            x = torch.where(torch.rand(shape, generator=g) < 0.1, values, x)
+        return self.layout(x.to(self.dtype))
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        g = self.generator()
+        weight = torch.randint(-128, 128, (self.n, self.k), dtype=torch.int8, generator=g)
+        scale, bias = torch.rand(self.n, generator=g) * 0.1 + 1e-3, torch.randn(self.n, generator=g)
+        return weight, scale, bias if self.has_bias else None
+
+
+SIZES = [0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 48, 64, 65]
+scales = st.one_of(st.floats(2.0**-13, 1.0, width=32), st.sampled_from([FLT_MIN, FLT_MAX, 1.0]))
+
+
+def cases(dtypes, outs=(torch.float32,), activations=tuple(Activation)):
+    return st.builds(
+        Case,
+        kernel=st.sampled_from(kernels.runnable()),
+        rows=st.lists(st.sampled_from([0, 1, 1, 2, 3, 5, 9]), max_size=3).map(tuple),
+        n=st.sampled_from(SIZES),
+        k=st.one_of(st.sampled_from(SIZES), st.integers(0, 300)),
+        dtype=st.sampled_from(dtypes),
+        layout=st.sampled_from(LAYOUTS),
+        special=st.booleans(),
+        has_bias=st.booleans(),
+        activation=st.sampled_from(activations),
+        out=st.sampled_from(outs),
+        qparams=st.tuples(scales, st.integers(0, 255)),
+        seed=st.integers(0, 2**31),
+    )
+
+
+def every_kernel_like(case: Case, call: Callable[[Tensor], Tensor], expected: Tensor | None) -> None:
+    """`call` with the weights packed for the drawn kernel; where nothing is expected, as under the reference kernel."""
+    with kernels.use("reference"):
+        plain = call(ops.pack(*case.weights()))
+    assert_identical(plain, plain if expected is None else expected, "reference")
+    with kernels.use(case.kernel):
+        assert_identical(call(ops.pack(*case.weights())), plain, case.kernel)
+
+
+def is_plain(activation: Activation) -> bool:
+    return activation in (Activation.NONE, Activation.RELU)
+
+
+# ---- The ops ----
+
+
+def test_gemm():
+    def check(case):
+        a, (weight, *_) = case.x(), case.weights()
+        every_kernel_like(case, lambda packed: ops.gemm(a, packed), reference.gemm(a, weight))
+
+    fuzz(check, cases([torch.int8]), examples=100)
+
+
+def test_quantize_per_token():
+    def check(case):
+        x = case.x()
+        with kernels.use(case.kernel):
+            found = ops.quantize_per_token(x)
+        for actual, expected in zip(found, reference.quantize_per_token(x), strict=True):
+            assert_identical(actual, expected, case.kernel)
+
+    fuzz(check, cases(reference.FLOATS), examples=100)
+
+
+def test_linear_dynamic():
+    """The op, and the layer by its direct call and by forward()."""
+
+    def check(case):
+        x, (weight, scale, bias) = case.x(), case.weights()
+        relu, expected = case.activation == Activation.RELU, None
+        if is_plain(case.activation):
+            expected = reference.linear_dynamic(x, weight, scale, bias, relu)
+        every_kernel_like(case, lambda packed: ops.linear_dynamic(x, packed, case.activation), expected)
+        with kernels.use(case.kernel):
+            layer = QuantizedLinear(weight, scale, bias, activation=case.activation)
+            y = ops.linear_dynamic(x, layer.packed, case.activation)
+            assert_identical(layer(x), y, "layer")
+            assert_identical(layer.forward(x), y, "forward")
+
+    fuzz(check, cases(reference.FLOATS), examples=150)
+
+
+def test_linear_static():
+    outs = [*reference.FLOATS, torch.uint8]
+
+    def check(case):
+        x, (weight, scale, bias), y_qparams = case.x(), case.weights(), (0.07, 93)
+        relu, expected = case.activation == Activation.RELU, None
+        if is_plain(case.activation):
+            expected = reference.linear_static(x, weight, scale, bias, case.qparams, case.out, y_qparams, relu)
+        call = ops.linear_static
+        every_kernel_like(case, lambda p: call(x, p, *case.qparams, case.out, *y_qparams, case.activation), expected)
+        codes_in, codes_out = case.dtype == torch.uint8, case.out == torch.uint8
+        if not codes_in and not codes_out and case.out != case.dtype:  # only codes have another dtype than the output
+            return
+        with kernels.use(case.kernel):
+            layer = QuantizedLinear(
+                *(weight, scale, bias),
+                input_qparams=QParams(*case.qparams),
+                output_qparams=QParams(*y_qparams) if codes_out else None,
+                activation=case.activation,
+                takes_codes=codes_in,
+                dtype=torch.float32 if codes_out else case.out,
+            )
+            y = call(x, layer.packed, *case.qparams, case.out, *y_qparams, case.activation)
+            assert_identical(layer(x), y, "layer")
+            assert_identical(layer.forward(x), y, "forward")
+
+    fuzz(check, cases(outs, outs), examples=150)
