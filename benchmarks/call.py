@@ -10,7 +10,8 @@ import torchq
 from benchmarks.demo import markdown
 from benchmarks.timing import interleaved, machine
 from torchq import _C
-from torchq.modules.folded import Folded
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 
 
 def steps() -> dict[str, float]:
@@ -18,7 +19,9 @@ def steps() -> dict[str, float]:
     linear, x = nn.Linear(1, 1), torch.ones(1, 1)
     layer = torchq.QuantizedLinear.from_float(linear)
     dynamic, static = torch.ops.torchq.linear_dynamic.default, torch.ops.torchq.linear_static.default
-    packed, identity, folded = layer.packed, nn.Identity(), Folded()
+    packed, identity = layer.packed, nn.Identity()
+    relu = torchq.QuantizedLinear.from_float(linear, fold=Fold(torchq.ops.Activation.RELU))
+    fused, apart = (of(relu, nn.ReLU()) for of in (Int8Sequential, nn.Sequential))
     direct, is_plain = _C.call_linear, _C.is_plain
     return interleaved(
         {
@@ -32,7 +35,8 @@ def steps() -> dict[str, float]:
             "of that, the op, linear_dynamic": lambda: dynamic(x, packed, 0),
             "or linear_static, with its eight arguments": lambda: static(x, packed, 0.05, 3, torch.float32, 1.0, 0, 0),
             "nn.Identity": lambda: identity(x),
-            "Folded": lambda: folded(x),
+            "a layer and nn.ReLU in an nn.Sequential": lambda: apart(x),
+            "the same in an Int8Sequential": lambda: fused(x),
         },
         rounds=31,
     )

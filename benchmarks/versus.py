@@ -67,18 +67,22 @@ def _bind(function: Callable[..., Any], *arguments: Any) -> Call:
 
 
 def _layers(n: int, k: int) -> dict[str, Callable[..., Any]]:
+    import torch
     from torch import nn
 
     from torchq import QuantizedLinear
 
     linear = nn.Linear(k, n)
-    static: dict[str, Any] = {"input_qparams": X_PAIR, "output_qparams": Y_PAIR}
     dynamic = QuantizedLinear.from_float(linear)
+
+    def to_codes(x: Any) -> Any:  # by the op, whose form has not changed since 0.1.0
+        return torch.ops.torchq.linear_static(x, dynamic.packed, *X_PAIR, torch.uint8, *Y_PAIR)
+
     return {
         "dynamic": dynamic,
         "dynamic, bf16": dynamic,
-        "static to u8": QuantizedLinear.from_float(linear, **static),
-        "u8 to u8": QuantizedLinear.from_float(linear, **static, takes_codes=True),
+        "static to u8": to_codes,
+        "u8 to u8": to_codes,
     }
 
 

@@ -1,5 +1,6 @@
 // torchq._C.call_linear: the call of a QuantizedLinear without nn.Module's and the dispatcher's shares of it. They take
-// 0.7 us and 1.5 to 3 us before any arithmetic, more than a layer of 64 x 64 takes.
+// 0.7 us and 1.5 to 3 us before any arithmetic, more than a layer of 64 x 64 takes. torchq._C.call_fused is the same
+// together with the activation that follows in an Int8Sequential, and with u8 codes from layer to layer.
 //
 // The module's state is read from its dict. A torch.Tensor is read where it lies, through DLPack's exchange table. That
 // is a C struct which torch publishes for this purpose: it needs no torch header of unstable ABI, counts no references
@@ -18,10 +19,10 @@
 
 #include <exception>
 #include <new>
-#include <string>
 
 #include "dlpack.h"
 #include "linear.h"
+#include "nn_module.h"
 #include "run.h"
 
 namespace py = pybind11;
@@ -73,16 +74,10 @@ struct Torch {
   PyObject* dtypes[4];                  // in the order of kDTypes
 } torch_;
 
-// What can stand between the call of an nn.Module and its forward().
-struct NnModule {
-  PyObject* own_hooks[4];     // names of attributes, which are dicts of the module's hooks
-  PyObject* replacements[2];  // names of attributes that hold what is called in place of forward(), if anything
-  PyObject* global_hooks[4];  // dicts of the hooks on all modules
-} nn_module;
-
 // Names of a QuantizedLinear's attributes.
 struct Names {
-  PyObject *buffers, *packed, *input_qparams, *output_qparams, *activation, *takes_codes, *dtype;
+  PyObject *buffers, *packed, *input_qparams;
+  PyObject *training, *p;  // of any module, and of a Dropout
 } names;
 
 struct DTypePair {
@@ -105,13 +100,6 @@ const DTypePair* find(PyObject* torch_dtype) {
   for (int i = 0; i < 4; ++i)
     if (torch_.dtypes[i] == torch_dtype) return &kDTypes[i];
   return nullptr;
-}
-
-// Whether a call returned a false value. Releases the result.
-bool falsy(PyObject* result) {
-  const bool yes = result && PyObject_Not(result) == 1;
-  Py_XDECREF(result);
-  return yes;
 }
 
 // Of the CPU, in this thread.
@@ -182,11 +170,11 @@ PyObject* new_output(const dlpack::Tensor& x, int64_t n, const DTypePair& dtype,
   return static_cast<PyObject*>(y);
 }
 
-// What the state of a QuantizedLinear says about its product.
+// What a product is made of beside x.
 struct Layer {
   py::object packed;
-  const DTypePair* y_dtype = nullptr;  // null: that of x
-  bool takes_codes = false;
+  const DTypePair* codes_of = nullptr;  // if x is codes: of the floats that they stand for; y is such a float
+  bool gives_codes = false;
   LayerNumbers numbers;
 };
 
@@ -217,7 +205,8 @@ py::object multiply(PyObject* x_object, const Layer& layer) {
   if (!torch_.exchange || !plain_eager() || !view(x_object, &x)) return {};
   const DTypePair* x_dtype = find(x.dtype);
   const PackedHeader* weights = header_of(layer.packed.ptr());
-  if (!x_dtype || !weights || (x_dtype == kU8 && (!layer.takes_codes || weights->has_channel_scale))) return {};
+  if (!x_dtype || !weights || (x_dtype == kU8) != static_cast<bool>(layer.codes_of)) return {};
+  if (layer.codes_of && weights->has_channel_scale) return {};
   if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return {};
   if (wants_gradient(x_object) || is_negated(x_object)) return {};
   int64_t count = 1;
@@ -225,7 +214,7 @@ py::object multiply(PyObject* x_object, const Layer& layer) {
   const Kernel* kernel = kernel_for(weights->layout);
   if (count == 0 || weights->n == 0 || !kernel) return {};
 
-  const DTypePair* y_dtype = layer.y_dtype ? layer.y_dtype : x_dtype;
+  const DTypePair* y_dtype = layer.gives_codes ? kU8 : layer.codes_of ? layer.codes_of : x_dtype;
   void* data;
   auto y = py::reinterpret_steal<py::object>(new_output(x, weights->n, *y_dtype, &data));
   if (!y) return {};
@@ -281,44 +270,15 @@ bool read(PyObject* value, QParams* out) {
          read(PyTuple_GET_ITEM(value, 1), is_zero_point, &out->zero_point);
 }
 
+PyObject* input_qparams(PyObject* state) { return PyDict_GetItemWithError(state, names.input_qparams); }
+
 // The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
 bool read(PyObject* state, Layer* out) {
-  const auto get = [&](PyObject* name) { return PyDict_GetItemWithError(state, name); };
-  PyObject *buffers = get(names.buffers), *input = get(names.input_qparams), *output = get(names.output_qparams);
-  LayerNumbers& numbers = out->numbers;
-  int32_t activation;
-  if (!buffers || !input || !output || !read(get(names.activation), is_activation, &activation)) return false;
+  PyObject *buffers = PyDict_GetItemWithError(state, names.buffers), *pair = input_qparams(state);
+  if (!buffers || !pair) return false;
   out->packed = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
-  numbers.activation = static_cast<Activation>(activation);
-  numbers.per_token = input == Py_None;
-  if (!out->packed || numbers.per_token) return static_cast<bool>(out->packed);
-  out->takes_codes = get(names.takes_codes) == Py_True;
-  if (out->takes_codes && !(out->y_dtype = find(get(names.dtype)))) return false;
-  if (output != Py_None) out->y_dtype = kU8;
-  return read(input, &numbers.x) && (output == Py_None || read(output, &numbers.y));
-}
-
-bool is_empty(PyObject* hooks) { return PyDict_Check(hooks) ? PyDict_GET_SIZE(hooks) == 0 : falsy(Py_NewRef(hooks)); }
-
-// The state of a module whose call is nothing but cls.forward(), else null: its type is cls, there is no hook on it or
-// on all modules, it has no forward() of its own, and it is not compiled. nn.Module.__call__ checks the same, in 0.7
-// us, ten times as long.
-PyObject* plain_state(PyObject* module, PyObject* cls) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
-  PyObject* state = PyObject_GenericGetDict(module, nullptr);
-  if (!state) return PyErr_Clear(), nullptr;
-  Py_DECREF(state);  // the module keeps it alive
-  for (PyObject* name : nn_module.own_hooks) {
-    PyObject* hooks = PyDict_GetItemWithError(state, name);
-    if (!hooks || !is_empty(hooks)) return nullptr;
-  }
-  for (PyObject* name : nn_module.replacements) {
-    PyObject* replacement = PyDict_GetItemWithError(state, name);
-    if (replacement && replacement != Py_None) return nullptr;
-  }
-  for (PyObject* hooks : nn_module.global_hooks)
-    if (!is_empty(hooks)) return nullptr;
-  return state;
+  out->numbers.per_token = pair == Py_None;
+  return out->packed && (out->numbers.per_token || read(pair, &out->numbers.x));
 }
 
 PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -335,6 +295,41 @@ PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// Whether these modules, which the layer computes or skips, have no hooks, and no Dropout among them is in training.
+bool are_plain(PyObject* modules) {
+  if (!PyTuple_Check(modules)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(modules); ++i) {
+    PyObject* module = PyTuple_GET_ITEM(modules, i);
+    PyObject* state = plain_state(module, reinterpret_cast<PyObject*>(Py_TYPE(module)));
+    if (!state) return false;
+    if (PyDict_GetItemWithError(state, names.p) && PyDict_GetItemWithError(state, names.training) != Py_False)
+      return false;
+  }
+  return true;
+}
+
+PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    PyObject* state = count == 7 ? plain_state(args[0], args[1]) : nullptr;
+    if (!state) Py_RETURN_NOTIMPLEMENTED;
+    PyObject *x = args[2], *codes_of = args[3], *reader = args[6];
+    Layer layer;
+    LayerNumbers& numbers = layer.numbers;
+    int32_t activation;
+    if (!read(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5]))
+      return or_not_implemented({});
+    numbers.activation = static_cast<Activation>(activation);
+    if (codes_of != Py_None && (numbers.per_token || !(layer.codes_of = find(codes_of)) || layer.codes_of == kU8))
+      return or_not_implemented({});
+    if (reader != Py_None) {
+      PyObject* of_reader = plain_state(reader, args[1]);
+      layer.gives_codes = of_reader && !numbers.per_token && read(input_qparams(of_reader), &numbers.y);
+      if (!layer.gives_codes) return or_not_implemented({});
+    }
+    return or_not_implemented(multiply(x, layer));
+  });
+}
+
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
@@ -343,9 +338,10 @@ PyMethodDef methods[] = {
     {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
      "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
      "nn.Module.__call__ and the op will do."},
+    {"call_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fused)), METH_FASTCALL,
+     "call_fused(module, cls, x, codes_of, activation, between, reader): the same with an activation, and with codes; "
+     "NotImplemented as well if any of the modules must be called by itself."},
     {nullptr, nullptr, 0, nullptr}};
-
-PyObject* forever(py::object object) { return object.release().ptr(); }
 
 Asked asked(const py::object& of_tensor) {
   Asked out{forever(of_tensor), nullptr, nullptr, nullptr};
@@ -359,21 +355,11 @@ Asked asked(const py::object& of_tensor) {
   return out;
 }
 
-PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
-
 }  // namespace
 
 void add_direct_calls(py::module_& module) {
-  const char* hooks[] = {"_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"};
-  const py::module_ nn = py::module_::import("torch.nn.modules.module");
-  for (int i = 0; i < 4; ++i) {
-    nn_module.own_hooks[i] = name(hooks[i]);
-    nn_module.global_hooks[i] = forever(nn.attr((std::string("_global") + hooks[i]).c_str()));
-  }
-  nn_module.replacements[0] = name("_compiled_call_impl");
-  nn_module.replacements[1] = name("forward");
-  names = {name("_buffers"),   name("packed"),      name("input_qparams"), name("output_qparams"),
-           name("activation"), name("takes_codes"), name("dtype")};
+  watch_nn_module();
+  names = {name("_buffers"), name("packed"), name("input_qparams"), name("training"), name("p")};
   PyModule_AddFunctions(module.ptr(), methods);
   const py::module_ torch = py::module_::import("torch");
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");

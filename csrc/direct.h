@@ -4,7 +4,7 @@
 
 namespace torchq {
 
-// Adds call_linear and is_plain to torchq._C; direct.cpp says what they are.
+// Adds call_linear, call_fused and is_plain to torchq._C; direct.cpp says what they are.
 void add_direct_calls(pybind11::module_& module);
 
 }  // namespace torchq

@@ -9,22 +9,26 @@ from torch import nn
 
 from helpers.compare import assert_identical
 from torchq import QuantizedLinear, simulate
-from torchq.modules.folded import Folded
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.qat_linear import QATLinear
 from torchq.numerics.qparams import QParams
+from torchq.ops import Activation
 
 pytestmark = pytest.mark.usefixtures("seeded")
 LAYERS = {
     "dynamic": lambda: QuantizedLinear.from_float(nn.Linear(16, 4)),
     "static": lambda: QuantizedLinear.from_float(nn.Linear(16, 4), input_qparams=QParams(0.05, 128)),
     "prepared": lambda: QATLinear(16, 4),
-    "folded": Folded,
+    "sequential": lambda: Int8Sequential(
+        QuantizedLinear.from_float(nn.Linear(16, 4), fold=Fold(Activation.RELU)), nn.ReLU()
+    ),
 }
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_the_argument_is_called_input(make):
-    """As nn.Linear's and nn.Identity's; with hooks and inside simulate() too."""
+    """As nn.Linear's and nn.Sequential's; with hooks and inside simulate() too."""
     layer, x = make(), torch.randn(3, 16)
     expected = layer(x)
     assert_identical(layer(input=x), expected)

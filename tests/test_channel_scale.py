@@ -14,6 +14,8 @@ from helpers import reference
 from helpers.compare import assert_identical
 from helpers.numbers import normal, random_float, random_weight
 from torchq import QuantizedLinear, ops, simulate
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams
 
@@ -113,11 +115,21 @@ def test_codes_are_refused():
         ops.linear_static(codes, PACKED, 1.0, 0, torch.float32)
     with pytest.raises(RuntimeError, match="^torchq::gemm: " + message.format("int8")):
         ops.gemm(codes.char(), PACKED)
-    with pytest.raises(ValueError, match=r"^QuantizedLinear: .* takes_codes"):
-        QuantizedLinear(WEIGHT, torch.ones(3), channel_scale=ONES, takes_codes=True, input_qparams=QParams(0.1, 0))
     layer = QuantizedLinear(WEIGHT, torch.ones(3), channel_scale=ONES, input_qparams=QParams(0.1, 0))
     with pytest.raises(TypeError, match="uint8"):
         layer(codes)
+
+
+def test_it_is_handed_floats():
+    """A layer that multiplies its input by a channel_scale takes no codes from the layer before."""
+    static = {"input_qparams": QParams(0.05, 128)}
+    first = QuantizedLinear(torch.eye(5, dtype=torch.int8), torch.ones(5), fold=Fold(codes=True), **static)
+    plain, scaled = (QuantizedLinear(WEIGHT, torch.ones(3), channel_scale=c, **static) for c in (None, ONES))
+    assert (plain.takes_codes, scaled.takes_codes) == (True, False)
+    assert Int8Sequential(first, plain)._steps()[0].reader is plain
+    model, x = Int8Sequential(first, scaled), torch.linspace(-2, 2, 5)
+    assert model._steps()[0].reader is None
+    assert torch.equal(model(x), scaled(first(x)))
 
 
 # ---- the layer ----

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq import _C, QuantizedLinear, ops
-from torchq.modules.folded import Folded
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.numerics.qparams import QParams
 
 op_dynamic = torch.ops.torchq.linear_dynamic.default
@@ -35,12 +36,21 @@ def direct(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return _C.call_linear(layer, QuantizedLinear, x)
 
 
+def fused(layer, x, codes_of=None, activation=0, between=(), reader=None) -> Tensor:
+    return _C.call_fused(layer, QuantizedLinear, x, codes_of, activation, between, reader)
+
+
+def reader_in(*pair) -> QuantizedLinear:
+    return QuantizedLinear.from_float(nn.Linear(9, 5), input_qparams=QParams(*pair))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [0, 1, 4])
 def test_dynamic_is_the_op(layer, shape, dtype, activation):
-    x, layer.activation = torch.randn(shape).to(dtype), activation
-    assert same(direct(layer, x), op_dynamic(x, layer.packed, activation))
+    x = torch.randn(shape).to(dtype)
+    assert same(fused(layer, x, activation=activation), op_dynamic(x, layer.packed, activation))
+    assert same(direct(layer, x), op_dynamic(x, layer.packed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,16 +58,16 @@ def test_dynamic_is_the_op(layer, shape, dtype, activation):
 @pytest.mark.parametrize("y_dtype", [*DTYPES, torch.uint8])
 def test_static_is_the_op(layer, shape, x_dtype, y_dtype):
     x = (torch.rand(shape) * 200).to(x_dtype)
-    layer.input_qparams, layer.activation, layer.takes_codes = QParams(0.02, 7), 1, True
-    if y_dtype == torch.uint8:
-        layer.output_qparams = QParams(0.5, 120)
-    else:
-        layer.dtype = y_dtype
-    assert same(direct(layer, x), op_static(x, layer.packed, 0.02, 7, y_dtype, 0.5, 120, 1))
+    layer.input_qparams = QParams(0.02, 7)
+    gives_codes, takes_codes = y_dtype == torch.uint8, x_dtype == torch.uint8
+    codes_of = y_dtype if takes_codes and not gives_codes else torch.float16 if takes_codes else None
+    y = fused(layer, x, codes_of, 1, (), reader_in(0.5, 120) if gives_codes else None)
+    expected = y_dtype if gives_codes or takes_codes else x_dtype
+    assert same(y, op_static(x, layer.packed, 0.02, 7, expected, 0.5, 120, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_layer_that_takes_no_codes_answers_in_the_dtype_of_x(layer, dtype):
+def test_a_call_answers_in_the_dtype_of_x(layer, dtype):
     x, layer.input_qparams = torch.randn(2, 20).to(dtype), QParams(0.02, 7)
     assert same(direct(layer, x), op_static(x, layer.packed, 0.02, 7, dtype))
 
@@ -99,44 +109,78 @@ def test_what_needs_the_op_is_left_to_it(layer, case):
 
 BAD = {
     "packed": [torch.zeros(8, dtype=torch.uint8), torch.zeros(99), None, "x"],
-    "activation": [-1, 5, None, 1 << 70, 1.0],
     "input_qparams": [QParams(s, 3) for s in (0.0, -1.0, float("nan"), float("inf"), 1)]
     + [QParams(0.5, z) for z in (-1, 256, 1.0)]
     + [(0.5,), 0.5],
-    "output_qparams": [QParams(0.0, 3), QParams(float("nan"), 3), QParams(0.5, 256), (0.5,)],
-    "dtype": [torch.int8, None],
 }
 
 
 @pytest.mark.parametrize("attribute", BAD)
 def test_attributes_that_make_no_sense(layer, attribute):
     x = torch.randn(2, 20)
-    layer.input_qparams, layer.takes_codes = QParams(0.5, 3), True
+    layer.input_qparams = QParams(0.5, 3)
     assert direct(layer, x) is not NotImplemented
     for value in BAD[attribute]:
         (layer._buffers if attribute == "packed" else layer.__dict__)[attribute] = value
         assert direct(layer, x) is NotImplemented, value
+        assert fused(layer, x) is NotImplemented, value
+
+
+def test_what_a_fused_call_is_not_given(layer):
+    x, codes = torch.randn(2, 20), torch.zeros(2, 20, dtype=torch.uint8)
+    layer.input_qparams = QParams(0.5, 3)
+    assert fused(layer, x) is not NotImplemented
+    for activation in (-1, 5, None, 1 << 70, 1.0):
+        assert fused(layer, x, activation=activation) is NotImplemented, activation
+    assert fused(layer, codes, torch.float32) is not NotImplemented
+    for x_, codes_of in ((codes, None), (codes, torch.int8), (codes, torch.uint8), (codes, "x"), (x, torch.float32)):
+        assert fused(layer, x_, codes_of) is NotImplemented, codes_of
+    for pair in ((0.0, 3), (float("nan"), 3), (0.5, 256)):
+        reader = reader_in(0.5, 3)
+        reader.input_qparams = pair
+        assert fused(layer, x, reader=reader) is NotImplemented, pair
+    for reader in (QuantizedLinear.from_float(nn.Linear(9, 5)), nn.Linear(9, 5), layer.packed, 1):
+        assert fused(layer, x, reader=reader) is NotImplemented
+    layer.input_qparams = None
+    assert fused(layer, x, reader=reader_in(0.5, 3)) is NotImplemented  # a dynamic layer has no kernel for it
+    assert fused(layer, codes, torch.float32) is NotImplemented
+
+
+def test_what_lies_between_must_be_plain(layer):
+    x, relu, dropout = torch.randn(2, 20), nn.ReLU(), nn.Dropout(0.5).eval()
+    between = (relu, dropout)
+    assert fused(layer, x, activation=1, between=between) is not NotImplemented
+    for module, kind in ((relu, "forward_pre_hook"), (dropout, "forward_hook"), (relu, "full_backward_hook")):
+        handle = getattr(module, f"register_{kind}")(lambda *_: None)
+        assert fused(layer, x, activation=1, between=between) is NotImplemented
+        handle.remove()
+    assert fused(layer, x, activation=1, between=between) is not NotImplemented
+    dropout.train()
+    assert fused(layer, x, activation=1, between=between) is NotImplemented
+    assert fused(layer, x, between=[relu]) is NotImplemented
+    assert fused(layer, x, between=(1,)) is NotImplemented
 
 
 def test_arguments_that_make_no_sense(layer):
     assert _C.call_linear() is NotImplemented
+    assert _C.call_fused() is NotImplemented
+    assert _C.call_fused(layer, QuantizedLinear, torch.ones(2, 20)) is NotImplemented
     assert _C.call_linear(object(), object, torch.ones(2, 20)) is NotImplemented
     assert _C.call_linear(nn.Linear(20, 9), nn.Linear, torch.ones(2, 20)) is NotImplemented
     assert not _C.is_plain(object(), object)
 
 
 def test_codes_only_where_they_are_expected(layer):
-    codes = torch.zeros(2, 20, dtype=torch.uint8)
-    layer.input_qparams, layer.output_qparams = QParams(0.5, 3), QParams(0.5, 3)
+    codes, layer.input_qparams = torch.zeros(2, 20, dtype=torch.uint8), QParams(0.5, 3)
     assert direct(layer, codes) is NotImplemented
-    layer.takes_codes = True
-    assert direct(layer, codes).dtype == torch.uint8
+    assert fused(layer, codes, torch.float16).dtype == torch.float16
+    assert fused(layer, codes, torch.float16, reader=reader_in(0.5, 3)).dtype == torch.uint8
 
 
 def test_the_op_says_what_is_wrong(layer):
     with pytest.raises(RuntimeError, match="packed for 20 input features, but x has 21"):
         layer(torch.randn(2, 21))
-    static = QuantizedLinear.from_float(nn.Linear(20, 9), input_qparams=QParams(0.1, 3), output_qparams=QParams(0.1, 0))
+    static = QuantizedLinear.from_float(nn.Linear(20, 9), input_qparams=QParams(0.1, 3))
     with pytest.raises(TypeError, match="got uint8"):
         static(torch.zeros(2, 20, dtype=torch.uint8))
 
@@ -219,7 +263,11 @@ def test_inference_mode(layer):
 HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
 
 
-@pytest.mark.parametrize("make", [lambda: QuantizedLinear.from_float(nn.Linear(20, 9)), Folded])
+def sequential() -> Int8Sequential:
+    return Int8Sequential(QuantizedLinear.from_float(nn.Linear(20, 9), fold=Fold(1)), nn.ReLU())
+
+
+@pytest.mark.parametrize("make", [lambda: QuantizedLinear.from_float(nn.Linear(20, 9)), sequential])
 @pytest.mark.parametrize("where", ["own", "global"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_run(make, where, kind):
@@ -234,7 +282,8 @@ def test_hooks_run(make, where, kind):
         module(torch.randn(2, 20))
     finally:
         handle.remove()
-    assert len(calls) == ("backward" not in kind)
+    modules = len(list(module.modules())) if where == "global" else 1
+    assert len(calls) == (modules if "backward" not in kind else 0)
     assert _C.is_plain(module, cls)
 
 

@@ -88,7 +88,7 @@ def test_the_counts_of_codes_are_taken_before_the_clipping():
     )
     values = first(x).relu()
     scale, zero_point = qmodel[2].input_qparams
-    assert qmodel[2].takes_codes
+    assert qmodel[0].fold.codes
     assert zero_point == 0
     assert (values == 0).float().mean() > 0.3
     assert (layer.below, layer.above, layer.values) == (0, int((values.double() > 256 * scale).sum()), values.numel())

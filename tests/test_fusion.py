@@ -1,15 +1,18 @@
 """Fusion: Linear, ReLU, Linear in an nn.Sequential pass u8 codes, exactly, unless something else may read them."""
 
+import dataclasses
 from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.compare import assert_close_to_float
 from helpers.models import DATA, X, layers_of
-from torchq import QConfig, QuantizedLinear, convert, dequantize, ops, quantize, simulate
-from torchq.modules.folded import Folded
+from torchq import QConfig, QuantizedLinear, apply_plan, convert, dequantize, ops, quantize, simulate
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, fake_quantize
 from torchq.ops import Activation
@@ -31,13 +34,28 @@ def chain(kinds, width=24):
     return nn.Sequential(*[makers[kind]() for kind in kinds]).eval()
 
 
+class Flow(TorchDispatchMode):
+    """The input, output dtype and activation of each int8 product, in the order they run; and how many relus ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.tensors, self.relus = [], [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if "torchq::linear" in func.name():
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self.seen.append((args[0].dtype, y.dtype, given.get("activation", 0)))
+            self.tensors.append((args[0], y))
+        self.relus += "aten::relu" in func.name()
+        return y
+
+
 def flow(qmodel, x):
-    """The input and output dtypes of each QuantizedLinear, in the order they run."""
-    seen = []
-    for layer in layers_of(qmodel):
-        layer.register_forward_hook(lambda _, args, y: seen.append((args[0].dtype, y.dtype)))
-    qmodel(x)
-    return seen
+    """The input and output dtypes of each int8 product, in the order they run."""
+    with Flow() as mode:
+        qmodel(x)
+    return [(x_dtype, y_dtype) for x_dtype, y_dtype, _ in mode.seen]
 
 
 def oracle(model, plan, x):
@@ -63,7 +81,12 @@ def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
     assert torch.equal(qmodel(x), oracle(model, qmodel.torchq_plan, x))
     inner = [torch.uint8] * (kinds.count("l") - 1)
     assert flow(qmodel, x) == list(zip([dtype, *inner], [*inner, dtype], strict=True))
-    assert {type(module) for module in qmodel} <= {QuantizedLinear, Folded}
+    with Flow() as mode:
+        qmodel(x)
+    assert mode.relus == 0
+    assert [type(module) for module in qmodel if type(module) is not QuantizedLinear] == [
+        type(module) for module in model if type(module) is not nn.Linear
+    ]
 
 
 def test_the_plan_and_repr_tell_what_is_fused():
@@ -71,10 +94,9 @@ def test_the_plan_and_repr_tell_what_is_fused():
     first, last = qmodel.torchq_plan.layers.values()
     assert (first.activation, first.skipped, first.feeds) == ("2", ("1", "3"), "4")
     assert (last.activation, last.skipped, last.feeds) == ("5", (), None)
-    assert (qmodel[0].output_qparams, qmodel[4].output_qparams) == (last.input_qparams, None)
-    assert (qmodel[0].takes_codes, qmodel[4].takes_codes) == (False, True)
-    assert "activation=relu, out=uint8)" in repr(qmodel[0])
-    assert repr(qmodel[4]).endswith("activation=relu)")
+    assert (qmodel[0].fold, qmodel[4].fold) == (Fold(Activation.RELU, codes=True), Fold(Activation.RELU))
+    assert "fuses=relu, passes=uint8)" in repr(qmodel[0])
+    assert repr(qmodel[4]).endswith("fuses=relu)")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +121,7 @@ def test_a_float_neighbour_gets_floats(excluded, activation):
     model = chain("lrl")
     qmodel = convert(model, DATA, config=QConfig(activation="static", exclude=(excluded,)))
     (layer,) = layers_of(qmodel)
-    assert (layer.activation, layer.output_qparams, layer.takes_codes) == (activation, None, False)
+    assert layer.fold == Fold(activation)
     assert type(qmodel.get_submodule(excluded)) is nn.Linear
     assert_close_to_float(model, qmodel)
 
@@ -112,12 +134,12 @@ def test_a_chain_agrees_with_its_simulation(kinds):
     """
     qmodel = convert(chain(kinds), DATA, config=STATIC)
     first, last = layers_of(qmodel)
-    handed = []
-    first.register_forward_hook(lambda _, args, y: handed.append(y))
-    actual = qmodel(X)
+    with Flow() as mode:
+        actual = qmodel(X)
+    codes = mode.tensors[0][1]
     with simulate():
         expected = qmodel(X)
-    codes, values = handed
+        values = first.fused(X, first.fold.activation, last.input_qparams)
     assert (codes.dtype, values.dtype) == (torch.uint8, torch.float32)
     apart = (codes.int() - quantize(values, *last.input_qparams, dtype=torch.uint8).int()).abs()
     assert apart.max() <= 1
@@ -128,7 +150,45 @@ def test_a_chain_agrees_with_its_simulation(kinds):
     assert ((actual - expected).abs() <= last.input_qparams.scale * apart.float() @ weight.T + rounding).all()
 
 
-# ---- what is not fused ----
+def test_it_can_be_switched_off():
+    model = chain("lrdl")
+    qmodel = convert(model, DATA, config=QConfig(activation="static", fuse=False))
+    assert type(qmodel) is nn.Sequential
+    assert [(p.activation, p.skipped, p.feeds) for p in qmodel.torchq_plan.layers.values()] == [(None, (), None)] * 2
+    assert {layer.fold for layer in layers_of(qmodel)} == {Fold()}
+    assert set(flow(qmodel, X)) == {(torch.float32, torch.float32)}
+    fused = convert(model, DATA, config=STATIC)
+    assert type(fused) is Int8Sequential
+    assert torch.equal(qmodel(X), fused(X))
+
+
+def test_without_data_too():
+    model = chain("lrl")
+    qmodel = convert(model)
+    assert [layer.fold.activation for layer in layers_of(qmodel)] == [Activation.RELU, Activation.NONE]
+    assert type(qmodel[1]) is nn.ReLU
+    with Flow() as mode:
+        qmodel(X)
+    assert ([activation for _, _, activation in mode.seen], mode.relus) == ([1, 0], 0)
+    assert_close_to_float(model, qmodel)
+
+
+def test_an_edited_plan_is_followed():
+    """A fold taken out of the plan is not run, and one that is not there is an error."""
+    model = chain("lrl")
+    plan = convert(model, DATA, config=STATIC).torchq_plan
+    for edit, expected in (
+        ({"activation": None, "feeds": None}, [(torch.float32, torch.float32)] * 2),
+        ({"feeds": None}, [(torch.float32, torch.float32)] * 2),
+        ({}, [(torch.float32, torch.uint8), (torch.uint8, torch.float32)]),
+    ):
+        layers = {**plan.layers, "0": dataclasses.replace(plan.layers["0"], **edit)}
+        edited = apply_plan(model, dataclasses.replace(plan, layers=layers))
+        assert flow(edited, X) == expected
+        assert_close_to_float(model, edited)
+
+
+# ---- what others see ----
 
 
 class Around(nn.Module):
@@ -182,7 +242,7 @@ def with_an_alias():
     return model
 
 
-NOT_FUSED = {
+SEEN = {
     "hook on the ReLU": lambda: with_hook(1),
     "hook on the Dropout": lambda: with_hook(2),
     "children called one by one": lambda: around(lambda m, x, rare: m.seq[2](m.seq[1](m.seq[0](x)))),
@@ -199,16 +259,15 @@ NOT_FUSED = {
 
 
 @pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
-@pytest.mark.parametrize("case", NOT_FUSED)
-def test_nothing_is_fused_that_others_see(case, config):
-    model = NOT_FUSED[case]().eval()
+@pytest.mark.parametrize("case", SEEN)
+def test_what_others_see_is_right(case, config):
+    model = SEEN[case]().eval()
     qmodel = convert(model, DATA, config=config)
     assert_close_to_float(model, qmodel)
 
 
 @pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
-def test_nothing_is_fused_that_has_another_name(config):
-    """If the model has the module under a second name, the calls seen do not prove that nothing else runs it."""
+def test_a_layer_under_another_name_gives_floats_there(config):
     model = with_an_alias()
     qmodel = convert(model, DATA, config=config)
     assert_close_to_float(model, qmodel)
@@ -216,19 +275,10 @@ def test_nothing_is_fused_that_has_another_name(config):
 
 
 @pytest.mark.parametrize("config", [AUTO, DYNAMIC], ids=lambda config: config.activation)
-def test_nothing_is_fused_that_the_data_never_ran(config):
-    """0 calls of the layer in 0 calls of its Sequential prove nothing."""
+def test_a_way_that_the_data_never_took(config):
     model = around(lambda m, x, rare: m.seq[0](x) if rare else m.other(x), other=nn.Linear(24, 24))
     qmodel = convert(model, DATA, config=config)
     assert_close_to_float(model, qmodel, rare=True)
-
-
-def test_nothing_is_fused_without_data():
-    model = chain("lrl")
-    qmodel = convert(model)
-    assert [layer.activation for layer in layers_of(qmodel)] == [Activation.NONE] * 2
-    assert type(qmodel[1]) is nn.ReLU
-    assert_close_to_float(model, qmodel)
 
 
 @pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)

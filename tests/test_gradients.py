@@ -100,9 +100,9 @@ def test_the_values_are_those_of_inference(generator, mode, scheme, activation, 
 
 def test_a_producer_gives_the_values_of_its_codes(generator):
     producer = build("chain", generator)[0]
-    x = inputs(generator, 9, K)
-    y = producer(x.clone().requires_grad_()).detach()
-    assert_identical(y, torchq.dequantize(producer(x), *BETWEEN))
+    x, folded = inputs(generator, 9, K), (producer.fold.activation, BETWEEN)
+    y = producer.fused(x.clone().requires_grad_(), *folded).detach()
+    assert_identical(y, torchq.dequantize(producer.fused(x, *folded), *BETWEEN))
 
 
 def test_every_code_survives_the_float_chain():
@@ -112,10 +112,10 @@ def test_every_code_survives_the_float_chain():
     for scale in (1.2e-38, 1e-9, 0.1, 1 / 3, 0.0235294122248888, 1.0, 7e5, 1e30):
         for zero_point in (0, 1, 77, 128, 255):
             pair = QParams(scale, zero_point)
-            consumer = QuantizedLinear(one, torch.ones(1), input_qparams=pair, takes_codes=True)
+            consumer = QuantizedLinear(one, torch.ones(1), input_qparams=pair)
             values = torchq.dequantize(codes, *consumer.input_qparams)
             with torch.no_grad():
-                expected = consumer(codes)
+                expected = consumer.fused(codes, codes_of=torch.float32)
             assert_identical(consumer(values.requires_grad_()).detach(), expected, str(pair))
 
 
@@ -125,7 +125,7 @@ def test_inference_makes_no_graph(generator, scheme):
     x = inputs(generator, 9, K)
     assert model(x).grad_fn is None
     if scheme == "chain":
-        assert model[0](x).dtype == torch.uint8
+        assert model[0].fused(x, Activation.SILU, BETWEEN).dtype == torch.uint8
     wants = x.clone().requires_grad_()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -133,7 +133,7 @@ def test_inference_makes_no_graph(generator, scheme):
             assert not y.requires_grad
             assert y.grad_fn is None
             if scheme == "chain":
-                assert model[0](wants).dtype == torch.uint8
+                assert model[0].fused(wants, Activation.SILU, BETWEEN).dtype == torch.uint8
 
 
 def test_weights_get_none(generator):

@@ -20,6 +20,7 @@ from helpers.gradients import (
     inputs,
 )
 from torchq import QuantizedLinear
+from torchq.modules.int8_sequential import Int8Sequential
 
 pytestmark = [  # torch.func and torch.compile use parts of torch that torch itself has deprecated
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
@@ -69,7 +70,7 @@ def test_residual_blocks_and_saliency(activation):
     qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation=activation), progress=False)
     assert sum(isinstance(m, QuantizedLinear) for m in qmodel.modules()) == 7
     if activation == "static":
-        assert any(m.takes_codes for m in qmodel.modules() if isinstance(m, QuantizedLinear))
+        assert any(m.fold.codes for m in qmodel.modules() if isinstance(m, QuantizedLinear))
     dy = torch.randn(256, 8)
     assert error(input_gradient(qmodel, x, dy), input_gradient(model, x, dy)) < 0.1
 
@@ -194,7 +195,7 @@ def test_inductor(generator):
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_are_for_inference(generator, strict):
     """Behind a float layer with parameters, too, they hold the ops and codes, as without gradients."""
-    model = nn.Sequential(nn.Linear(K, K), *build("chain", generator))
+    model = Int8Sequential(nn.Linear(K, K), *build("chain", generator))
     x = inputs(generator, 9, K)
     exported = torch.export.export(model, (x,), strict=strict)
     static = [node for node in exported.graph.nodes if node.target == torch.ops.torchq.linear_static.default]

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical, bound
+from helpers.models import ACTIVATIONS
 from helpers.numbers import random_float, random_weight
 from torchq import QuantizedLinear, choose_qparams, ops, quantize, simulate
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 N, K = 33, 50
 INPUT, OUTPUT = QParams(0.046875, 100), QParams(0.03125, 37)  # float32 has these scales exactly
-ATTRIBUTES = ["in_features", "out_features", "has_bias", "input_qparams", "output_qparams", "activation", "dtype"]
-ATTRIBUTES += ["takes_codes", "training"]
+ATTRIBUTES = ["in_features", "out_features", "has_bias", "input_qparams", "fold", "dtype", "training"]
 VARIANTS = {
     "dynamic": {},
     "static": {"input_qparams": INPUT},
-    "codes out": {"input_qparams": INPUT, "output_qparams": OUTPUT, "activation": Activation.RELU},
+    "folding": {"input_qparams": INPUT, "fold": Fold(Activation.RELU, codes=True)},
 }
 variants = pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
 
@@ -71,12 +73,11 @@ def test_from_float_quantizes_the_weight(generator, dtype, per_channel, bias):
 
 def test_what_from_float_was_given_can_be_read_back(generator):
     source = linear(N, K, generator)
-    layer = QuantizedLinear.from_float(source, **VARIANTS["codes out"])
+    layer = QuantizedLinear.from_float(source, **VARIANTS["folding"])
     assert (layer.in_features, layer.out_features, layer.has_bias) == (K, N, True)
-    assert (layer.input_qparams, layer.output_qparams, layer.activation) == (INPUT, OUTPUT, Activation.RELU)
+    assert (layer.input_qparams, layer.fold) == (INPUT, Fold(Activation.RELU, codes=True))
     assert (layer.weight_int8.dtype, layer.weight_scale.dtype) == (torch.int8, torch.float32)
     assert (layer.weight_int8.shape, layer.weight_scale.shape, layer.bias.shape) == ((N, K), (N,), (N,))
-    assert layer.takes_codes is False
     assert [tuple(parameter.shape) for parameter in layer.parameters()] == [(N, K), (N,)]
     weight = source.weight.detach().clone()
     layer.weight_int8.zero_()  # a new tensor at each access
@@ -104,7 +105,7 @@ def test_the_error_on_normal_data_is_below_one_percent(generator, scheme):
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
 def test_simulated_equals_int8_but_for_float32_sums(kernel, generator, scheme, dtype, relu):
     activation = Activation.RELU if relu else Activation.NONE
-    layer = layer_of(generator, **VARIANTS[scheme], activation=activation)
+    layer = Int8Sequential(layer_of(generator, **VARIANTS[scheme], fold=Fold(activation)), ACTIVATIONS[activation]())
     x = random_float(40, K, generator=generator).to(dtype)
     y = layer(x)
     with simulate():
@@ -113,18 +114,17 @@ def test_simulated_equals_int8_but_for_float32_sums(kernel, generator, scheme, d
     # Rounding to 16 bits moves each of the two by at most half a unit in the last place: eps/2 of its power of two.
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps * torch.maximum(y.abs(), simulated.abs())
     apart = (y.double() - simulated.double()).abs()
-    assert (apart <= bound(layer, x) + rounding).all()
+    assert (apart <= bound(layer[0], x) + rounding).all()
     assert (y != 0).any()
 
 
 def test_simulated_codes_are_at_most_one_code_apart(kernel, generator):
     """They differ only where float32 rounding crosses a tie, which is rare."""
-    layer = layer_of(generator, **VARIANTS["codes out"])
+    layer = layer_of(generator, **VARIANTS["folding"])
     x = random_float(500, K, generator=generator)
-    scale, zero_point = OUTPUT
     with simulate():
-        simulated = quantize(layer(x), scale, zero_point, dtype=torch.uint8).int()
-    apart = (layer(x).int() - simulated).abs()
+        simulated = quantize(layer(x).relu(), *OUTPUT, dtype=torch.uint8).int()
+    apart = (layer.fused(x, Activation.RELU, OUTPUT).int() - simulated).abs()
     assert apart.max() <= 1
     assert apart.float().mean() < 1e-3
     assert simulated.unique().numel() > 100
@@ -132,14 +132,14 @@ def test_simulated_codes_are_at_most_one_code_apart(kernel, generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_chain_passes_codes_and_ends_in_the_dtype_of_the_model(generator, dtype):
-    """It equals the two ops in turn. .half() and .bfloat16() also apply to the second layer, which only sees codes."""
-    first = layer_of(generator, **VARIANTS["codes out"])
-    second = QuantizedLinear(*random_weight(7, N, generator), input_qparams=OUTPUT, takes_codes=True)
-    chain = nn.Sequential(first, second).to(dtype)
+    """It equals the two ops in turn. A call of the first layer by itself gives floats, before the activation."""
+    first = layer_of(generator, **VARIANTS["folding"])
+    second = QuantizedLinear(*random_weight(7, N, generator), input_qparams=OUTPUT)
+    chain = Int8Sequential(first, nn.ReLU(), second).to(dtype)
     x = random_float(3, 4, K, generator=generator).to(dtype)
     codes = ops.linear_static(x, first.packed, *INPUT, torch.uint8, *OUTPUT, activation=Activation.RELU)
     y = chain(x)
-    assert_identical(first(x), codes)
+    assert_identical(first(x), ops.linear_static(x, first.packed, *INPUT, dtype))
     assert_identical(y, ops.linear_static(codes, second.packed, *OUTPUT, dtype))
     assert second.dtype == y.dtype == dtype
     with simulate():
@@ -165,16 +165,12 @@ def test_simulate_nests_and_ends_after_an_exception(generator):
     assert_identical(layer(x), y, "after an exception")
 
 
-def test_simulate_takes_codes_as_int8_does(generator):
-    """Given u8 codes, it multiplies the values they stand for. A layer that takes no codes refuses them either way."""
+def test_codes_are_refused_simulated_or_not(generator):
     layer = layer_of(generator, input_qparams=INPUT)
     codes = torch.randint(0, 256, (5, K), dtype=torch.uint8, generator=generator)
     for mode in (contextlib.nullcontext, simulate):
         with mode(), pytest.raises(TypeError, match="got uint8"):
             layer(codes)
-    layer.takes_codes = True
-    with simulate():
-        assert_identical(layer(codes), layer((codes.float() - INPUT.zero_point) * INPUT.scale))
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
@@ -225,7 +221,7 @@ def test_state_dict_holds_canonical_tensors(generator, bias, kwargs):
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 def test_state_does_not_depend_on_the_default_dtype(generator, default):
-    layer = layer_of(generator, **VARIANTS["codes out"])
+    layer = layer_of(generator, **VARIANTS["folding"])
     expected = layer.state_dict()
     torch.set_default_dtype(default)
     try:
@@ -331,7 +327,7 @@ def saved(value):
 @variants
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_are_equal_and_independent(generator, duplicate, kwargs):
-    layer, x = layer_of(generator, takes_codes=True, **kwargs).eval(), random_float(4, K, generator=generator)
+    layer, x = layer_of(generator, **kwargs).eval(), random_float(4, K, generator=generator)
     twin = duplicate(layer)
     assert_same_layer(twin, layer, x)
     y = layer(x)
@@ -378,7 +374,7 @@ def test_repr_shows_scheme_and_kernel(kernel, generator):
     assert repr(layer_of(generator)) == (
         f"QuantizedLinear(in_features=50, out_features=33, bias=True, scheme=dynamic, kernel={kernel})"
     )
-    assert repr(layer_of(generator, bias=False, **VARIANTS["codes out"])) == (
+    assert repr(layer_of(generator, bias=False, **VARIANTS["folding"])) == (
         "QuantizedLinear(in_features=50, out_features=33, bias=False, scheme=static, "
-        f"kernel={kernel}, activation=relu, out=uint8)"
+        f"kernel={kernel}, fuses=relu, passes=uint8)"
     )

@@ -92,7 +92,8 @@ def test_forced_schemes_are_honoured_whatever_they_cost(data):
 
 
 def test_without_data_every_layer_is_dynamic():
-    assert planned(mlp()) == dict.fromkeys(["0", "2"], LayerPlan("int8 dynamic", "no calibration data"))
+    dynamic = LayerPlan("int8 dynamic", "no calibration data")
+    assert planned(mlp()) == {"0": dataclasses.replace(dynamic, activation="1"), "2": dynamic}
 
 
 @pytest.mark.parametrize(("data", "scheme"), [(even(), "minmax"), (spiky(), "dynamic")], ids=["even", "spiky"])

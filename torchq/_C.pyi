@@ -1,6 +1,6 @@
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, dtype, nn
 
 MAX_DEPTH: int
 
@@ -25,5 +25,15 @@ def set_kernel_of_context(function: Callable[[], str | None]) -> None: ...
 def ask_for_kernel(yes: bool) -> None: ...
 def last_used() -> str | None: ...
 def call_linear(module: nn.Module, cls: type[nn.Module], x: Tensor, /) -> Tensor: ...
+def call_fused(
+    module: nn.Module,
+    cls: type[nn.Module],
+    x: Tensor,
+    codes_of: dtype | None,
+    activation: int,
+    between: tuple[nn.Module, ...],
+    reader: nn.Module | None,
+    /,
+) -> Tensor: ...
 def is_autocast_enabled() -> bool: ...
 def is_plain(module: nn.Module, cls: type[nn.Module], /) -> bool: ...

@@ -4,7 +4,8 @@ from torchq import kernels, observers, ops
 from torchq.compiling import compile_options
 from torchq.config import QConfig
 from torchq.conversion import convert
-from torchq.modules.quantized_linear import QuantizedLinear, simulate
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.simulation import simulate
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams, dequantize, fake_quantize, quantize
 from torchq.planning.apply import apply_plan

@@ -37,6 +37,8 @@ class QConfig:
         attention: how the attention of Hugging Face models is computed, where it is torch's now (docs/accuracy.md).
             "auto": in float32, and with calibration data by faster schemes where the model's output loses less than
             0.3 dB by all of them together. A scheme of `torchq.ops.attention`: all by this one. "none": as it is.
+        fuse: whether layers may compute the activations that follow them, and pass u8 codes to static layers. It is
+            never visible: what anybody else reads are the float model's values. Each fusion stands in the plan.
         exclude: patterns (as in `fnmatch`) of module names to leave in float. A pattern that matches a module excludes
             everything in it.
 
@@ -57,12 +59,14 @@ class QConfig:
     smoothing: SmoothingScheme = "auto"
     rounding: Rounding = "auto"
     attention: str = "auto"
+    fuse: bool = True
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             _check_choice(field, getattr(self, field), get_args(choices))
         _check_choice("attention", self.attention, ("auto", *ATTENTION_SCHEMES, "none"))
+        _check(isinstance(self.fuse, bool), "fuse", "True or False", self.fuse)
         _check_number("percentile", self.percentile, "in (0, 100]", lambda value: 0 < value <= 100)
         _check_number("min_sqnr_db", self.min_sqnr_db, "a number of dB", lambda value: value == value)
         _check_number("margin_db", self.margin_db, "at least 0 dB", lambda value: value >= 0)

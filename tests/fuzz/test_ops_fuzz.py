@@ -17,7 +17,7 @@ from helpers import reference
 from helpers.compare import assert_identical
 from helpers.fuzzing import fuzz
 from helpers.numbers import FLT_MAX, FLT_MIN
-from torchq import QuantizedLinear, kernels, ops
+from torchq import _C, QuantizedLinear, kernels, ops
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -157,6 +157,12 @@ def test_quantize_per_token():
     fuzz(check, cases(reference.FLOATS), examples=100)
 
 
+def called(layer, x, codes_of, activation, reader=None):
+    """The direct call, or the op's where that is left to it."""
+    y = _C.call_fused(layer, QuantizedLinear, x, codes_of, int(activation), (), reader)
+    return layer.fused(x, activation, reader and reader.input_qparams, codes_of=codes_of) if y is NotImplemented else y
+
+
 def test_linear_dynamic():
     """The op, and the layer by its direct call and by forward()."""
 
@@ -167,10 +173,11 @@ def test_linear_dynamic():
             expected = reference.linear_dynamic(x, weight, scale, bias, relu)
         every_kernel_like(case, lambda packed: ops.linear_dynamic(x, packed, case.activation), expected)
         with kernels.use(case.kernel):
-            layer = QuantizedLinear(weight, scale, bias, activation=case.activation)
+            layer = QuantizedLinear(weight, scale, bias)
+            assert_identical(layer(x), ops.linear_dynamic(x, layer.packed), "layer")
             y = ops.linear_dynamic(x, layer.packed, case.activation)
-            assert_identical(layer(x), y, "layer")
-            assert_identical(layer.forward(x), y, "forward")
+            assert_identical(called(layer, x, None, case.activation), y, "fused")
+            assert_identical(layer.fused(x, case.activation), y, "fused, by the op")
 
     fuzz(check, cases(reference.FLOATS), examples=150)
 
@@ -189,16 +196,14 @@ def test_linear_static():
         if not codes_in and not codes_out and case.out != case.dtype:  # only codes have another dtype than the output
             return
         with kernels.use(case.kernel):
-            layer = QuantizedLinear(
-                *(weight, scale, bias),
-                input_qparams=QParams(*case.qparams),
-                output_qparams=QParams(*y_qparams) if codes_out else None,
-                activation=case.activation,
-                takes_codes=codes_in,
-                dtype=torch.float32 if codes_out else case.out,
-            )
+            layer = QuantizedLinear(weight, scale, bias, input_qparams=QParams(*case.qparams))
             y = call(x, layer.packed, *case.qparams, case.out, *y_qparams, case.activation)
-            assert_identical(layer(x), y, "layer")
-            assert_identical(layer.forward(x), y, "forward")
+            codes_of = None if not codes_in else torch.float32 if codes_out else case.out
+            pair, reader = QParams(*y_qparams), None
+            if codes_out:
+                reader = QuantizedLinear.from_float(torch.nn.Linear(1, 1), input_qparams=pair)
+            assert_identical(called(layer, x, codes_of, case.activation, reader), y, "fused")
+            by_op = layer.fused(x, case.activation, pair if codes_out else None, codes_of=codes_of)
+            assert_identical(by_op, y, "fused, by the op")
 
     fuzz(check, cases(outs, outs), examples=150)

@@ -1,17 +1,17 @@
 """Layers and formulas for the tests of gradients: the float formula on the weights that a layer really has."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
 
 import torchq
+from helpers.models import ACTIVATIONS
 from helpers.numbers import random_weight
 from torchq import QuantizedLinear, simulate
 from torchq.modules.activations import FUNCTIONS
-from torchq.modules.folded import Folded
+from torchq.modules.folding import Fold
+from torchq.modules.int8_sequential import Int8Sequential, steps_of
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -30,13 +30,10 @@ def build(scheme, generator, activation=Activation.SILU, dtype=torch.float32):
     first, second = {
         "dynamic": ({}, {}),
         "static": ({"input_qparams": INPUT}, {"input_qparams": BETWEEN}),
-        "chain": (
-            {"input_qparams": INPUT, "output_qparams": BETWEEN},
-            {"input_qparams": BETWEEN, "takes_codes": True, "dtype": dtype},
-        ),
+        "chain": ({"input_qparams": INPUT}, {"input_qparams": BETWEEN}),
     }[scheme]
-    one = QuantizedLinear(w1, s1, b1, activation=activation, **first)
-    return nn.Sequential(one, Folded(), QuantizedLinear(w2, s2, b2, **second)).eval()
+    one = QuantizedLinear(w1, s1, b1, fold=Fold(activation, codes=scheme == "chain"), dtype=dtype, **first)
+    return Int8Sequential(one, ACTIVATIONS[activation](), QuantizedLinear(w2, s2, b2, dtype=dtype, **second)).eval()
 
 
 def inputs(generator, *shape, dtype=torch.float32):
@@ -59,18 +56,18 @@ class ValueOf(torch.autograd.Function):
 
 def formula(model, x):
     """model(x), x float64: `act(x · ŵᵀ + b)`, at the very z and y that the int8 layers compute."""
-    for layer in model:
-        if not isinstance(layer, QuantizedLinear):
+    for layer, between, activation, reader in steps_of(list(model)):
+        if between is None:  # nn.Identity
             continue
-        bare = copy.deepcopy(layer)
-        bare.activation, bare.output_qparams, bare.takes_codes = Activation.NONE, None, False
         with torch.no_grad():
-            z_value, y_value = bare(x.float()), layer(x.float())
-            if layer.output_qparams is not None:
-                y_value = torchq.dequantize(y_value, *layer.output_qparams)
+            z_value = layer(x.float())
+            if reader is None:
+                y_value = layer.fused(x.float(), activation)
+            else:
+                y_value = torchq.dequantize(layer.fused(x.float(), activation, reader.input_qparams), *BETWEEN)
         weight = layer.weight_int8.double() * layer.weight_scale.double()[:, None]
         z = ValueOf.apply(x @ weight.t(), z_value)
-        x = ValueOf.apply(FUNCTIONS[Activation(layer.activation)](z), y_value)
+        x = ValueOf.apply(FUNCTIONS[Activation(activation)](z), y_value)
     return x
 
 

@@ -1,5 +1,6 @@
 """Small networks, and data for them."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,10 +9,18 @@ from torch import nn
 
 from helpers.numbers import normal
 from torchq import QuantizedLinear
+from torchq.ops import Activation
 
 # For networks with 24 inputs: batches to calibrate with, and others to test with.
 DATA = [normal(16, 24, seed=i) for i in range(4)]
 X = normal(33, 24, seed=9)
+ACTIVATIONS = {
+    Activation.NONE: nn.Identity,
+    Activation.RELU: nn.ReLU,
+    Activation.GELU: nn.GELU,
+    Activation.GELU_TANH: partial(nn.GELU, approximate="tanh"),
+    Activation.SILU: nn.SiLU,
+}
 with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
 
 

@@ -1,7 +1,6 @@
 """Calibration: run the loader through the float model, and record the input of every layer."""
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,8 +44,6 @@ class Evidence:
         config: how to quantize.
         records: what calibration recorded, by layer. Layers that read the same tensors share a record. Each of `layers`
             has one; without data, none has.
-        calls: how often each nn.Sequential and each of its children was called. Equal counts prove that the children
-            ran only as parts of their Sequential.
         readers: for each module whose output is proven to be read by layers only, the names of these layers.
         batches: how many batches were run.
         run: runs the first batch through a model.
@@ -58,7 +55,6 @@ class Evidence:
     layers: Mapping[str, Layer]
     config: QConfig
     records: dict[str, Record] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     run: Callable[[nn.Module], object] | None = None
@@ -180,7 +176,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> Iterator[None]:
-    """Hooks that record the layers' inputs and count the calls of what is in an nn.Sequential."""
+    """Hooks that record the layers' inputs."""
     by_module: dict[str, list[Layer]] = {}
     for layer in evidence.layers.values():
         by_module.setdefault(layer.path, []).append(layer)
@@ -200,17 +196,10 @@ def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> It
                     f"calib_loader: {error}"
                 ) from error
 
-    def count(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        evidence.calls[name] += 1
-
     model, handles = evidence.model, []
     for path, layers in by_module.items():
         hook = own_thread(partial(record, layers))
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-    for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Sequential) or isinstance(parent, nn.Sequential):
-            handles.append(module.register_forward_pre_hook(own_thread(partial(count, name))))
     try:
         yield
     finally:

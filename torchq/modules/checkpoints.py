@@ -37,10 +37,6 @@ def check_state(
             found += part.problems(state_dict, name)
         elif not loads_alone:
             found += _misfits(part, state_dict, name, metadata)
-    plan = getattr(module, "torchq_plan", None)
-    for name, planned in ({} if plan is None or found else plan.layers).items():
-        if planned.feeds:
-            found += _disagreement(state_dict, f"{prefix}{name}.output", f"{prefix}{planned.feeds}.input")
     if strict:
         ours = {key for key in state_dict if not any(key.startswith(name) for name in private)}
         named = {text.split(": ")[0] for text in found}
@@ -97,11 +93,3 @@ def _misfits(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadat
 def _listed(which: str, keys: set[str]) -> list[str]:
     names = ", ".join(f'"{key}"' for key in sorted(keys))
     return [f"{which} key(s) in state_dict: {names}."] if keys else []  # torch's own words
-
-
-def _disagreement(state_dict: dict[str, Any], writer: str, reader: str) -> list[str]:
-    """Whether the u8 codes that one layer gives mean something else to the layer that takes them."""
-    pairs = [[state_dict.get(f"{side}_{what}") for what in ("scale", "zero_point")] for side in (writer, reader)]
-    if any(value is None for pair in pairs for value in pair) or pairs[0] == pairs[1]:
-        return []
-    return [f"{writer}_scale: these codes are read with another {reader}_scale or {reader}_zero_point."]

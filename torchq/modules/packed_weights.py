@@ -18,21 +18,14 @@ from torchq.modules.float_view import FloatViews, bias_view, float_weight, read_
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
 
-_SIDES = ("input", "output")
-_OWN = (
-    "weight_int8",
-    "weight_scale",
-    "bias",
-    "channel_scale",
-    *(f"{side}_{what}" for side in _SIDES for what in ("scale", "zero_point")),
-)
+_OWN = ("weight_int8", "weight_scale", "bias", "channel_scale", "input_scale", "input_zero_point")
 _READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale", "channel_scale")
 
 
 class PackedWeights(Int8Module):
-    """Weight int8 (N, K), its scales (N,), a bias (N,) or none, and of the input and the output what quantizes them.
+    """Weight int8 (N, K), its scales (N,), a bias (N,) or none, and what quantizes the input.
 
-    That is the input's channel_scale (K,), if any, and the static qparams of both, if any.
+    That is the input's channel_scale (K,), if any, and its static qparams, if any.
     """
 
     packed: Tensor
@@ -41,7 +34,6 @@ class PackedWeights(Int8Module):
     has_bias: bool
     dtype: torch.dtype
     input_qparams: QParams | None
-    output_qparams: QParams | None
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
@@ -111,14 +103,11 @@ class PackedWeights(Int8Module):
         if channel_scale.numel():
             tensors["channel_scale"] = channel_scale
         device = self.packed.device
-        for side, pair in self._pairs().items():
-            tensors[f"{side}_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=device)
-            tensors[f"{side}_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32, device=device)
+        if self.input_qparams is not None:
+            pair = self.input_qparams
+            tensors["input_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=device)
+            tensors["input_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32, device=device)
         return tensors
-
-    def _pairs(self) -> dict[str, QParams]:
-        pairs = {"input": self.input_qparams, "output": self.output_qparams}
-        return {side: pair for side, pair in pairs.items() if pair is not None}
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a checkpoint."""
@@ -129,16 +118,14 @@ class PackedWeights(Int8Module):
             expected["bias"] = (torch.float32, (n,))
         if ops.has_channel_scale(self.packed, k):
             expected["channel_scale"] = (torch.float32, (k,))
-        for side in self._pairs():
-            expected |= {f"{side}_scale": (torch.float32, ()), f"{side}_zero_point": (torch.int32, ())}
+        if self.input_qparams is not None:
+            expected |= {"input_scale": (torch.float32, ()), "input_zero_point": (torch.int32, ())}
         return expected
 
     def _adopt(self, tensors: dict[str, Tensor]) -> None:
         """Takes these canonical tensors over; the inverse of `_canonical`."""
-        for side in _SIDES:
-            if f"{side}_scale" in tensors:
-                pair = QParams(float(tensors[f"{side}_scale"]), int(tensors[f"{side}_zero_point"]))
-                setattr(self, f"{side}_qparams", pair)
+        if "input_scale" in tensors:
+            self.input_qparams = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
         self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], *vectors))
 
@@ -166,9 +153,7 @@ class PackedWeights(Int8Module):
         return found
 
     def _other_scheme(self, name: str) -> str:
-        what = {"bias": "has a bias", "channel_scale": "scales the channels of its input"}.get(
-            name, "is static" if name.startswith("input") else "gives u8 codes"
-        )
+        what = {"bias": "has a bias", "channel_scale": "scales the channels of its input"}.get(name, "is static")
         return (
             f"the saved layer {what}, this one is not so. Make the model by the saved one's plan first: "
             "torchq.apply_plan(model, plan), with the plan of the saved model (qmodel.torchq_plan.to_dict() is JSON)."
@@ -223,8 +208,4 @@ class PackedWeights(Int8Module):
         return self
 
 
-_GROUPS = (
-    ("weight_int8", "weight_scale", "channel_scale"),
-    ("input_scale", "input_zero_point"),
-    ("output_scale", "output_zero_point"),
-)
+_GROUPS = (("weight_int8", "weight_scale", "channel_scale"), ("input_scale", "input_zero_point"))

@@ -13,8 +13,9 @@ from torchq.modules.activations import activation_of
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
-from torchq.modules.folded import Folded
+from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
+from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
@@ -63,8 +64,9 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
             swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
             model = _copy(model, swaps)
             _set_parameters(model, rescaled)
-            for name in plan.int8_layers():
-                _replace_folded(model, plan.layers[name])
+        for module in list(model.modules()):
+            if isinstance(module, nn.Sequential):
+                Int8Sequential.adopt(module)
         for module in model.modules():  # training forms that stay float become plain layers again
             kind = type_of(module)
             if kind is not None and kind.trained(module) is not None:
@@ -115,31 +117,30 @@ def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinea
         layer.matrix if into is None and out is None else scaled(layer.matrix, into=into, out=out),
         per_channel=planned.per_channel,
         input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
-        output_qparams=plan.layers[planned.feeds].input_qparams if planned.feeds else None,
-        activation=activation_of(model.get_submodule(planned.activation) if planned.activation else None),
-        takes_codes=any(other.feeds == layer.name for other in plan.layers.values()),
+        fold=_fold(model, planned),
     )
     if planned.rounding == "gptq":
         take_rounded(layer.name, quantized, planned.weights)
     return quantized
 
 
+def _fold(model: nn.Module, planned: LayerPlan) -> Fold:
+    """What the plan lets this layer be fused with."""
+    activation = model.get_submodule(planned.activation) if planned.activation else None
+    return Fold(activation_of(activation), codes=planned.feeds is not None)
+
+
 def _swap(model: nn.Module, plan: Plan) -> None:
     """Swaps the modules in place, one after the other: each float weight is freed before the next int8 one is made.
 
-    The last module goes first. A layer that is to take codes takes floats too, so the model computes the right thing
-    after every swap, even if memory runs out before the next one.
+    The model computes the right thing after every swap, even if memory runs out before the next one.
     """
     places, holders = _places(model), _holders(model)
     for path in reversed(_paths(model, plan)):
         quantized = _int8_module(model, plan, path)
         _follow(id(model.get_submodule(path)), quantized, holders)
-        names = [layer.name for layer in layers_of(path, model.get_submodule(path))]
         for children, key in places[id(model.get_submodule(path))]:
             children[key] = quantized
-        for name in names:
-            if name in plan.layers:
-                _replace_folded(model, plan.layers[name])
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:
@@ -163,13 +164,6 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
 def _follow(old: int, new: nn.Module, holders: Mapping[int, list[tuple[dict[str, Any], str]]]) -> None:
     for values, key in holders.get(old, ()):
         values[key] = replaced(values[key], lambda module: new if id(module) == old else None)
-
-
-def _replace_folded(model: nn.Module, layer: LayerPlan) -> None:
-    """Replaces the modules that were folded into this layer by `Folded`, which returns its input."""
-    for name in layer.folded:
-        parent, _, key = name.rpartition(".")
-        model.get_submodule(parent)._modules[key] = Folded()
 
 
 def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:

@@ -8,17 +8,17 @@ from torch import nn
 from torchq.errors import BadValueError
 from torchq.modules.activations import activation_of
 from torchq.modules.attention import attention_modules
+from torchq.modules.folding import IDLE
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
 from torchq.ops import ATTENTION_SCHEMES, Activation
-from torchq.planning.fusion import IDLE
 from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
 from torchq.planning.smoothing import channels_of
 
 
 def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> None:
     """Raises ValueError where `plan` can't be applied to this model, which has these layers."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, planned in plan.layers.items():
         if name not in layers:
             raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")

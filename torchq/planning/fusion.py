@@ -1,64 +1,53 @@
-"""Fusion: layers compute the activation that follows them, and pass u8 codes to the next layer."""
+"""Fusion: which layers may compute the activation that follows them, and pass u8 codes to the next layer."""
 
 import dataclasses
-from collections import Counter
 
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
-from torchq.modules.activations import activation_of
-from torchq.ops import Activation
+from torchq.modules.folding import followers
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
 
-IDLE = (nn.Dropout, nn.Identity)  # they return their input in eval mode
-
 
 def fuse(plan: Plan, evidence: Evidence) -> Plan:
-    """Folds an activation that follows an int8 layer into that layer, and lets static neighbours pass u8 codes.
+    """Notes what each int8 layer in an nn.Sequential may be fused with: an activation behind it, and a static reader.
 
-    That is safe only if nothing else reads the values in between. It holds inside an nn.Sequential with the original
-    forward, if its children appear nowhere else in the model, and if calibration counted as many calls of each child as
-    of the Sequential, so that no child was called in any other way.
+    The structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own, where nothing else can
+    read what lies in between, and all modules stay callable by themselves.
     """
+    if not evidence.config.fuse:
+        return plan
     plans = dict(plan.layers)
-    places = Counter(id(child) for module in evidence.model.modules() for child in module._modules.values())
-    for name, sequential in evidence.model.named_modules():
-        calls = evidence.calls[name]
-        if type(sequential).forward is not nn.Sequential.forward or "forward" in vars(sequential) or calls == 0:
-            continue
-        run: list[tuple[str, nn.Module | None]] = []
-        for key, child in sequential._modules.items():
-            path = f"{name}.{key}" if name else key
-            only_here = child is not None and places[id(child)] == 1 and evidence.calls[path] == calls
-            run.append((path, child if only_here else None))
-        _fuse_run(run, plans)
+    names = {id(layer.module): name for name, layer in evidence.layers.items() if not layer.part}
+    for path, sequential in evidence.model.named_modules():
+        if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
+            _fuse_children(path, sequential, names, plans)
     return dataclasses.replace(plan, layers=plans)
 
 
-def _fuse_run(run: list[tuple[str, nn.Module | None]], plans: dict[str, LayerPlan]) -> None:
-    """Fuses within `run`: the children of one Sequential in order, None for those that may also be used elsewhere."""
+def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], plans: dict[str, LayerPlan]) -> None:
+    def is_int8(module: nn.Module) -> bool:
+        name = names.get(id(module))
+        return name is not None and plans[name].is_int8
 
-    def is_int8(name: str, module: nn.Module | None) -> bool:
-        return module is not None and name in plans and plans[name].is_int8
-
-    for i, (name, layer) in enumerate(run):
-        if not is_int8(name, layer):
+    keys = [f"{path}.{key}" if path else key for key in sequential._modules]
+    children = [None if child is None or has_hooks(child) else child for child in sequential._modules.values()]
+    for i, layer in enumerate(children):
+        if layer is None or not is_int8(layer):
             continue
-        activation, skipped, feeds = None, [], None
-        kind = Activation.NONE
-        for follower, module in run[i + 1 :]:
-            if is_int8(follower, module):
-                both_static = plans[name].kind == plans[follower].kind == "int8 static"
-                feeds = follower if both_static else None
-                break
-            if module is None or has_hooks(module):
-                break
-            if kind == Activation.NONE and activation_of(module) != Activation.NONE:
-                activation, kind = follower, activation_of(module)
-            elif type(module) in IDLE or kind == activation_of(module) == Activation.RELU:  # relu(relu(x)) = relu(x)
-                skipped.append(follower)
-            else:
-                break
-        skipped = skipped if feeds else []
-        plans[name] = dataclasses.replace(plans[name], activation=activation, skipped=tuple(skipped), feeds=feeds)
+        name, behind = names[id(layer)], children[i + 1 :]
+        planned, found = plans[name], followers(behind, is_int8)
+        if planned.activation or planned.feeds:  # the layer has another place, which was first
+            continue
+        activation: str | None = None
+        skipped: tuple[str, ...] = ()
+        feeds: str | None = None
+        if found.activation is not None:
+            activation = keys[i + 1 + found.activation]
+        if found.reader is not None:
+            reader = names[id(behind[found.reader])]
+            if planned.kind == plans[reader].kind == "int8 static":
+                feeds = reader
+                skipped = tuple(key for key in keys[i + 1 : i + 1 + found.reader] if key != activation)
+        plans[name] = dataclasses.replace(planned, activation=activation, skipped=skipped, feeds=feeds)

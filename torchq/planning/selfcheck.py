@@ -147,6 +147,7 @@ class SelfCheck:
                         LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=layer.sqnr_db)
                         if layer.is_int8
                         else layer,
+                        activation=layer.activation,
                         smoothed=None,
                     )
                     for name, layer in plan.layers.items()

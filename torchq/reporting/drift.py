@@ -8,25 +8,22 @@ more than in calibration, the data have drifted, and the layer should be calibra
     print(drift)                                # recalibrate layer 'fc1': ...
     print(torchq.report(qmodel, drift=drift))   # the same, as part of the report
 
-Forward hooks count inside the `with`. Outside there are none, and calls cost nothing extra. If a layer takes u8 codes,
-a clipped value looks like any other value at the end of the range (the zeros of a ReLU all have code 0). So clipping is
-counted in the layer before: it computes its output a second time, in float32, which doubles its time while watched. The
-counts are then exact, and mean the same for every layer.
+Forward hooks count inside the `with`. Outside there are none, and calls cost nothing extra. A layer that is
+watched gets floats where it takes u8 codes else, and makes the same codes of them. So the counts mean the same for
+every layer.
 
 Hooks need eager calls: watch the model itself, not the result of torch.compile or torch.export.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from torchq import ops
 from torchq.errors import BadValueError, door
+from torchq.modules.int8_sequential import Watch
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.numerics.metrics import count_clipped
 from torchq.numerics.qparams import QParams
@@ -132,32 +129,16 @@ def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> AbstractC
 
 @contextmanager
 def _watching(qmodel: nn.Module, plan: Plan, threshold: float) -> Iterator[Drift]:
-    plans, drift, handles = plan.layers, Drift(threshold), []
-    feeders = {planned.feeds: name for name, planned in plans.items()}
-    for name, planned in plans.items():
+    drift, handles = Drift(threshold), []
+    for name, planned in plan.layers.items():
         layer = qmodel.get_submodule(name)
         if not isinstance(layer, QuantizedLinear) or layer.input_qparams is None:
             continue
         drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
         count = partial(drift.layers[name].count, qparams=layer.input_qparams)
-        if layer.takes_codes:
-            feeder = cast(QuantizedLinear, qmodel.get_submodule(feeders[name]))
-            hook = partial(_count_output, count)
-        else:
-            feeder, hook = layer, partial(_count_input, count)
-        handles.append(feeder.register_forward_pre_hook(hook))
+        handles.append(layer.register_forward_pre_hook(Watch(count)))
     try:
         yield drift
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _count_input(count: Callable[[Tensor], None], layer: QuantizedLinear, args: tuple[Any, ...]) -> None:
-    count(args[0])
-
-
-def _count_output(count: Callable[[Tensor], None], layer: QuantizedLinear, args: tuple[Any, ...]) -> None:
-    """A hook on the layer that gives the codes: counts its output in float32, before it is quantized."""
-    scale, zero_point = cast(QParams, layer.input_qparams)
-    count(ops.linear_static(args[0], layer.packed, scale, zero_point, torch.float32, activation=layer.activation))

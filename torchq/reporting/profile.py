@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from torchq import _C
 from torchq.errors import door
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.planning.plan import attached_plan
@@ -33,7 +34,7 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
     """Times every int8 layer and a float layer of the same shape and dtype, by name. `report` prints the times.
 
     Each layer runs alone, on random input in cache. Int8 and float are interleaved, and the best of `rounds` rounds
-    counts. The int8 layer runs as in the model: with its fused activation, and with u8 codes if it takes or gives them.
+    counts. The int8 layer runs as planned: with its fused activation, and with u8 codes if it takes or gives them.
     The float time is torch's `linear` only. Layers in float are left out, and so are layers without calibration data,
     since their shape is not known.
 
@@ -52,18 +53,23 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
     if rounds < 1:
         raise ValueError(f"torchq.profile_layers: rounds must be at least 1, got {rounds}.")
     times = {}
-    for name, plan in attached_plan(qmodel).layers.items():
+    plans = attached_plan(qmodel).layers
+    for name, plan in plans.items():
         layer = qmodel.get_submodule(name)
         if isinstance(layer, QuantizedLinear) and plan.stats is not None:
-            times[name] = _time(layer, plan.stats.rows, rounds)
+            reader = qmodel.get_submodule(plan.feeds) if plan.feeds else None
+            takes_codes = any(other.feeds == name for other in plans.values())
+            times[name] = _time(layer, reader, takes_codes, plan.stats.rows, rounds)
     return times
 
 
-def _time(layer: QuantizedLinear, rows: int, rounds: int) -> LayerTime:
+def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, rows: int, rounds: int) -> LayerTime:
     x = torch.randn(rows, layer.in_features, dtype=torch.float32, device="cpu").to(layer.dtype)
     codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8, device="cpu")
     weight = layer.weight.clone()
     bias = None if layer.bias is None else layer.bias.clone()
-    calls = {"float": partial(linear, x, weight, bias), "int8": partial(layer, codes if layer.takes_codes else x)}
+    given, codes_of = (codes, layer.dtype) if takes_codes else (x, None)
+    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, codes_of, layer.fold.activation, (), reader)
+    calls = {"float": partial(linear, x, weight, bias), "int8": int8}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])

@@ -1,0 +1,49 @@
+#include "nn_module.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace torchq {
+namespace {
+
+struct NnModule {
+  PyObject* own_hooks[4];     // names of attributes, which are dicts of the module's hooks
+  PyObject* replacements[2];  // names of attributes that hold what is called in place of forward(), if anything
+  PyObject* global_hooks[4];  // dicts of the hooks on all modules
+} nn_module;
+
+bool is_empty(PyObject* hooks) { return PyDict_Check(hooks) ? PyDict_GET_SIZE(hooks) == 0 : falsy(Py_NewRef(hooks)); }
+
+}  // namespace
+
+void watch_nn_module() {
+  const char* hooks[] = {"_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"};
+  const py::module_ nn = py::module_::import("torch.nn.modules.module");
+  for (int i = 0; i < 4; ++i) {
+    nn_module.own_hooks[i] = name(hooks[i]);
+    nn_module.global_hooks[i] = forever(nn.attr((std::string("_global") + hooks[i]).c_str()));
+  }
+  nn_module.replacements[0] = name("_compiled_call_impl");
+  nn_module.replacements[1] = name("forward");
+}
+
+PyObject* plain_state(PyObject* module, PyObject* cls) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
+  PyObject* state = PyObject_GenericGetDict(module, nullptr);
+  if (!state) return PyErr_Clear(), nullptr;
+  Py_DECREF(state);  // the module keeps it alive
+  for (PyObject* name : nn_module.own_hooks) {
+    PyObject* hooks = PyDict_GetItemWithError(state, name);
+    if (!hooks || !is_empty(hooks)) return nullptr;
+  }
+  for (PyObject* name : nn_module.replacements) {
+    PyObject* replacement = PyDict_GetItemWithError(state, name);
+    if (replacement && replacement != Py_None) return nullptr;
+  }
+  for (PyObject* hooks : nn_module.global_hooks)
+    if (!is_empty(hooks)) return nullptr;
+  return state;
+}
+
+}  // namespace torchq

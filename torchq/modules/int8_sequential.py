@@ -1,0 +1,171 @@
+"""Int8Sequential: an nn.Sequential that runs int8 layers together with the activations between them.
+
+The children stay what they are: real modules with real outputs, each callable by itself. When the whole is called, a
+layer computes the activation behind it in its epilogue, and hands u8 codes to a static layer, as far as the plan
+permits it (`Fold`). Nobody is there to see the difference: between the children there is only this module's own loop.
+It follows the children that it has at the moment, so slices, new heads and replaced children need no care. Where a
+child has a hook, or a Dropout is in training, the children concerned run one by one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from torchq import _C
+from torchq.modules import simulation
+from torchq.modules.folding import IDLE, followers
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.ops import Activation
+
+
+class Step(NamedTuple):
+    """Some children that run at once.
+
+    Args:
+        module: the first of them.
+        between: if it is a QuantizedLinear, the others: an activation, and modules without effect. Else None.
+        activation: the `Activation` among them.
+        reader: the next layer, if it takes the result as u8 codes.
+    """
+
+    module: nn.Module
+    between: tuple[nn.Module, ...] | None
+    activation: int
+    reader: QuantizedLinear | None
+
+
+class Watch:
+    """A forward pre-hook of a layer that only looks at its floats. What is watched gives the same bits, fused as ever.
+
+    Args:
+        look: is called with the floats.
+    """
+
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        self.look = look
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        """Looks, and changes nothing."""
+        self.look(args[0])
+
+
+class Int8Sequential(nn.Sequential):
+    """An nn.Sequential of the same children, with the same results, in less time.
+
+    >>> from torchq import convert
+    >>> qmodel = convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)))
+    >>> type(qmodel).__name__, type(qmodel[:-1]).__name__, type(qmodel[1]).__name__
+    ('Int8Sequential', 'Int8Sequential', 'ReLU')
+    >>> x = torch.randn(2, 64)
+    >>> torch.equal(qmodel(x), qmodel[2](qmodel[1](qmodel[0](x))))
+    True
+    """
+
+    _known: tuple[list[nn.Module | None], list[Step]]  # some children, and their steps
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._learn(list(self._modules.values()))
+
+    @staticmethod
+    def adopt(sequential: nn.Sequential) -> None:
+        """Makes an nn.Sequential itself an Int8Sequential, if it has anything to fuse."""
+        children: list[nn.Module | None] = list(sequential._modules.values())
+        if type(sequential) is nn.Sequential and any(step.between or step.reader for step in steps_of(children)):
+            sequential.__class__ = Int8Sequential
+            cast(Int8Sequential, sequential)._learn(children)
+
+    def __call__(self, input: Any) -> Any:
+        """forward(), skipping nn.Module's part of the call if it has nothing to do."""
+        if is_dynamo_compiling() or not _C.is_plain(self, Int8Sequential):
+            return super().__call__(input)
+        return self.forward(input)
+
+    def forward(self, input: Any) -> Any:
+        """As nn.Sequential's."""
+        x, codes_of = input, None  # codes_of: where x is codes, the dtype of the floats that they stand for
+        for step in self._steps():
+            module, between, activation, reader = step
+            if between is None:
+                x = module(x)
+                continue
+            y: Any = NotImplemented
+            if not (is_dynamo_compiling() or simulation.anywhere):
+                y = _C.call_fused(module, QuantizedLinear, x, codes_of, activation, between, reader)
+            if y is NotImplemented:
+                x, codes_of = _run(step, x, codes_of)
+            else:
+                x, codes_of = y, None if reader is None else codes_of or x.dtype
+        return x
+
+    def _steps(self) -> list[Step]:
+        """What to run, by the children of this moment."""
+        children = list(self.__dict__["_modules"].values())
+        known, steps = self._known
+        if is_dynamo_compiling():
+            same = len(known) == len(children) and all(a is b for a, b in zip(known, children, strict=True))
+            return steps if same else [Step(child, None, Activation.NONE, None) for child in children]
+        return steps if known == children else self._learn(children)
+
+    def _learn(self, children: list[nn.Module | None]) -> list[Step]:
+        steps = steps_of(children)
+        self.__dict__["_known"] = (children, steps)  # nn.Module's own setattr would look for parameters in it
+        return steps
+
+
+def steps_of(children: list[Any]) -> list[Step]:
+    """How these children run, where nothing stands against it."""
+    steps, i = [], 0
+    while i < len(children):
+        step = _step(children[i], children[i + 1 :])
+        steps.append(step)
+        i += 1 + len(step.between or ())
+    return steps
+
+
+def _step(module: Any, behind: list[Any]) -> Step:
+    if type(module) is not QuantizedLinear:
+        return Step(module, None, Activation.NONE, None)
+    found, fold = followers(behind, lambda child: type(child) is QuantizedLinear), module.fold
+    if found.kind != fold.activation:
+        return Step(module, (), Activation.NONE, None)
+    if fold.codes and found.reader is not None and behind[found.reader].takes_codes:
+        return Step(module, tuple(behind[: found.reader]), fold.activation, behind[found.reader])
+    computed = 0 if found.activation is None else found.activation + 1
+    return Step(module, tuple(behind[:computed]), fold.activation, None)
+
+
+def _run(step: Step, x: Any, codes_of: torch.dtype | None) -> tuple[Any, torch.dtype | None]:
+    """Runs a step by the ops, fused if that may be. Returns y, and for codes the dtype of the floats they stand for."""
+    layer, between, activation, reader = cast(QuantizedLinear, step.module), step.between or (), *step[2:]
+    if isinstance(x, Proxy) or not (_is_plain(layer, but=Watch) and all(map(_is_plain, between))):
+        x = layer(x) if codes_of is None else layer.fused(x, codes_of=codes_of)
+        for module in between:
+            x = module(x)
+        return x, None
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, (x,))
+    if reader is None or layer.input_qparams is None or reader.input_qparams is None:
+        return layer.fused(x, activation, codes_of=codes_of), None
+    if _is_plain(reader) and not (is_dynamo_compiling() and simulation.anywhere):
+        return layer.fused(x, activation, reader.input_qparams, codes_of=codes_of), codes_of or x.dtype
+    if not _is_plain(reader, but=Watch):  # somebody sees what it reads
+        return layer.fused(x, activation, codes_of=codes_of), None
+    with torch.autocast("cpu", enabled=False):  # the floats that would become codes
+        return layer.fused(x, activation, codes_of=torch.float32), codes_of or x.dtype
+
+
+def _is_plain(module: nn.Module, *, but: type | None = None) -> bool:
+    """Whether only its own forward() would see a call of this module, `but` such hooks, and it samples nothing."""
+    if type(module) in IDLE and module.training and getattr(module, "p", 0.0) != 0.0:
+        return False
+    if not is_dynamo_compiling() and _C.is_plain(module, type(module)):
+        return True
+    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not others and not replaced and all(type(hook) is but for hook in module._forward_pre_hooks.values())
