@@ -9,7 +9,18 @@ namespace torchq {
 // Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for. Throws
 // std::bad_alloc where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem);
-void run(const Kernel& kernel, const attention::Problem& problem);
+void run(const attention::Kernel& kernel, const attention::Problem& problem);
+
+// An activation on its own: y[i] = act(x[i]), of dtype f32, bf16 or f16.
+struct Values {
+  DType dtype;
+  const void* x;
+  void* y;
+  int64_t count;
+};
+
+// Computes values.y with this kernel, on as many of torch's threads as the values pay for.
+void activate(const Kernel& kernel, Activation activation, const Values& values);
 
 // Weights in memory: weight (n, k), scale [n], bias [n], channel_scale [k] or null. has_bias: a bias of no elements may
 // be a null pointer, too.

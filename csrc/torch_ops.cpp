@@ -83,8 +83,8 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
 }
 
 torchq::Activation activation_of(const char* op, int64_t activation) {
-  CHECK(torchq::is_activation(activation), op,
-        ": activation must be 0 (none), 1 (relu), 2 (gelu), 3 (gelu_tanh) or 4 (silu), got ", activation, '.');
+  CHECK(torchq::is_activation(activation), op, ": activation must be a torchq.ops.Activation, 0 (none) to ",
+        torchq::kActivations - 1, " (relu6), got ", activation, '.');
   return static_cast<torchq::Activation>(activation);
 }
 
@@ -189,6 +189,20 @@ Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int6
   return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, layer);
 }
 
+Tensor activate(const Tensor& x, int64_t activation) {
+  const char* op = "torchq::activate";
+  const std::optional<DType> dtype = float_dtype(x.scalar_type());
+  CHECK(dtype.has_value(), op, ": x must be float32, bfloat16 or float16, got ", name_of(x.scalar_type()), '.');
+  check_cpu(op, "x", x);
+  CHECK(x.dim() <= kMaxDims, op, ": x may have up to ", kMaxDims, " dimensions, got ", x.dim(),
+        ". Flatten some: x.flatten().");
+  const torchq::Activation kind = activation_of(op, activation);
+  const Tensor input = x.is_contiguous() ? x : contiguous(op, x);
+  Tensor y = empty(op, x.sizes().data(), x.dim(), x.scalar_type());
+  torchq::activate(torchq::active_kernel(), kind, {*dtype, input.const_data_ptr(), y.mutable_data_ptr(), x.numel()});
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x) {
   const char* op = "torchq::quantize_per_token";
   const std::optional<DType> dtype = float_dtype(x.scalar_type());
@@ -224,6 +238,7 @@ STABLE_TORCH_LIBRARY(torchq, m) {
   m.def(
       "linear_static(Tensor x, Tensor packed, float x_scale, int x_zero_point, ScalarType out_dtype, "
       "float y_scale=1.0, int y_zero_point=0, int activation=0) -> Tensor");
+  m.def("activate(Tensor x, int activation) -> Tensor");
   m.def("quantize_per_token(Tensor x) -> (Tensor codes, Tensor scale, Tensor zero_point)");
 }
 
@@ -233,5 +248,6 @@ STABLE_TORCH_LIBRARY_IMPL(torchq, CPU, m) {
   m.impl("gemm", TORCH_BOX(&gemm));
   m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
   m.impl("linear_static", TORCH_BOX(&linear_static));
+  m.impl("activate", TORCH_BOX(&activate));
   m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
 }

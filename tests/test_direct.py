@@ -130,7 +130,7 @@ def test_what_a_fused_call_is_not_given(layer):
     x, codes = torch.randn(2, 20), torch.zeros(2, 20, dtype=torch.uint8)
     layer.input_qparams = QParams(0.5, 3)
     assert fused(layer, x) is not NotImplemented
-    for activation in (-1, 5, None, 1 << 70, 1.0):
+    for activation in (-1, 11, None, 1 << 70, 1.0):
         assert fused(layer, x, activation=activation) is NotImplemented, activation
     assert fused(layer, codes, torch.float32) is not NotImplemented
     for x_, codes_of in ((codes, None), (codes, torch.int8), (codes, torch.uint8), (codes, "x"), (x, torch.float32)):

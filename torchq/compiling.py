@@ -16,6 +16,10 @@ _FUNCTIONS: dict[Any, Activation] = {
     torch.relu: Activation.RELU,
     "relu": Activation.RELU,
     _F.silu: Activation.SILU,
+    _F.hardswish: Activation.HARDSWISH,
+    _F.relu6: Activation.RELU6,
+    **dict.fromkeys((torch.tanh, _F.tanh, "tanh"), Activation.TANH),
+    **dict.fromkeys((torch.sigmoid, _F.sigmoid, "sigmoid"), Activation.SIGMOID),
 }
 """What the graph of a model calls, by function or by method's name. GELU, which has two forms, is _F.gelu beside it."""
 

@@ -19,6 +19,7 @@ __all__ = [
     "ATTENTION_SCHEMES",
     "MAX_DEPTH",
     "Activation",
+    "activate",
     "attention",
     "gemm",
     "has_channel_scale",
@@ -34,7 +35,7 @@ __all__ = [
 MAX_DEPTH = _C.MAX_DEPTH
 """The largest K whose int32 sums are exact: 255 * 128 * K < 2^31 holds up to K = 65793."""
 
-ATTENTION_SCHEMES = ("float32", "bfloat16", "int8_bfloat16", "int8")
+ATTENTION_SCHEMES = ("float32",)
 """The schemes of `attention`, by the number that the op takes."""
 
 PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
@@ -43,7 +44,8 @@ PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
 class Activation(IntEnum):
     """The function applied to y after the bias. Formulas and errors are in csrc/gemm/activations.inc.
 
-    GELU_TANH is torch's `gelu(approximate="tanh")`, SILU is `x * sigmoid(x)`.
+    GELU_TANH is torch's `gelu(approximate="tanh")`, SILU is `x * sigmoid(x)`, QUICK_GELU is `x * sigmoid(1.702 * x)`,
+    and RELU2 is `relu(x)²`. The others are torch's functions of the same name.
     """
 
     NONE = 0
@@ -51,6 +53,12 @@ class Activation(IntEnum):
     GELU = 2
     GELU_TANH = 3
     SILU = 4
+    QUICK_GELU = 5
+    HARDSWISH = 6
+    RELU2 = 7
+    TANH = 8
+    SIGMOID = 9
+    RELU6 = 10
 
 
 def packed_bytes(n: int, k: int, channel_scale: bool = False) -> int:
@@ -207,6 +215,26 @@ def linear_static(
     )
 
 
+def activate(x: Tensor, activation: int) -> Tensor:
+    """`y = act(x)` for each value: the curve that the int8 ops compute in their epilogue, bit for bit.
+
+    It is computed in float32 and rounded once, to x's dtype. The error in float32 is at most `1e-6 + |y|·2⁻²³`; for
+    negative x, where y is tiny, csrc/gemm/activations.inc bounds the relative error. NaN gives NaN, and the infinities
+    give what they give in torch: -inf gives NaN for those activations that multiply x by a limit of 0, such as GELU.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides. Differentiable.
+        activation: an `Activation`.
+
+    Returns:
+        contiguous, the shape and dtype of x.
+
+    >>> activate(torch.tensor([-1.0, 0.0, 1.0]), Activation.GELU).round(decimals=4)
+    tensor([-0.1587,  0.0000,  0.8413])
+    """
+    return torch.ops.torchq.activate(x, activation)  # type: ignore[no-any-return]
+
+
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u8 codes (..., K), scale float32 (..., 1) and zero point int32 (..., 1) of each row, as in `linear_dynamic`.
 
@@ -248,22 +276,14 @@ def attention(
         scale: 1 / sqrt(D) by default.
         offset: the position of q's first row among the keys: with a cache, the number of keys before it.
         window: a row sees keys j with `abs(position - j) < window`; with `is_causal` the last `window` up to its own.
-        scheme: how the two products are computed; softmax and sums are in float32 always.
-            "float32": exact to rounding.
-            "bfloat16": q, k, v and the weights are rounded to bfloat16.
-            "int8": q · k in codes, u8 for each row of q and int8 for each key less the mean of all keys; weights · v in
-            u8 codes, 255 for a row's largest, and int8 codes for each column of v. Sums are exact, and all kernels give
-            the same bits. A row or column with NaN or infinity gives NaN.
-            "int8_bfloat16": the first product as "int8", the second as "bfloat16".
-            Up to four rows on one head of k and v, as in decoding, are computed as "float32" whatever the scheme, since
-            that takes less time than packing keys.
+        scheme: how the two products are computed; "float32" is exact to rounding.
 
     Returns:
         (B, H, L, E), the dtype of q, laid out in memory as q is. It has the gradients of the float formula.
 
     Raises:
         ValueError: no such scheme.
-        RuntimeError: wrong dtype, shape or device; more than 65793 keys in "int8".
+        RuntimeError: wrong dtype, shape or device.
 
     >>> q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.0], [0.0], [9.0]]]])
     >>> attention(q, k, torch.tensor([[[[1.0], [3.0], [5.0]]]]), torch.tensor([True, True, False]))
@@ -345,6 +365,11 @@ def _(
     activation: int = 0,
 ) -> Tensor:
     return _rows_out("linear_static", "x", x, packed, out_dtype)
+
+
+@torch.library.register_fake("torchq::activate")
+def _(x: Tensor, activation: int) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("torchq::quantize_per_token")

@@ -1,5 +1,6 @@
 // The kernel table, and which kernel runs.
 
+#include "../gemm/kernel.h"
 #include "attention.h"
 
 namespace torchq {
@@ -9,7 +10,6 @@ namespace {
 // Best first.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
-    &kernel_avx512_bf16,
     &kernel_avx512,
     &kernel_avx2,
 #elif defined(__aarch64__)

@@ -27,4 +27,5 @@
 // Unrolls the loop that follows completely. An array of vectors stays in registers only if every index into it is a
 // constant; otherwise the compiler puts it on the stack.
 #define TORCHQ_UNROLL _Pragma("GCC unroll 64")
+#define TORCHQ_UNROLL_TWICE _Pragma("GCC unroll 2")
 #define TORCHQ_INLINE inline __attribute__((always_inline))

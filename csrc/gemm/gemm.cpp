@@ -151,4 +151,9 @@ void run(const Job& job, int index, void* memory) {
   }
 }
 
+void activate(const Kernel& kernel, Activation activation, DType dtype, const void* x, void* y, int64_t count) {
+  remember(kernel);
+  kernel.activate(activation, dtype, x, y, count);
+}
+
 }  // namespace torchq

@@ -145,7 +145,10 @@ Part part_of(const Job& job, int index);
 // Computes a part. scratch: job.scratch_bytes, which parts running at the same time must not share.
 void run(const Job& job, int index, void* scratch);
 
-// The kernel that really ran in the latest run() or quantize_row() of this process, or null.
+// Kernel::activate().
+void activate(const Kernel& kernel, Activation activation, DType dtype, const void* x, void* y, int64_t count);
+
+// The kernel that really ran in the latest run(), activate() or quantize_row() of this process, or null.
 const Kernel* last_kernel();
 
 // ---- Dispatch (dispatch.cpp) ------------------------------------------------------------------------------------

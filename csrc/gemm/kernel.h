@@ -4,7 +4,7 @@
 // differs from the defaults below. A kernel's row is constexpr, so that no code compiled for its CPU runs to build it.
 //
 // All kernels give the same bits, integers and floats; `reference` is the definition. One thing is open, as it is in
-// IEEE 754: where two different NaNs meet, say a weight's scale and a bias, either may survive.
+// IEEE 754: where two different NaNs meet, say a weight's scale and a bias, or x and |x| in GELU, either may survive.
 #pragma once
 
 #include <cstdint>
@@ -148,6 +148,8 @@ struct Kernel {
   // |value * inv_scale| < 256, or all products are NaN and the zero point is 0, and a kernel may clamp less.
   void (*quantize)(const FloatRow& row, float inv_scale, int32_t zero_point, void* codes, bool own) = nullptr;
   void (*run)(const Block& block) = nullptr;
+  // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
+  void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;
 
   CodeFormat codes = {};
   Tiling tiling = {};

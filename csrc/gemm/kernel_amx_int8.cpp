@@ -354,6 +354,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.range = amx_int8::range;
   k.quantize = amx_int8::quantize;
   k.run = amx_int8::run;
+  k.activate = amx_int8::activate;
   k.tiling.own_loops = true;
   k.codes.depth_multiple = 64;
   k.small = {&kernel_avx512_vnni, 3, 8, 1 << 16};

@@ -16,7 +16,7 @@
 #include <string.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace torchq {
 namespace avx2 {
@@ -68,6 +68,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.range = avx2::range;
   k.quantize = avx2::quantize;
   k.run = avx2::run;
+  k.activate = avx2::activate;
   return k;
 }();
 

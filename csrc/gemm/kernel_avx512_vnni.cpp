@@ -73,6 +73,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.range = avx512_vnni::range;
   k.quantize = avx512_vnni::quantize;
   k.run = avx512_vnni::run;
+  k.activate = avx512_vnni::activate;
   k.tiling.tall = {8, 48, 4};
   return k;
 }();

@@ -9,7 +9,7 @@
 #include <string.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace torchq {
 namespace avx512vl_vnni {
@@ -28,6 +28,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.range = avx512vl_vnni::range;
   k.quantize = avx512vl_vnni::quantize;
   k.run = avx512vl_vnni::run;
+  k.activate = avx512vl_vnni::activate;
   k.tiling.full_tiles = true;  // as in avx_vnni
   return k;
 }();

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 
 namespace torchq {
 namespace avx_vnni {
@@ -26,6 +26,7 @@ constexpr Kernel kernel_avx_vnni = [] {
   k.range = avx_vnni::range;
   k.quantize = avx_vnni::quantize;
   k.run = avx_vnni::run;
+  k.activate = avx_vnni::activate;
   k.tiling.full_tiles = true;  // the 10 accumulators of 5 rows barely cover the latency: any delay stalls them
   k.tiling.codes_budget = 768 * 1024;
   return k;

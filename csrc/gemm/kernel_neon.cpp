@@ -75,6 +75,7 @@ constexpr Kernel kernel_neon = [] {
   k.range = neon::range;
   k.quantize = neon::quantize;
   k.run = neon::run;
+  k.activate = neon::activate;
   k.codes.shift = 128;
   return k;
 }();

@@ -65,6 +65,7 @@ constexpr Kernel kernel_neon_dotprod = [] {
   k.range = neon_dotprod::range;
   k.quantize = neon_dotprod::quantize;
   k.run = neon_dotprod::run;
+  k.activate = neon_dotprod::activate;
   k.codes.shift = 128;
   return k;
 }();

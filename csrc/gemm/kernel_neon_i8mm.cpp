@@ -72,6 +72,7 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.range = neon_i8mm::range;
   k.quantize = neon_i8mm::quantize;
   k.run = neon_i8mm::run;
+  k.activate = neon_i8mm::activate;
   k.codes.interleaved_rows = 2;
   return k;
 }();

@@ -56,18 +56,39 @@ void quantize(const FloatRow& row, float inv_scale, int32_t zero_point, void* co
   return quantize_values<float>(row, inv_scale, zero_point, out);
 }
 
+template <Activation kActivation>
+struct Activated {
+  static float run(float x) { return activate<kActivation>(x); }
+};
+
+void store(DType dtype, void* out, int64_t i, float y) {
+  switch (dtype) {
+    case DType::f32: static_cast<float*>(out)[i] = y; break;
+    case DType::bf16: static_cast<Bf16*>(out)[i] = to_bf16(y); break;
+    default: static_cast<F16*>(out)[i] = to_f16(y);
+  }
+}
+
+template <class T>
+void activate(Activation activation, DType dtype, const T* x, void* y, int64_t count) {
+  const auto activated = pick<Activated>(activation);
+  for (int64_t i = 0; i < count; ++i) store(dtype, y, i, activated(to_float(x[i])));
+}
+
+void activate(Activation activation, DType dtype, const void* x, void* y, int64_t count) {
+  if (dtype == DType::bf16) return activate(activation, dtype, static_cast<const Bf16*>(x), y, count);
+  if (dtype == DType::f16) return activate(activation, dtype, static_cast<const F16*>(x), y, count);
+  return activate(activation, dtype, static_cast<const float*>(x), y, count);
+}
+
 void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
   void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
   float y = static_cast<float>(acc) * (b.scale[r] * scale);
-  y = y + bias;
-  if (b.activation == Activation::relu) y = max(0.0f, y);
-  if (b.activation > Activation::relu) y = activate(b.activation, y);
+  y = pick<Activated>(b.activation)(y + bias);
   switch (b.out_dtype) {
-    case DType::f32: static_cast<float*>(row)[c] = y; break;
-    case DType::bf16: static_cast<Bf16*>(row)[c] = to_bf16(y); break;
-    case DType::f16: static_cast<F16*>(row)[c] = to_f16(y); break;
     case DType::u8: static_cast<uint8_t*>(row)[c] = to_code(y * b.out_inv_scale, b.out_zero_point); break;
-    default: static_cast<int32_t*>(row)[c] = acc;
+    case DType::i32: static_cast<int32_t*>(row)[c] = acc; break;
+    default: store(b.out_dtype, row, c, y);
   }
 }
 
@@ -95,6 +116,7 @@ constexpr Kernel kernel_reference = [] {
   k.range = reference::range;
   k.quantize = reference::quantize;
   k.run = reference::run;
+  k.activate = reference::activate;
   return k;
 }();
 

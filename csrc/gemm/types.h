@@ -21,7 +21,7 @@ struct F16 {
 };
 
 // The function applied to y after the bias. activations.inc has the formulas.
-enum class Activation : int { none, relu, gelu, gelu_tanh, silu };
-constexpr int kActivations = 5;
+enum class Activation : int { none, relu, gelu, gelu_tanh, silu, quick_gelu, hardswish, relu2, tanh, sigmoid, relu6 };
+constexpr int kActivations = 11;
 
 }  // namespace torchq

@@ -80,6 +80,13 @@ inline const char* name_of(DType d) {
   return names[static_cast<int>(d)];
 }
 
+inline const char* name_of(Activation a) {
+  static const char* const names[] = {"none",      "relu",  "gelu", "gelu_tanh", "silu", "quick_gelu",
+                                      "hardswish", "relu2", "tanh", "sigmoid",   "relu6"};
+  static_assert(sizeof(names) / sizeof(*names) == kActivations, "one name for each");
+  return names[static_cast<int>(a)];
+}
+
 // ---- Randomness -------------------------------------------------------------------------------------------------
 
 // SplitMix64: the same numbers from the same seed everywhere, which std distributions do not promise.
@@ -153,6 +160,7 @@ constexpr uint8_t kCanary = 0xA5;
 void test_numbers(bool quick);  // numbers_test.cpp: scalar.h and choose_qparams against the oracle
 void test_rows(bool quick);     // rows_test.cpp
 void test_gemm(bool quick);     // gemm_test.cpp
+void test_curves(bool quick);   // curves_test.cpp: the activations against the C library's functions in double
 void test_parts();              // parts_test.cpp
 void test_schedule();           // schedule_test.cpp: what schedule() decides, shown by spy kernels
 void test_pack();               // pack_test.cpp: pack, unpack, packed_header

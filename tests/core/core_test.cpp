@@ -158,6 +158,7 @@ int main(int argc, char** argv) {
   random_source.state = arguments.seed;
   test_dispatch();
   test_numbers(arguments.quick);
+  test_curves(arguments.quick);
   test_pack();
   test_rows(arguments.quick);
   test_schedule();

@@ -15,7 +15,7 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
 constexpr DType kOutputs[] = {DType::i32, DType::f32, DType::bf16, DType::f16, DType::u8};
-constexpr Activation kActivations[] = {Activation::none, Activation::relu};
+constexpr Activation kExact[] = {Activation::none, Activation::relu};
 
 float float_of(uint32_t bits) {
   float x;
@@ -26,16 +26,32 @@ float float_of(uint32_t bits) {
 // Alternates from problem to problem: which end of the buffers is guarded, and the gap between rows.
 int64_t problems = 0;
 
-// GELU and SiLU have one source for all kernels, so no oracle here: tests/test_activations.py knows their values.
+// The outputs with one NaN for all: in GELU x meets |x|, and of two NaNs either may survive.
+std::vector<uint8_t> with_one_nan(std::vector<uint8_t> y, DType dtype) {
+  const auto replace = [&](auto infinity, auto magnitude) {
+    for (size_t i = 0; i + sizeof(infinity) <= y.size(); i += sizeof(infinity)) {
+      auto bits = infinity;
+      std::memcpy(&bits, y.data() + i, sizeof(bits));
+      if ((bits & magnitude) > infinity) std::memcpy(y.data() + i, &magnitude, sizeof(bits));
+    }
+  };
+  if (dtype == DType::f32) replace(uint32_t{0x7F800000}, uint32_t{0x7FFFFFFF});
+  if (dtype == DType::f16) replace(uint16_t{0x7C00}, uint16_t{0x7FFF});
+  return y;
+}
+
+// The other activations have one source for all kernels, so no oracle here: curves_test.cpp knows their values.
 template <class Outputs>
 void compare_curves(const char* fill, const Rows& rows, const Weights& weights, const Outputs& outputs, Stage& stage,
                     QParams y_qparams) {
   for (DType dtype : outputs)
-    for (Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+    for (int kind = static_cast<int>(Activation::gelu); kind < kActivations; ++kind) {
+      const auto activation = static_cast<Activation>(kind);
       const Out out{dtype, activation, y_qparams};
       now("%s", describe(rows, weights, out, fill).c_str());
-      const std::vector<uint8_t> want = stage.run(kernel_reference, out);
-      for (const Kernel* kernel : runnable()) stage.compare(kernel->name, out, stage.run(*kernel, out), want);
+      const std::vector<uint8_t> want = with_one_nan(stage.run(kernel_reference, out), dtype);
+      for (const Kernel* kernel : runnable())
+        stage.compare(kernel->name, out, with_one_nan(stage.run(*kernel, out), dtype), want);
     }
 }
 
@@ -47,7 +63,7 @@ void check_problem(const char* fill, const Rows& rows, const Weights& weights, c
   Stage stage(rows, weights, problems % 2 ? Side::end : Side::start, pads[problems % 3]);
   ++problems;
   for (DType dtype : outputs)
-    for (Activation activation : kActivations) {
+    for (Activation activation : kExact) {
       const Out out{dtype, activation, y_qparams};
       now("%s", describe(rows, weights, out, fill).c_str());
       std::vector<uint8_t> want = stage.expected(out, sums);
@@ -239,7 +255,7 @@ void check_stores(const char* fill, const std::vector<float>& values, DType dtyp
   const Rows rows{1, 0, DType::u8, false, {1.0f, 0}, {}};
   const Sums sums = oracle_sums(rows, weights);
   Stage stage(rows, weights, Side::end, 0);
-  for (Activation activation : kActivations) {
+  for (Activation activation : kExact) {
     const Out out{dtype, activation, q};
     now("%s", describe(rows, weights, out, fill).c_str());
     std::vector<uint8_t> want = stage.expected(out, sums);

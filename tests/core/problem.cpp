@@ -98,12 +98,11 @@ std::vector<uint8_t> packed_of(const Weights& w, Layout layout) {
 }
 
 std::string describe(const Rows& rows, const Weights& weights, const Out& out, const char* fill) {
-  static const char* const kNames[] = {"", " relu", " gelu", " gelu_tanh", " silu"};
   char text[256];
-  std::snprintf(text, sizeof(text), "m=%d n=%d k=%d x=%s %s zp=%d y=%s%s bias=%s channel_scale=%s fill=%s",
+  std::snprintf(text, sizeof(text), "m=%d n=%d k=%d x=%s %s zp=%d y=%s %s bias=%s channel_scale=%s fill=%s",
                 static_cast<int>(rows.m), static_cast<int>(weights.n), static_cast<int>(rows.k), name_of(rows.dtype),
                 rows.per_token ? "per token" : "static", rows.per_token ? -1 : rows.q.zero_point, name_of(out.dtype),
-                kNames[static_cast<int>(out.activation)], weights.bias.empty() ? "no" : "yes",
+                name_of(out.activation), weights.bias.empty() ? "no" : "yes",
                 weights.channel_scale.empty() ? "no" : "yes", fill);
   return text;
 }

@@ -30,12 +30,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx import Proxy
 
+from torchq.modules.activations import times_slope
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
 _linear_static = torch.ops.torchq.linear_static.default
-_aten = torch.ops.aten
 
 
 def wanted(x: Any) -> bool:
@@ -132,7 +132,7 @@ class _Linear(torch.autograd.Function):
         x, packed = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, x.shape[-1])
-            dz = _times_slope(dy.float(), x, packed, ctx.activation, ctx.x_qparams)
+            dz = _times_slope_at(dy.float(), x, packed, ctx.activation, ctx.x_qparams)
             dx = _scaled(torch.matmul(dz * scale, weight.float()), channel_scale).to(x.dtype)
         return dx, None, None, None, None, None
 
@@ -162,7 +162,7 @@ def _jvp(ctx: Any, tangent: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, x.shape[-1])
         z = torch.matmul(_scaled(tangent.float(), channel_scale), weight.float().t()) * scale
-        return _times_slope(z, x, packed, ctx.activation, ctx.x_qparams).to(ctx.dtype)
+        return _times_slope_at(z, x, packed, ctx.activation, ctx.x_qparams).to(ctx.dtype)
 
 
 def _scaled(values: Tensor, channel_scale: Tensor) -> Tensor:
@@ -182,14 +182,30 @@ def _uncompiled(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def _times_slope(v: Tensor, x: Tensor, packed: Tensor, activation: int, x_qparams: QParams | None) -> Tensor:
+def _times_slope_at(v: Tensor, x: Tensor, packed: Tensor, activation: int, x_qparams: QParams | None) -> Tensor:
     """`v ∘ act'(z)` in float32."""
     if activation == Activation.NONE:
         return v
     z = linear(x.float(), packed, Activation.NONE, x_qparams, None, torch.float32)
-    if activation == Activation.RELU:
-        return torch.where(z > 0, v, 0.0)
-    if activation == Activation.SILU:
-        s = z.sigmoid()  # torch's own silu_backward has no derivative
-        return v * (s * (1 + z * (1 - s)))
-    return _aten.gelu_backward(v, z, approximate="none" if activation == Activation.GELU else "tanh")  # type: ignore[no-any-return]
+    return times_slope(v, z, activation)
+
+
+# ---- An activation on its own: ops.activate -----------------------------------------------------------------------
+
+
+def _keep_for_slope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.activation = inputs
+    ctx.save_for_backward(x)
+
+
+def _activate_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    return times_slope(dy.float(), x.float(), ctx.activation).to(x.dtype), None
+
+
+torch.library.register_autograd("torchq::activate", _activate_backward, setup_context=_keep_for_slope)
+
+
+@torch.library.register_vmap("torchq::activate")
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, activation: int) -> tuple[Tensor, int | None]:
+    return torch.ops.torchq.activate(x, activation), in_dims[0]

@@ -97,7 +97,7 @@ class LayerPlan:
         observer: the name of the observer that gave the static range.
         sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB. "gptq" is the chosen scheme
             with weights rounded by GPTQ, measured on the held-out rows.
-        activation: the name of the module (nn.ReLU, nn.GELU or nn.SiLU) computed in this layer's epilogue.
+        activation: the name of the activation's module, computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and

@@ -1,0 +1,96 @@
+"""Derives the coefficients in csrc/gemm/activations.inc, and prints them with their errors.
+
+    python -m benchmarks.fit_curves
+
+Two polynomials are fitted, by weighted minimax: the greatest weighted error is as small as it can be. Lawson's method
+finds it as a sequence of least squares problems, in which points of large error gain weight. Then the coefficients are
+rounded to float32 one at a time, the highest power first, and the remaining ones are fitted again: they make up for
+most of the rounding. The constant terms are fixed, so that the curves are exact near 0.
+
+    2^f               = 1 + c1·f + ... + c5·f⁵,           |f| <= 1/2;   relative error. For GELU up to c4·f⁴
+    log2(2·Φ(-2·a))   =     c1·a + ... + c7·a⁷,      0 <= a <= 5;   Φ is the normal distribution
+
+GELU is max(x, 0) - a·2^P(a) for a = |x|/2. The error of P may move y by LOOSE, and in the far tail, where y itself is
+tiny, by TAIL times y.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LIMIT = 5.0  # of a: GELU is constant below x = -10
+LOOSE, TAIL = 2e-7, 1e-2  # the weights: errors of GELU that count alike
+
+
+def minimax(target: Tensor, powers: Tensor, weight: Tensor, rounds: int = 200) -> tuple[float, Tensor]:
+    """The coefficients c of the least max |weight · (powers @ c - target)|, and that error. powers: (points, terms)."""
+    share = torch.full_like(target, 1 / len(target))
+    best, coefficients = math.inf, powers.new_zeros(powers.shape[1])
+    for _ in range(rounds):
+        root = share.sqrt() * weight
+        found = torch.linalg.lstsq(powers * root[:, None], (target * root)[:, None], driver="gelsd").solution[:, 0]
+        error = (weight * (powers @ found - target)).abs()
+        if error.max() < best:
+            best, coefficients = float(error.max()), found
+        share = share * error
+        share = share / share.sum()
+    return best, coefficients
+
+
+def rounded_minimax(x: Tensor, target: Tensor, weight: Tensor, degree: int) -> list[float]:
+    """float32 coefficients of x¹ to x^degree."""
+    scale = x.abs().max()
+    powers = torch.stack([(x / scale) ** k for k in range(1, degree + 1)], 1)
+    fixed: list[float] = []  # from the highest power down
+    for k in range(degree, 0, -1):
+        _, free = minimax(target, powers[:, :k], weight)
+        fixed.append((free[k - 1] / scale**k).float().item())
+        target = target - fixed[-1] * x**k
+    return fixed[::-1]
+
+
+def polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
+    """c1·x + c2·x² + ..."""
+    return sum((c * x ** (k + 1) for k, c in enumerate(coefficients)), torch.zeros_like(x))
+
+
+def chebyshev(low: float, high: float, count: int = 1500) -> Tensor:
+    """Points that are denser at both ends, where minimax errors are sharpest."""
+    angle = torch.linspace(0, torch.pi, count, dtype=torch.float64)
+    return (low + high) / 2 - (high - low) / 2 * angle.cos()
+
+
+def show(name: str, coefficients: list[float]) -> None:
+    """Prints coefficients as C++."""
+    print(f"{name}: " + ", ".join(f"{c:.9g}f" for c in coefficients))
+
+
+def fit_power() -> None:
+    """2^f, for the exponentials and, shorter, for GELU."""
+    f = chebyshev(-0.5, 0.5)
+    for degree in (5, 4):
+        coefficients = rounded_minimax(f, f.exp2() - 1, (-f).exp2(), degree)
+        show("2^f - 1", coefficients)
+        error = (polynomial(f, coefficients) - f.exp2() + 1) * (-f).exp2()
+        print(f"  greatest relative error of 2^f: {error.abs().max():.1e}")
+
+
+def fit_normal_tail() -> None:
+    """P of GELU."""
+    a = chebyshev(0, LIMIT)[1:]
+    target = torch.special.log_ndtr(-2 * a) / math.log(2) + 1
+    tail = target.exp2()
+    allowed = (LOOSE / (a * tail)).clamp(max=TAIL)
+    coefficients = rounded_minimax(a, target, 1 / allowed, degree=7)
+    show("log2(2 Φ(-2a))", coefficients)
+    relative = ((polynomial(a, coefficients) - target).exp2() - 1).abs()
+    print(f"  greatest error of GELU: {(relative * a * tail).max():.1e}")
+    for x in (-1, -3, -5, -8, -10):
+        print(f"  greatest relative error of GELU from {x} to 0: {relative[2 * a <= -x].max():.1e}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fit_power()
+    fit_normal_tail()
