@@ -20,6 +20,10 @@ MODULES = {
     Activation.GELU: nn.GELU,
     Activation.GELU_TANH: lambda: nn.GELU(approximate="tanh"),
     Activation.SILU: nn.SiLU,
+    Activation.HARDSWISH: nn.Hardswish,
+    Activation.TANH: nn.Tanh,
+    Activation.SIGMOID: nn.Sigmoid,
+    Activation.RELU6: nn.ReLU6,
 }
 CURVES = [a for a in Activation if a > Activation.RELU]
 curves = pytest.mark.parametrize("activation", CURVES, ids=lambda activation: activation.name)

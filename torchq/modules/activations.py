@@ -1,4 +1,4 @@
-"""The activations that a QuantizedLinear can compute in its epilogue: functions, and their slopes."""
+"""The activations that a QuantizedLinear can compute in its epilogue: functions, slopes, and which modules they are."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torchq.modules.plain_code import is_plain
 from torchq.ops import Activation
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -57,14 +58,66 @@ _SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
     Activation.SIGMOID: lambda z: z.sigmoid() * (1 - z.sigmoid()),
 }
 
+# ---- Recognition --------------------------------------------------------------------------------------------------
+
+_OF_TORCH = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh)
+_FORWARDS = {kind.forward for kind in _OF_TORCH}
+
+# 0 and both signs of small and large values: what is clipped somewhere, or differs in its tail, is another function.
+_SIZES = [1e-3, 0.01, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.9, 11.0, 20.0, 100.0, 1e4]
+_PROBE = [0.0, *_SIZES, *(-size for size in _SIZES), 0.5]
+
+
 def activation_of(module: nn.Module | None) -> Activation:
     """The activation that can replace this module in a layer's epilogue; NONE if none can, and for None.
 
-    >>> activation_of(nn.GELU(approximate="tanh"))
-    <Activation.GELU_TANH: 3>
+    A module is known by what it computes: on fixed float32 values it gives what the function of `FUNCTIONS` gives,
+    within 1e-6. It does so for two shapes and orders, in which an elementwise function gives the same, and both in eval
+    and in training mode. So transformers' GELUActivation counts as well as nn.GELU.
+
+    To run a module is to run foreign code, so only these are run: modules of torch.nn that are activations, and those
+    whose code is proven to be arithmetic on one tensor (`is_plain`). They have no parameters, buffers, children or
+    hooks. Their `forward` runs without gradients, on a stand-in with the same attributes, so nothing of the module or
+    of the random state changes. A module that raises an error is NONE.
+
+    A module that works in place, as nn.ReLU(inplace=True) does, counts: that nothing else reads its input is for the
+    caller to prove, as for any module.
+
+    >>> activation_of(nn.GELU(approximate="tanh")), activation_of(nn.Softplus())
+    (<Activation.GELU_TANH: 3>, <Activation.NONE: 0>)
     """
-    if type(module) is nn.GELU:
-        return Activation.GELU if module.approximate == "none" else Activation.GELU_TANH
-    if type(module) is nn.SiLU:
-        return Activation.SILU
-    return Activation.RELU if type(module) is nn.ReLU else Activation.NONE
+    if module is None or not _may_run(module):
+        return Activation.NONE
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return next((a for a in Activation if a != Activation.NONE and _computes(module, a)), Activation.NONE)
+    except Exception:
+        return Activation.NONE
+
+
+def _may_run(module: nn.Module) -> bool:
+    held = (module._parameters, module._buffers, module._modules)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    kind = type(module)
+    overridden = kind.__call__ is not nn.Module.__call__ or kind.__getattr__ is not nn.Module.__getattr__
+    if any(held) or any(hooks) or overridden:
+        return False
+    return ("forward" not in vars(module) and kind.forward in _FORWARDS) or is_plain(module)
+
+
+def _computes(module: nn.Module, activation: Activation) -> bool:
+    probe = torch.tensor(_PROBE, device="cpu", dtype=torch.float32)
+    for training in (False, True):
+        for x in (probe, probe.flip(0).reshape(4, -1)):
+            expected, y = FUNCTIONS[activation](x), _forward(module, training, x.clone())
+            same_kind = isinstance(y, Tensor) and (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+            # The values up to 1e4 are rounded, by each function in its own way.
+            if not same_kind or not torch.allclose(y, expected, rtol=2**-21, atol=1e-6):
+                return False
+    return True
+
+
+def _forward(module: nn.Module, training: bool, x: Tensor) -> Tensor:
+    stand_in = object.__new__(type(module))
+    vars(stand_in).update(vars(module), training=training)
+    return type(module).forward(stand_in, x)  # type: ignore[no-any-return]
