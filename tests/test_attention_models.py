@@ -174,12 +174,16 @@ def test_auto_keeps_the_output_within_the_margin():
     exact = torchq.convert(model, batches(), config=torchq.QConfig(attention="float32"), progress=False).torchq_plan
     plan = torchq.convert(model, batches(), progress=False).torchq_plan
     assert plan.checked.model_db > exact.checked.model_db - 0.3
+    assert {row.scheme for row in plan.attentions.values()} != {"float32"}
+    for row in plan.attentions.values():
+        assert row.sqnr_db["int8_bfloat16"] > row.sqnr_db["int8"] > 30
 
 
 def test_auto_keeps_float32_where_the_output_would_lose():
     """Nothing else has an error here, so any scheme would lose more than 0.3 dB."""
     plan = only_attention(bert(), "auto").torchq_plan
     assert {row.scheme for row in plan.attentions.values()} == {"float32"}
+    assert {row.reason for row in plan.attentions.values()} == {"a faster scheme would cost accuracy"}
 
 
 def test_an_edited_plan_is_applied():
@@ -210,10 +214,10 @@ def test_a_wrong_plan_is_an_error():
 
 
 def test_the_report_says_how_attention_is_computed():
-    qmodel = torchq.convert(bert(), config=torchq.QConfig(attention="float32"))
-    assert "attention in float32 (as the config says): all 3 of them" in str(torchq.report(qmodel))
+    qmodel = torchq.convert(bert(), config=torchq.QConfig(attention="int8"))
+    assert "attention in int8 (as the config says): all 3 of them" in str(torchq.report(qmodel))
     rows = torchq.report(qmodel).to_dict()["attentions"]
-    assert rows["encoder.layer.0.attention.self"]["scheme"] == "float32"
+    assert rows["encoder.layer.0.attention.self"]["scheme"] == "int8"
 
 
 # ---- Copies, processes, compilers ----

@@ -11,14 +11,13 @@ from torch import nn
 
 from torchq.modules.attention import AttentionErrors, attention_modules, measuring, offer_attention
 from torchq.numerics.metrics import decibels
-from torchq.ops import ATTENTION_SCHEMES
 from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
 from torchq.planning.selfcheck import MARGIN_DB, SelfCheck
 
 ROUNDING_DB = 90.0
 """An output this close differs by float32's rounding only."""
 
-FASTER = tuple(scheme for scheme in ("int8", "int8_bfloat16") if scheme in ATTENTION_SCHEMES)
+FASTER = ("int8", "int8_bfloat16")
 """The schemes that cost accuracy and may pay, the fastest first. Alone, "bfloat16" is slower than both."""
 
 
