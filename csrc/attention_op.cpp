@@ -95,6 +95,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   check_operand("v", v, q.scalar_type());
   check_shapes(q, k, v);
   CHECK(scheme >= 0 && scheme < kSchemes, op, ": scheme must be in [0, ", kSchemes, "), got ", scheme, '.');
+  CHECK(scheme != static_cast<int>(Scheme::codes) || k.size(2) <= kMostKeys, op,
+        ": the sums of int8 codes are exact for up to ", kMostKeys, " keys, got ", k.size(2),
+        ". Use scheme 2 (int8_bfloat16).");
   Problem p{};
   p.scheme = static_cast<Scheme>(scheme);
   p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1);
@@ -105,7 +108,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(p.depth));
   p.y_dtype = *dtype;
   Tensor y = output_like(q, p.columns, p);
-  if (y.numel() > 0) with_scratch(op, [&] { torchq::run(kernel_beside(torchq::active_kernel()), p); });
+  if (y.numel() > 0) with_scratch(op, [&] { torchq::run(torchq::active_kernel(), p); });
   return y;
 }
 

@@ -74,8 +74,8 @@ void run(const Kernel& kernel, const Problem& problem) {
   run_parts(job);
 }
 
-void run(const attention::Kernel& kernel, const attention::Problem& problem) {
-  attention::Job job = attention::schedule(kernel, problem);
+void run(const Kernel& gemm, const attention::Problem& problem) {
+  attention::Job job = attention::schedule(attention::kernel_beside(gemm), gemm, problem);
   run_parts(job);
 }
 

@@ -9,7 +9,7 @@ namespace torchq {
 // Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for. Throws
 // std::bad_alloc where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem);
-void run(const attention::Kernel& kernel, const attention::Problem& problem);
+void run(const Kernel& kernel, const attention::Problem& problem);
 
 // An activation on its own: y[i] = act(x[i]), of dtype f32, bf16 or f16.
 struct Values {

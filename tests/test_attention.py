@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.attention import assert_exact_to_rounding, operands, oracle
 from helpers.compare import assert_identical
-from torchq import kernels
+from torchq import _C, kernels
 from torchq.ops import attention
 
 MIN = torch.finfo(torch.float32).min
@@ -230,6 +230,7 @@ def test_threads_change_no_bit(kernel, generator, set_threads):
 
 def test_the_kernel_goes_with_the_forced_one(kernel):
     """Attention uses the vectors of the GEMM kernel that is forced, and no wider ones."""
+    widest = "avx512_bf16" if "avx512_bf16" in _C.cpu_features() else "avx512"
     beside = {"reference": "reference", "avx2": "avx2", "avx_vnni": "avx2"}
-    beside |= dict.fromkeys(("avx512_vnni", "avx512vl_vnni", "amx_int8"), "avx512")
+    beside |= dict.fromkeys(("avx512_vnni", "avx512vl_vnni", "amx_int8"), widest)
     assert kernels.active_attention() == beside.get(kernel, "neon")

@@ -116,12 +116,14 @@ def samples():
     yield q.bfloat16(), k.bfloat16(), v.bfloat16()[..., :5], torch.ones(4, 1, 7, dtype=torch.bool)
 
 
+@pytest.mark.slow(seconds=8)
 @pytest.mark.parametrize("args", list(samples()), ids=lambda args: f"{len(args)} arguments")
 def test_opcheck(args):
     """Schema, fake (static and dynamic shapes) and the real op agree."""
     assert set(torch.library.opcheck(torch.ops.torchq.attention, args).values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow(seconds=8)
 def test_compile(generator):
     """The whole graph, also where a gradient is wanted."""
     q, k, v = operands(generator)

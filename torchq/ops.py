@@ -35,7 +35,7 @@ __all__ = [
 MAX_DEPTH = _C.MAX_DEPTH
 """The largest K whose int32 sums are exact: 255 * 128 * K < 2^31 holds up to K = 65793."""
 
-ATTENTION_SCHEMES = ("float32",)
+ATTENTION_SCHEMES = ("float32", "bfloat16", "int8_bfloat16", "int8")
 """The schemes of `attention`, by the number that the op takes."""
 
 PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
@@ -276,14 +276,22 @@ def attention(
         scale: 1 / sqrt(D) by default.
         offset: the position of q's first row among the keys: with a cache, the number of keys before it.
         window: a row sees keys j with `abs(position - j) < window`; with `is_causal` the last `window` up to its own.
-        scheme: how the two products are computed; "float32" is exact to rounding.
+        scheme: how the two products are computed; softmax and sums are in float32 always.
+            "float32": exact to rounding.
+            "bfloat16": q, k, v and the weights are rounded to bfloat16.
+            "int8": q · k in codes, u8 for each row of q and int8 for each key less the mean of all keys; weights · v in
+            u8 codes, 255 for a row's largest, and int8 codes for each column of v. Sums are exact, and all kernels give
+            the same bits. A row or column with NaN or infinity gives NaN.
+            "int8_bfloat16": the first product as "int8", the second as "bfloat16".
+            Up to four rows on one head of k and v, as in decoding, are computed as "float32" whatever the scheme, since
+            that takes less time than packing keys.
 
     Returns:
         (B, H, L, E), the dtype of q, laid out in memory as q is. It has the gradients of the float formula.
 
     Raises:
         ValueError: no such scheme.
-        RuntimeError: wrong dtype, shape or device.
+        RuntimeError: wrong dtype, shape or device; more than 65793 keys in "int8".
 
     >>> q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[0.0], [0.0], [9.0]]]])
     >>> attention(q, k, torch.tensor([[[[1.0], [3.0], [5.0]]]]), torch.tensor([True, True, False]))

@@ -5,9 +5,9 @@
 // the weights of a row depend on nothing but the row.
 //
 //   for each head of k and v
-//     pack_keys(), pack_values()
+//     pack keys and values
 //     for each head of q that shares them, for each block of its rows
-//       scores = q · k, hidden keys are -inf, softmax, weights · v, each row divided by the sum of its weights
+//       scores = q · k; hidden keys get -inf; weights = exp(scores - largest); y = weights · v / sum of weights
 
 #include "attention.h"
 
@@ -18,6 +18,7 @@
 
 #include "../gemm/divide.h"
 #include "operands.h"
+#include "products.h"
 #include "scratch.h"
 
 namespace torchq {
@@ -25,16 +26,6 @@ namespace attention {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Some rows of one head of q, with the head of k and v that they share.
-struct Block {
-  int64_t batch, head, kv_head, begin, end;
-};
-
-// The keys that any row of a block sees, widened to whole panels; empty if begin == end.
-struct Keys {
-  int64_t begin, end;
-};
 
 // What one row sees by its position: keys [begin, end).
 Keys seen_by(const Problem& p, int64_t row) {
@@ -62,10 +53,6 @@ void hide(const Job& job, const Block& block, int64_t row, const Keys& keys, con
   std::fill(x + (end - keys.begin), x + (keys.end - keys.begin), -kInfinity);
 }
 
-uint8_t* output_row(const Problem& p, const Block& block, int64_t row) {
-  return static_cast<uint8_t*>(p.y) + block.batch * p.y_batch + block.head * p.y_head + row * p.y_row;
-}
-
 // A row's share of what the next head reads. In a model, rows of one head lie far apart in memory, and no hardware
 // prefetcher finds them.
 void prefetch_next(const Problem& p, const Block& block, int64_t row) {
@@ -77,37 +64,42 @@ void prefetch_next(const Problem& p, const Block& block, int64_t row) {
   }
 }
 
-void run_block(const Job& job, const Block& block, const Scratch& s) {
-  const Problem& p = *job.problem;
-  const Kernel& kernel = *job.kernel;
-  const int64_t m = block.end - block.begin;
-  const Keys keys = seen_by(p, block);
-  for (int64_t r = 0; r < m; ++r)
-    load_row(job, {p.q, block.batch, block.head, block.begin + r}, p.depth, p.scale, s, s.queries + r * s.depth_stride);
-  kernel.multiply({m, (keys.end - keys.begin) / kPanel, p.depth, s.queries, s.depth_stride,
-                   s.keys + keys.begin / kPanel * s.key_panel, s.key_panel, s.scores, s.score_stride});
-  for (int64_t r = 0; r < m; ++r) {
+// From the scores of rows to their weights, and the sums of these.
+void weigh(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
+  for (int64_t r = 0; r < block.rows(); ++r) {
     float* x = s.scores + r * s.score_stride;
     hide(job, block, block.begin + r, keys, s, x);
-    s.sums[r] = kernel.softmax(x, keys.end - keys.begin);
-    prefetch_next(p, block, block.begin + r);
+    s.largest[r] = job.kernel->largest(x, keys.count());
   }
-  kernel.multiply({m, ceil_div(p.columns, kPanel), std::min(keys.end, p.keys) - keys.begin, s.scores, s.score_stride,
-                   s.values + keys.begin * kPanel, s.value_panel, s.out, s.column_stride});
-  for (int64_t r = 0; r < m; ++r) {
-    void* y = output_row(p, block, block.begin + r);
-    if (s.sums[r] == 0.0f)  // no key
-      std::memset(y, 0, p.columns * element_bytes(p.y_dtype));
-    else
-      kernel.from_floats(s.out + r * s.column_stride, 1.0f / s.sums[r], p.columns, p.y_dtype, y);
+  for (int64_t r = 0; r < block.rows(); ++r) {
+    s.sums[r] = job.value_product->weigh(job, r, keys, s);
+    if (job.value_product != &values_in_place) prefetch_next(*job.problem, block, block.begin + r);
   }
+}
+
+void run_block(const Job& job, const Block& block, const Scratch& s) {
+  const Problem& p = *job.problem;
+  const Keys keys = seen_by(p, block);
+  job.key_product->multiply(job, block, keys, s);
+  weigh(job, block, keys, s);
+  job.value_product->multiply(job, block, keys, s);
+  for (int64_t r = 0; r < block.rows(); ++r)  // those that see no key
+    if (s.sums[r] == 0.0f) std::memset(output_row(p, block, block.begin + r), 0, p.columns * element_bytes(p.y_dtype));
 }
 
 }  // namespace
 
+void write_rows(const Job& job, const Block& block, bool divide, const Scratch& s) {
+  const Problem& p = *job.problem;
+  for (int64_t r = 0; r < block.rows(); ++r)
+    job.kernel->from_floats(s.out + r * s.column_stride, divide ? 1.0f / s.sums[r] : 1.0f, p.columns, p.y_dtype,
+                            output_row(p, block, block.begin + r));
+}
+
 void run(const Job& job, int index, void* memory) {
   const Problem& p = *job.problem;
   const Scratch s = carve(job, memory);
+  if (job.key_product == &keys_in_codes) remember(*job.gemm);
   // Units of work: blocks of rows, those of a shared head together. Where there are many heads a part has whole ones.
   const int64_t group = p.heads / p.kv_heads, of_head = group * job.blocks, heads = p.batch * p.kv_heads;
   const int64_t grain = heads >= 4 * int64_t{job.parts} ? of_head : 1, grains = heads * of_head / grain;
@@ -117,8 +109,8 @@ void run(const Job& job, int index, void* memory) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit / of_head, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
     if (head != packed) {
-      pack_keys(job, batch, kv_head, s);
-      pack_values(job, batch, kv_head, s);
+      job.key_product->pack(job, batch, kv_head, s);
+      job.value_product->pack(job, batch, kv_head, s);
       packed = head;
     }
     const int64_t block = unit % job.blocks;

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../gemm/gemm.h"
 #include "kernel.h"
 
 namespace torchq {
@@ -33,9 +34,21 @@ struct Band {
   int64_t first, last;
 };
 
-// The precision of the two products; softmax is in float32 always.
-enum class Scheme : int { f32 };
-constexpr int kSchemes = 1;
+// The precision of the two products. Softmax and all sums of floats are in float32.
+//
+//   f32         exact to rounding
+//   bf16        q · scale, k, v and the weights are rounded to bfloat16
+//   codes_bf16  q · k in codes, weights · v as in bf16
+//   codes       q · k of u8 and s8 codes: a scale and a zero point for each row of q, a scale for each key. Keys are
+//               taken less their mean, which moves all scores of a row alike. weights · v of u8 weights, 255 for the
+//               largest, and s8 codes: a scale and a middle for each column of v.
+//
+// Few rows, as in decoding, are computed as in f32 whatever the scheme: it takes less time than packing would.
+enum class Scheme : int { f32, bf16, codes_bf16, codes };
+constexpr int kSchemes = 4;
+
+// The most keys of which the sums of codes are exact.
+constexpr int64_t kMostKeys = kMaxDepth;
 
 struct Problem {
   Scheme scheme;
@@ -50,10 +63,16 @@ struct Problem {
   int64_t y_batch, y_head, y_row;
 };
 
+struct KeyProduct;  // products.h
+struct ValueProduct;
+
 // How a problem is computed. schedule() derives it once; every part reads it.
 struct Job {
   const Problem* problem;
   const Kernel* kernel;
+  const torchq::Kernel* gemm;  // for the products of codes
+  const KeyProduct* key_product;
+  const ValueProduct* value_product;
   int64_t blocks;      // of rows, of each head
   int64_t block_rows;  // of the largest
   int parts;           // 1, or as many as there are threads that pay. The caller may lower it.
@@ -61,7 +80,7 @@ struct Job {
 };
 
 // The problem must outlive the job. It has no empty output: batch, heads, rows and columns are positive.
-Job schedule(const Kernel& kernel, const Problem& problem);
+Job schedule(const Kernel& kernel, const torchq::Kernel& gemm, const Problem& problem);
 
 // Computes the index-th of job.parts parts. scratch: job.scratch_bytes, which parts running at the same time must not
 // share.

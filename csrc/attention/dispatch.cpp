@@ -1,6 +1,5 @@
 // The kernel table, and which kernel runs.
 
-#include "../gemm/kernel.h"
 #include "attention.h"
 
 namespace torchq {
@@ -10,6 +9,7 @@ namespace {
 // Best first.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
+    &kernel_avx512_bf16,
     &kernel_avx512,
     &kernel_avx2,
 #elif defined(__aarch64__)

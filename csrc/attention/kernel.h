@@ -1,8 +1,8 @@
 // What an attention kernel is. Plain C++17: no torch, no Python, no allocation, no threads.
 //
 // A kernel is one row of the table in dispatch.cpp: a name, the CPU features it needs, and the five steps that are
-// worth vector instructions. Loops over heads and rows, and all that a mask means, are the same for all
-// (attention.cpp). Kernels agree to rounding; `reference` is the definition.
+// worth vector instructions, and those of codes. Loops over heads and rows, and all that a mask means, are the same for
+// all (attention.cpp). Kernels agree to rounding; `reference` is the definition.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +32,11 @@ struct Product {
   int64_t out_stride;
 };
 
+// Of each column: the least and the greatest value so far, and 0, or NaN if one was not finite.
+struct Ranges {
+  float *lo, *hi, *zero;
+};
+
 struct Kernel {
   const char* name = nullptr;
   uint32_t needs = 0;  // Feature bits
@@ -46,15 +51,39 @@ struct Kernel {
   // 16 rows of n floats, `stride` floats apart, to n rows of 16. n is a multiple of 16.
   void (*transpose)(const float* x, int64_t stride, int64_t n, float* out) = nullptr;
   void (*multiply)(const Product& product) = nullptr;
-  // x[i] becomes exp(x[i] - max); returns their sum. n is a multiple of 16. Where all are -inf, all become 0. Where one
-  // is NaN or +inf, the sum is NaN.
-  float (*softmax)(float* x, int64_t n) = nullptr;
+  // The largest of x and of -FLT_MAX. NaN is not seen. n is a multiple of 16, as everywhere below.
+  float (*largest)(const float* x, int64_t n) = nullptr;
+  // x[i] becomes exp(x[i] - largest); returns their sum: 0 where all are -inf, NaN where one is NaN or +inf.
+  float (*weigh)(float* x, int64_t n, float largest) = nullptr;
+
+  // For few rows. out[r] = q · x[r] for 16 rows x, `stride` floats apart.
+  void (*dot_rows)(const float* q, const float* x, int64_t stride, int64_t n, float* out) = nullptr;
+  // out[i] += Σ_r weights[r] · x[r][i].
+  void (*add_weighted)(const float* weights, const float* x, int64_t stride, int64_t rows, int64_t n,
+                       float* out) = nullptr;
+
+  // For products of bfloat16, two in one float, the first lower; null where the CPU has no instruction for them.
+  void (*multiply_halves)(const Product& product) = nullptr;
+  // n / 2 floats of two halves each; x and out may be the same.
+  void (*to_halves)(const float* x, int64_t n, float* out) = nullptr;
+  // Two rows of x, `stride` floats apart, to one of halves across panels of 16 columns, panel_stride floats apart.
+  void (*join_halves)(const float* x, int64_t stride, int64_t n, float* out, int64_t panel_stride) = nullptr;
+
+  // For the products of codes (codes.inc says more). All kernels give the same bits.
+  float (*weigh_codes)(const float* x, int64_t n, float largest, uint8_t* codes) = nullptr;
+  void (*quantize_keys)(const float* x, int64_t stride, const float* mean, int64_t n, uint8_t* codes,
+                        int64_t code_stride, float* scale, int32_t* sum) = nullptr;
+  void (*quantize_values)(const float* x, int64_t stride, int64_t n, const float* middle, const float* inv_scale,
+                          uint8_t* panel, int64_t panel_stride, int32_t* sums) = nullptr;
+  void (*add_rows)(const float* x, int64_t stride, int64_t rows, int64_t n, float* sum) = nullptr;
+  void (*extend_ranges)(const float* x, int64_t stride, int64_t rows, int64_t n, const Ranges& to) = nullptr;
 };
 
 extern const Kernel kernel_reference;
 #if defined(__x86_64__)
 extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx512;
+extern const Kernel kernel_avx512_bf16;
 #elif defined(__aarch64__)
 extern const Kernel kernel_neon;
 #endif

@@ -20,6 +20,8 @@ namespace avx2 {
 
 #include "floats.inc"
 #include "softmax.inc"
+#include "codes.inc"
+#include "in_place.inc"
 
 constexpr int kMaxRows = 6, kMaxPanels = 1, kAhead = 64;
 
@@ -36,7 +38,15 @@ constexpr Kernel kernel_avx2 = [] {
   k.from_floats = avx2::from_floats;
   k.transpose = avx2::transpose;
   k.multiply = avx2::multiply;
-  k.softmax = avx2::softmax;
+  k.largest = avx2::largest;
+  k.weigh = avx2::weigh;
+  k.dot_rows = avx2::dot_rows;
+  k.add_weighted = avx2::add_weighted;
+  k.weigh_codes = avx2::weigh_codes;
+  k.quantize_keys = avx2::quantize_keys;
+  k.quantize_values = avx2::quantize_values;
+  k.add_rows = avx2::add_rows;
+  k.extend_ranges = avx2::extend_ranges;
   return k;
 }();
 

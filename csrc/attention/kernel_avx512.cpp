@@ -20,6 +20,8 @@ namespace avx512 {
 
 #include "floats.inc"
 #include "softmax.inc"
+#include "codes.inc"
+#include "in_place.inc"
 
 constexpr int kMaxRows = 6, kMaxPanels = 4, kAhead = 64;
 
@@ -36,7 +38,15 @@ constexpr Kernel kernel_avx512 = [] {
   k.from_floats = avx512::from_floats;
   k.transpose = avx512::transpose;
   k.multiply = avx512::multiply;
-  k.softmax = avx512::softmax;
+  k.largest = avx512::largest;
+  k.weigh = avx512::weigh;
+  k.dot_rows = avx512::dot_rows;
+  k.add_weighted = avx512::add_weighted;
+  k.weigh_codes = avx512::weigh_codes;
+  k.quantize_keys = avx512::quantize_keys;
+  k.quantize_values = avx512::quantize_values;
+  k.add_rows = avx512::add_rows;
+  k.extend_ranges = avx512::extend_ranges;
   return k;
 }();
 

@@ -20,6 +20,8 @@ namespace neon {
 
 #include "floats.inc"
 #include "softmax.inc"
+#include "codes.inc"
+#include "in_place.inc"
 
 constexpr int kMaxRows = 6, kMaxPanels = 1, kAhead = 64;
 
@@ -36,7 +38,15 @@ constexpr Kernel kernel_neon = [] {
   k.from_floats = neon::from_floats;
   k.transpose = neon::transpose;
   k.multiply = neon::multiply;
-  k.softmax = neon::softmax;
+  k.largest = neon::largest;
+  k.weigh = neon::weigh;
+  k.dot_rows = neon::dot_rows;
+  k.add_weighted = neon::add_weighted;
+  k.weigh_codes = neon::weigh_codes;
+  k.quantize_keys = neon::quantize_keys;
+  k.quantize_values = neon::quantize_values;
+  k.add_rows = neon::add_rows;
+  k.extend_ranges = neon::extend_ranges;
   return k;
 }();
 

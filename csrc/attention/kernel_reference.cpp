@@ -10,9 +10,11 @@ namespace torchq {
 namespace attention {
 namespace reference {
 
-#include "../gemm/vec1.inc"
+#include "vec1.inc"
 
-#include "exponential.inc"
+#include "softmax.inc"
+#include "codes.inc"
+#include "in_place.inc"
 
 template <class T>
 void to_floats(const T* x, int64_t n, float factor, float* out, int64_t stride) {
@@ -53,13 +55,6 @@ void multiply(const Product& p) {
     }
 }
 
-float softmax(float* x, int64_t n) {
-  float largest = -FLT_MAX, sum = 0.0f;
-  for (int64_t i = 0; i < n; ++i) largest = max(x[i], largest);
-  for (int64_t i = 0; i < n; ++i) sum += x[i] = exponential(x[i] - largest);
-  return sum;
-}
-
 }  // namespace reference
 
 constexpr Kernel kernel_reference = [] {
@@ -69,7 +64,15 @@ constexpr Kernel kernel_reference = [] {
   k.from_floats = reference::from_floats;
   k.transpose = reference::transpose;
   k.multiply = reference::multiply;
-  k.softmax = reference::softmax;
+  k.largest = reference::largest;
+  k.weigh = reference::weigh;
+  k.dot_rows = reference::dot_rows;
+  k.add_weighted = reference::add_weighted;
+  k.weigh_codes = reference::weigh_codes;
+  k.quantize_keys = reference::quantize_keys;
+  k.quantize_values = reference::quantize_values;
+  k.add_rows = reference::add_rows;
+  k.extend_ranges = reference::extend_ranges;
   return k;
 }();
 

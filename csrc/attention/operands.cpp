@@ -35,26 +35,22 @@ void load_row(const Job& job, const Row& row, int64_t n, float factor, const Scr
 }
 
 void prefetch_row(const Row& row, int64_t n) {
+  const int64_t bytes = n * element_bytes(row.view.dtype);
+  if (row.view.column != element_bytes(row.view.dtype)) return;
   const uint8_t* x = row.view.at(row.batch, row.head, row.row);
-  const int64_t bytes = n * std::abs(row.view.column);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 2);
 }
 
-void pack_keys(const Job& job, int64_t batch, int64_t head, const Scratch& s) {
-  const Problem& p = *job.problem;
-  for (int64_t key = 0; key < p.keys; key += kPanel) {
-    const int64_t count = std::min(kPanel, p.keys - key);
-    for (int64_t r = 0; r < count; ++r)
-      load_row(job, {p.k, batch, head, key + r}, p.depth, 1.0f, s, s.rows + r * s.depth_stride);
-    for (int64_t r = count; r < kPanel; ++r) std::fill_n(s.rows + r * s.depth_stride, round_up(p.depth, kPanel), 0.0f);
-    job.kernel->transpose(s.rows, s.depth_stride, round_up(p.depth, kPanel), s.keys + key / kPanel * s.key_panel);
-  }
-}
-
-void pack_values(const Job& job, int64_t batch, int64_t head, const Scratch& s) {
-  const Problem& p = *job.problem;
-  for (int64_t key = 0; key < p.keys; ++key)
-    load_row(job, {p.v, batch, head, key}, p.columns, 1.0f, s, s.values + key * kPanel, s.value_panel);
+FloatRows load_rows(const Job& job, const Row& first, int64_t count, int64_t n, const Scratch& s) {
+  const View& view = first.view;
+  const auto* x = view.at(first.batch, first.head, first.row);
+  const bool in_place = view.dtype == DType::f32 && view.column == 4 && n % kPanel == 0 && count == kPanel;
+  if (in_place) return {reinterpret_cast<const float*>(x), view.row / 4};
+  const int64_t stride = odd_lines(n);
+  for (int64_t r = 0; r < count; ++r)
+    load_row(job, {view, first.batch, first.head, first.row + r}, n, 1.0f, s, s.rows + r * stride);
+  std::fill(s.rows + count * stride, s.rows + kPanel * stride, 0.0f);
+  return {s.rows, stride};
 }
 
 const float* mask_row(const Job& job, int64_t batch, int64_t head, int64_t row, const Scratch& s) {

@@ -18,12 +18,17 @@ struct Row {
 void load_row(const Job& job, const Row& row, int64_t n, float factor, const Scratch& s, float* out,
               int64_t stride = kPanel);
 
+// Rows of floats: n of each, rounded up to a multiple of 16 by zeros; `stride` floats apart.
+struct FloatRows {
+  const float* x;
+  int64_t stride;
+};
+
+// 16 rows of a head from `first` on, of which count exist; the others are 0. In place if they lie so, else in s.rows.
+FloatRows load_rows(const Job& job, const Row& first, int64_t count, int64_t n, const Scratch& s);
+
 // Asks for a row that is needed soon. It may be none: a prefetch faults nowhere.
 void prefetch_row(const Row& row, int64_t n);
-
-// All keys, or values, of a head into panels.
-void pack_keys(const Job& job, int64_t batch, int64_t head, const Scratch& s);
-void pack_values(const Job& job, int64_t batch, int64_t head, const Scratch& s);
 
 // What the mask adds to the scores of a row, key by key. It holds until the next call.
 const float* mask_row(const Job& job, int64_t batch, int64_t head, int64_t row, const Scratch& s);

@@ -4,6 +4,7 @@
 
 #include "../gemm/divide.h"
 #include "attention.h"
+#include "products.h"
 #include "scratch.h"
 
 namespace torchq {
@@ -15,12 +16,27 @@ constexpr int64_t kWorkPerThread = 1 << 19;         // multiply-adds that justif
 constexpr int64_t kScoresBytes = 48 * 1024;         // of a block: they are written and read again, so they stay in L2
 constexpr int64_t kFewestRows = 6, kMostRows = 48;  // of a block: a tile; eight, for which each key is read once
 
+constexpr int64_t kFewRows = 4;  // of all heads that share one of k and v: they are computed in place
+
+void choose_products(const Problem& p, Job& job) {
+  const bool few = p.rows * (p.heads / p.kv_heads) <= kFewRows;
+  const bool codes = p.scheme == Scheme::codes || p.scheme == Scheme::codes_bf16;
+  const bool halves = p.scheme == Scheme::bf16 || p.scheme == Scheme::codes_bf16;
+  job.key_product = few ? &keys_in_place : codes ? &keys_in_codes : halves ? &keys_in_halves : &keys_in_floats;
+  job.value_product = few                         ? &values_in_place
+                      : halves                    ? &values_in_halves
+                      : p.scheme == Scheme::codes ? &values_in_codes
+                                                  : &values_in_floats;
+}
+
 }  // namespace
 
-Job schedule(const Kernel& kernel, const Problem& p) {
+Job schedule(const Kernel& kernel, const torchq::Kernel& gemm, const Problem& p) {
   Job job;
   job.problem = &p;
   job.kernel = &kernel;
+  job.gemm = &gemm;
+  choose_products(p, job);
   const int64_t fit = kScoresBytes / (4 * std::max<int64_t>(p.keys, 1));
   job.blocks = ceil_div(p.rows, std::min(std::max(fit, kFewestRows), kMostRows));
   job.block_rows = ceil_div(p.rows, job.blocks);

@@ -54,7 +54,10 @@ uint32_t detect() {
   if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
   constexpr uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE and AMX-INT8
   if (tiles && (d & amx) == amx && may_use_tiles()) have |= kAmxInt8;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a & (1u << 4))) have |= kAvxVnni;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    if (ymm && (a & (1u << 4))) have |= kAvxVnni;
+    if ((have & kAvx512Vnni) && (a & (1u << 5))) have |= kAvx512Bf16;
+  }
   return have;
 }
 

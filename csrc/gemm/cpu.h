@@ -13,6 +13,7 @@ enum Feature : uint32_t {
   kAsimd = 1u << 3,       // Advanced SIMD, part of every armv8.0-a
   kAsimdDp = 1u << 4,     // SDOT
   kI8mm = 1u << 5,        // USMMLA
+  kAvx512Bf16 = 1u << 7,  // VDPBF16PS, beside kAvx512Vnni
   kAmxInt8 = 1u << 6,     // AMX tiles and TDPBUSD, and the operating system's permission to use them
 };
 

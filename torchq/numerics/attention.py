@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["float_attention", "gradients", "seen"]
+__all__ = ["float_attention", "gradients", "seen", "simulated_int8"]
 
 
 def seen(rows: int, keys: int, is_causal: bool, offset: int, window: int | None) -> Tensor | None:
@@ -93,3 +93,88 @@ def _weights(
         scores = scores.masked_fill(~visible, -torch.inf)
     keyless = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return scores.masked_fill(keyless, 0).softmax(dim=-1).masked_fill(keyless, 0)
+
+
+# ---- The codes of scheme "int8" ----
+
+_TINY = torch.finfo(torch.float32).tiny
+_ROUNDER = 1.5 * 2.0**23
+
+
+def simulated_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    offset: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """`torchq.ops.attention(..., scheme="int8")` in torch's operations, bit for bit on finite float32 q, k and v.
+
+    Sums of codes are taken in float64, which is exact. An fma is a float64 product and sum, rounded to float32.
+    """
+    heads = q.shape[1]
+    q_codes, q_scale = _row_codes(q)
+    k_codes, k_scale = _key_codes(k)
+    v_codes, v_scale, v_middle = _value_codes(v)
+    factor = torch.tensor(_scale(q, None), dtype=torch.float32) if scale is None else torch.tensor(scale).float()
+    sums = (q_codes @ _repeated(k_codes, heads).mT).float()
+    scores = sums * (q_scale * factor * _repeated(k_scale, heads).mT)
+    if mask is not None:
+        scores = scores + (torch.zeros(()).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float())
+    visible = seen(q.shape[2], k.shape[2], is_causal, offset, window)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = _weight_codes(scores)
+    total = weights.sum(dim=-1, keepdim=True)
+    means = (weights @ _repeated(v_codes, heads)).float() * (1 / total.float() * _repeated(v_scale, heads))
+    return (means + _repeated(v_middle, heads)).masked_fill(total == 0, 0)
+
+
+def _repeated(t: Tensor, heads: int) -> Tensor:
+    return t.repeat_interleave(heads // t.shape[1], dim=1)
+
+
+def _row_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes less the zero point, and the scale: those of `torchq.ops.quantize_per_token`."""
+    lo, hi = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = hi / 255 - lo / 255
+    scale = torch.where(scale >= _TINY, scale, 1)
+    zero_point = (-lo * (1 / scale)).clamp(0, 255).round()
+    return ((x * (1 / scale)).round() + zero_point).clamp(0, 255).double() - zero_point.double(), scale
+
+
+def _key_codes(k: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.zeros_like(k[:, :, 0])
+    for key in k.unbind(2):  # in order
+        total = total + key
+    x = k - (total * (1 / torch.tensor(float(k.shape[2])))).unsqueeze(2)
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale >= _TINY, scale, 1)
+    return (x * (1 / scale)).round().double(), scale
+
+
+def _value_codes(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lo, hi = v.amin(2, keepdim=True) * 0.5, v.amax(2, keepdim=True) * 0.5
+    scale = (hi - lo) / 127
+    scale = torch.where(scale >= _TINY, scale, 1)
+    return ((v - (lo + hi)) * (1 / scale)).round().double(), scale, lo + hi
+
+
+def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    product: Tensor = a.double() * b
+    return (product + c).float()
+
+
+def _weight_codes(scores: Tensor) -> Tensor:
+    """rne(255 · exp(score - largest)), by the polynomial of csrc/attention."""
+    largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    t = (scores - largest).clamp(min=-88)
+    n = _fma(t, float.fromhex("0x1.715476p0"), _ROUNDER + 127) - (_ROUNDER + 127)
+    r = _fma(n, -float.fromhex("0x1.62e43p-1"), t)
+    p = _fma(torch.full_like(r, float.fromhex("0x1.50f76ap5")), r.double(), float.fromhex("0x1.011b48p7"))
+    p = _fma(_fma(p, r.double(), float.fromhex("0x1.fe1992p7")), r.double(), 255.0)
+    power = torch.where(n > -127, torch.ldexp(torch.ones(()), n), 0)
+    return (p.double() * power.double()).round()
