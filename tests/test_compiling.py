@@ -48,6 +48,10 @@ def compiled_ops(model, x):
         (lambda y: F.gelu(y, approximate="tanh"), Activation.GELU_TANH),
         (lambda y: y.relu(), Activation.RELU),
         (nn.SiLU(), Activation.SILU),
+        (lambda y: y * torch.sigmoid(1.702 * y), Activation.QUICK_GELU),
+        (lambda y: 0.5 * y * (1 + torch.tanh(0.7978845608 * (y + 0.044715 * y.pow(3)))), Activation.GELU_TANH),
+        (lambda y: F.relu(y).square(), Activation.RELU2),
+        (lambda y: torch.tanh(y), Activation.TANH),
     ],
 )
 def test_an_activation_is_folded(function, activation):
@@ -59,10 +63,13 @@ def test_an_activation_is_folded(function, activation):
     assert_identical(y, model.second(hidden).detach())
 
 
+OTHERS = [lambda y: F.gelu(y) + y, F.leaky_relu, lambda y: F.relu(y * 2), lambda y: y.relu_()]
+
+
 @pytest.mark.slow(seconds=10)
-@pytest.mark.parametrize("function", [lambda y: F.gelu(y) + y, lambda y: F.leaky_relu(y), lambda y: F.relu(y * 2)])
+@pytest.mark.parametrize("function", OTHERS)
 def test_what_must_not_be_folded(function):
-    """Another reader of the layer's output; another function; another operation between."""
+    """Another reader of the layer's output; another function; another operation between; one that writes."""
     model = torchq.convert(Model(function))
     x = normal(4, 64)
     y, activations = compiled_ops(model, x)

@@ -1,27 +1,26 @@
 """torch.compile of converted models: activations move into the int8 layers before them, as they do in eager mode."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from torchq.modules.activations import activation_computed
 from torchq.ops import Activation
 
 _LINEARS = (torch.ops.torchq.linear_dynamic.default, torch.ops.torchq.linear_static.default)
 _F = nn.functional
-_GELUS = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}
-_FUNCTIONS: dict[Any, Activation] = {
-    _F.relu: Activation.RELU,
-    torch.relu: Activation.RELU,
-    "relu": Activation.RELU,
-    _F.silu: Activation.SILU,
-    _F.hardswish: Activation.HARDSWISH,
-    _F.relu6: Activation.RELU6,
-    **dict.fromkeys((torch.tanh, _F.tanh, "tanh"), Activation.TANH),
-    **dict.fromkeys((torch.sigmoid, _F.sigmoid, "sigmoid"), Activation.SIGMOID),
-}
-"""What the graph of a model calls, by function or by method's name. GELU, which has two forms, is _F.gelu beside it."""
+
+_ELEMENTWISE: set[Any] = {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg}
+_ELEMENTWISE |= {torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.neg, torch.square, torch.clamp}
+_ELEMENTWISE |= {torch.relu, torch.tanh, torch.sigmoid, torch.erf, torch.exp, _F.tanh, _F.sigmoid}
+_ELEMENTWISE |= {_F.relu, _F.gelu, _F.silu, _F.hardswish, _F.hardsigmoid, _F.relu6, _F.hardtanh}
+_ELEMENTWISE |= {"add", "sub", "mul", "div", "pow", "neg", "square", "clamp", "relu", "tanh", "sigmoid", "erf", "exp"}
+"""What an activation may be made of: functions, and names of methods. None of them writes, or is random."""
+
+_LONGEST = 12  # operations of an activation: 8 make the longest, GELU by tanh
 
 
 def compile_options() -> dict[str, Callable[[fx.Graph], None]]:
@@ -42,24 +41,58 @@ def compile_options() -> dict[str, Callable[[fx.Graph], None]]:
 
 
 def fold_activations(graph: fx.Graph) -> None:
-    """Rewrites `act(linear(x))` as one call of the op with this activation, in a graph of torch's functions."""
-    for node in list(graph.nodes):
-        activation = _activation_of(node)
-        layer = node.args[0] if activation != Activation.NONE else None
-        if isinstance(layer, fx.Node) and _is_plain_layer(layer) and len(layer.users) == 1:
+    """Rewrites `act(linear(x))` as one call of the op with this activation, in a graph of torch's functions.
+
+    An activation is known by what its operations compute, so `x * torch.sigmoid(1.702 * x)` is one too.
+    """
+    for layer in [node for node in graph.nodes if _is_plain_layer(node)]:
+        activation, operations = _activation_after(layer)
+        if activation != Activation.NONE:
             layer.args, layer.kwargs = _with_activation(layer, activation), {}
-            node.replace_all_uses_with(layer)
-            graph.erase_node(node)
+            operations[-1].replace_all_uses_with(layer)
+            for operation in reversed(operations):
+                graph.erase_node(operation)
 
 
-def _activation_of(node: fx.Node) -> Activation:
-    """The activation that a node computes of its first argument; NONE for any other node."""
-    if node.op not in ("call_function", "call_method") or not node.args:
-        return Activation.NONE
-    if node.target is _F.gelu:
-        form = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        return _GELUS.get(str(form), Activation.NONE)
-    return _FUNCTIONS.get(node.target, Activation.NONE)
+def _activation_after(layer: fx.Node) -> tuple[Activation, list[fx.Node]]:
+    """The longest activation that is all that reads this layer's output, and its operations; or NONE."""
+    found: tuple[Activation, list[fx.Node]] = (Activation.NONE, [])
+    operations: list[fx.Node] = []
+    node = layer.next
+    while node.op != "root" and len(operations) < _LONGEST:
+        inside = {layer, *operations}
+        if not inside.isdisjoint(node.all_input_nodes):
+            if not inside.issuperset(node.all_input_nodes) or not _is_elementwise(node):
+                return found
+            operations.append(node)
+            if all(reader in operations for each in (layer, *operations[:-1]) for reader in each.users):
+                activation = activation_computed(_function(layer, list(operations)))
+                found = found if activation == Activation.NONE else (activation, list(operations))
+        node = node.next
+    return found
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether it is one of the operations above, and is not told to work in place."""
+    writes = bool(node.kwargs.get("inplace")) or "out" in node.kwargs or any(arg is True for arg in node.args)
+    return node.op in ("call_function", "call_method") and node.target in _ELEMENTWISE and not writes
+
+
+def _function(layer: fx.Node, operations: list[fx.Node]) -> Callable[[Tensor], Tensor]:
+    """What the operations compute of the layer's output."""
+
+    def run(x: Tensor) -> Tensor:
+        values: dict[fx.Node, Any] = {layer: x}
+        for node in operations:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+            target: Any = node.target
+            values[node] = (
+                getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+            )
+        result: Tensor = values[operations[-1]]
+        return result
+
+    return run
 
 
 def _arguments(layer: fx.Node) -> dict[str, Any]:
