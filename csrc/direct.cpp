@@ -185,6 +185,10 @@ const PackedHeader* header_of(PyObject* object) {
   return bytes ? packed_header(data_of(packed), packed.shape[0]) : nullptr;
 }
 
+bool fits(const dlpack::Tensor& x, const PackedHeader& weights) {
+  return x.ndim >= 1 && x.ndim <= 64 && x.shape[x.ndim - 1] == weights.k && is_contiguous(x);
+}
+
 // The GIL, given away for as long as this lives, whatever is thrown.
 class Unlocked {
  public:
@@ -207,7 +211,7 @@ py::object multiply(PyObject* x_object, const Layer& layer) {
   const PackedHeader* weights = header_of(layer.packed.ptr());
   if (!x_dtype || !weights || (x_dtype == kU8) != static_cast<bool>(layer.codes_of)) return {};
   if (layer.codes_of && weights->has_channel_scale) return {};
-  if (x.ndim < 1 || x.ndim > 64 || x.shape[x.ndim - 1] != weights->k || !is_contiguous(x)) return {};
+  if (!fits(x, *weights)) return {};
   if (wants_gradient(x_object) || is_negated(x_object)) return {};
   int64_t count = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) count *= x.shape[i];
@@ -285,6 +289,17 @@ PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
 }
 
+PyObject* is_plain_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+  Layer layer;
+  dlpack::Tensor x;
+  const bool plain = state && read(state, &layer) && torch_.exchange && plain_eager() && view(args[2], &x);
+  const PackedHeader* weights = plain ? header_of(layer.packed.ptr()) : nullptr;
+  PyErr_Clear();
+  return PyBool_FromLong(weights && fits(x, *weights) && !wants_gradient(args[2]) && !is_negated(args[2]) &&
+                         find(x.dtype) && find(x.dtype) != kU8);
+}
+
 PyObject* is_autocast_enabled(PyObject*, PyObject*) { return PyBool_FromLong(autocast()); }
 
 PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -333,6 +348,8 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"is_plain_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain_call)), METH_FASTCALL,
+     "is_plain_call(module, cls, x): whether call_linear would take these, as far as can be told without computing."},
     {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,
      "is_autocast_enabled(): torch.is_autocast_enabled('cpu'), in a fifth of its time."},
     {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,

@@ -128,17 +128,6 @@ def test_a_layer_without_input_features():
     assert (record.calls, record.whole.observers["minmax"].count) == (1, 0)
 
 
-def test_sequentials_are_counted():
-    inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    model = nn.Sequential(inner, nn.Linear(6, 6), inner)
-    idle = nn.Module()
-    idle.seq, idle.fc = nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6)
-    idle.forward = lambda x: idle.fc(idle.seq[0](x))
-    calls = recorded(model, BATCHES).calls
-    assert (calls[""], calls["0"]) == (3, 6)
-    assert recorded(idle, BATCHES).calls["seq"] == 0
-
-
 def test_the_config_chooses_the_observers():
     def names(observer):
         return list(recorded(Net(), BATCHES, QConfig(observer=observer)).records["fc"].whole.observers)

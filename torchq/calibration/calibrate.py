@@ -14,6 +14,7 @@ from tqdm import tqdm
 from torchq.calibration.batches import Forward, call_with_batch, check_loader, has_forward, run_batch
 from torchq.calibration.dataflow import Dataflow
 from torchq.calibration.isolation import in_eval_mode, own_thread, uncompiled, without_fast_path
+from torchq.calibration.readers import Readers
 from torchq.calibration.record import Record
 from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
@@ -45,6 +46,7 @@ class Evidence:
         records: what calibration recorded, by layer. Layers that read the same tensors share a record. Each of `layers`
             has one; without data, none has.
         readers: for each module whose output is proven to be read by layers only, the names of these layers.
+        activations: for each layer whose output an activation module alone reads, the name of that module.
         batches: how many batches were run.
         run: runs the first batch through a model.
         judges: the same for the batches that judge the converted model: the last two that no weight is rounded by, or
@@ -56,6 +58,7 @@ class Evidence:
     config: QConfig
     records: dict[str, Record] = field(default_factory=dict)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
     batches: int = 0
     run: Callable[[nn.Module], object] | None = None
     judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
@@ -112,9 +115,11 @@ def calibrate(
     evidence, recorder = Evidence(model, layers, config), Recorder(config)
     call = forward or call_with_batch
     dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
+    readers = Readers(model, layers if config.fuse else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
+        stack.enter_context(readers.watching())
         stack.enter_context(dataflow.watching())  # first, so recording runs within the layer's call
         stack.enter_context(_recording(recorder, evidence, dataflow))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
@@ -128,7 +133,8 @@ def calibrate(
             run_batch(model, batch, evidence.batches, forward)
             evidence.batches += 1
             dataflow.end_batch()
-    evidence.readers = dataflow.readers
+            readers.end_batch()
+    evidence.readers, evidence.activations = dataflow.readers, readers.activations
     if evidence.batches == 0:
         raise BadValueError(
             "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at "

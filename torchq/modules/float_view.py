@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchq.modules.made import MadeTensor
 from torchq.numerics.qparams import dequantize
 
 
-class FloatView(Tensor):
+class FloatView(MadeTensor):
     """A read-only float tensor whose values are made when they are needed.
 
     >>> view = FloatView(lambda: torch.ones(2, 3), torch.empty(2, 3, device="meta"), torch.device("cpu"))
@@ -33,8 +34,6 @@ class FloatView(Tensor):
     RuntimeError: torchq: the weight of an int8 layer can't be written (aten::mul_). ...
     """
 
-    # No Python between an attribute such as dtype and its value: 0.1 us.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     make: Callable[[], Tensor]
     _like: Tensor
 
@@ -90,26 +89,8 @@ class FloatView(Tensor):
             )
         return self
 
-    def numpy(self, *, force: bool = False) -> Any:
-        """The values, as Tensor.numpy() gives them."""
-        return self.make().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """The values, as Tensor.tolist() gives them."""
-        return self.make().tolist()
-
-    def __array__(self, dtype: Any = None) -> Any:
-        array = self.make().numpy()
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.make().__dlpack__(**kwargs)
-
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.detach()  # read only, so as good as a copy
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.make().__reduce_ex__(protocol)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FloatView of int8 ({self.make()!r})"

@@ -13,6 +13,7 @@ from torchq.modules.activations import FUNCTIONS
 from torchq.modules.base import Matrix
 from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.pending import Scope
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.numerics.qparams import (
     QParams,
@@ -66,6 +67,8 @@ class QuantizedLinear(PackedWeights):
     >>> QuantizedLinear(torch.ones(4, 8, dtype=torch.int8), torch.ones(4))(torch.ones(2, 8)).shape
     torch.Size([2, 4])
     """
+
+    scope: Scope | None = None  # in whose calls the output may wait for its reader
 
     def __init__(
         self,
@@ -153,6 +156,8 @@ class QuantizedLinear(PackedWeights):
         """
         if is_dynamo_compiling() or simulation.anywhere:
             return super().__call__(input)  # type: ignore[no-any-return]
+        if self.scope is not None and (pending := self.scope.defer(self, input)) is not None:
+            return pending
         y = _C.call_linear(self, QuantizedLinear, input)
         if y is not NotImplemented:
             return y

@@ -16,6 +16,7 @@ from torchq.modules.checkpoints import check_state
 from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
+from torchq.modules.pending import Scope
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
 from torchq.planning.check import check_plan
@@ -67,6 +68,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
         for module in list(model.modules()):
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
+        _open_scopes(model, plan)
         for module in model.modules():  # training forms that stay float become plain layers again
             kind = type_of(module)
             if kind is not None and kind.trained(module) is not None:
@@ -128,6 +130,36 @@ def _fold(model: nn.Module, planned: LayerPlan) -> Fold:
     """What the plan lets this layer be fused with."""
     activation = model.get_submodule(planned.activation) if planned.activation else None
     return Fold(activation_of(activation), codes=planned.feeds is not None)
+
+
+def _open_scopes(model: nn.Module, plan: Plan) -> None:
+    """Lets layers wait for an activation that is not behind them in an Int8Sequential, in the calls of both's owner."""
+    scopes: dict[int, Scope] = {}
+    for name, planned in plan.layers.items():
+        layer = model.get_submodule(name) if planned.is_int8 and planned.activation else None
+        if planned.activation is None or not isinstance(layer, QuantizedLinear):
+            continue
+        owner = model.get_submodule(_owner_of(model, name, planned.activation))
+        if isinstance(owner, Int8Sequential) and any(
+            step.module is layer and step.activation for step in owner._steps()
+        ):
+            continue
+        if id(owner) not in scopes:
+            scopes[id(owner)] = Scope()
+            scopes[id(owner)].attach(owner)
+        layer.scope = scopes[id(owner)]
+
+
+def _owner_of(model: nn.Module, one: str, other: str) -> str:
+    """The innermost module with a forward that holds both of these."""
+    path = []
+    for a, b in zip(one.split(".")[:-1], other.split(".")[:-1], strict=False):
+        if a != b:
+            break
+        path.append(a)
+    while path and isinstance(model.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict)):
+        path.pop()
+    return ".".join(path)
 
 
 def _swap(model: nn.Module, plan: Plan) -> None:

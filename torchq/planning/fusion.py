@@ -11,10 +11,11 @@ from torchq.planning.plan import LayerPlan, Plan
 
 
 def fuse(plan: Plan, evidence: Evidence) -> Plan:
-    """Notes what each int8 layer in an nn.Sequential may be fused with: an activation behind it, and a static reader.
+    """Notes what each int8 layer may be fused with: an activation that reads its output, and in an nn.Sequential codes.
 
-    The structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own, where nothing else can
-    read what lies in between, and all modules stay callable by themselves.
+    In an nn.Sequential the structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own,
+    where nothing else can read what lies in between. Elsewhere a layer waits for the activation that calibration saw
+    (`Pending`). All modules stay callable by themselves.
     """
     if not evidence.config.fuse:
         return plan
@@ -23,6 +24,9 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for path, sequential in evidence.model.named_modules():
         if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
             _fuse_children(path, sequential, names, plans)
+    for name, activation in evidence.activations.items():
+        if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
+            plans[name] = dataclasses.replace(plans[name], activation=activation)
     return dataclasses.replace(plan, layers=plans)
 
 

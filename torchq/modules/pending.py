@@ -1,0 +1,134 @@
+"""Pending: the output of an int8 layer that waits for its reader, so that an activation can be computed with it.
+
+In `self.act(self.dense(x))` nothing tells the layer that an activation follows. Where calibration has seen it, the
+layer returns a Pending: a tensor without memory, which knows the layer and x. If the next operation is the activation
+that the plan names, one fused product gives its result. Whatever else reads the Pending gets the layer's own output: it
+is then computed, once. So no control flow gives a wrong value. A fold that is not met costs a few microseconds.
+
+A Pending lives no longer than the call of one module, the `Scope`: the innermost that holds both the layer and the
+activation. When that call ends, what is left of it gets its value, and what the module returns is an ordinary tensor. A
+layer called outside of it, or with hooks, gradients, modes, tracing or little work, returns its output at once.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.utils._pytree import tree_map_only
+
+from torchq import _C
+from torchq.modules.made import MadeTensor
+from torchq.ops import Activation
+
+MIN_VALUES = 1 << 15
+"""A layer defers if it gives at least so many values: an activation of fewer costs no more than a Pending."""
+
+_aten = torch.ops.aten
+
+
+class Pending(MadeTensor):
+    """The output `layer(x)`, computed when it is read; or `act(layer(x))` at once, if that is what it is read for."""
+
+    @staticmethod
+    def __new__(cls, layer: Any, x: Tensor, dtype: torch.dtype) -> Any:
+        """Of a QuantizedLinear and a plain tensor that it takes."""
+        shape = (*x.shape[:-1], layer.out_features)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device, storage_size=0)
+
+    def __init__(self, layer: Any, x: Tensor, dtype: torch.dtype) -> None:
+        self._source: tuple[Any, Tensor, int] | None = (layer, x, x._version)
+        self._value: Tensor | None = None
+
+    def make(self) -> Tensor:
+        """The layer's output. Every call gives the same tensor, so a write into it is seen by all later readers."""
+        if self._value is None:
+            self._value = self._computed(Activation.NONE)
+            self._source = None
+        return self._value
+
+    def _computed(self, activation: int) -> Tensor:
+        layer, x, version = self._source  # type: ignore[misc]
+        if x._version != version:
+            raise RuntimeError(
+                "torchq: the input of an int8 layer was written in place before its output was read. Read the output "
+                "first, clone the input, or convert with QConfig(fuse=False)."
+            )
+        y: Tensor = layer.fused(x, activation)
+        return y
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Runs the activation fused, if nobody has read the output before; any other operation on the values."""
+        first = args[0] if args else None
+        if isinstance(first, Pending) and first._source is not None and func in ACTIVATIONS:
+            activation = ACTIVATIONS[func]
+            if activation == Activation.GELU and (kwargs or {}).get("approximate", "none") == "tanh":
+                activation = Activation.GELU_TANH
+            if activation == first._source[0].fold.activation:
+                return first._computed(activation)
+        args, kwargs = tree_map_only(Pending, lambda pending: pending.make(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+ACTIVATIONS = {
+    _aten.relu.default: Activation.RELU,
+    _aten.gelu.default: Activation.GELU,
+    _aten.silu.default: Activation.SILU,
+}
+"""The operations that run fused. GELU has two forms, which its argument tells."""
+
+
+class Scope:
+    """The calls of one module, during which its layers may defer. Its methods are that module's hooks.
+
+    It has no state of its own: copies and pickles of a model share one between its module and its layers.
+    """
+
+    def attach(self, module: nn.Module) -> None:
+        """Installs the hooks."""
+        module.register_forward_pre_hook(self.enter)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A call of the module begins in this thread."""
+        if not is_dynamo_compiling():
+            _calls.entered.append((self, []))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """It ends, by an error too: what is still pending gets its value, and the output holds values only."""
+        if is_dynamo_compiling():
+            return None
+        scope, deferred = _calls.entered.pop()
+        while scope is not self:  # a call inside that never said that it ended
+            scope, deferred = _calls.entered.pop()
+        alive = [pending for pending in (reference() for reference in deferred) if pending is not None]
+        for pending in alive:
+            try:
+                pending.make()
+            except RuntimeError:  # its input was written; who reads it will be told
+                continue
+        return tree_map_only(Pending, lambda pending: pending.make(), output) if alive else None
+
+    def defer(self, layer: Any, x: Any) -> Tensor | None:
+        """The Pending of a plain call with enough work, if this thread is inside the module's call. Else None."""
+        if type(x) is not Tensor or x.numel() * layer.out_features < MIN_VALUES * layer.in_features:
+            return None
+        deferred = next((deferred for scope, deferred in reversed(_calls.entered) if scope is self), None)
+        if deferred is None or not _C.is_plain_call(layer, type(layer), x) or x.is_inference():
+            return None  # a write into a tensor of inference mode could not be noticed
+        pending: Tensor = Pending(layer, x, x.dtype)
+        deferred.append(weakref.ref(pending))
+        return pending
+
+
+class _Calls(threading.local):
+    """The calls of scopes that this thread is in, the innermost last, and what was deferred in each."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[Scope, list[weakref.ref[Any]]]] = []
+
+
+_calls = _Calls()
