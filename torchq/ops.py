@@ -38,6 +38,9 @@ MAX_DEPTH = _C.MAX_DEPTH
 ATTENTION_SCHEMES = ("float32", "bfloat16", "int8_bfloat16", "int8")
 """The schemes of `attention`, by the number that the op takes."""
 
+_SCHEME_NUMBERS = {name: number for number, name in enumerate(ATTENTION_SCHEMES)}
+_attention = torch.ops.torchq.attention.default  # the packet's search for an overload costs time
+
 PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
 
 
@@ -297,12 +300,12 @@ def attention(
     >>> attention(q, k, torch.tensor([[[[1.0], [3.0], [5.0]]]]), torch.tensor([True, True, False]))
     tensor([[[[2.]]]])
     """
-    if scheme not in ATTENTION_SCHEMES:
+    number = _SCHEME_NUMBERS.get(scheme)
+    if number is None:
         raise ValueError(f"torchq.ops.attention: scheme must be one of {ATTENTION_SCHEMES}, got {scheme!r}.")
-    arguments = (q, k, v, mask, is_causal, scale, offset, window, ATTENTION_SCHEMES.index(scheme))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
-        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
-    return torch.ops.torchq.attention(*arguments)  # type: ignore[no-any-return]
+        return _Attention.apply(q, k, v, mask, is_causal, scale, offset, window, number)  # type: ignore[no-any-return]
+    return _attention(q, k, v, mask, is_causal, scale, offset, window, number)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
@@ -313,7 +316,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, is_causal, scale, offset, window, _ = arguments
         ctx.save_for_backward(q, k, v, mask)
         ctx.rest = is_causal, scale, offset, window
-        return torch.ops.torchq.attention(*arguments)  # type: ignore[no-any-return]
+        return _attention(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

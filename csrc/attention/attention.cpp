@@ -53,16 +53,27 @@ void hide(const Job& job, const Block& block, int64_t row, const Keys& keys, con
   std::fill(x + (end - keys.begin), x + (keys.end - keys.begin), -kInfinity);
 }
 
-// A row's share of what the next head reads. In a model, rows of one head lie far apart in memory, and no hardware
-// prefetcher finds them.
-void prefetch_next(const Problem& p, const Block& block, int64_t row) {
-  prefetch_row({p.q, block.batch, block.head + 1, row}, p.depth);
-  if ((block.head + 1) % (p.heads / p.kv_heads)) return;  // it shares these keys and values
-  for (int64_t key = piece(p.keys, row, p.rows); key < piece(p.keys, row + 1, p.rows); ++key) {
-    prefetch_row({p.k, block.batch, block.kv_head + 1, key}, p.depth);
-    prefetch_row({p.v, block.batch, block.kv_head + 1, key}, p.columns);
+// What the next head reads of q, k and v, spread over the rows of this one. In a model the rows of a head lie far apart
+// in memory, and no hardware prefetcher finds them.
+struct Prefetch {
+  const Problem& p;
+  const Block& block;
+  int64_t key, end, per_row;  // keys and values: none where the next head of q shares these
+
+  Prefetch(const Job& job, const Block& its) : p(*job.problem), block(its) {
+    const bool shares = (block.head + 1) % (p.heads / p.kv_heads) != 0;
+    key = shares ? 0 : piece(p.keys, block.begin, p.rows);
+    end = shares ? 0 : piece(p.keys, block.end, p.rows);
+    per_row = ceil_div(end - key, block.rows());
   }
-}
+  void row(int64_t r) {
+    prefetch_row({p.q, block.batch, block.head + 1, block.begin + r}, p.depth);
+    for (const int64_t stop = std::min(key + per_row, end); key < stop; ++key) {
+      prefetch_row({p.k, block.batch, block.kv_head + 1, key}, p.depth);
+      prefetch_row({p.v, block.batch, block.kv_head + 1, key}, p.columns);
+    }
+  }
+};
 
 // From the scores of rows to their weights, and the sums of these.
 void weigh(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
@@ -71,9 +82,10 @@ void weigh(const Job& job, const Block& block, const Keys& keys, const Scratch& 
     hide(job, block, block.begin + r, keys, s, x);
     s.largest[r] = job.kernel->largest(x, keys.count());
   }
+  Prefetch next(job, block);
   for (int64_t r = 0; r < block.rows(); ++r) {
     s.sums[r] = job.value_product->weigh(job, r, keys, s);
-    if (job.value_product != &values_in_place) prefetch_next(*job.problem, block, block.begin + r);
+    if (job.value_product != &values_in_place) next.row(r);
   }
 }
 
@@ -85,6 +97,11 @@ void run_block(const Job& job, const Block& block, const Scratch& s) {
   job.value_product->multiply(job, block, keys, s);
   for (int64_t r = 0; r < block.rows(); ++r)  // those that see no key
     if (s.sums[r] == 0.0f) std::memset(output_row(p, block, block.begin + r), 0, p.columns * element_bytes(p.y_dtype));
+}
+
+// Where a block begins. Blocks are whole tiles, and all tiles of a head are of nearly equal heights.
+int64_t first_row(const Job& job, int64_t block) {
+  return piece(job.problem->rows, piece(job.tiles, block, job.blocks), job.tiles);
 }
 
 }  // namespace
@@ -115,8 +132,8 @@ void run(const Job& job, int index, void* memory) {
     }
     const int64_t block = unit % job.blocks;
     run_block(job,
-              {batch, kv_head * group + unit % of_head / job.blocks, kv_head, piece(p.rows, block, job.blocks),
-               piece(p.rows, block + 1, job.blocks)},
+              {batch, kv_head * group + unit % of_head / job.blocks, kv_head, first_row(job, block),
+               first_row(job, block + 1)},
               s);
   }
 }

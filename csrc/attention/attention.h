@@ -73,7 +73,8 @@ struct Job {
   const torchq::Kernel* gemm;  // for the products of codes
   const KeyProduct* key_product;
   const ValueProduct* value_product;
-  int64_t blocks;      // of rows, of each head
+  int64_t tiles;       // of rows, of each head
+  int64_t blocks;      // of tiles
   int64_t block_rows;  // of the largest
   int parts;           // 1, or as many as there are threads that pay. The caller may lower it.
   size_t scratch_bytes;

@@ -27,10 +27,13 @@ float weigh(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
 
 constexpr int64_t kAhead = 2 * kPanel;  // keys
 
-// 16 keys or values, while those that come soon are on their way.
+// 16 keys or values, while those that come soon are on their way. Where rows lie side by side, the hardware sees to
+// that.
 FloatRows load_and_prefetch(const Job& job, const View& view, const Block& block, int64_t key, int64_t n,
                             const Scratch& s) {
-  for (int64_t r = 0; r < kPanel; ++r) prefetch_row({view, block.batch, block.kv_head, key + kAhead + r}, n);
+  const bool adjacent = view.row == n * element_bytes(view.dtype);
+  for (int64_t r = 0; !adjacent && r < kPanel; ++r)
+    prefetch_row({view, block.batch, block.kv_head, key + kAhead + r}, n);
   return load_rows(job, {view, block.batch, block.kv_head, key}, keys_from(job, key), n, s);
 }
 

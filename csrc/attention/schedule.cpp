@@ -11,10 +11,10 @@ namespace torchq {
 namespace attention {
 namespace {
 
-constexpr int64_t kMaxParts = 1 << 16;              // more than there are threads
-constexpr int64_t kWorkPerThread = 1 << 19;         // multiply-adds that justify waking one more thread
-constexpr int64_t kScoresBytes = 48 * 1024;         // of a block: they are written and read again, so they stay in L2
-constexpr int64_t kFewestRows = 6, kMostRows = 48;  // of a block: a tile; eight, for which each key is read once
+constexpr int64_t kMaxParts = 1 << 16;            // more than there are threads
+constexpr int64_t kWorkPerThread = 1 << 19;       // multiply-adds that justify waking one more thread
+constexpr int64_t kScoresBytes = 48 * 1024;       // of a block: they are written and read again, so they stay in L2
+constexpr int64_t kTileRows = 6, kMostTiles = 8;  // of a block, for which each panel is read once
 
 constexpr int64_t kFewRows = 4;  // of all heads that share one of k and v: they are computed in place
 
@@ -38,8 +38,9 @@ Job schedule(const Kernel& kernel, const torchq::Kernel& gemm, const Problem& p)
   job.gemm = &gemm;
   choose_products(p, job);
   const int64_t fit = kScoresBytes / (4 * std::max<int64_t>(p.keys, 1));
-  job.blocks = ceil_div(p.rows, std::min(std::max(fit, kFewestRows), kMostRows));
-  job.block_rows = ceil_div(p.rows, job.blocks);
+  job.tiles = ceil_div(p.rows, kTileRows);
+  job.blocks = ceil_div(job.tiles, std::min(std::max<int64_t>(fit / kTileRows, 1), kMostTiles));
+  job.block_rows = ceil_div(job.tiles, job.blocks) * kTileRows;
   const int64_t heads = p.batch * p.heads;
   const int64_t work = heads * p.rows * p.keys * (p.depth + p.columns) / kWorkPerThread;
   job.parts = static_cast<int>(std::max<int64_t>(std::min({work, heads * job.blocks, kMaxParts}), 1));

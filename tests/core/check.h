@@ -164,6 +164,7 @@ void test_curves(bool quick);   // curves_test.cpp: the activations against the 
 void test_parts();              // parts_test.cpp
 void test_schedule();           // schedule_test.cpp: what schedule() decides, shown by spy kernels
 void test_pack();               // pack_test.cpp: pack, unpack, packed_header
+void test_attention();          // attention_test.cpp
 void test_dispatch();           // core_test.cpp
 
 }  // namespace torchq::test

@@ -164,5 +164,6 @@ int main(int argc, char** argv) {
   test_schedule();
   test_parts();
   test_gemm(arguments.quick);
+  test_attention();
   return report();
 }
