@@ -2,6 +2,7 @@
 //
 //   make bench-core                             builds this with the core and runs it
 //   build/bench_core 9 16x4096x1024 avx2        rounds, one shape, one kernel
+//   build/bench_core 60 curves                  the activations: ns a value in L1, and what they add to a layer
 //
 // The peak of a kernel is its multiply instruction (with what it cannot do without) on registers only, measured in
 // the same run and interleaved with the GEMM, so that clock changes fall on both. 1 multiply-add counts as 2
@@ -54,6 +55,12 @@ class Layer {
     scratch_.resize(torchq::schedule(kernel, problem_).scratch_bytes);
   }
 
+  // Seconds of one product of float rows, with an activation.
+  double time(torchq::Activation activation) {
+    problem_.activation = activation;
+    return 2.0 * shape_.m * shape_.n * shape_.k / rate(false);
+  }
+
   double rate(bool ready_made) {
     problem_.x.data = ready_made ? static_cast<const void*>(codes_.data()) : x_;
     problem_.x.stride = shape_.k * (ready_made ? 1 : 4);
@@ -100,6 +107,30 @@ void print(const Kernel& kernel, const Shape& s, int rounds) {
   std::fflush(stdout);
 }
 
+constexpr const char* kActivationNames[] = {"none",      "relu",  "gelu", "gelu_tanh", "silu", "quick_gelu",
+                                            "hardswish", "relu2", "tanh", "sigmoid",   "relu6"};
+
+// Each activation of 4096 values in L1, and a layer of 128 x 3072 x 768 with it against the same layer with ReLU.
+void print_curves(const Kernel& kernel, int rounds) {
+  alignas(64) static float x[4096], y[4096];
+  for (int i = 0; i < 4096; ++i) x[i] = -6 + 12.0f * i / 4096;
+  Layer layer(kernel, {128, 3072, 768});
+  double value[torchq::kActivations], whole[torchq::kActivations];
+  std::fill_n(value, torchq::kActivations, 1e9), std::fill_n(whole, torchq::kActivations, 1e9);
+  for (int r = 0; r < rounds; ++r)
+    for (int i = 0; i < torchq::kActivations; ++i) {
+      const auto activation = static_cast<torchq::Activation>(i);
+      const double start = seconds();
+      for (int repeat = 0; repeat < 50; ++repeat) kernel.activate(activation, torchq::DType::f32, x, y, 4096);
+      value[i] = std::min(value[i], (seconds() - start) / 50 / 4096);
+      whole[i] = std::min(whole[i], layer.time(activation));
+    }
+  for (int i = 0; i < torchq::kActivations; ++i)
+    std::printf("%-14s %-12s %8.3f ns a value %10.1f us a layer %+7.1f%% against relu\n", kernel.name,
+                kActivationNames[i], value[i] * 1e9, whole[i] * 1e6, 100 * (whole[i] / whole[1] - 1));
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -108,14 +139,18 @@ int main(int argc, char** argv) {
                                {16, 1024, 1024},  {4, 1024, 1024}, {1, 768, 768},    {1, 4096, 4096}};
   int m, n, k;
   if (argc > 2 && std::sscanf(argv[2], "%dx%dx%d", &m, &n, &k) == 3) shapes = {{m, n, k}};
-  std::printf("%-14s %-16s %12s %12s %9s %9s\n", "kernel", "M x N x K", "peak Gop/s", "gemm Gop/s", "gemm %",
-              "layer %");
+  const bool curves = argc > 2 && std::strcmp(argv[2], "curves") == 0;
+  if (!curves)
+    std::printf("%-14s %-16s %12s %12s %9s %9s\n", "kernel", "M x N x K", "peak Gop/s", "gemm Gop/s", "gemm %",
+                "layer %");
   for (int i = 0; i < torchq::kernel_count(); ++i) {
     const Kernel& kernel = torchq::kernel_at(i);
     if (argc > 3 && std::strcmp(kernel.name, argv[3]) != 0) continue;
     if (!torchq::can_run(kernel))
       std::printf("%-14s this CPU cannot run it\n", kernel.name);
-    else if (peak_of(kernel.name) > 0)
+    else if (curves && kernel.needs)
+      print_curves(kernel, rounds);
+    else if (!curves && peak_of(kernel.name) > 0)
       for (const Shape& s : shapes) print(kernel, s, rounds);
   }
 }

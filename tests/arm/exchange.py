@@ -16,13 +16,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SCHEMES = ["dynamic", "static"]
 
 
+class QuickGELU(nn.Module):
+    """Of CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SquaredReLU(nn.Module):
+    """Of Primer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x).square()
+
+
 def network(generator: torch.Generator) -> nn.Sequential:
     """Has every activation of the epilogue, and no K or N that is a multiple of a group, panel or vector."""
-    sizes = [75, 130, 67, 50, 33]
+    curves = [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), QuickGELU(), nn.Hardswish(), SquaredReLU(), nn.Tanh()]
+    sizes = [75, 130, 67, 50, 33, 41, 66, 35, 70, 39, 33]
     layers: list[nn.Module] = []
-    for wide, narrow, between in zip(
-        sizes, sizes[1:], [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU()], strict=False
-    ):
+    for wide, narrow, between in zip(sizes, sizes[1:], [*curves, nn.Sigmoid(), nn.ReLU6()], strict=False):
         linear = nn.Linear(wide, narrow)
         for parameter in linear.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) / wide**0.5
