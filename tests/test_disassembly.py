@@ -192,6 +192,30 @@ def test_no_avx_outside_kernels(listings):
     assert any("torchq::reference::run" in function.name for function in listings["kernel_reference"])
 
 
+# The kernels of attention: the instruction that multiplies, the vectors in a full tile's row, and its operations.
+ATTENTION = {
+    "avx512": ("vfmadd", 4, ["Multiply"]),
+    "avx512_bf16": ("vfmadd|vdpbf16ps", 4, ["Multiply", "MultiplyHalves"]),
+    "avx2": ("vfmadd", 1, ["Multiply"]),
+}
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_sums_of_attention_stay_in_registers(listings, kernel):
+    """Each tile has one loop, which multiplies once for each vector of sums and stores nothing."""
+    dot, panels, operations = ATTENTION[kernel]
+    vectors = 1 if kernel != "avx2" else 2  # of a panel
+    found = {}
+    for function in listings[f"attention_kernel_{kernel}"]:
+        if tile := re.search(r"::tile<.*::(\w+), (\d+), (\d+)>\(", function.name):
+            found[tile[1], int(tile[2]), int(tile[3])] = function
+    assert set(found) == set(itertools.product(operations, range(1, 7), range(1, panels + 1)))
+    for (operation, rows, columns), function in found.items():
+        (loop,) = function.dot_loops(dot)
+        assert count(dot, loop) == rows * columns * vectors, (operation, rows, columns)
+        assert function.spills(loop) == [], (operation, rows, columns)
+
+
 CLEAN = """
 0000000000000000 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)>:
    0:\tpush   %rbp

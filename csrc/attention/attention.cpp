@@ -40,17 +40,20 @@ Keys seen_by(const Problem& p, const Block& block) {
   return {begin, std::max(begin, end)};
 }
 
-// The masked scores of a row: x (the scores of keys) from the row's own view.
-void hide(const Job& job, const Block& block, int64_t row, const Keys& keys, const Scratch& s, float* x) {
+// Hides keys from a row, by position and by mask: x, the scores of `keys`, are masked then. Returns the largest of
+// them.
+float hide(const Job& job, const Block& block, int64_t row, const Keys& keys, const Scratch& s, float* x) {
   const Problem& p = *job.problem;
   const Keys seen = seen_by(p, row);
   const int64_t begin = std::max(seen.begin, keys.begin), end = std::max(begin, std::min(seen.end, keys.end));
-  if (p.mask.data) {
-    const float* mask = mask_row(job, block.batch, block.head, row, s);
-    for (int64_t j = begin; j < end; ++j) x[j - keys.begin] += mask[j];
-  }
   std::fill(x, x + (begin - keys.begin), -kInfinity);
-  std::fill(x + (end - keys.begin), x + (keys.end - keys.begin), -kInfinity);
+  std::fill(x + (end - keys.begin), x + keys.count(), -kInfinity);
+  if (!p.mask.data) return job.kernel->largest(x, keys.count());
+  const float* mask = mask_row(job, block.batch, block.head, row, s);
+  const bool whole = begin == keys.begin && end == std::min(keys.end, p.keys);  // beyond the last key the mask is 0
+  if (whole) return job.kernel->largest_masked(x, mask + begin, keys.count());
+  for (int64_t j = begin; j < end; ++j) x[j - keys.begin] += mask[j];
+  return job.kernel->largest(x, keys.count());
 }
 
 // What the next head reads of q, k and v, spread over the rows of this one. In a model the rows of a head lie far apart
@@ -77,11 +80,8 @@ struct Prefetch {
 
 // From the scores of rows to their weights, and the sums of these.
 void weigh(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
-  for (int64_t r = 0; r < block.rows(); ++r) {
-    float* x = s.scores + r * s.score_stride;
-    hide(job, block, block.begin + r, keys, s, x);
-    s.largest[r] = job.kernel->largest(x, keys.count());
-  }
+  for (int64_t r = 0; r < block.rows(); ++r)
+    s.largest[r] = hide(job, block, block.begin + r, keys, s, s.scores + r * s.score_stride);
   Prefetch next(job, block);
   for (int64_t r = 0; r < block.rows(); ++r) {
     s.sums[r] = job.value_product->weigh(job, r, keys, s);

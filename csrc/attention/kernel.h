@@ -53,6 +53,8 @@ struct Kernel {
   void (*multiply)(const Product& product) = nullptr;
   // The largest of x and of -FLT_MAX. NaN is not seen. n is a multiple of 16, as everywhere below.
   float (*largest)(const float* x, int64_t n) = nullptr;
+  // The same of x + mask, which x becomes.
+  float (*largest_masked)(float* x, const float* mask, int64_t n) = nullptr;
   // x[i] becomes exp(x[i] - largest); returns their sum: 0 where all are -inf, NaN where one is NaN or +inf.
   float (*weigh)(float* x, int64_t n, float largest) = nullptr;
 

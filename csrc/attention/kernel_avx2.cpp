@@ -39,6 +39,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.transpose = avx2::transpose;
   k.multiply = avx2::multiply;
   k.largest = avx2::largest;
+  k.largest_masked = avx2::largest_masked;
   k.weigh = avx2::weigh;
   k.dot_rows = avx2::dot_rows;
   k.add_weighted = avx2::add_weighted;

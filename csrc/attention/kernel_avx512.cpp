@@ -39,6 +39,7 @@ constexpr Kernel kernel_avx512 = [] {
   k.transpose = avx512::transpose;
   k.multiply = avx512::multiply;
   k.largest = avx512::largest;
+  k.largest_masked = avx512::largest_masked;
   k.weigh = avx512::weigh;
   k.dot_rows = avx512::dot_rows;
   k.add_weighted = avx512::add_weighted;

@@ -68,6 +68,7 @@ constexpr Kernel kernel_avx512_bf16 = [] {
   k.to_halves = avx512_bf16::to_halves;
   k.join_halves = avx512_bf16::join_halves;
   k.largest = avx512_bf16::largest;
+  k.largest_masked = avx512_bf16::largest_masked;
   k.weigh = avx512_bf16::weigh;
   k.dot_rows = avx512_bf16::dot_rows;
   k.add_weighted = avx512_bf16::add_weighted;

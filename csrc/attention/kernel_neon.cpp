@@ -39,6 +39,7 @@ constexpr Kernel kernel_neon = [] {
   k.transpose = neon::transpose;
   k.multiply = neon::multiply;
   k.largest = neon::largest;
+  k.largest_masked = neon::largest_masked;
   k.weigh = neon::weigh;
   k.dot_rows = neon::dot_rows;
   k.add_weighted = neon::add_weighted;

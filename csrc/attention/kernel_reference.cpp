@@ -65,6 +65,7 @@ constexpr Kernel kernel_reference = [] {
   k.transpose = reference::transpose;
   k.multiply = reference::multiply;
   k.largest = reference::largest;
+  k.largest_masked = reference::largest_masked;
   k.weigh = reference::weigh;
   k.dot_rows = reference::dot_rows;
   k.add_weighted = reference::add_weighted;

@@ -64,6 +64,7 @@ const float* mask_row(const Job& job, int64_t batch, int64_t head, int64_t row, 
   }
   const auto* sees = static_cast<const uint8_t*>(adjacent(p.mask, x, p.keys, s.gathered));
   for (int64_t j = 0; j < p.keys; ++j) s.mask[j] = sees[j] ? 0.0f : -std::numeric_limits<float>::infinity();
+  std::fill(s.mask + p.keys, s.mask + round_up(p.keys, kPanel), 0.0f);
   return s.mask;
 }
 

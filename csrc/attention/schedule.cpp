@@ -15,6 +15,7 @@ constexpr int64_t kMaxParts = 1 << 16;            // more than there are threads
 constexpr int64_t kWorkPerThread = 1 << 19;       // multiply-adds that justify waking one more thread
 constexpr int64_t kScoresBytes = 48 * 1024;       // of a block: they are written and read again, so they stay in L2
 constexpr int64_t kTileRows = 6, kMostTiles = 8;  // of a block, for which each panel is read once
+constexpr int64_t kMostTilesOfBand = 2;  // where rows see different keys: fewer rows, fewer keys that only some see
 
 constexpr int64_t kFewRows = 4;  // of all heads that share one of k and v: they are computed in place
 
@@ -38,8 +39,10 @@ Job schedule(const Kernel& kernel, const torchq::Kernel& gemm, const Problem& p)
   job.gemm = &gemm;
   choose_products(p, job);
   const int64_t fit = kScoresBytes / (4 * std::max<int64_t>(p.keys, 1));
+  const bool sees_all = p.band.first <= 1 - p.rows && p.band.last >= p.keys - 1;
+  const int64_t most = sees_all ? kMostTiles : kMostTilesOfBand;
   job.tiles = ceil_div(p.rows, kTileRows);
-  job.blocks = ceil_div(job.tiles, std::min(std::max<int64_t>(fit / kTileRows, 1), kMostTiles));
+  job.blocks = ceil_div(job.tiles, std::min(std::max<int64_t>(fit / kTileRows, 1), most));
   job.block_rows = ceil_div(job.tiles, job.blocks) * kTileRows;
   const int64_t heads = p.batch * p.heads;
   const int64_t work = heads * p.rows * p.keys * (p.depth + p.columns) / kWorkPerThread;
