@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq import QConfig, convert, simulate
 from torchq.modules import pending
+from torchq.modules.curve import Curve
 from torchq.modules.pending import Pending
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -334,3 +335,39 @@ def test_compile_and_export():
     for strict in (False, True):
         assert torch.equal(torch.export.export(qmodel, (X,), strict=strict).module()(X), expected)
     torch.compiler.reset()
+
+
+# ---- Activations of several operations ----
+
+
+class Formula(nn.Module):
+    """As transformers' NewGELUActivation."""
+
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def test_an_activation_of_several_operations_is_one_and_is_folded():
+    model = Net(act=Formula()).eval()
+    qmodel = converted(model)
+    assert isinstance(qmodel.up.act, Curve)
+    assert isinstance(model.up.act, Formula)
+    count, y = folds(qmodel)
+    assert count == 1
+    assert error(y, model(X)) < 0.05
+    assert error(qmodel.up.act(X), Formula()(X)) < 1e-6
+
+
+def test_a_module_that_torch_computes_at_once_stays():
+    assert type(converted(Net()).up.act) is nn.GELU
+    assert type(converted(Net(act=Formula()), fuse=False).up.act) is Formula
+
+
+def test_what_is_read_beside_such_an_activation_is_right():
+    def both(net, x):
+        hidden = net.up.dense(x)
+        return net.down(net.up.act(hidden) + hidden)
+
+    model = Net(both, act=Formula()).eval()
+    qmodel = converted(model)
+    assert error(qmodel(X, "both"), model(X, "both")) < 0.05

@@ -17,6 +17,7 @@ _ELEMENTWISE: set[Any] = {operator.add, operator.sub, operator.mul, operator.tru
 _ELEMENTWISE |= {torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.neg, torch.square, torch.clamp}
 _ELEMENTWISE |= {torch.relu, torch.tanh, torch.sigmoid, torch.erf, torch.exp, _F.tanh, _F.sigmoid}
 _ELEMENTWISE |= {_F.relu, _F.gelu, _F.silu, _F.hardswish, _F.hardsigmoid, _F.relu6, _F.hardtanh}
+_ELEMENTWISE |= {torch.ops.torchq.activate.default}
 _ELEMENTWISE |= {"add", "sub", "mul", "div", "pow", "neg", "square", "clamp", "relu", "tanh", "sigmoid", "erf", "exp"}
 """What an activation may be made of: functions, and names of methods. None of them writes, or is random."""
 

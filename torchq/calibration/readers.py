@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from torchq.calibration.dataflow import storage_key
 from torchq.calibration.isolation import own_thread
 from torchq.modules.activations import activation_of
-from torchq.modules.pending import ACTIVATIONS
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
 
@@ -27,7 +26,7 @@ class Readers(TorchDispatchMode):
     """Watches runs of a model, and finds for a layer the activation module that alone reads its output.
 
     In every call of the layer, the module took the whole output as its input, and no operation outside of the module's
-    call touched it; inside, one of `ACTIVATIONS`, and nothing else.
+    call touched it; inside, none that writes.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
@@ -76,7 +75,7 @@ class Readers(TorchDispatchMode):
             allowed = self._inside[-1] if self._inside else None
             for tensor in tree_leaves((args, kwargs)):
                 key = storage_key(tensor)
-                fits = key == allowed and func in ACTIVATIONS
+                fits = key == allowed and not func._schema.is_mutable
                 if key in self._outputs and not fits and not self._outputs[key][1].expired():
                     self._found[self._outputs[key][0]].add(None)
         return func(*args, **(kwargs or {}))

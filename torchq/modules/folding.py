@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from torchq.modules.activations import activation_of
+from torchq.modules.curve import Curve
 from torchq.ops import Activation
 
 IDLE = (nn.Dropout, nn.Identity)
@@ -59,7 +60,7 @@ def followers(modules: Sequence[nn.Module | None], is_layer: Callable[[nn.Module
             return Followers(kind, activation, i)
         if type(module) in IDLE:
             continue
-        found = activation_of(module)
+        found = Activation(module.kind) if isinstance(module, Curve) else activation_of(module)
         if kind == Activation.NONE != found:
             kind, activation = found, i
         elif not kind == found == Activation.RELU:  # relu(relu(x)) = relu(x)

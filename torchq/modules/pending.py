@@ -63,11 +63,9 @@ class Pending(MadeTensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Runs the activation fused, if nobody has read the output before; any other operation on the values."""
         first = args[0] if args else None
-        if isinstance(first, Pending) and first._source is not None and func in ACTIVATIONS:
-            activation = ACTIVATIONS[func]
-            if activation == Activation.GELU and (kwargs or {}).get("approximate", "none") == "tanh":
-                activation = Activation.GELU_TANH
-            if activation == first._source[0].fold.activation:
+        if isinstance(first, Pending) and first._source is not None:
+            activation = _activation_of(func, args, kwargs or {})
+            if activation == first._source[0].fold.activation != Activation.NONE:
                 return first._computed(activation)
         args, kwargs = tree_map_only(Pending, lambda pending: pending.make(), (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -79,6 +77,14 @@ ACTIVATIONS = {
     _aten.silu.default: Activation.SILU,
 }
 """The operations that run fused. GELU has two forms, which its argument tells."""
+
+
+def _activation_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The activation that an operation computes; NONE for any other operation."""
+    if func is torch.ops.torchq.activate.default:
+        return int(args[1])
+    tanh = kwargs.get("approximate") == "tanh"
+    return Activation.GELU_TANH if tanh else ACTIVATIONS.get(func, Activation.NONE)
 
 
 class Scope:

@@ -13,6 +13,7 @@ from torchq.modules.activations import activation_of
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
+from torchq.modules.curve import faster
 from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
@@ -65,6 +66,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
             swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
             model = _copy(model, swaps)
             _set_parameters(model, rescaled)
+        _make_curves(model, plan)
         for module in list(model.modules()):
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
@@ -130,6 +132,15 @@ def _fold(model: nn.Module, planned: LayerPlan) -> Fold:
     """What the plan lets this layer be fused with."""
     activation = model.get_submodule(planned.activation) if planned.activation else None
     return Fold(activation_of(activation), codes=planned.feeds is not None)
+
+
+def _make_curves(model: nn.Module, plan: Plan) -> None:
+    """Replaces activations that layers may compute, where they are not the one operation that a layer waits for."""
+    names = {planned.activation for planned in plan.layers.values() if planned.is_int8 and planned.activation}
+    places = _places(model)
+    for module in {id(module): module for module in map(model.get_submodule, names)}.values():
+        for children, key in places[id(module)]:
+            children[key] = faster(module)
 
 
 def _open_scopes(model: nn.Module, plan: Plan) -> None:

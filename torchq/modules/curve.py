@@ -1,0 +1,66 @@
+"""Curve: an activation module that is one operation of torchq, in place of one that is several of torch's."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchq.modules.activations import activation_of
+from torchq.modules.pending import ACTIVATIONS
+from torchq.ops import Activation
+
+_activate = torch.ops.torchq.activate.default
+
+
+class Curve(nn.Module):
+    """`ops.activate` as a module. An int8 layer before it computes it in its epilogue, where calibration saw that.
+
+    transformers' NewGELUActivation, say, passes eight times over its tensor. This passes once, or not at all.
+
+    >>> Curve(Activation.RELU2)(torch.tensor([-1.0, 3.0]))
+    tensor([0., 9.])
+    """
+
+    def __init__(self, kind: Activation) -> None:
+        super().__init__()
+        self.kind = int(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, float32, bfloat16 or float16."""
+        return _activate(x, self.kind)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """The activation, for `repr`."""
+        return Activation(self.kind).name.lower()
+
+
+class _Operations(TorchDispatchMode):
+    """Lists the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def faster(module: nn.Module) -> nn.Module:
+    """A Curve that computes the same; or the module itself, if it is no activation, or one operation that serves.
+
+    That is one that a `Pending` waits for, or one that works in place: it would not be the same.
+
+    >>> faster(nn.GELU()), faster(nn.Hardswish())
+    (GELU(approximate='none'), Curve(hardswish))
+    """
+    kind = activation_of(module)
+    if kind == Activation.NONE:
+        return module
+    x = torch.zeros(1, device="cpu", dtype=torch.float32)
+    with torch.no_grad(), _Operations() as operations:
+        type(module).forward(module, x)
+    first = operations.seen[0]
+    stays = len(operations.seen) == 1 and (first in ACTIVATIONS or first._schema.is_mutable)
+    return module if stays else cast(nn.Module, Curve(kind)).train(module.training)
