@@ -107,7 +107,8 @@ def _vit() -> nn.Module:
 def _whisper_encoder() -> nn.Module:
     from transformers import WhisperConfig, WhisperModel
 
-    config = WhisperConfig(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048)
+    heads = {"encoder_attention_heads": 8, "decoder_attention_heads": 8}
+    config = WhisperConfig(d_model=512, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=2048, **heads)
     return First(with_weights(WhisperModel(config).encoder))
 
 
