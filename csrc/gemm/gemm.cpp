@@ -22,6 +22,9 @@
 namespace torchq {
 namespace {
 
+// From this many groups on, a single tile leaves it to the hardware to read ahead: it follows long panels well.
+constexpr int64_t kLongPanel = 512;
+
 // How the rows of a part are cut into tiles. Rows are counted in units that stay together: pairs for a kernel that
 // interleaves two rows, else single rows. The first `larger` tiles have one unit more than the others.
 struct RowTiles {
@@ -105,12 +108,17 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
   const int64_t larger = tiles.larger, height = tiles.height * tiles.unit, larger_height = height + tiles.unit;
   const int64_t stride = b.codes_stride, y_stride = p.y.stride;
+  const int64_t next_bytes = int64_t{kernel.tiling.next_lines} * 64 * b.k_groups;
+  const bool fetches = next_bytes && (end - first > 1 || b.k_groups < kLongPanel);
   for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
     b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
     b.panel = panel_at(p, panel, b.panel_stride);
     const int64_t columns = std::min(b.panels * kPanelColumns, n - panel * kPanelColumns);
     const bool whole = columns == b.panels * kPanelColumns;
     // The loop sets only what changes from tile to tile, from locals: for all the compiler knows, run() changes b.
+    // Each tile fetches some of the next group, so that reading it from memory overlaps with this one's products.
+    const uint8_t* next = b.panel + group * b.panel_stride;
+    const uint8_t* next_end = fetches && panel + group < part.panel_end ? next + group * b.panel_stride : next;
     int64_t left = rows;
     const uint8_t* codes = s.rows.codes;
     const float* scale = s.rows.scale;
@@ -123,6 +131,8 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
       b.scale = scale;
       b.zero_point = zero_point;
       b.out = y;
+      b.next = next < next_end ? next : nullptr;
+      next += next_bytes;
       whole ? kernel.run(b) : run_ragged(kernel, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
     }

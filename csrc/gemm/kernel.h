@@ -61,6 +61,7 @@ struct Block {
   const int32_t* zero_point;  // [m]
   const uint8_t* panel;       // the first panel
   int64_t panel_stride;       // bytes
+  const uint8_t* next;        // weights to bring into L2 meanwhile, Tiling::next_lines with each group; or null
   void* out;                  // row r starts out_stride * r bytes further
   int64_t out_stride;         // bytes
   DType out_dtype;
@@ -108,6 +109,9 @@ struct Tiling {
   // run() takes any number of rows and panels, and has its own loops over tiles. `tile` is then the unit by which
   // problems are divided into parts and blocks.
   bool own_loops = false;
+  // With each group of k, run() brings this many cache lines of the panels behind its own into L2. In a model's forward
+  // all weights come from memory, and this way reading them overlaps with the products (docs/performance-zen4.md).
+  int next_lines = 0;
   // The most bytes of codes quantized at once. They stay in L2 while the panels stream past them.
   int64_t codes_budget = 512 * 1024;
 };

@@ -27,7 +27,7 @@ using Code = uint8_t;
 #include "rows_x86.inc"
 #include "rows.inc"
 
-constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kOneRowAhead = 512, kUnroll = 1;
+constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kOneRowAhead = 512, kUnroll = 1, kNextLines = 2;
 
 inline Ints load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Ints broadcast(const Code* p) {
@@ -74,6 +74,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.quantize = avx512_vnni::quantize;
   k.run = avx512_vnni::run;
   k.activate = avx512_vnni::activate;
+  k.tiling.next_lines = avx512_vnni::kNextLines;
   k.tiling.tall = {8, 48, 4};
   return k;
 }();
