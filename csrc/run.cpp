@@ -22,6 +22,8 @@ namespace {
 // instead of recycling freed memory.
 constexpr int64_t kHugeWeights = 4 << 20, kHugeOutput = 32 << 20;
 
+constexpr int64_t kGatheredWeights = 128 << 10;  // bytes of weights for which sharing huge pages pays
+
 constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a thread
 
 // The fewest values for which activate() wakes a thread, which takes about 5 us: they take 10. A multiple of 64, so
@@ -36,6 +38,21 @@ void prefer_huge_pages(void* data, int64_t bytes) {
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // it may refuse, which is no error
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// Gathers what lies around a written buffer into huge pages, whole ones, so that layers of less than a huge page share
+// them: packed one after the other, they lie side by side. A forward reads every layer once, and with small pages it
+// waits for the TLB at each: 16x3072x768 from memory takes 192 us, and 174 with huge pages.
+void gather_into_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, of Linux 6.1
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
+  for (uintptr_t page = reinterpret_cast<uintptr_t>(data) / kHugePage * kHugePage; page < end; page += kHugePage)
+    madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse);  // refuses where not all of it is ours: no error
 #else
   (void)data, (void)bytes;
 #endif
@@ -96,6 +113,7 @@ void pack(Layout layout, const Weights& w, void* packed) {
   torch::stable::parallel_for(0, panel_count(w.n), kPanelsPerThread, [&](int64_t begin, int64_t end) {
     pack_panels(w.weight, w.scale, w.bias, packed, begin, end);
   });
+  if (bytes >= kGatheredWeights) gather_into_huge_pages(packed, bytes);
 }
 
 }  // namespace torchq
