@@ -7,6 +7,7 @@
 #   make test-arm-full  the same with every test
 #   make test-sanitize  the core and the extension under ASan, UBSan and TSan
 #   make fuzz MINUTES=1  random ops, models, checkpoints and bytes, each test for so long; a failure prints how to repeat it
+#   make endurance SECONDS=60  threads that serve while others load, convert and simulate; every answer is checked
 #   make guard       int8 against float32: prints the speed, checks the answers
 #   make bench-core  percent of peak of every kernel this CPU can run
 #   make clean       remove everything that was built
@@ -20,8 +21,9 @@ CORE := $(wildcard csrc/gemm/*)
 ATTENTION := $(wildcard csrc/attention/*)
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* tests/*/*.cpp tests/arm/stand_ins/*.* benchmarks/*.c*)
 MINUTES ?= 1
+SECONDS ?= 60
 
-.PHONY: demo test test-arm test-arm-full test-sanitize fuzz lint guard bench-core clean
+.PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance lint guard bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
@@ -43,6 +45,9 @@ test-sanitize: $(VENV)/built
 
 fuzz: $(VENV)/built
 	TORCHQ_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n auto $(SLOWEST) tests/fuzz
+
+endurance: $(VENV)/built
+	$(BIN)/python -m benchmarks.endurance --seconds $(SECONDS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

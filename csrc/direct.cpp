@@ -274,11 +274,10 @@ bool read(PyObject* value, QParams* out) {
          read(PyTuple_GET_ITEM(value, 1), is_zero_point, &out->zero_point);
 }
 
-PyObject* input_qparams(PyObject* state) { return PyDict_GetItemWithError(state, names.input_qparams); }
-
 // The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
 bool read(PyObject* state, Layer* out) {
-  PyObject *buffers = PyDict_GetItemWithError(state, names.buffers), *pair = input_qparams(state);
+  PyObject *buffers = PyDict_GetItemWithError(state, names.buffers),
+           *pair = PyDict_GetItemWithError(state, names.input_qparams);
   if (!buffers || !pair) return false;
   out->packed = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
   out->numbers.per_token = pair == Py_None;
@@ -323,22 +322,27 @@ bool are_plain(PyObject* modules) {
   return true;
 }
 
+// What codes stand for: a pair (dtype, qparams).
+bool read_codes(PyObject* codes, Layer* out) {
+  if (!PyTuple_Check(codes) || PyTuple_GET_SIZE(codes) != 2 || out->numbers.per_token) return false;
+  out->codes_of = find(PyTuple_GET_ITEM(codes, 0));
+  return out->codes_of && out->codes_of != kU8 && read(PyTuple_GET_ITEM(codes, 1), &out->numbers.x);
+}
+
 PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
-    PyObject* state = count == 7 ? plain_state(args[0], args[1]) : nullptr;
+    PyObject* state = count == 8 ? plain_state(args[0], args[1]) : nullptr;
     if (!state) Py_RETURN_NOTIMPLEMENTED;
-    PyObject *x = args[2], *codes_of = args[3], *reader = args[6];
+    PyObject *x = args[2], *codes = args[3], *reader = args[6];
     Layer layer;
     LayerNumbers& numbers = layer.numbers;
     int32_t activation;
     if (!read(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5]))
       return or_not_implemented({});
     numbers.activation = static_cast<Activation>(activation);
-    if (codes_of != Py_None && (numbers.per_token || !(layer.codes_of = find(codes_of)) || layer.codes_of == kU8))
-      return or_not_implemented({});
+    if (codes != Py_None && !read_codes(codes, &layer)) return or_not_implemented({});
     if (reader != Py_None) {
-      PyObject* of_reader = plain_state(reader, args[1]);
-      layer.gives_codes = of_reader && !numbers.per_token && read(input_qparams(of_reader), &numbers.y);
+      layer.gives_codes = plain_state(reader, args[1]) && !numbers.per_token && read(args[7], &numbers.y);
       if (!layer.gives_codes) return or_not_implemented({});
     }
     return or_not_implemented(multiply(x, layer));
@@ -356,7 +360,8 @@ PyMethodDef methods[] = {
      "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
      "nn.Module.__call__ and the op will do."},
     {"call_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fused)), METH_FASTCALL,
-     "call_fused(module, cls, x, codes_of, activation, between, reader): the same with an activation, and with codes; "
+     "call_fused(module, cls, x, codes, activation, between, reader, y_qparams): the same with an activation, and with "
+     "u8 codes, in qparams that the caller gives, since those of a layer may change between two calls; "
      "NotImplemented as well if any of the modules must be called by itself."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -33,6 +33,7 @@ from helpers.gradients import (
     inputs,
 )
 from torchq import QuantizedLinear, simulate
+from torchq.modules.quantized_linear import Codes
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -115,7 +116,7 @@ def test_every_code_survives_the_float_chain():
             consumer = QuantizedLinear(one, torch.ones(1), input_qparams=pair)
             values = torchq.dequantize(codes, *consumer.input_qparams)
             with torch.no_grad():
-                expected = consumer.fused(codes, codes_of=torch.float32)
+                expected = consumer.fused(codes, codes=Codes(torch.float32, consumer.input_qparams))
             assert_identical(consumer(values.requires_grad_()).detach(), expected, str(pair))
 
 

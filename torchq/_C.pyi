@@ -29,10 +29,11 @@ def call_fused(
     module: nn.Module,
     cls: type[nn.Module],
     x: Tensor,
-    codes_of: dtype | None,
+    codes: tuple[dtype, tuple[float, int]] | None,
     activation: int,
     between: tuple[nn.Module, ...],
     reader: nn.Module | None,
+    y_qparams: tuple[float, int] | None,
     /,
 ) -> Tensor: ...
 def is_plain_call(module: nn.Module, cls: type[nn.Module], x: Tensor, /) -> bool: ...

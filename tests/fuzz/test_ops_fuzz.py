@@ -18,6 +18,7 @@ from helpers.compare import assert_identical
 from helpers.fuzzing import fuzz
 from helpers.numbers import FLT_MAX, FLT_MIN
 from torchq import _C, QuantizedLinear, kernels, ops
+from torchq.modules.quantized_linear import Codes
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -157,10 +158,11 @@ def test_quantize_per_token():
     fuzz(check, cases(reference.FLOATS), examples=100)
 
 
-def called(layer, x, codes_of, activation, reader=None):
+def called(layer, x, codes, activation, reader=None):
     """The direct call, or the op's where that is left to it."""
-    y = _C.call_fused(layer, QuantizedLinear, x, codes_of, int(activation), (), reader)
-    return layer.fused(x, activation, reader and reader.input_qparams, codes_of=codes_of) if y is NotImplemented else y
+    pair = reader and reader.input_qparams
+    y = _C.call_fused(layer, QuantizedLinear, x, codes, int(activation), (), reader, pair)
+    return layer.fused(x, activation, pair, codes=codes) if y is NotImplemented else y
 
 
 def test_linear_dynamic():
@@ -198,12 +200,12 @@ def test_linear_static():
         with kernels.use(case.kernel):
             layer = QuantizedLinear(weight, scale, bias, input_qparams=QParams(*case.qparams))
             y = call(x, layer.packed, *case.qparams, case.out, *y_qparams, case.activation)
-            codes_of = None if not codes_in else torch.float32 if codes_out else case.out
+            codes = Codes(torch.float32 if codes_out else case.out, QParams(*case.qparams)) if codes_in else None
             pair, reader = QParams(*y_qparams), None
             if codes_out:
                 reader = QuantizedLinear.from_float(torch.nn.Linear(1, 1), input_qparams=pair)
-            assert_identical(called(layer, x, codes_of, case.activation, reader), y, "fused")
-            by_op = layer.fused(x, case.activation, pair if codes_out else None, codes_of=codes_of)
+            assert_identical(called(layer, x, codes, case.activation, reader), y, "fused")
+            by_op = layer.fused(x, case.activation, pair if codes_out else None, codes=codes)
             assert_identical(by_op, y, "fused, by the op")
 
     fuzz(check, cases(outs, outs), examples=150)

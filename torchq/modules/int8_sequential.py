@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchq import _C
 from torchq.modules import simulation
 from torchq.modules.folding import IDLE, followers
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.ops import Activation
 
 
@@ -88,7 +88,7 @@ class Int8Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
-        x, codes_of = input, None  # codes_of: where x is codes, the dtype of the floats that they stand for
+        x, codes = input, None  # codes: what x stands for where it is u8 codes
         for step in self._steps():
             module, between, activation, reader = step
             if between is None:
@@ -96,11 +96,12 @@ class Int8Sequential(nn.Sequential):
                 continue
             y: Any = NotImplemented
             if not (is_dynamo_compiling() or simulation.anywhere):
-                y = _C.call_fused(module, QuantizedLinear, x, codes_of, activation, between, reader)
+                pair = None if reader is None else reader.input_qparams
+                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, reader, pair)
             if y is NotImplemented:
-                x, codes_of = _run(step, x, codes_of)
+                x, codes = _run(step, x, codes)
             else:
-                x, codes_of = y, None if reader is None else codes_of or x.dtype
+                x, codes = y, None if pair is None else Codes(x.dtype if codes is None else codes.dtype, pair)
         return x
 
     def _steps(self) -> list[Step]:
@@ -140,24 +141,27 @@ def _step(module: Any, behind: list[Any]) -> Step:
     return Step(module, tuple(behind[:computed]), fold.activation, None)
 
 
-def _run(step: Step, x: Any, codes_of: torch.dtype | None) -> tuple[Any, torch.dtype | None]:
-    """Runs a step by the ops, fused if that may be. Returns y, and for codes the dtype of the floats they stand for."""
+def _run(step: Step, x: Any, codes: Codes | None) -> tuple[Any, Codes | None]:
+    """Runs a step by the ops, fused if that may be. Returns y, and what it stands for where it is codes."""
     layer, between, activation, reader = cast(QuantizedLinear, step.module), step.between or (), *step[2:]
     if isinstance(x, Proxy) or not (_is_plain(layer, but=Watch) and all(map(_is_plain, between))):
-        x = layer(x) if codes_of is None else layer.fused(x, codes_of=codes_of)
+        x = layer(x) if codes is None else layer.fused(x, codes=codes)
         for module in between:
             x = module(x)
         return x, None
     for hook in layer._forward_pre_hooks.values():
         hook(layer, (x,))
-    if reader is None or layer.input_qparams is None or reader.input_qparams is None:
-        return layer.fused(x, activation, codes_of=codes_of), None
+    pair = None if reader is None else reader.input_qparams
+    if reader is None or pair is None or layer.input_qparams is None:
+        return layer.fused(x, activation, codes=codes), None
+    given = Codes(x.dtype if codes is None else codes.dtype, pair)
     if _is_plain(reader) and not (is_dynamo_compiling() and simulation.anywhere):
-        return layer.fused(x, activation, reader.input_qparams, codes_of=codes_of), codes_of or x.dtype
+        return layer.fused(x, activation, pair, codes=codes), given
     if not _is_plain(reader, but=Watch):  # somebody sees what it reads
-        return layer.fused(x, activation, codes_of=codes_of), None
+        return layer.fused(x, activation, codes=codes), None
     with torch.autocast("cpu", enabled=False):  # the floats that would become codes
-        return layer.fused(x, activation, codes_of=torch.float32), codes_of or x.dtype
+        in_float32 = Codes(torch.float32, layer.input_qparams if codes is None else codes.qparams)
+        return layer.fused(x, activation, codes=in_float32), given
 
 
 def _is_plain(module: nn.Module, *, but: type | None = None) -> bool:

@@ -6,6 +6,7 @@ the same on every CPU; the packed form is made of them wherever they arrive. The
 foreign code the layer has `weight` and `bias` in float (`FloatView`).
 """
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torchq.modules.float_view import FloatViews, bias_view, float_weight, read_
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
 
+_in_one_step = itemgetter("_buffers", "input_qparams")  # nothing of Python runs between the two
 _OWN = ("weight_int8", "weight_scale", "bias", "channel_scale", "input_scale", "input_zero_point")
 _READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale", "channel_scale")
 
@@ -37,19 +39,31 @@ class PackedWeights(Int8Module):
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
-        self.has_bias = bias is not None
-        self._set_packed(ops.pack(weight_int8, weight_scale, bias, self.channel_scale))
+        packed = ops.pack(weight_int8, weight_scale, bias, self.channel_scale)
+        self._set_packed(packed, has_bias=bias is not None)
 
-    def _set_packed(self, packed: Tensor) -> None:
-        if "packed" in self._buffers:
-            self.packed = packed
-        else:
+    def _set_packed(self, packed: Tensor, **others: Any) -> None:
+        """Takes a packed weight, and other attributes that belong to it, all at once.
+
+        Other threads may be in a call of the layer. dict.update() is one step to them, as long as nothing of Python
+        runs in it: so what it replaces is kept until it is over.
+        """
+        if "packed" not in self._buffers:
             self.register_buffer("packed", packed, persistent=False)
         shape = (self.out_features, self.in_features)
         views = FloatViews(weight=weight_view(packed, *shape, self.dtype))
-        if self.has_bias:
+        if others.get("has_bias", self.has_bias):
             views["bias"] = bias_view(packed, *shape, self.dtype)
-        self.__dict__["_parameters"] = views
+        replaced = dict(self.__dict__)
+        self.__dict__.update(others, _buffers={**self._buffers, "packed": packed}, _parameters=views)
+        del replaced
+
+    def _moment(self) -> tuple[Tensor, QParams | None]:
+        """The packed weight and the qparams of the input, of one moment between two `_set_packed`."""
+        if is_dynamo_compiling():
+            return self.packed, self.input_qparams
+        buffers, input_qparams = _in_one_step(self.__dict__)
+        return buffers["packed"], input_qparams
 
     # ---- What foreign code reads -------------------------------------------------------------------------------------
 
@@ -90,23 +104,23 @@ class PackedWeights(Int8Module):
             raise read_only(name)
         super().__setattr__(name, value)
 
-    def _unpacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.torchq.unpack(self.packed, self.in_features)  # type: ignore[no-any-return]
+    def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        packed = self.packed if packed is None else packed
+        return torch.ops.torchq.unpack(packed, self.in_features)  # type: ignore[no-any-return]
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _canonical(self) -> dict[str, Tensor]:
-        weight, scale, bias, channel_scale = self._unpacked()
+        packed, pair = self._moment()
+        weight, scale, bias, channel_scale = self._unpacked(packed)
         tensors = {"weight_int8": weight, "weight_scale": scale}
         if self.has_bias:
             tensors["bias"] = bias
         if channel_scale.numel():
             tensors["channel_scale"] = channel_scale
-        device = self.packed.device
-        if self.input_qparams is not None:
-            pair = self.input_qparams
-            tensors["input_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=device)
-            tensors["input_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32, device=device)
+        if pair is not None:
+            tensors["input_scale"] = torch.tensor(pair.scale, dtype=torch.float32, device=packed.device)
+            tensors["input_zero_point"] = torch.tensor(pair.zero_point, dtype=torch.int32, device=packed.device)
         return tensors
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -124,10 +138,11 @@ class PackedWeights(Int8Module):
 
     def _adopt(self, tensors: dict[str, Tensor]) -> None:
         """Takes these canonical tensors over; the inverse of `_canonical`."""
+        others = {}
         if "input_scale" in tensors:
-            self.input_qparams = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
+            others["input_qparams"] = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
-        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], *vectors))
+        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], *vectors), **others)
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""

@@ -1,6 +1,7 @@
 """QuantizedLinear: nn.Linear in int8."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,13 @@ from torchq.ops import Activation
 # The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
 _linear_static = torch.ops.torchq.linear_static.default
+
+
+class Codes(NamedTuple):
+    """What u8 codes stand for: floats of this dtype, quantized by these qparams."""
+
+    dtype: torch.dtype
+    qparams: QParams
 
 
 @torch.fx.wrap
@@ -181,7 +189,7 @@ class QuantizedLinear(PackedWeights):
         activation: int = Activation.NONE,
         y_qparams: QParams | None = None,
         *,
-        codes_of: torch.dtype | None = None,
+        codes: Codes | None = None,
     ) -> Tensor:
         """`act(forward(x))`, from and to codes where these are asked for: by whom they are known to reach.
 
@@ -189,18 +197,18 @@ class QuantizedLinear(PackedWeights):
         float32.
 
         Args:
-            x: floats, or codes in `input_qparams`.
+            x: floats, or u8 codes.
             activation: an `Activation`, computed in the epilogue.
             y_qparams: if given, y is u8 codes in them. Only if the layer is static.
-            codes_of: the dtype of the floats that the codes x stand for; that of y is the same. None if x is floats.
+            codes: what the codes x stand for; y is floats of the same dtype. None if x is floats.
         """
         dtype = _autocast_dtype()
         if simulation.anywhere:
-            simulated = self._where_some_simulate(x, activation, y_qparams, codes_of, dtype)
+            simulated = self._where_some_simulate(x, activation, y_qparams, codes, dtype)
             if simulated is not None:
                 return simulated
         try:
-            return self._int8(x, activation, y_qparams, codes_of, dtype)
+            return self._int8(x, activation, y_qparams, codes, dtype)
         except RuntimeError as error:
             known = explained(error, x)
             if known is error:
@@ -212,57 +220,63 @@ class QuantizedLinear(PackedWeights):
         x: Tensor,
         activation: int,
         y_qparams: QParams | None,
-        codes_of: torch.dtype | None,
+        codes: Codes | None,
         dtype: torch.dtype | None,
     ) -> Tensor | None:
         """`fused` in this thread if it simulates, else None. A graph has both, and looks when it runs."""
-        dtype = dtype or codes_of or _float_dtype(x)
+        dtype = dtype or _stood_for(x, codes)
         if is_dynamo_compiling() and not gradients.wanted(x):  # no graph knows which thread will run it
             assert y_qparams is None
-            pair = list(map(float, self.input_qparams or ()))
-            y: Tensor = _linear_of_context(x, self.packed, pair, activation, dtype)
+            packed, pair = self._moment()
+            y: Tensor = _linear_of_context(x, packed, list(map(float, pair or ())), activation, dtype)
             return y
         if not is_dynamo_compiling() and not simulation.simulating.get():
             return None
         refuse_layout(x)
         with torch.autocast("cpu", enabled=False):  # in training, the graph is of its thread
-            return self._simulated(x, activation, y_qparams, dtype)
+            return self._simulated(x, activation, y_qparams, codes, dtype)
 
     def _int8(
         self,
         x: Tensor,
         activation: int,
         y_qparams: QParams | None,
-        codes_of: torch.dtype | None,
+        codes: Codes | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
         """`fused`; `dtype` is that of autocast, if any."""
-        packed: Tensor = self._buffers["packed"]  # type: ignore[assignment]  # self.packed looks in three dicts before
+        packed, pair = self._moment()
+        if codes is not None:  # another thread may have given the layer another pair since they were made
+            pair = codes.qparams
         if gradients.wanted(x):
             if dtype is not None and x.dtype is not dtype:
                 x = x.float()  # so that the output is rounded once
-            y = gradients.linear(x, packed, activation, self.input_qparams, y_qparams, codes_of or x.dtype)
+            y = gradients.linear(x, packed, activation, pair, y_qparams, x.dtype if codes is None else codes.dtype)
             return y if dtype is None or y_qparams is not None else y.to(dtype)
-        if self.input_qparams is None:
+        if pair is None:
             if dtype is None:
                 return _linear_dynamic(x, packed, activation)  # type: ignore[no-any-return]
             if x.dtype is not dtype and x.dtype in (torch.bfloat16, torch.float16):
                 x = x.float()  # so that the output is rounded once
             return _linear_dynamic(x, packed, activation).to(dtype)  # type: ignore[no-any-return]
-        pair, own = self.input_qparams, codes_of or _float_dtype(x)
+        own = _stood_for(x, codes)
         if y_qparams is not None:
             return _linear_static(x, packed, *pair, torch.uint8, *y_qparams, activation)  # type: ignore[no-any-return]
         return _linear_static(x, packed, *pair, dtype or own, 1.0, 0, activation)  # type: ignore[no-any-return]
 
-    def _simulated(self, x: Tensor, activation: int, y_qparams: QParams | None, dtype: torch.dtype) -> Tensor:
-        weight, weight_scale, bias, channel_scale = self._unpacked()
+    def _simulated(
+        self, x: Tensor, activation: int, y_qparams: QParams | None, codes: Codes | None, dtype: torch.dtype
+    ) -> Tensor:
+        packed, pair = self._moment()
+        pair = pair if codes is None else codes.qparams
+        weight, weight_scale, bias, channel_scale = self._unpacked(packed)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if channel_scale.numel():
             rows = rows * channel_scale
-        if self.input_qparams is None:
+        if pair is None:
             rounded = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
         else:
-            rounded = fake_quantize(rows, *self.input_qparams, dtype=torch.uint8)
+            rounded = fake_quantize(rows, *pair, dtype=torch.uint8)
         rows = gradients.straight_through(rows, rounded) if gradients.wanted(rows) else rounded
         y = nn.functional.linear(rows, dequantize(weight, weight_scale, axis=0), bias)
         y = y.reshape(*x.shape[:-1], self.out_features)
@@ -286,6 +300,11 @@ class QuantizedLinear(PackedWeights):
         return ", ".join(parts)
 
 
+def _stood_for(x: Tensor, codes: Codes | None) -> torch.dtype:
+    """The dtype of x, or of the floats that it stands for."""
+    return _float_dtype(x) if codes is None else codes.dtype
+
+
 def _autocast_dtype() -> torch.dtype | None:
     """The dtype that autocast gives y; None without autocast."""
     enabled = torch.is_autocast_enabled("cpu") if is_dynamo_compiling() else _C.is_autocast_enabled()
@@ -307,7 +326,7 @@ def _linear_of_context(
     layer.in_features, layer.out_features = x.shape[-1], ops.out_features(packed, x.shape[-1])
     layer.input_qparams = QParams(input_qparams[0], int(input_qparams[1])) if input_qparams else None
     if simulation.simulating.get():
-        return layer._simulated(x, activation, None, dtype)
+        return layer._simulated(x, activation, None, None, dtype)
     return layer._int8(x, activation, None, None, dtype)
 
 

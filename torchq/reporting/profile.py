@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from torchq import _C
 from torchq.errors import door
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.planning.plan import attached_plan
 from torchq.timing import interleaved
 
@@ -68,8 +68,12 @@ def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, r
     codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8, device="cpu")
     weight = layer.weight.clone()
     bias = None if layer.bias is None else layer.bias.clone()
-    given, codes_of = (codes, layer.dtype) if takes_codes else (x, None)
-    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, codes_of, layer.fold.activation, (), reader)
+    made_in = layer.input_qparams if takes_codes else None
+    given = x if made_in is None else codes
+    stand_for = None if made_in is None else Codes(layer.dtype, made_in)
+    y_qparams = reader.input_qparams if isinstance(reader, QuantizedLinear) else None
+    activation = layer.fold.activation
+    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, stand_for, activation, (), reader, y_qparams)
     calls = {"float": partial(linear, x, weight, bias), "int8": int8}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])
