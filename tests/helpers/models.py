@@ -14,12 +14,30 @@ from torchq.ops import Activation
 # For networks with 24 inputs: batches to calibrate with, and others to test with.
 DATA = [normal(16, 24, seed=i) for i in range(4)]
 X = normal(33, 24, seed=9)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x):
+        return torch.relu(x).square()
+
+
 ACTIVATIONS = {
     Activation.NONE: nn.Identity,
     Activation.RELU: nn.ReLU,
     Activation.GELU: nn.GELU,
     Activation.GELU_TANH: partial(nn.GELU, approximate="tanh"),
     Activation.SILU: nn.SiLU,
+    Activation.QUICK_GELU: QuickGELU,
+    Activation.HARDSWISH: nn.Hardswish,
+    Activation.RELU2: SquaredReLU,
+    Activation.TANH: nn.Tanh,
+    Activation.SIGMOID: nn.Sigmoid,
+    Activation.RELU6: nn.ReLU6,
 }
 with_and_without_data = pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
 
