@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
+from helpers.models import ACTIVATIONS
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, kernels, ops, simulate
 from torchq.modules.activations import FUNCTIONS, times_slope
+from torchq.modules.curve import Curve
 from torchq.modules.folding import Fold
 from torchq.ops import Activation
 
@@ -16,15 +18,7 @@ EXACT = {  # in float64, without the cancellation of torch's own GELU
     Activation.GELU: lambda x: x * 0.5 * torch.special.erfc(-x / 2**0.5),
     Activation.GELU_TANH: lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
 }
-MODULES = {
-    Activation.GELU: nn.GELU,
-    Activation.GELU_TANH: lambda: nn.GELU(approximate="tanh"),
-    Activation.SILU: nn.SiLU,
-    Activation.HARDSWISH: nn.Hardswish,
-    Activation.TANH: nn.Tanh,
-    Activation.SIGMOID: nn.Sigmoid,
-    Activation.RELU6: nn.ReLU6,
-}
+MODULES = {a: module for a, module in ACTIVATIONS.items() if a > Activation.RELU}
 CURVES = [a for a in Activation if a > Activation.RELU]
 curves = pytest.mark.parametrize("activation", CURVES, ids=lambda activation: activation.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -109,7 +103,7 @@ def applied_each(activation, y):
 @pytest.mark.parametrize("activation", MODULES, ids=lambda activation: activation.name)
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_convert_folds_it(activation, scheme):
-    """Int8 agrees with the simulation, static layers may pass u8 codes, and the folded modules stay."""
+    """Int8 agrees with the simulation, static layers may pass u8 codes, and folded modules stay or are torchq's."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), MODULES[activation](), nn.Dropout(), nn.Linear(40, 8)).eval()
     x = torch.randn(64, 24)
@@ -117,7 +111,7 @@ def test_convert_folds_it(activation, scheme):
     plan = qmodel.torchq_plan.layers["0"]
     assert (plan.activation, plan.feeds) == ("1", "3" if scheme == "static" else None)
     assert type(qmodel[0]) is QuantizedLinear
-    assert type(qmodel[1]) is MODULES[activation]().__class__
+    assert type(qmodel[1]) is (Curve if activation > Activation.SILU else type(model[1]))
     assert qmodel[0].fold == Fold(activation, codes=scheme == "static")
     with simulate(), torch.no_grad():
         simulated = qmodel(x)
