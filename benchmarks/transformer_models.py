@@ -5,7 +5,7 @@ would leave a residual stream that hardly changes. `CELLS` lists what benchmarks
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,13 +27,26 @@ class Cell(NamedTuple):
 class First(nn.Module):
     """The first output of a model of Hugging Face, as a function of its first input."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any input -> last hidden state, or logits."""
-        return self.model(x, **self.options)[0]  # type: ignore[no-any-return]
+        """Any input -> last hidden state."""
+        return self.model(x)[0]  # type: ignore[no-any-return]
+
+
+class Prompt(nn.Module):
+    """What generate() wants of a prompt, the logits of its last token. The cache is left out: few exporters know it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens) -> (batch, 1, vocabulary)."""
+        mask = torch.ones_like(x)  # as generate() passes it; without one, transformers looks for packed sequences
+        return self.model(x, attention_mask=mask, use_cache=False, logits_to_keep=1).logits  # type: ignore[no-any-return]
 
 
 class DecodingStep(nn.Module):
@@ -133,8 +146,7 @@ def _llama() -> nn.Module:
 
 
 def _prefill(model: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """As generate() runs the prompt: logits of its last token only."""
-    return lambda: First(model(), use_cache=False, logits_to_keep=1)
+    return lambda: Prompt(model())
 
 
 def _decoding(model: Callable[[], nn.Module], vocabulary: int) -> Callable[[], nn.Module]:
