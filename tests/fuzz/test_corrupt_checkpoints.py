@@ -158,7 +158,7 @@ def test_corrupt_checkpoints():
     model, other = converted(0), converted(1)
     before, good, y = copy.deepcopy(model.state_dict()), other.state_dict(), model(DATA[0])
     pairs = [(name, layer.feeds) for name, layer in model.torchq_plan.layers.items() if layer.feeds]
-    assert pairs == [("1", "3"), ("3", "4")]
+    assert pairs == [("1", "3"), ("3", "4"), ("4", "4")]
     assert all(model.torchq_plan.layers[name].is_int8 for name in ("1", "3", "4"))
     for seed in seeds():
         rng, loaded = random.Random(seed), 0

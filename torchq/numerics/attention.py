@@ -17,7 +17,7 @@ def seen(rows: int, keys: int, is_causal: bool, offset: int, window: int | None)
     """
     if not is_causal and window is None:
         return None
-    behind = torch.arange(rows)[:, None] + offset - torch.arange(keys)
+    behind = _positions(rows)[:, None] + offset - _positions(keys)
     visible = behind >= 0 if is_causal else torch.ones_like(behind, dtype=torch.bool)
     return visible if window is None else visible & (behind.abs() < window)
 
@@ -70,6 +70,14 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
 
 
+def _positions(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device="cpu")
+
+
+def _float32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def _per_head(t: Tensor, heads: int) -> Tensor:
     """K or v with a head for each head of q."""
     return t.float().repeat_interleave(heads // max(t.shape[1], 1), dim=1)
@@ -119,11 +127,11 @@ def simulated_int8(
     q_codes, q_scale = _row_codes(q)
     k_codes, k_scale = _key_codes(k)
     v_codes, v_scale, v_middle = _value_codes(v)
-    factor = torch.tensor(_scale(q, None), dtype=torch.float32) if scale is None else torch.tensor(scale).float()
+    factor = _float32(_scale(q, None) if scale is None else scale)
     sums = (q_codes @ _repeated(k_codes, heads).mT).float()
     scores = sums * (q_scale * factor * _repeated(k_scale, heads).mT)
     if mask is not None:
-        scores = scores + (torch.zeros(()).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float())
+        scores = scores + (_float32(0.0).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float())
     visible = seen(q.shape[2], k.shape[2], is_causal, offset, window)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -150,7 +158,7 @@ def _key_codes(k: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(k[:, :, 0])
     for key in k.unbind(2):  # in order
         total = total + key
-    x = k - (total * (1 / torch.tensor(float(k.shape[2])))).unsqueeze(2)
+    x = k - (total * (1 / _float32(float(k.shape[2])))).unsqueeze(2)
     scale = x.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale >= _TINY, scale, 1)
     return (x * (1 / scale)).round().double(), scale
@@ -176,5 +184,5 @@ def _weight_codes(scores: Tensor) -> Tensor:
     r = _fma(n, -float.fromhex("0x1.62e43p-1"), t)
     p = _fma(torch.full_like(r, float.fromhex("0x1.50f76ap5")), r.double(), float.fromhex("0x1.011b48p7"))
     p = _fma(_fma(p, r.double(), float.fromhex("0x1.fe1992p7")), r.double(), 255.0)
-    power = torch.where(n > -127, torch.ldexp(torch.ones(()), n), 0)
+    power = torch.where(n > -127, torch.ldexp(_float32(1.0), n), 0)
     return (p.double() * power.double()).round()

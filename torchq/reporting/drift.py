@@ -110,6 +110,7 @@ def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> AbstractC
     Raises:
         ValueError: `qmodel` did not come from `torchq.convert`, or the threshold is not in [0, 1).
 
+    >>> import torch
     >>> from torchq import QConfig, convert
     >>> x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
     >>> qmodel = convert(nn.Linear(64, 64), [x], config=QConfig(activation="static", observer="minmax"))
