@@ -46,7 +46,6 @@ def same(first, second):
         for q in (first, second)
     ]
     assert plans[0] == plans[1]
-    assert first.torchq_plan.smoothings == second.torchq_plan.smoothings
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in states)
 
 
@@ -72,7 +71,7 @@ def test_batches_of_any_shape_give_what_their_rows_give(loader):
     Rounding is left out: with "auto" and several batches, every second batch judges it.
     """
     expected = convert(model()[:2], [ROWS], config=QConfig(rounding="nearest"))
-    assert expected.torchq_plan.smoothings
+    assert expected.torchq_plan.layers["1"].channel_scale
     same(convert(model()[:2], loader, config=QConfig(rounding="nearest")), expected)
 
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from helpers.models import linears
 from helpers.numbers import normal
+from helpers.smoothable import smoothed
 from torchq import QConfig, QuantizedLinear, convert, fake_quantize, prepare_qat, watch_drift
 from torchq.modules.qat_linear import QATLinear
 from torchq.numerics.metrics import sqnr_db
 from torchq.planning.apply import apply_plan
-from torchq.planning.budget import return_to_float
 from torchq.planning.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("seeded", "brief_times")
@@ -69,23 +69,21 @@ def inputs(model):
 
 @by_config
 def test_stats_are_those_of_the_smoothed_and_rounded_layer(config):
-    """Compares with stats computed from the smoothed float model and the codes of the converted one."""
+    """Compares with stats computed from the float model, the layer's own scales, and its codes."""
     model = Block()
     qmodel = convert(model, DATA, config=config)
     plan = qmodel.torchq_plan
-    assert sorted(plan.smoothings) == ["norm", "up"]
-    floats = return_to_float(plan, dict.fromkeys(("b", "up", "down"), ""))
-    floats.layers["a"] = dataclasses.replace(floats.layers["a"], rounding="nearest")
-    smoothed = apply_plan(model, floats)
-    rows = inputs(smoothed)
-    for name in ("b", "up", "down"):
-        linear, layer, stats = smoothed.get_submodule(name), qmodel.get_submodule(name), plan.layers[name].stats
+    assert set(smoothed(qmodel)) >= {"a", "b", "down"}
+    rows = inputs(model)
+    for name in linears(model):
+        linear, layer, stats = model.get_submodule(name), qmodel.get_submodule(name), plan.layers[name].stats
+        scale = torch.ones(linear.in_features) if layer.channel_scale is None else layer.channel_scale
         codes = layer.weight_int8.float() * layer.weight_scale[:, None]
-        assert stats.weight_db == pytest.approx(sqnr_db(linear.weight, codes), abs=1e-3)
+        assert stats.weight_db == pytest.approx(sqnr_db(linear.weight / scale, codes), abs=1e-3)
         assert stats.rows == 64
-        if layer.input_qparams is not None and name == "b":
-            seen = fake_quantize(rows[name], *layer.input_qparams, dtype=torch.uint8)
-            assert stats.input_db == pytest.approx(sqnr_db(rows[name], seen), abs=1e-2)
+        if layer.input_qparams is not None:
+            seen = fake_quantize(rows[name] * scale, *layer.input_qparams, dtype=torch.uint8)
+            assert stats.input_db == pytest.approx(sqnr_db(rows[name] * scale, seen), abs=1e-2)
         assert stats.input_db > 35
         assert stats.clipped == 0
     with watch_drift(qmodel) as drift:
@@ -118,9 +116,10 @@ def test_a_budget_keeps_smoothings_and_rounded_weights(config, floats):
         qmodel = convert(model, DATA, config=config, evaluate=evaluate, max_drop=0.5)
     plan = qmodel.torchq_plan
     assert len(linears(qmodel)) == floats
-    assert min(tried) > 25  # a smoothing folded into only one of the two sides would give far less
+    assert min(tried) > 25  # a channel_scale on only one of the two sides would give far less
     assert sqnr_db(exact, qmodel(X)) in tried  # what is returned was measured
-    assert sorted(plan.smoothings) == ([] if floats == 4 else ["norm", "up"])
+    assert [name for name, layer in plan.layers.items() if layer.channel_scale] == smoothed(qmodel)
+    assert not any(layer.channel_scale for layer in plan.layers.values() if not layer.is_int8)
     assert all((layer.stats is None) == (layer.kind == "float") for layer in plan.layers.values())
     restored = Plan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False)))
     assert restored == plan

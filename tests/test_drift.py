@@ -1,5 +1,7 @@
 """watch_drift(): its counts are right, and it reports shifted data, but not data like the calibration data."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,10 @@ def chain(dtype=torch.float32):
 
 def static_model():
     return convert(chain(), DATA, config=STATIC)
+
+
+def scaled(layer):
+    return 1.0 if layer.channel_scale is None else layer.channel_scale
 
 
 def watched(qmodel, *batches, **settings):
@@ -72,7 +78,7 @@ def test_the_counts_of_float_inputs():
     x = 2 * FRESH
     layer = watched(qmodel, x[:100], x[100:]).layers["0"]
     scale, zero_point = qmodel[0].input_qparams
-    steps = x.double() / scale + zero_point
+    steps = (x * scaled(qmodel[0])).double() / scale + zero_point
     assert (layer.below, layer.above, layer.values) == (int((steps < -1).sum()), int((steps > 256).sum()), x.numel())
     assert layer.below > 100
     assert layer.above > 100
@@ -80,7 +86,7 @@ def test_the_counts_of_float_inputs():
 
 def test_the_counts_of_codes_are_taken_before_the_clipping():
     """Layer 2 takes codes. Its zeros, half of all values, do not count as clipped; values above its range do."""
-    qmodel = static_model()
+    qmodel = convert(chain(), DATA, config=dataclasses.replace(STATIC, smoothing="none"))
     x = 2 * FRESH
     layer = watched(qmodel, x).layers["2"]
     first = QuantizedLinear(

@@ -42,9 +42,6 @@ class TransposedType(ModuleType):
     def matrices(self, module):
         return {"": Matrix(module.kernel.T, module.offset)}
 
-    def parameters(self, module, part, matrix):
-        return {"kernel": matrix["weight"].T.contiguous(), "offset": matrix["bias"]}
-
     def inputs(self, module, args, kwargs):
         return {"": args[0] if args else kwargs.get("hidden")}
 
@@ -85,10 +82,6 @@ class GatedType(ModuleType):
     def matrices(self, module):
         return {"gate": Matrix(module.stacked[0], None), "up": Matrix(module.stacked[1], None)}
 
-    def parameters(self, module, part, matrix):
-        values = {name: each.weight for name, each in self.matrices(module).items()} | {part: matrix["weight"]}
-        return {"stacked": torch.stack([values["gate"], values["up"]])}
-
     def inputs(self, module, args, kwargs):
         return {"gate": args[0], "up": args[0]}
 
@@ -125,7 +118,6 @@ def test_a_transposed_layer_is_converted_as_a_linear_is(config, inplace):
     qmodel, expected = convert(model, DATA, config=config, inplace=inplace), convert(twin, DATA, config=config)
     assert isinstance(qmodel[2], QuantizedLinear)
     assert qmodel.torchq_plan.layers == expected.torchq_plan.layers
-    assert qmodel.torchq_plan.smoothings == expected.torchq_plan.smoothings
     assert torch.equal(qmodel(X), expected(X))
     assert sqnr_db(exact, qmodel(X)) > 30
     with simulate():
@@ -141,7 +133,7 @@ def test_its_calibrated_input_may_come_by_keyword():
 
 
 def test_a_transposed_layer_is_smoothed():
-    """Smoothing changes the norm before it. Where it is itself the source, smoothing changes its own parameters."""
+    """By scales of its own; neither the norm before it nor its parameters change."""
     model = nn.Sequential(nn.LayerNorm(16), Transposed(16, 32), nn.ReLU(), Transposed(32, 8)).eval()
     model[0].weight[[1, 5]] *= 50
     model[1].kernel[[1, 5]] /= 50
@@ -150,7 +142,8 @@ def test_a_transposed_layer_is_smoothed():
     model[3].kernel[[3, 4]] /= 50
     exact, kernel = model(X), model[1].kernel.clone()
     qmodel = convert(model, DATA)
-    assert list(qmodel.torchq_plan.smoothings) == ["0", "1"]
+    assert all(layer.channel_scale for layer in qmodel.torchq_plan.layers.values())
+    assert torch.equal(qmodel[0].weight, model[0].weight)
     assert sqnr_db(exact, qmodel(X)) > 30
     assert torch.equal(model[1].kernel, kernel)
     assert torch.equal(convert(model, DATA, inplace=True)(X), qmodel(X))

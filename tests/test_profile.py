@@ -34,7 +34,8 @@ def model(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_sqnr(weight, dtype):
     float_model = model(dtype)
-    qmodel = convert(float_model, [x.to(dtype) for x in DATA], config=QConfig(weight=weight, rounding="nearest"))
+    config = QConfig(weight=weight, rounding="nearest", smoothing="none")
+    qmodel = convert(float_model, [x.to(dtype) for x in DATA], config=config)
     for name, layer in qmodel.torchq_plan.layers.items():
         exact = float_model.get_submodule(name).weight
         axis = 0 if weight == "per_channel" else None
@@ -54,7 +55,7 @@ def test_weight_sqnr_of_large_layers():
 def test_a_weight_that_int8_holds_exactly():
     exact = nn.Linear(WIDTH, 4)
     exact.weight.copy_(torch.full((4, WIDTH), 0.5))
-    qmodel = convert(exact, DATA)
+    qmodel = convert(exact, DATA, config=QConfig(smoothing="none"))
     assert qmodel.torchq_plan.layers[""].stats.weight_db == math.inf
     tree = json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False))
     assert Plan.from_dict(tree) == qmodel.torchq_plan

@@ -74,7 +74,9 @@ def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(sc
         assert_identical(qmodel(x), model(x))
     for name, layer in layers_of(qmodel, QuantizedLinear).items():
         trained = model.get_submodule(name)
-        expected = QuantizedLinear.from_float(trained, per_channel=weight == "per_channel")
+        expected = QuantizedLinear.from_float(
+            trained, per_channel=weight == "per_channel", channel_scale=trained.channel_scale
+        )
         assert_identical(layer.weight_int8, expected.weight_int8)
         assert layer.input_qparams == trained.input_range.qparams()
         assert (layer.input_qparams is None) == (scheme == "dynamic")

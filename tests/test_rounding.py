@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 
 from helpers.numbers import normal
 from torchq import QConfig, convert, plan_of, quantize
+from torchq.calibration import calibrate as calibrate_module
 from torchq.calibration.record import MAX_GRAM_DEPTH, Record
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import choose_qparams
@@ -70,17 +71,28 @@ def test_it_is_the_textbook_algorithm():
     assert (gptq(weight, scale, gram).float() != expected).float().mean() < 0.01  # ties, by rounding of the inverse
 
 
-def test_layers_share_a_factor_only_where_they_share_the_inputs(monkeypatch):
-    x, y = correlated(400, 150, 1), correlated(400, 150, 2)
-    layers = [(normal(5, 150, seed=i), data.T @ data) for i, data in enumerate((x, x, y, x))]
-    scales = [choose_qparams(weight, axis=0)[0] for weight, _ in layers]
-    alone = [gptq(weight, scale, gram) for (weight, gram), scale in zip(layers, scales, strict=True)]
-    made, make = [], gptq_module._inverse_factor
-    monkeypatch.setattr(gptq_module, "_inverse_factor", lambda gram: made.append(gram) or make(gram))
-    factors = gptq_module.Factors()
-    shared = [gptq(weight, scale, gram, factors=factors) for (weight, gram), scale in zip(layers, scales, strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    assert len(made) == 3  # only the latest factor is kept: x's is computed again after y's
+@pytest.mark.parametrize("k", [1, 5, 130])
+def test_dependent_channels_and_single_precision_give_a_factor(monkeypatch, k):
+    """H of rank 1, in float32: without more damping than 1 % its factor may not exist."""
+    monkeypatch.setattr(gptq_module, "_DOUBLE_DEPTH", 0)
+    weight, x = normal(7, k), normal(1, k) * 1e3
+    scale, _ = choose_qparams(weight, axis=0)
+    codes = gptq(weight, scale, x.T @ x)
+    exact, error = x @ weight.T, x @ (scale[:, None] * codes - weight).T
+    nearest = x @ (scale[:, None] * quantize(weight, scale, axis=0) - weight).T
+    assert error.square().mean() <= nearest.square().mean()
+    assert error.abs().max() < exact.abs().max()
+    monkeypatch.setattr(gptq_module, "_DAMPING", 0.0)  # then it must find a damping by itself
+    assert torch.equal(gptq(weight, scale, torch.zeros(k, k)), quantize(weight, scale, axis=0))
+
+
+def test_rows_are_rounded_each_for_itself():
+    """Also where there are more than are rounded at a time."""
+    weight, x = normal(1030, 20), correlated(400, 20, 1)
+    scale, _ = choose_qparams(weight, axis=0)
+    codes = gptq(weight, scale, x.T @ x)
+    some = torch.tensor([0, 1, 1023, 1024, 1029])
+    assert torch.equal(gptq(weight[some], scale[some], x.T @ x), codes[some])
 
 
 def test_bias_correction_leaves_no_mean_error():
@@ -201,24 +213,48 @@ def test_it_is_deterministic_and_leaves_the_model():
 
 
 def test_it_works_on_smoothed_inputs():
-    """H must be that of the smoothed inputs. With the unsmoothed H or rows, the SQNR is far lower."""
-    norm, linear, extra = nn.LayerNorm(64), nn.Linear(64, 32), nn.Linear(64, 64)
-    norm.weight[[3, 9]] *= 50
-    linear.weight[:, [3, 9]] /= 50
-    model = nn.Sequential(extra, norm, linear).eval()
-    data, x = [correlated(400, 64, seed) for seed in (1, 3)], correlated(300, 64, 99)
+    """H must be that of x · c, and the weight w / c. With the H of x, the SQNR is far lower."""
+    model, data = smoothed_model()
+    x = correlated(300, 64, 99)
     before, after = convert(model, data, config=NEAREST), convert(model, data, config=GPTQ)
-    assert after.torchq_plan.layers["2"].smoothed == "1"
+    plan = after.torchq_plan.layers["2"]
+    assert plan.channel_scale == before.torchq_plan.layers["2"].channel_scale
+    assert plan.rounding == "gptq"
+    assert torch.equal(after[2].channel_scale, before[2].channel_scale)
     assert sqnr_db(model(x), after(x)) > sqnr_db(model(x), before(x)) + 0.5
+    again = apply_plan(model, plan_of(after))
+    assert torch.equal(again(x), after(x))
 
 
-def test_a_rounded_layer_hands_smoothed_outputs_on():
-    """The smoothing of its output is folded into the rounded layer's scales and bias."""
-    (model, data), x = smoothed_pair(), correlated(300, 64, 99)
-    qmodel = convert(model, data, config=GPTQ)
-    assert "0" in qmodel.torchq_plan.smoothings
-    assert qmodel.torchq_plan.layers["0"].rounding == "gptq"
-    assert sqnr_db(model(x), qmodel(x)) > 35
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("k", [1025, 1536])
+def test_auto_takes_deep_layers_too(k):
+    linear = nn.Linear(k, 16)
+    data, x = [correlated(600, k, seed) for seed in (1, 3)], correlated(200, k, 99)
+    before, after = convert(linear, data, config=NEAREST), convert(linear, data, config=AUTO)
+    assert after.torchq_plan.layers[""].rounding == "gptq"
+    assert sqnr_db(linear(x), after(x)) > sqnr_db(linear(x), before(x)) + 0.5
+
+
+def test_products_of_deep_inputs_are_summed_in_blocks_and_of_bounded_rows():
+    record, rows = Record.empty(1100, GPTQ), normal(4000, 1100)
+    record.observe(rows[:2000])
+    record.observe(rows[2000:])
+    assert record.gram_rows == 3072  # not 4 K
+    exact = (rows[:3072].double().T @ rows[:3072].double()).float()
+    torch.testing.assert_close(record.products(), exact, rtol=1e-4, atol=0.05)
+    assert torch.equal(record.products(), record.products().T)
+
+
+def test_the_memory_of_all_products_is_bounded(monkeypatch):
+    """The first inputs to come have theirs; the others say why they have none."""
+    layers = [nn.Linear(64, 64) for _ in range(4)]
+    data = [correlated(400, 64, seed) for seed in (1, 3)]
+    monkeypatch.setattr(calibrate_module, "GRAM_BYTES", 0)
+    monkeypatch.setattr(calibrate_module, "GRAM_SHARE", 0.5)  # of four layers, room for two
+    plan = convert(nn.Sequential(*layers), data, config=GPTQ).torchq_plan
+    assert [layer.rounding for layer in plan.layers.values()] == ["gptq", "gptq", "nearest", "nearest"]
+    assert plan.layers["2"].no_gptq == "XᵀX of the layers before it takes 2 times the memory of the weights"
 
 
 def test_a_plan_does_not_hold_the_weights():
@@ -268,22 +304,20 @@ def test_a_parametrized_weight_is_rounded_as_it_is():
     assert (normed.weight_int8 - plain.weight_int8).abs().max() <= 1  # weight_norm's own float32 rounding
 
 
-def smoothed_pair():
-    first, last = nn.Linear(64, 32), nn.Linear(32, 8)
-    first.weight[[1, 2]] *= 50
-    last.weight[:, [1, 2]] /= 50
-    return nn.Sequential(first, last).eval(), [correlated(400, 64, seed) for seed in (1, 3)]
+def smoothed_model():
+    norm, linear, extra = nn.LayerNorm(64), nn.Linear(64, 32), nn.Linear(64, 64)
+    norm.weight[[3, 9]] *= 50
+    linear.weight[:, [3, 9]] /= 50
+    return nn.Sequential(extra, norm, linear).eval(), [correlated(400, 64, seed) for seed in (1, 3)]
 
 
 def test_rounded_weights_of_another_smoothing_are_refused():
-    model, data = smoothed_pair()
-    qmodel = convert(model, data, config=dataclasses.replace(GPTQ, activation="dynamic"))
-    plan = plan_of(qmodel)
-    unsmoothed = {name: dataclasses.replace(layer, smoothed=None) for name, layer in plan.layers.items()}
-    edited = dataclasses.replace(plan, layers=unsmoothed, smoothings={})
-    with pytest.raises(ValueError, match=r"^torchq.apply_plan: the weights of layer '0' in the plan are not this"):
-        apply_plan(model, edited)
-    other = dataclasses.replace(plan.layers["0"], weights=plan.layers["1"].weights)
+    model, data = smoothed_model()
+    plan = plan_of(convert(model, data, config=dataclasses.replace(GPTQ, activation="dynamic")))
+    unsmoothed = {name: dataclasses.replace(layer, channel_scale=None) for name, layer in plan.layers.items()}
+    with pytest.raises(ValueError, match=r"^torchq.apply_plan: the weights of layer '2' in the plan are not this"):
+        apply_plan(model, dataclasses.replace(plan, layers=unsmoothed))
+    other = dataclasses.replace(plan.layers["0"], weights=plan.layers["2"].weights)
     with pytest.raises(ValueError, match="the weights of layer '0' in the plan are not this layer's weights"):
         apply_plan(model, dataclasses.replace(plan, layers={**plan.layers, "0": other}))
 

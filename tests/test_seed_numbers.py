@@ -136,7 +136,7 @@ def test_the_automatic_observer_takes_the_better_one():
     ignoring.weight[:, 7] = 0
     ignored[::16, 7] = 100
     chosen = [
-        convert(layer, [data], config=QConfig(activation="static")).torchq_plan.layers[""].observer
+        convert(layer, [data], config=QConfig(activation="static", smoothing="none")).torchq_plan.layers[""].observer
         for layer, data in ((linear, wanted), (ignoring, ignored))
     ]
     assert chosen == ["mse", "percentile"]

@@ -62,7 +62,6 @@ def test_a_layer_used_twice_is_one_layer_that_saw_both_inputs(inplace, rounding)
 
     qmodel = convert(copy.deepcopy(model), DATA, inplace=inplace, config=QConfig(rounding=rounding))
     assert list(qmodel.torchq_plan.layers) == ["fc"]
-    assert qmodel.torchq_plan.smoothings == {}  # its other input would need other scales
     assert torch.equal(qmodel.norm.weight, model.norm.weight)
     assert type(qmodel.fc) is QuantizedLinear
     assert sqnr_db(model(X), qmodel(X)) > 15  # one 8-bit range for two different inputs, of which one has outliers
@@ -85,7 +84,7 @@ def test_a_layer_at_two_places_is_swapped_at_both(inplace, rounding):
     (plan,) = qmodel.torchq_plan.layers.values()
     assert qmodel[1] is qmodel[3]
     assert (type(qmodel[1]), type(qmodel[2])) == (QuantizedLinear, nn.ReLU)
-    assert (plan.activation, plan.feeds, plan.smoothed) == (None, None, None)
+    assert (plan.activation, plan.feeds) == (None, None)
     assert torch.equal(qmodel[0].weight, model[0].weight)
     assert sqnr_db(model(X), qmodel(X)) > 15
 
@@ -112,7 +111,7 @@ class TiedLinears(nn.Module):
 @by_rounding
 @pytest.mark.parametrize("smoothing", ["none", "auto"])
 def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplace, rounding, smoothing):
-    """The smoothed layer gets its own scaled weights. The other layer, and the Parameter, do not change."""
+    """The smoothed layer gets its own scales. The other layer, and the Parameter, do not change."""
     model = TiedLinears().eval()
     weight = model.a.weight.clone()
     config = QConfig(activation="dynamic", rounding=rounding, smoothing=smoothing)
@@ -126,8 +125,7 @@ def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplac
     untied = copy.deepcopy(model)
     untied.b.weight = nn.Parameter(weight.clone())
     alone = convert(untied, DATA, config=config)
-    assert ("norm" in qmodel.torchq_plan.smoothings) == (smoothing == "auto")
-    assert qmodel.torchq_plan.smoothings == alone.torchq_plan.smoothings
+    assert (qmodel.torchq_plan.layers["a"].channel_scale is not None) == (smoothing == "auto")
     for name in ("a", "b"):
         assert qmodel.torchq_plan.layers[name] == alone.torchq_plan.layers[name]
         values = zip(
@@ -167,8 +165,8 @@ def test_a_head_that_shares_the_weight_of_an_embedding_stays_as_it_is(inplace, r
         inplace=inplace,
         config=QConfig(activation=activation, rounding=rounding),
     )
-    assert qmodel.torchq_plan.smoothings == {}
     assert torch.equal(qmodel.emb.weight, model.emb.weight)
+    assert torch.equal(qmodel.norm.weight, model.norm.weight)
     assert qmodel.head.weight is qmodel.emb.weight
     assert sqnr_db(model(tokens[3]), qmodel(tokens[3])) > 30
 
@@ -202,13 +200,11 @@ def test_a_head_used_only_in_training_stays_float_and_exact(inplace, flat, exclu
     plan = qmodel.torchq_plan
     assert plan.layers["aux"].kind == "float"
     assert plan.layers["aux"].reason.startswith("excluded by" if exclude else "calib_loader never reached it")
-    assert plan.smoothings == {}
+    assert plan.layers["head"].channel_scale is not None
     assert torch.equal(qmodel(X, aux=True)[1], model(X, aux=True)[1])
     assert torch.equal(qmodel.train()(X)[1], model.train()(X)[1])
     reached = convert(Auxiliary(flat).eval(), DATA, forward=lambda m, x: m(x, aux=True))
-    assert list(reached.torchq_plan.smoothings) == (
-        [] if flat else ["norm"]
-    )  # a view of another shape is not accepted as a read of the whole output
+    assert [layer.is_int8 for layer in reached.torchq_plan.layers.values()] == [True, True]
 
 
 def test_a_head_used_only_in_training_when_the_scheme_is_asked_for():
@@ -218,7 +214,6 @@ def test_a_head_used_only_in_training_when_the_scheme_is_asked_for():
     model = Auxiliary().eval()
     qmodel = convert(model, DATA, config=DYNAMIC)
     assert qmodel.torchq_plan.layers["aux"].kind == "int8 dynamic"
-    assert qmodel.torchq_plan.smoothings == {}
     assert sqnr_db(model(X, aux=True)[1], qmodel(X, aux=True)[1]) > 15
 
 
@@ -241,12 +236,13 @@ def test_an_expert_that_no_batch_chose_gets_the_input_it_was_trained_on():
     assert [layer.kind == "float" for layer in qmodel.torchq_plan.layers.values()] == [False, True]
     assert torch.equal(qmodel(x), model(x))
     both = convert(model, [-x, x])
-    assert both.torchq_plan.smoothings["norm"].layers == ("experts.0", "experts.1")
+    assert all(layer.channel_scale for layer in both.torchq_plan.layers.values())
     assert sqnr_db(model(x), both(x)) > 35
 
 
-def test_attention_does_not_count_as_unreached():
-    """nn.MultiheadAttention never calls its projection. That must not prevent smoothing the other norm."""
+def test_beside_attention_layers_are_smoothed():
+    """nn.MultiheadAttention never calls its projection, which concerns nobody else."""
     block = nn.TransformerEncoderLayer(K, 4, 48, batch_first=True, norm_first=True).eval()
     outliers(block.norm2, block.linear1)
-    assert "norm2" in convert(block, [x.reshape(2, -1, K) for x in DATA]).torchq_plan.smoothings
+    plan = convert(block, [x.reshape(2, -1, K) for x in DATA]).torchq_plan
+    assert plan.layers["linear1"].channel_scale is not None

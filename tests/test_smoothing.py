@@ -1,5 +1,6 @@
-"""SmoothQuant: the float function stays, outliers cost no accuracy, and outputs with other readers are left alone."""
+"""SmoothQuant in the row quantizer: outliers cost no accuracy, and nothing but the layer itself changes."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 from helpers.numbers import normal
-from helpers.smoothable import DATA, Block, K, X, only_smoothed
-from torchq import QConfig, convert
+from helpers.smoothable import DATA, OUTLIERS, Block, K, X, assert_unchanged, parameters, smoothed
+from torchq import QConfig, QuantizedLinear, convert, plan_of, simulate
+from torchq.calibration.calibrate import calibrate
+from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
 from torchq.planning.apply import apply_plan
 from torchq.planning.plan import Plan
-from torchq.planning.smoothing import smoothing_scales
+from torchq.planning.smoothing import ALPHAS, channel_scale
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -31,151 +34,150 @@ def test_outlier_channels_cost_nothing(norm, activation):
     plain, smooth = (convert(model, DATA, config=QConfig(activation=activation, smoothing=s)) for s in ("none", "auto"))
     assert sqnr_db(model(X), plain(X)) < 25
     assert sqnr_db(model(X), smooth(X)) > 35
-    (smoothing,) = smooth.torchq_plan.smoothings.values()
-    assert (list(smooth.torchq_plan.smoothings), smoothing.layers) == (["norm"], ("a", "b"))
-    assert smoothing.after_db > smoothing.before_db + 10
-    for name in ("a", "b"):
-        plan = smooth.torchq_plan.layers[name]
-        assert plan.smoothed == "norm"
+    assert smoothed(smooth) == ["a", "b"]
+    for layer in smooth.torchq_plan.layers.values():
+        before, after = layer.smoothing_db
+        assert layer.alpha in ALPHAS
+        assert after > before + 10
+    assert torch.equal(smooth.a.channel_scale, torch.tensor(smooth.torchq_plan.layers["a"].channel_scale))
 
 
 def test_a_model_without_outliers_is_left_as_it_is():
-    model = nn.Sequential(nn.LayerNorm(K), nn.Linear(K, K)).eval()
-    qmodel = convert(model, DATA, config=QConfig(activation="dynamic"))
-    assert qmodel.torchq_plan.smoothings == {}
-    assert torch.equal(qmodel[0].weight, model[0].weight)
+    qmodel = convert(nn.Sequential(nn.LayerNorm(K), nn.Linear(K, K)).eval(), DATA, config=QConfig(activation="dynamic"))
+    assert smoothed(qmodel) == []
+    assert qmodel[1].channel_scale is None
 
 
+@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_linear_takes_the_scales_too(inplace):
+def test_behind_a_linear_too(inplace, weight):
     first, last = nn.Linear(K, K), nn.Linear(K, 8)
     first.weight[[1, 2]] *= 50
     last.weight[:, [1, 2]] /= 50
     model = nn.Sequential(first, last).eval()
-    expected = model(X)
-    plain = convert(model, DATA, config=UNSMOOTHED)
-    smooth = convert(model, DATA, inplace=inplace)
-    assert smooth.torchq_plan.smoothings["0"].layers == ("1",)
-    assert sqnr_db(expected, smooth(X)) > sqnr_db(expected, plain(X)) + 10
+    expected, hidden = model(X), model[0](X)
+    plain = convert(model, DATA, config=dataclasses.replace(UNSMOOTHED, weight=weight))
+    smooth = convert(model, DATA, config=QConfig(weight=weight, exclude=("0",)), inplace=inplace)
+    assert smoothed(smooth) == ["1"]
+    assert sqnr_db(expected, smooth(X)) > sqnr_db(expected, plain(X)) + 5
+    assert torch.equal(smooth[0](X), hidden)
 
 
-def test_no_linear_is_rescaled_whose_weights_have_one_scale():
-    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, 8)).eval()
-    model[0].weight[1] *= 50
-    assert convert(model, DATA, config=QConfig(weight="per_tensor")).torchq_plan.smoothings == {}
+def test_layers_that_read_one_tensor_have_each_its_own_scale():
+    """The best alpha depends on the weights; the range of x is the same."""
+    model = Block()
+    model.b.weight[:, OUTLIERS] *= 50
+    layers = convert(model, DATA, config=QConfig(activation="dynamic")).torchq_plan.layers
+    assert layers["a"].channel_scale != layers["b"].channel_scale
 
 
-# ---- exactness ----
-
-
-@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
-def test_the_float_function_stays(norm):
-    """Each weight and each norm output is rounded twice, by 2^-24: 2^-22 of the sum of magnitudes."""
-    model = Block(norm=norm)
-    scales = torch.rand(K) * 10 + 0.01
-    smoothed = only_smoothed(model, scales)
-    y = model.norm(X)
-    torch.testing.assert_close(smoothed.norm(X), y / scales, rtol=1e-6, atol=1e-6)
-    bound = 2.0**-20 * (y.abs() @ (model.a.weight.abs() + model.b.weight.abs()).T + model.a.bias.abs())
-    assert ((smoothed(X) - model(X)).abs() <= bound).all()
-    assert not torch.equal(smoothed.a.weight, model.a.weight)
-    assert all(p.requires_grad for p in smoothed.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_powers_of_two_change_no_bit(dtype):
-    """And a 16-bit model gets only powers of two."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_is_smoothed_in_float32(dtype):
+    """Neither x · c nor w / c is rounded to 16 bits, so c need not be a power of two."""
     model = Block().to(dtype)
-    peak = model.norm(X.to(dtype)).float().flatten(0, 1).abs().amax(dim=0)
-    scales = smoothing_scales(peak, [model.a.weight, model.b.weight], 0.5)
-    scales = scales if dtype != torch.float32 else scales.log2().round().exp2()
-    assert torch.equal(scales.log2(), scales.log2().round())
-    smoothed = only_smoothed(model, scales)
-    assert torch.equal(smoothed(X.to(dtype)), model(X.to(dtype)))
-    assert smoothed.norm.weight.dtype == dtype
+    data = [x.to(dtype) for x in DATA]
+    plain, smooth = (convert(model, data, config=QConfig(smoothing=s)) for s in ("none", "auto"))
+    assert smoothed(smooth) == ["a", "b"]
+    x, exact = X.to(dtype), Block.forward(copy.deepcopy(model).float(), X.to(dtype).float())
+    assert sqnr_db(exact, smooth(x).float()) > sqnr_db(exact, plain(x).float()) + 8
+    for layer in (smooth.a, smooth.b):
+        scale = layer.channel_scale
+        assert not torch.equal(scale.log2(), scale.log2().round())
+    assert torch.equal(smooth.a.weight_int8, quantized(model.a.weight.float() / smooth.a.channel_scale))
+
+
+def quantized(weight):
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight * (1 / scale)).round().to(torch.int8)
+
+
+# ---- nothing else changes ----
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_other_module_changes(inplace):
+    """Norms and float layers bit for bit, and no parameter becomes trainable or stops being so."""
+    model = Block(other=nn.Linear(K, 24), run=lambda m, x: (lambda y: m.a(y) + m.b(y) + m.other(y))(m.norm(x)))
+    model.norm.weight.requires_grad_(False)
+    before = parameters(model)
+    qmodel = convert(model, DATA, config=QConfig(exclude=("other",)), inplace=inplace)
+    assert smoothed(qmodel) == ["a", "b"]
+    assert_unchanged(model, before, ("norm", "other") if inplace else None)
+    for name in ("norm.weight", "norm.bias", "other.weight", "other.bias"):
+        assert torch.equal(qmodel.get_parameter(name), before[name][2])
+        assert qmodel.get_parameter(name).requires_grad == before[name][1]
+    assert all(not p.requires_grad for layer in (qmodel.a, qmodel.b) for p in layer.parameters())
+
+
+def test_values_between_layers_are_those_of_the_float_model():
+    """A branch that no batch took, a hook, a slice and a second output: all see what they see in float."""
+
+    class Encoder(Block):
+        def encode(self, x):
+            return self.norm(x)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.a(y) + self.b(y)
+
+    model, seen = Encoder(), []
+    qmodel = convert(model, DATA)
+    assert smoothed(qmodel) == ["a", "b"]
+    assert torch.equal(qmodel.encode(X), model.encode(X))
+    qmodel.norm.register_forward_hook(lambda module, args, y: seen.append(y))
+    qmodel(X)
+    assert torch.equal(seen[0], model.norm(X))
+    first, last = nn.Linear(K, K), nn.Linear(K, 8)
+    first.weight[[1, 2]] *= 50
+    last.weight[:, [1, 2]] /= 50
+    chain = nn.Sequential(first, nn.ReLU(), last).eval()
+    sliced = convert(chain, DATA)
+    assert "2" in smoothed(sliced)
+    assert sqnr_db(chain[:2](X), sliced[:2](X)) > 30
+
+
+def test_the_weight_is_still_the_float_layers():
+    model = Block()
+    qmodel = convert(model, DATA)
+    for name in ("a", "b"):
+        assert sqnr_db(model.get_submodule(name).weight[:, 4:7], qmodel.get_submodule(name).weight[:, 4:7]) > 30
+    with simulate():
+        assert sqnr_db(qmodel(X), qmodel.forward(X)) > 100
+    assert sqnr_db(model(X), nn.functional.linear(model.norm(X), qmodel.a.weight + qmodel.b.weight, qmodel.a.bias)) > 35
+
+
+# ---- the arithmetic ----
 
 
 def test_scales_follow_the_formula_and_leave_dead_channels():
     peak, weight = torch.tensor([8.0, 2.0, 0.0, 5.0]), torch.tensor([[0.5, -2.0, 1.0, 0.0], [0.1, 1.0, 1.0, 0.0]])
-    raw = torch.tensor([8**0.75 / 0.5**0.25, 2**0.75 / 2**0.25])
+    raw = torch.tensor([0.5**0.25 / 8**0.75, 2**0.25 / 2**0.75])
     expected = raw / raw.prod().sqrt()
-    torch.testing.assert_close(smoothing_scales(peak, [weight], 0.75), torch.tensor([*expected.tolist(), 1.0, 1.0]))
+    torch.testing.assert_close(channel_scale(peak, weight, 0.75), torch.tensor([*expected.tolist(), 1.0, 1.0]))
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_alpha_is_the_best_of_all_on_the_layers_own_rows():
+    """Measured again by hand, with the layer as it is at inference."""
     model = Block()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    qmodel = convert(model, DATA)
-    assert qmodel.torchq_plan.smoothings
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    evidence = calibrate(model, DATA, find_layers(model), QConfig())
+    record, linear = evidence.records["a"], model.a
+    assert record.is_few  # so some rows give the peaks, and those of the second batch are measured on
+    rows, judge = record.sample.rows, record.judge
+    assert torch.equal(rows[judge], model.norm(DATA[1]).flatten(0, 1))
+    measured = {}
+    for alpha in ALPHAS:
+        scale = channel_scale(rows[~judge].abs().amax(dim=0), linear.weight, alpha)
+        layer = QuantizedLinear.from_float(linear, channel_scale=scale)
+        measured[alpha] = sqnr_db(linear(rows[judge]), layer(rows[judge]))
+    layer = convert(model, DATA, config=QConfig(activation="dynamic", rounding="nearest")).torchq_plan.layers["a"]
+    assert layer.alpha == max(measured, key=lambda alpha: measured[alpha])
+    assert layer.smoothing_db[1] == pytest.approx(measured[layer.alpha], abs=1e-6)
+    scale = channel_scale(peak(model), linear.weight, layer.alpha)
+    torch.testing.assert_close(torch.tensor(layer.channel_scale), scale)
 
 
-# ---- the plan ----
-
-
-def test_a_plan_with_smoothing_survives_json_and_applies():
-    model = Block()
-    qmodel = convert(model, DATA)
-    plan = Plan.from_dict(json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False)))
-    assert plan == qmodel.torchq_plan
-    assert torch.equal(apply_plan(model, plan)(X), qmodel(X))
-
-
-def test_converting_twice_gives_the_same():
-    model = Block()
-    first, second = (convert(model, DATA).torchq_plan for _ in range(2))
-    assert first == second
-    assert first.smoothings
-
-
-def edited(plan, smoothings=None, **changes):
-    layers = {name: dataclasses.replace(layer, **changes) for name, layer in plan.layers.items()}
-    return Plan(layers, plan.smoothings if smoothings is None else smoothings)
-
-
-def test_a_smoothing_can_be_edited_away_or_its_layers_to_float():
-    model = Block()
-    plan = convert(model, DATA).torchq_plan
-    undone = apply_plan(model, edited(plan, {}, kind="int8 dynamic", smoothed=None))
-    assert torch.equal(undone(X), convert(model, DATA, config=QConfig(activation="dynamic", smoothing="none"))(X))
-    as_float = apply_plan(model, edited(plan, kind="float"))
-    assert sqnr_db(model(X), as_float(X)) > 100
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda plan: edited(plan, {}), "layer 'a' expects its input smoothed in 'norm', but"),
-        (lambda plan: edited(plan, smoothed=None), "smoothing of 'norm' names 'a', whose `smoothed` is not 'norm'"),
-        (lambda plan: edited(plan, {"norm": resmoothed(plan, scales=(1.0,))}), "has 1 scales, expected 32"),
-        (lambda plan: edited(plan, {"norm": resmoothed(plan, scales=(0.0,) * K)}), "not a positive normal float32"),
-        (lambda plan: edited(plan, {"norm": resmoothed(plan, layers=("a", "b", "c"))}), "names 'c', which is no layer"),
-        (lambda plan: edited(plan, {**plan.smoothings, "act": resmoothed(plan)}), "of 'act' is for no LayerNorm"),
-    ],
-)
-def test_a_smoothing_by_halves_is_refused(edit, message):
-    model = Block()
-    plan = convert(model, DATA).torchq_plan
-    with pytest.raises(ValueError, match=rf"^torchq\.apply_plan: .*{message}"):
-        apply_plan(model, edit(plan))
-
-
-def resmoothed(plan, **changes):
-    return dataclasses.replace(plan.smoothings["norm"], **changes)
-
-
-def test_outliers_behind_a_relu_cost_nothing():
-    """The hidden layer of an MLP is smoothed, and still fused into one chain of u8 codes."""
-    first, last = nn.Linear(K, K), nn.Linear(K, 8)
-    first.weight[[1, 2]] *= 50
-    first.bias[[1, 2]] *= 50
-    last.weight[:, [1, 2]] /= 50
-    model = nn.Sequential(first, nn.ReLU(), last).eval()
-    plain, smooth = convert(model, DATA, config=UNSMOOTHED), convert(model, DATA)
-    assert smooth.torchq_plan.smoothings["0"].layers == ("2",)
-    assert smooth.torchq_plan.layers["0"].activation == "1"
-    assert sqnr_db(model(X), smooth(X)) > sqnr_db(model(X), plain(X)) + 8
-    assert sqnr_db(model(X), smooth(X)) > 38
+def peak(model):
+    return torch.stack([model.norm(x).flatten(0, 1).abs().amax(dim=0) for x in DATA]).amax(dim=0)
 
 
 def test_ranges_that_fit_few_rows_are_not_believed():
@@ -193,10 +195,80 @@ def test_ranges_that_fit_few_rows_are_not_believed():
     assert sqnr_db(model(new), smooth(new)) > sqnr_db(model(new), plain(new)) - 1
 
 
+# ---- the plan ----
+
+
+def test_a_plan_with_smoothing_survives_json_and_applies():
+    model = Block()
+    qmodel = convert(model, DATA)
+    plan = Plan.from_dict(json.loads(json.dumps(qmodel.torchq_plan.to_dict(), allow_nan=False)))
+    assert plan == qmodel.torchq_plan
+    assert torch.equal(apply_plan(model, plan)(X), qmodel(X))
+
+
+def test_converting_twice_gives_the_same_and_takes_its_state():
+    model = Block()
+    first, second = (convert(model, DATA) for _ in range(2))
+    assert first.torchq_plan == second.torchq_plan
+    assert smoothed(first) == ["a", "b"]
+    expected = first(X)
+    other = convert(model, [x * 1.5 for x in DATA], config=QConfig(activation="dynamic"))
+    fresh = apply_plan(Block(), first.torchq_plan)
+    fresh.load_state_dict(first.state_dict())
+    assert torch.equal(fresh(X), expected)
+    assert not torch.equal(other(X), expected)
+
+
+def edited(plan, **changes):
+    return Plan({name: dataclasses.replace(layer, **changes) for name, layer in plan.layers.items()})
+
+
+def test_a_smoothing_can_be_edited_away_or_its_layers_to_float():
+    model = Block()
+    plan = convert(model, DATA).torchq_plan
+    undone = apply_plan(model, edited(plan, kind="int8 dynamic", channel_scale=None, alpha=None))
+    assert torch.equal(undone(X), convert(model, DATA, config=QConfig(activation="dynamic", smoothing="none"))(X))
+    assert torch.equal(apply_plan(model, edited(plan, kind="float"))(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channel_scale": (1.0,)}, "layer 'a' has a channel_scale of 1 numbers, expected 32"),
+        ({"channel_scale": (0.0,) * K}, "layer 'a' has a channel_scale with a number that is not a positive normal"),
+        ({"channel_scale": (float("nan"),) * K}, "not a positive normal float32"),
+    ],
+)
+def test_a_scale_that_makes_no_sense_is_refused(changes, message):
+    model = Block()
+    with pytest.raises(ValueError, match=rf"^torchq\.apply_plan: .*{message}"):
+        apply_plan(model, edited(convert(model, DATA).torchq_plan, **changes))
+
+
+def test_a_smoothed_layer_takes_no_codes():
+    """Behind a layer that could hand it u8 codes, it takes floats; a plan that says otherwise is refused."""
+    first, last = nn.Linear(K, K), nn.Linear(K, 8)
+    first.weight[[1, 2]] *= 50
+    first.bias[[1, 2]] *= 50
+    last.weight[:, [1, 2]] /= 50
+    model = nn.Sequential(first, nn.ReLU(), last).eval()
+    config = QConfig(activation="static")
+    plain, smooth = (convert(model, DATA, config=dataclasses.replace(config, smoothing=s)) for s in ("none", "auto"))
+    assert plain.torchq_plan.layers["0"].feeds == "2"
+    assert (smooth.torchq_plan.layers["0"].activation, smooth.torchq_plan.layers["0"].feeds) == ("1", None)
+    assert smoothed(smooth) == ["2"]
+    assert sqnr_db(model(X), smooth(X)) > sqnr_db(model(X), plain(X)) + 8
+    assert sqnr_db(model(X), smooth(X)) > 38
+    plan = plan_of(smooth)
+    wrong = {**plan.layers, "0": dataclasses.replace(plan.layers["0"], feeds="2")}
+    with pytest.raises(ValueError, match="layer '0' feeds '2', which has a channel_scale and so takes no codes"):
+        apply_plan(model, dataclasses.replace(plan, layers=wrong))
+
+
 def test_in_place_gives_the_same():
     model = Block()
     expected = convert(model, DATA)(X)
     smooth = convert(model, DATA, inplace=True)
     assert smooth is model
-    assert smooth.torchq_plan.smoothings
+    assert smoothed(smooth) == ["a", "b"]
     assert torch.equal(smooth(X), expected)

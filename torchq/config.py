@@ -27,13 +27,14 @@ class QConfig:
         min_sqnr_db: a layer whose output SQNR on its calibration sample is below this stays in float.
         margin_db: how much output SQNR static may lose against dynamic and still be chosen.
         sample_rows: how many input rows of each layer are kept to measure on. Never more than 2 MiB per layer.
-        smoothing: "auto": activation outliers are moved into the weights (SmoothQuant, docs/accuracy.md) where the data
-            flow seen in calibration proves it safe and the layers' output SQNR improves. The LayerNorm, RMSNorm or
-            Linear before them is rescaled for it. "none": only the layers themselves are changed.
+        smoothing: "auto": activation outliers are moved into the weights (SmoothQuant, docs/accuracy.md) where the
+            layer's output SQNR improves. The layer multiplies the channels of its input by fixed factors as it
+            quantizes them; nothing else in the model changes. "none": no layer does.
         rounding: "nearest": each weight is rounded to its nearest int8 code. "gptq": the weights are rounded so that
             the layer's outputs on the calibration data change least, with bias correction (docs/accuracy.md), for
-            layers of up to 4096 inputs with enough rows. "auto": the same for up to 1024 inputs, if it gains at least
-            0.5 dB on held-out rows. GPTQ costs time, and K x K floats of memory per layer during calibration.
+            layers of up to 8192 inputs with enough rows. "auto": the same for up to 4096 inputs, if it gains at least
+            0.5 dB on held-out rows. GPTQ costs time, and K x K floats of memory per input during calibration, of all
+            together at most twice the float32 weights.
         attention: how the attention of Hugging Face models is computed, where it is torch's now (docs/accuracy.md).
             "auto": in float32, and with calibration data by faster schemes where the model's output loses less than
             0.3 dB by all of them together. A scheme of `torchq.ops.attention`: all by this one. "none": as it is.

@@ -21,7 +21,7 @@ from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
-from torchq.planning.smooth_search import smooth
+from torchq.planning.smoothing import smooth
 
 M = TypeVar("M", bound=nn.Module)
 

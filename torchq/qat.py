@@ -4,12 +4,10 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchq.calibration.batches import Forward
 from torchq.calibration.calibrate import Evidence, calibrate
@@ -22,9 +20,8 @@ from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
 from torchq.planning.choose import measure, plan_layer
 from torchq.planning.layers import select_layers, too_small
-from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
-from torchq.planning.smooth_search import smooth
-from torchq.planning.smoothing import scaled_parameters, scales_around
+from torchq.planning.plan import Kind, LayerPlan, Plan
+from torchq.planning.smoothing import smooth
 
 M = TypeVar("M", bound=nn.Module)
 Ranges = Literal["auto", "learned", "observed"]
@@ -53,7 +50,8 @@ def prepare_qat(
             stays float if its range is to be learned.
         config: a QConfig. Only `weight`, `activation`, `smoothing`, `exclude` and the options of the observers are
             used. "auto" means "static" here: training compensates what a fixed range loses, and static is faster at
-            inference. Smoothing, where it is proven safe, rescales the parameters; the float function stays the same.
+            inference. A smoothed layer multiplies the channels of its input by fixed factors, and divides its weight by
+            them, before it quantizes both.
         ranges: of static inputs. "learned": parameters, trained with the weights. "observed": buffers, a moving
             average over the training batches. "auto": learned with a calib_loader, observed without.
         forward: `forward(model, batch)`: how to run one batch of calib_loader.
@@ -75,7 +73,7 @@ def prepare_qat(
     config = QConfig() if config is None else config
     layers, barred = _check(model, calib_loader, config, ranges)
     free = {name: layer for name, layer in layers.items() if name not in barred}
-    smoothings: dict[str, Smoothing] = {}
+    scales: dict[str, Tensor] = {}
     if config.activation == "dynamic":
         starts: dict[str, InputRange] = {name: PerToken() for name in free}
     elif calib_loader is None:
@@ -83,8 +81,8 @@ def prepare_qat(
     else:
         static_config = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
         evidence = calibrate(model, calib_loader, free, static_config, forward=forward, progress=progress)
-        smoothings = _smoothings(evidence)
-        starts = _starts(evidence, smoothings, ranges)
+        scales = _channel_scales(evidence)
+        starts = _starts(evidence, scales, ranges)
     reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
     if not starts:
         name, reason = next(iter(reasons.items()))
@@ -93,12 +91,16 @@ def prepare_qat(
         warnings.warn(f"torchq.prepare_qat: nothing was prepared; {name!r}: {reason}.", stacklevel=3)
     if not inplace:
         model = _copy(model)
-    _rescale_parameters(model, smoothings)
     for name, start in starts.items():
         layer = layers[name]
-        layer.kind.prepare(model.get_submodule(layer.path), start, per_channel=config.weight == "per_channel")
+        layer.kind.prepare(
+            model.get_submodule(layer.path),
+            start,
+            per_channel=config.weight == "per_channel",
+            channel_scale=scales.get(name),
+        )
     leave_fast_path(model)
-    model.torchq_plan = _plan(layers, starts, reasons, smoothings, config)  # type: ignore[assignment]
+    model.torchq_plan = _plan(layers, starts, reasons, scales, config)  # type: ignore[assignment]
     return model
 
 
@@ -150,51 +152,36 @@ def _check(
     return layers, barred
 
 
-def _smoothings(evidence: Evidence) -> dict[str, Smoothing]:
-    """The smoothings that help on static inputs, by the module they rescale. None changes a shared parameter."""
-    model = evidence.model
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    unshared = {
-        source: readers
-        for source, readers in evidence.readers.items()
-        if all(uses[id(p)] == 1 for name in (source, *readers) for p in model.get_submodule(name).parameters())
-    }
-    names = [name for readers in unshared.values() for name in readers]
+def _channel_scales(evidence: Evidence) -> dict[str, Tensor]:
+    """What multiplies the channels of the input, for the layers that smoothing helps."""
+    reached = [name for name, record in evidence.records.items() if record.has_data]
     plan = Plan(
-        {name: plan_layer(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in names}
+        {name: plan_layer(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached}
     )
-    return smooth(plan, dataclasses.replace(evidence, readers=unshared)).smoothings
-
-
-@torch.no_grad()
-def _rescale_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing]) -> None:
-    """Folds the smoothings into the parameters in place, since an optimizer may already hold them."""
-    for name in {name: None for source, smoothing in smoothings.items() for name in (source, *smoothing.layers)}:
-        for key, value in scaled_parameters(model, smoothings, name).items():
-            model.get_submodule(name).get_parameter(key).copy_(value)
+    layers = smooth(plan, evidence).layers
+    return {name: scale for name, layer in layers.items() if (scale := layer.scale_vector) is not None}
 
 
 def _plan(
     layers: Mapping[str, Layer],
     starts: Mapping[str, InputRange],
     reasons: Mapping[str, str],
-    smoothings: Mapping[str, Smoothing],
+    scales: Mapping[str, Tensor],
     config: QConfig,
 ) -> Plan:
     """What each layer will become."""
     plans = {}
-    smoothed = {name: f"; input smoothed in {source!r}" for source, s in smoothings.items() for name in s.layers}
     for name in layers:
         if name in starts:
             kind: Kind = "int8 dynamic" if isinstance(starts[name], PerToken) else "int8 static"
-            reason = f"to be trained, {starts[name].origin}{smoothed.get(name, '')}"
+            reason = f"to be trained, {starts[name].origin}{'; input smoothed' if name in scales else ''}"
             plans[name] = LayerPlan(kind, reason, config.weight == "per_channel")
         else:
             plans[name] = LayerPlan("float", reasons[name])
     return Plan(plans)
 
 
-def _starts(evidence: Evidence, smoothings: Mapping[str, Smoothing], ranges: Ranges) -> dict[str, InputRange]:
+def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) -> dict[str, InputRange]:
     """The initial static range of each layer. A layer without data is left out if its range is to be learned."""
     starts: dict[str, InputRange] = {}
     for name, layer in evidence.layers.items():
@@ -203,15 +190,15 @@ def _starts(evidence: Evidence, smoothings: Mapping[str, Smoothing], ranges: Ran
             if ranges == "observed":
                 starts[name] = ObservedRange()
             continue
-        lo, hi = _best_range(layer, record, scales_around(smoothings, name)[0], evidence.config)
+        lo, hi = _best_range(layer, record, scales.get(name), evidence.config)
         starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)
     return starts
 
 
-def _best_range(layer: Layer, record: Record, into: torch.Tensor | None, config: QConfig) -> tuple[float, float]:
+def _best_range(layer: Layer, record: Record, scale: Tensor | None, config: QConfig) -> tuple[float, float]:
     """The range of the observer with the highest output SQNR for this layer, as in `choose`."""
-    trial, per_channel = record.trial(into=into), config.weight == "per_channel"
-    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
+    trial, per_channel = record.trial(scale), config.weight == "per_channel"
+    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, channel_scale=scale)
     lo, hi = trial.observers[max(trial.ranges, key=lambda name: measured[name])].range()
     return float(lo), float(hi)
 

@@ -1,15 +1,12 @@
-"""A norm with three outlier channels and two Linears that read it, for the tests of smoothing and of the dataflow."""
+"""A norm with three outlier channels and two Linears that read it, for the tests of smoothing."""
 
+import torch
 from torch import nn
 
 from helpers.numbers import normal
-from torchq import QConfig
-from torchq.calibration.calibrate import calibrate
-from torchq.modules.registry import find_layers
-from torchq.planning.apply import apply_plan
-from torchq.planning.plan import LayerPlan, Plan, Smoothing
 
 K = 32
+OUTLIERS = [3, 7, 20]
 DATA = [normal(4, 16, K, seed=i) for i in range(3)]
 X = normal(4, 16, K, seed=9)
 
@@ -30,22 +27,32 @@ class Block(nn.Module):
             self.add_module(name, module)
         self.norm.weight.uniform_(0.5, 2)
         for parameter in self.norm.parameters():
-            parameter[[3, 7, 20]] *= 50
-        self.a.weight[:, [3, 7, 20]] /= 50
-        self.b.weight[:, [3, 7, 20]] /= 50
+            parameter[OUTLIERS] *= 50
+        self.a.weight[:, OUTLIERS] /= 50
+        self.b.weight[:, OUTLIERS] /= 50
         self.eval()
 
     def forward(self, x, *args):
         return self.run(self, x, *args)
 
 
-def readers(model, data=DATA):
-    return calibrate(model, data, find_layers(model), QConfig()).readers
+def smoothed(model):
+    """The names of the layers of a converted model whose inputs are smoothed."""
+    layers = model.torchq_plan.layers
+    for layer in layers.values():
+        assert (layer.channel_scale is None) == (layer.alpha is None) == (layer.smoothing_db is None)
+    return [name for name, layer in layers.items() if layer.channel_scale is not None]
 
 
-def only_smoothed(model, scales, source="norm", layers=("a", "b")):
-    plans = {
-        name: LayerPlan("float", "test", smoothed=source if name in layers else None) for name in find_layers(model)
-    }
-    smoothing = Smoothing(tuple(scales.tolist()), layers, 0.5, 0.0, 0.0)
-    return apply_plan(model, Plan(plans, {source: smoothing}))
+def parameters(model):
+    """Of a model: every parameter, whether it is trainable, and its values."""
+    return {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+
+
+def assert_unchanged(model, before, names=None):
+    """All parameters of `before`, or those of these modules, are the same objects, flags and bits."""
+    now = dict(model.named_parameters())
+    for name, (number, trainable, values) in before.items():
+        if names is None or name.rpartition(".")[0] in names:
+            assert (id(now[name]), now[name].requires_grad) == (number, trainable), name
+            assert torch.equal(now[name], values), name

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from torchq.calibration.batches import Forward, call_with_batch, check_loader, has_forward, run_batch
-from torchq.calibration.dataflow import Dataflow
 from torchq.calibration.isolation import in_eval_mode, own_thread, uncompiled, without_fast_path
 from torchq.calibration.readers import Readers
-from torchq.calibration.record import Record
+from torchq.calibration.record import GRAM_BYTES, GRAM_SHARE, Record
 from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
@@ -45,7 +45,6 @@ class Evidence:
         config: how to quantize.
         records: what calibration recorded, by layer. Layers that read the same tensors share a record. Each of `layers`
             has one; without data, none has.
-        readers: for each module whose output is proven to be read by layers only, the names of these layers.
         activations: for each layer whose output an activation module alone reads, the name of that module.
         batches: how many batches were run.
         run: runs the first batch through a model.
@@ -57,7 +56,6 @@ class Evidence:
     layers: Mapping[str, Layer]
     config: QConfig
     records: dict[str, Record] = field(default_factory=dict)
-    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     batches: int = 0
     run: Callable[[nn.Module], object] | None = None
@@ -112,16 +110,14 @@ def calibrate(
             f"this {type(model).__name__} has no forward(), so a batch of calib_loader can't be given to it. Pass "
             "forward=lambda model, batch: ... to say how to run one."
         )
-    evidence, recorder = Evidence(model, layers, config), Recorder(config)
+    evidence, recorder = Evidence(model, layers, config), Recorder(config, gram_bytes=_gram_bytes(layers))
     call = forward or call_with_batch
-    dataflow = Dataflow(model, layers if config.smoothing == "auto" else {})
     readers = Readers(model, layers if config.fuse else {})
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
         stack.enter_context(readers.watching())
-        stack.enter_context(dataflow.watching())  # first, so recording runs within the layer's call
-        stack.enter_context(_recording(recorder, evidence, dataflow))
+        stack.enter_context(_recording(recorder, evidence))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
@@ -132,9 +128,8 @@ def calibrate(
             recorder.begin(batch)
             run_batch(model, batch, evidence.batches, forward)
             evidence.batches += 1
-            dataflow.end_batch()
             readers.end_batch()
-    evidence.readers, evidence.activations = dataflow.readers, readers.activations
+    evidence.activations = readers.activations
     if evidence.batches == 0:
         raise BadValueError(
             "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at "
@@ -144,6 +139,12 @@ def calibrate(
     for name, layer in layers.items():
         evidence.records[name] = reached[name] if name in reached else Record.empty(layer.in_features, config)
     return evidence
+
+
+def _gram_bytes(layers: Mapping[str, Layer]) -> float:
+    """What all XᵀX may take in memory."""
+    weights = [layer.weight for layer in layers.values()]
+    return max(GRAM_SHARE * sum(4 * weight.numel() for weight in weights if not is_lazy(weight)), GRAM_BYTES)
 
 
 def _run(call: Forward, batch: Any, model: nn.Module) -> object:
@@ -181,7 +182,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> Iterator[None]:
+def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
     """Hooks that record the layers' inputs."""
     by_module: dict[str, list[Layer]] = {}
     for layer in evidence.layers.values():
@@ -194,8 +195,7 @@ def _recording(recorder: Recorder, evidence: Evidence, dataflow: Dataflow) -> It
             if not isinstance(x, Tensor) or not _fits(layer, x):
                 continue  # the module's own forward will raise the error
             try:
-                with dataflow.paused():
-                    recorder.observe(layer.name, x)
+                recorder.observe(layer.name, x)
             except ValueError as error:
                 raise BadValueError(
                     f"layer {layer.name!r} got an input that is not finite in batch {evidence.batches} of "

@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchq.calibration.dataflow import storage_key
 from torchq.calibration.isolation import own_thread
+from torchq.calibration.sharing import storage_key
 from torchq.modules.activations import activation_of
 from torchq.modules.registry import Layer
 from torchq.ops import Activation

@@ -4,7 +4,7 @@ Layers that read the same tensor in every call (q, k and v of an attention) shar
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +19,11 @@ from torchq.observers import Histogram, Observer, make_observer, share
 SAMPLE_BYTES = 2 * 2**20
 """The maximum size of one record's sample, whatever `QConfig.sample_rows` says."""
 
-MAX_GRAM_DEPTH = {"nearest": 0, "auto": 1024, "gptq": 4096}
-"""For each `QConfig.rounding`, the largest K for which XᵀX is kept. K = 4096 takes 64 MiB, and seconds of rounding."""
+MAX_GRAM_DEPTH = {"nearest": 0, "auto": 4096, "gptq": 8192}
+"""For each `QConfig.rounding`, the largest K for which XᵀX is kept: 64 MiB for K = 4096, 256 MiB for 8192."""
+
+GRAM_SHARE, GRAM_BYTES = 2.0, 2**28
+"""All XᵀX together take no more than this share of the layers' float32 weights, or this many bytes if that is more."""
 
 ROWS_PER_CHANNEL = 20
 """With at least this many rows for each input channel, a new row seldom lies outside the range of any channel."""
@@ -29,8 +32,10 @@ MIN_STATIC_ROWS = 64
 """Rows of a layer from which on a static range is chosen unasked: of rows three in a hundred of which are unlike the
 others, 64 have one with probability 0.86, and 16 with 0.39."""
 
-GRAM_ROWS = 4
-"""XᵀX is summed over the first 4 K rows: enough for its K x K numbers, and further batches cost nothing."""
+GRAM_ROWS, DEEP_ROWS = 4, 3072
+"""XᵀX is summed over the first 4 K rows, but no more than 3072: more gain little, and cost K² each."""
+
+_GRAM_COLUMNS = 256  # computed at a time
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Trial:
 
     Args:
         observers: the observers that propose the ranges, by name.
-        rows: float32 (R, K), the rows to measure on.
+        rows: float32 (R, K), the rows to measure on, as the layer gets them.
         peak: max|x_j| of each input channel over the values that the ranges cover, (K,).
     """
 
@@ -68,8 +73,8 @@ class Record:
         config: which observers.
         calls: how many calls were recorded.
         extremes: the smallest and the largest value of each channel, (2, K).
-        gram: XᵀX of the first `gram_rows` rows, float32 (K, K); None if no weights will be rounded with it. If
-            `config.rounding` is "auto", only rows of batches that are not held out count.
+        gram: XᵀX of the first `gram_rows` rows, float32 (K, K), on and above its diagonal; None if no weights will be
+            rounded with it. If `config.rounding` is "auto", only rows of batches that are not held out count.
         held_rows: how many rows were held out of it.
     """
 
@@ -83,10 +88,10 @@ class Record:
     held_rows: int = 0
 
     @classmethod
-    def empty(cls, in_features: int, config: QConfig) -> "Record":
-        """A record without data, for the observers `config` asks for."""
+    def empty(cls, in_features: int, config: QConfig, *, room: float = math.inf) -> "Record":
+        """A record without data, for the observers `config` asks for. `room`: the bytes that XᵀX may take."""
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, in_features))))
-        wanted = in_features <= MAX_GRAM_DEPTH[config.rounding]
+        wanted = in_features <= MAX_GRAM_DEPTH[config.rounding] and 4 * in_features**2 <= room
         gram = torch.zeros(in_features, in_features, dtype=torch.float32, device="cpu") if wanted else None
         return cls(_new_observer(config), Sample(rows), config, gram=gram)
 
@@ -117,34 +122,47 @@ class Record:
         """A trial with ranges from all values, measured on the sample. Cached, so only for a finished record."""
         return Trial(self._observers(self.observer), self.sample.rows, _peak(self.extremes))
 
-    def trial(self, *, into: Tensor | None = None) -> Trial:
-        """The same for inputs divided by `into` (K,).
+    def trial(self, channel_scale: Tensor | None = None) -> Trial:
+        """The same with ranges for inputs times `channel_scale` (K,).
 
         The min-max range is exact. The other observers get only the sample, since a histogram of all channels together
-        can't be divided channel by channel.
+        can't be multiplied channel by channel.
         """
-        if into is None or self.extremes is None:
+        if channel_scale is None or self.extremes is None:
             return self.whole
-        return self._trial(self.sample.rows, self.sample.rows, self.extremes, into)
+        return self._trial(self.sample.rows, self.sample.rows, self.extremes, channel_scale)
 
-    def held_out(self, *, into: Tensor | None = None) -> Trial:
-        """`trial`, but if rows are few, one half of the sample gives the ranges and the other half is measured on.
+    def trials(self, channel_scale: Tensor | None = None) -> list[Trial]:
+        """`trial`; but if rows are few, two trials, in which a part of the sample gives the ranges for the other.
 
-        Smoothing divides each channel by its range. After n rows, a new row lies outside the range of K / n channels on
-        average. If that is often, measuring on the rows that gave the ranges would be too optimistic. With many rows
-        (`ROWS_PER_CHANNEL`) it hardly happens.
+        Those that `judge` are measured on in the first, and the others in the second. Smoothing scales each channel by
+        its range. After n rows, a new row lies outside the range of K / n channels on average. If that is often,
+        measuring on the rows that gave the ranges would be too optimistic. With many rows (`ROWS_PER_CHANNEL`) it
+        hardly happens.
         """
         if not self.is_few:
-            return self.trial(into=into)
-        return self._halves if into is None else self._half_trial(into)
+            return [self.trial(channel_scale)]
+        return self._parts if channel_scale is None else self._part_trials(channel_scale)
 
     @cached_property
-    def _halves(self) -> Trial:
-        return self._half_trial(None)
+    def _parts(self) -> list[Trial]:
+        return self._part_trials(None)
 
-    def _half_trial(self, into: Tensor | None) -> Trial:
-        rows = self.sample.rows
-        return self._trial(rows[::2], rows[1::2], _extremes(rows[::2]), into)
+    def _part_trials(self, channel_scale: Tensor | None) -> list[Trial]:
+        rows, judge = self.sample.rows, self.judge
+        parts = ((rows[~judge], rows[judge]), (rows[judge], rows[~judge]))
+        return [self._trial(some, others, _extremes(some), channel_scale) for some, others in parts]
+
+    @property
+    def judge(self) -> Tensor:
+        """Which rows of the sample judge what the others chose, bool (R,).
+
+        Those of batches held out, since rows of one batch are often alike; without such, every second row.
+        """
+        held_out = self.sample.held_out
+        if held_out.any() and not held_out.all():
+            return held_out
+        return torch.arange(len(held_out), dtype=torch.long, device="cpu") % 2 == 1
 
     @property
     def is_too_few(self) -> bool:
@@ -157,23 +175,35 @@ class Record:
         rows = self.sample.rows
         return self.sample.rows_seen < ROWS_PER_CHANNEL * rows.shape[1] and len(rows) >= 2
 
-    def _sum_products(self, rows: Tensor) -> None:
-        """Adds rows to XᵀX, until it has GRAM_ROWS * K of them."""
-        if self.gram is not None and self.gram_rows < GRAM_ROWS * rows.shape[1]:
-            first = rows[: GRAM_ROWS * rows.shape[1] - self.gram_rows]
-            self.gram.addmm_(first.T, first)
-            self.gram_rows += len(first)
+    def products(self) -> Tensor:
+        """XᵀX as a new, whole matrix."""
+        assert self.gram is not None
+        whole = self.gram.clone()
+        for some, _ in _column_blocks(len(whole)):
+            whole[some.stop :, some] = whole[some, some.stop :].T
+        return whole
 
-    def _trial(self, range_rows: Tensor, rows: Tensor, extremes: Tensor, into: Tensor | None) -> Trial:
+    def _sum_products(self, rows: Tensor) -> None:
+        """Adds rows to XᵀX, until it has as many as it wants."""
+        depth = rows.shape[1]
+        wanted = min(GRAM_ROWS * depth, DEEP_ROWS)
+        if self.gram is None or self.gram_rows >= wanted:
+            return
+        first = rows[: wanted - self.gram_rows]
+        for some, start in _column_blocks(depth):
+            self.gram[some, start:].addmm_(first[:, some].T, first[:, start:])
+        self.gram_rows += len(first)
+
+    def _trial(self, range_rows: Tensor, rows: Tensor, extremes: Tensor, channel_scale: Tensor | None) -> Trial:
         """A trial measured on `rows`, with ranges from `range_rows` and, for min-max, `extremes` (2, K).
 
-        `into` (K,) divides all three.
+        The ranges are those of both times `channel_scale` (K,).
         """
         observer = _new_observer(self.config)
-        observer.observe(range_rows if into is None else range_rows / into)
-        if into is not None and self.config.observer in ("auto", "minmax"):
-            observer.observe(extremes / into)
-        return Trial(self._observers(observer), rows if into is None else rows / into, _peak(extremes))
+        observer.observe(range_rows if channel_scale is None else range_rows * channel_scale)
+        if channel_scale is not None and self.config.observer in ("auto", "minmax"):
+            observer.observe(extremes * channel_scale)
+        return Trial(self._observers(observer), rows, _peak(extremes))
 
     def _observers(self, observer: Observer) -> dict[str, Observer]:
         """The observers that `config` asks for, by name: all those a histogram can give, or just this one."""
@@ -185,6 +215,12 @@ class Record:
 def _new_observer(config: QConfig) -> Observer:
     name = config.observer
     return Histogram() if name == "auto" else make_observer(name, percentile=config.percentile)
+
+
+def _column_blocks(depth: int) -> Iterator[tuple[slice, int]]:
+    """Some columns at a time, and where they start."""
+    for start in range(0, depth, _GRAM_COLUMNS):
+        yield slice(start, start + _GRAM_COLUMNS), start
 
 
 def _extremes(rows: Tensor) -> Tensor:

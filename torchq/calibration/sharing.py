@@ -18,12 +18,12 @@ own rows.
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchq.calibration.dataflow import geometry, storage_key
 from torchq.calibration.padding import real_rows, without_padding
 from torchq.calibration.record import Record
 from torchq.config import QConfig
@@ -47,7 +47,19 @@ class _Identity:
 def _fingerprint(x: Tensor) -> tuple[Any, ...] | None:
     """Storage, geometry and version; None if x has no storage, or no version counter (inference mode)."""
     key = storage_key(x)
-    return None if key is None or x.is_inference() else (key, *geometry(x), x._version)
+    if key is None or x.is_inference():
+        return None
+    return key, x.dtype, x.shape, x.stride(), x.storage_offset(), x._version
+
+
+def storage_key(value: Any) -> int | None:
+    """A key that identifies a tensor's storage; None for values without one."""
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        return int(value.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, meta-like and other tensors without a storage
+        return None
 
 
 class _Stream:
@@ -96,8 +108,10 @@ class Recorder:
     (True, 1)
     """
 
-    def __init__(self, config: QConfig) -> None:
+    def __init__(self, config: QConfig, *, gram_bytes: float = math.inf) -> None:
+        """All XᵀX may take `gram_bytes`. Inputs that come too late for it have none."""
         self._config = config
+        self._room = gram_bytes
         self._streams: dict[str, _Stream] = {}
         self._new: list[_Stream] = []  # the streams with at most one call, which a layer may still join
         self._real: Tensor | None = None
@@ -135,7 +149,8 @@ class Recorder:
         """The stream that a layer joins when it is called for the first time."""
         stream = next((each for each in self._new if each.is_latest(x)), None)
         if stream is None:
-            stream = _Stream(Record.empty(x.shape[-1], self._config))
+            stream = _Stream(Record.empty(x.shape[-1], self._config, room=self._room))
+            self._room -= 0 if stream.record.gram is None else stream.record.gram.nbytes
             self._new.append(stream)
         self._streams[name] = stream
         stream.calls_made[name] = 0

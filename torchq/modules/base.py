@@ -39,11 +39,13 @@ class Trained(NamedTuple):
         input_qparams: the static range of its input; None for a range per token.
         per_channel: one weight scale per output channel, or one for all.
         origin: where the range came from, such as "learned range".
+        channel_scale: what multiplies each channel of its input first, while the weight is divided by it; or None.
     """
 
     input_qparams: QParams | None
     per_channel: bool
     origin: str
+    channel_scale: Tensor | None = None
 
 
 class Int8Module(nn.Module, ABC):
@@ -76,10 +78,6 @@ class ModuleType(ABC):
         """Its matrices by part: the name of a QuantizedLinear in the int8 module, or "" if it is the int8 module."""
 
     @abstractmethod
-    def parameters(self, module: nn.Module, part: str, matrix: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of `module`, by name, with which the part's matrix is this `weight` and (if given) `bias`."""
-
-    @abstractmethod
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """For each part, the input that a call with these arguments multiplies its weight by, as far as is known."""
 
@@ -101,7 +99,14 @@ class ModuleType(ABC):
         """Why `prepare_qat` must leave it in float; None if `prepare` can turn it into its training form."""
         return f"{self.name} has no training form"
 
-    def prepare(self, module: nn.Module, input_range: "InputRange", *, per_channel: bool) -> None:
+    def prepare(
+        self,
+        module: nn.Module,
+        input_range: "InputRange",
+        *,
+        per_channel: bool,
+        channel_scale: Tensor | None = None,
+    ) -> None:
         """Turns `module` itself into its training form. To be called only if `why_untrainable` gives no reason."""
         raise TypeError(f"{self.name} has no training form")
 

@@ -22,9 +22,6 @@ class LinearType(ModuleType):
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
         return {"": Matrix(cast(nn.Linear, module).weight, cast(nn.Linear, module).bias)}
 
-    def parameters(self, module: nn.Module, part: str, matrix: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(matrix)
-
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {"": args[0] if args else kwargs.get("input")}
 
@@ -43,8 +40,11 @@ class LinearType(ModuleType):
             return "its weight is computed by a parametrization, not trained"
         return None
 
-    def prepare(self, module: nn.Module, input_range: InputRange, *, per_channel: bool) -> None:
-        QATLinear.adopt(cast(nn.Linear, module), input_range, per_channel=per_channel)
+    def prepare(
+        self, module: nn.Module, input_range: InputRange, *, per_channel: bool, channel_scale: Tensor | None = None
+    ) -> None:
+        linear = cast(nn.Linear, module)
+        QATLinear.adopt(linear, input_range, per_channel=per_channel, channel_scale=channel_scale)
 
 
 class QATLinearType(LinearType):
@@ -62,7 +62,7 @@ class QATLinearType(LinearType):
 
     def trained(self, module: nn.Module) -> Trained:
         layer = cast(QATLinear, module)
-        return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin)
+        return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin, layer.channel_scale)
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         return "it is prepared already"

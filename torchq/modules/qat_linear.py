@@ -11,6 +11,8 @@ from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 class QATLinear(nn.Linear):
     """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: the same as the converted layer in `torchq.simulate()`.
 
+    With a channel_scale c, x̂ is made of x · c and ŵ of w / c.
+
     Takes (..., in_features) in float32, bfloat16 or float16 and returns (..., out_features) in the same dtype, or in
     autocast's, as nn.Linear does. The arithmetic is float32 there, too. Weight and bias are ordinary float parameters.
     Gradients: torchq/modules/ranges.py.
@@ -21,6 +23,7 @@ class QATLinear(nn.Linear):
         bias: whether the layer has a bias.
         input_range: how the input is quantized: a LearnedRange, an ObservedRange, or (the default) PerToken.
         per_channel: one weight scale per output feature, or one for all.
+        channel_scale: float32 (in_features,), positive, or None. It is a buffer, and not trained.
 
     >>> QATLinear(8, 4)(torch.ones(2, 8)).requires_grad
     True
@@ -28,6 +31,7 @@ class QATLinear(nn.Linear):
 
     input_range: InputRange
     per_channel: bool
+    channel_scale: Tensor | None
 
     def __init__(
         self,
@@ -37,13 +41,22 @@ class QATLinear(nn.Linear):
         *,
         input_range: InputRange | None = None,
         per_channel: bool = True,
+        channel_scale: Tensor | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.input_range = PerToken() if input_range is None else input_range
         self.per_channel = per_channel
+        self.register_buffer("channel_scale", channel_scale)
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, input_range: InputRange, *, per_channel: bool = True) -> None:
+    def adopt(
+        cls,
+        linear: nn.Linear,
+        input_range: InputRange,
+        *,
+        per_channel: bool = True,
+        channel_scale: Tensor | None = None,
+    ) -> None:
         """Turns `linear` itself into a QATLinear. Its parameters, and all references to it, stay valid.
 
         >>> layer = nn.Linear(8, 4)
@@ -54,6 +67,7 @@ class QATLinear(nn.Linear):
         linear.__class__ = cls
         linear.input_range = input_range.train(linear.training)
         linear.per_channel = per_channel  # type: ignore[assignment]
+        linear.register_buffer("channel_scale", channel_scale)
 
     def release(self) -> None:
         """Turns this layer back into a plain nn.Linear: the inverse of `adopt`.
@@ -63,7 +77,7 @@ class QATLinear(nn.Linear):
         >>> layer
         Linear(in_features=8, out_features=4, bias=True)
         """
-        del self.input_range, self.per_channel
+        del self.input_range, self.per_channel, self.channel_scale
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,8 +93,11 @@ class QATLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            rows = self.input_range(x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-            weight = fake_quantize_weight(self.weight, per_channel=self.per_channel)
+            rows, weight = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.weight
+            if self.channel_scale is not None:
+                scale = self.channel_scale.float()
+                rows, weight = rows * scale, weight.float() / scale
+            rows, weight = self.input_range(rows), fake_quantize_weight(weight, per_channel=self.per_channel)
             y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
             return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
 

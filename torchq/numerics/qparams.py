@@ -255,12 +255,23 @@ def weight_blocks(weight: Tensor, channel_scale: Tensor | None = None) -> Iterat
     The quotient of a whole large layer would be a second copy of it.
 
     >>> [(rows, values.shape) for rows, values in weight_blocks(torch.zeros(3, 2**17), torch.ones(2**17))]
-    [(slice(0, 2, None), torch.Size([2, 131072])), (slice(2, 4, None), torch.Size([1, 131072]))]
+    [(slice(0, 2, None), torch.Size([2, 131072])), (slice(2, 3, None), torch.Size([1, 131072]))]
     """
-    count = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], count):
-        rows = slice(start, start + count)
+    for rows in weight_rows(weight):
         yield rows, weight[rows] if channel_scale is None else weight[rows].float() / channel_scale
+
+
+def weight_rows(weight: Tensor, *, per_channel: bool = True) -> list[slice]:
+    """The rows of a weight (N, K) in pieces of about 1 MiB in float32; in one if they have one scale.
+
+    >>> weight_rows(torch.zeros(5, 2**17))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    >>> weight_rows(torch.zeros(5, 2**17), per_channel=False)
+    [slice(0, 5, None)]
+    """
+    rows, depth = weight.shape
+    count = max(1, _BLOCK_VALUES // max(1, depth)) if per_channel else max(1, rows)
+    return [slice(start, min(start + count, rows)) for start in range(0, max(1, rows), count)]
 
 
 def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Applying a plan: int8 modules replace the float ones, all or nothing."""
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -24,7 +23,6 @@ from torchq.planning.check import check_plan
 from torchq.planning.plan import LayerPlan, Plan, attention_schemes
 from torchq.planning.references import attributes, held, replaced
 from torchq.planning.rounding import take_rounded, warn_of_missing
-from torchq.planning.smoothing import scaled, scaled_parameters, scales_around
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,8 +36,9 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     which has the weights, or load the converted model's state_dict afterwards.
 
     Raises:
-        ValueError: the plan names a layer the model lacks; passes codes to a layer that is not static; smooths a module
-            that can't be rescaled, or only some of its readers; or holds the weights of another layer or smoothing.
+        ValueError: the plan names a layer the model lacks; passes codes to a layer that is not static or has a
+            channel_scale; has a channel_scale of other numbers than one positive one for each input; or holds the
+            weights of another layer or channel_scale.
         TypeError: the model can't be copied.
 
     >>> import dataclasses
@@ -59,13 +58,10 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
     check_plan(model, plan, find_layers(model))
     try:
         if inplace:
-            _fold_smoothings(model, plan)
-            _swap(model, dataclasses.replace(plan, smoothings={}))
+            _swap(model, plan)
         else:
-            rescaled = _rescaled_parameters(model, plan)
             swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
             model = _copy(model, swaps)
-            _set_parameters(model, rescaled)
         _make_curves(model, plan)
         for module in list(model.modules()):
             if isinstance(module, nn.Sequential):
@@ -116,12 +112,13 @@ def _float_part(layer: Layer) -> nn.Linear:
 
 def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
     """The QuantizedLinear that `plan` makes of this layer of the float model."""
-    planned, (into, out) = plan.layers[layer.name], scales_around(plan.smoothings, layer.name)
+    planned = plan.layers[layer.name]
     quantized = QuantizedLinear.from_float(
-        layer.matrix if into is None and out is None else scaled(layer.matrix, into=into, out=out),
+        layer.matrix,
         per_channel=planned.per_channel,
         input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
         fold=_fold(model, planned),
+        channel_scale=planned.scale_vector,
     )
     if planned.rounding == "gptq":
         take_rounded(layer.name, quantized, planned.weights)
@@ -238,28 +235,6 @@ def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
     for values, key in attributes(copied):
         values[key] = replaced(values[key], lambda module: memo.get(id(module)), ours=lambda holder: id(holder) in made)
     return copied
-
-
-def _rescaled_parameters(model: nn.Module, plan: Plan) -> dict[str, dict[str, nn.Parameter]]:
-    """New parameters for the modules that stay float and are smoothed: norms, and layers that the plan has in float."""
-    touched = {name: None for source, s in plan.smoothings.items() for name in (source, *s.layers)}
-    return {
-        name: scaled_parameters(model, plan.smoothings, name)
-        for name in touched
-        if name not in plan.layers or not plan.layers[name].is_int8
-    }
-
-
-def _set_parameters(model: nn.Module, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-    for name, values in parameters.items():
-        model.get_submodule(name)._parameters.update(values)
-
-
-def _fold_smoothings(model: nn.Module, plan: Plan) -> None:
-    """Folds the smoothings into the float model itself, one at a time. Its function stays the same after each."""
-    for source, smoothing in plan.smoothings.items():
-        single = {source: smoothing}
-        _set_parameters(model, {name: scaled_parameters(model, single, name) for name in (source, *smoothing.layers)})
 
 
 def leave_fast_path(model: nn.Module) -> None:

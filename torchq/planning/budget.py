@@ -206,8 +206,6 @@ def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
 def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
     """The plan with the layers of `reasons` in float, for those reasons, and not fused with their neighbours.
 
-    Smoothings stay, because other layers were chosen and rounded for them. If no int8 layer remains, they are dropped.
-
     >>> plan = Plan({"a": LayerPlan("int8 static", "", feeds="b"), "b": LayerPlan("int8 static", "")})
     >>> layers = return_to_float(plan, {"b": "sensitive"}).layers
     >>> layers["a"].feeds, layers["b"].kind, layers["b"].reason
@@ -216,14 +214,10 @@ def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
     layers = {}
     for name, layer in plan.layers.items():
         if name in reasons:
-            db, smoothed = layer.sqnr_db, layer.smoothed
-            layer = LayerPlan("float", reasons[name], layer.per_channel, sqnr_db=db, smoothed=smoothed)
+            layer = LayerPlan("float", reasons[name], layer.per_channel, sqnr_db=layer.sqnr_db)
         elif layer.feeds in reasons:
             layer = dataclasses.replace(layer, feeds=None, skipped=())
         layers[name] = layer
-    if not any(layer.is_int8 for layer in layers.values()):
-        layers = {name: dataclasses.replace(layer, smoothed=None) for name, layer in layers.items()}
-        return dataclasses.replace(plan, layers=layers, smoothings={})
     return dataclasses.replace(plan, layers=layers)
 
 

@@ -12,8 +12,7 @@ from torchq.modules.folding import IDLE
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
 from torchq.ops import ATTENTION_SCHEMES, Activation
-from torchq.planning.plan import Kind, LayerPlan, Plan, Smoothing
-from torchq.planning.smoothing import channels_of
+from torchq.planning.plan import Kind, LayerPlan, Plan
 
 
 def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> None:
@@ -23,16 +22,8 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         if name not in layers:
             raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")
         _check_scheme(plan, name, planned)
+        _check_channel_scale(plan, name, planned, layers[name])
         _check_folded(modules, name, planned)
-        smoothing = plan.smoothings.get(planned.smoothed or "")
-        _require(
-            planned.smoothed is None or (smoothing is not None and name in smoothing.layers),
-            name,
-            f"expects its input smoothed in {planned.smoothed!r}, but plan.smoothings has none for it there. To undo a "
-            "smoothing, make its layers dynamic too, with smoothed=None",
-        )
-    for source, smoothing in plan.smoothings.items():
-        _check_smoothing(modules, layers, plan, source, smoothing)
     if plan.attentions:
         _check_attentions(attention_modules(model), plan)
 
@@ -80,19 +71,13 @@ def _check_attentions(modules: Mapping[str, nn.Module], plan: Plan) -> None:
             )
 
 
-def _check_smoothing(
-    modules: Mapping[str, nn.Module], layers: Mapping[str, Layer], plan: Plan, source: str, smoothing: Smoothing
-) -> None:
-    def require(ok: bool, problem: str) -> None:
-        if not ok:
-            raise BadValueError(f"the smoothing of {source!r} {problem}.")
-
-    count = channels_of(modules.get(source))
-    require(count is not None, f"is for no LayerNorm, RMSNorm or {type_names()} with a weight of the model")
-    require(len(smoothing.scales) == count, f"has {len(smoothing.scales)} scales, expected {count}")
-    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in smoothing.scales)
-    require(positive, "has a scale that is not a positive normal float32")
-    for name in smoothing.layers:
-        takes = name in plan.layers and layers[name].in_features == count
-        require(takes, f"names {name!r}, which is no layer of the plan with {count} inputs")
-        require(plan.layers[name].smoothed == source, f"names {name!r}, whose `smoothed` is not {source!r}")
+def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer) -> None:
+    if planned.feeds is not None:
+        scaled = plan.layers[planned.feeds].channel_scale is not None
+        _require(not scaled, name, f"feeds {planned.feeds!r}, which has a channel_scale and so takes no codes")
+    if planned.channel_scale is None:
+        return
+    count, expected = len(planned.channel_scale), layer.in_features
+    _require(count == expected, name, f"has a channel_scale of {count} numbers, expected {expected}")
+    positive = all(FLT_MIN <= scale <= FLT_MAX for scale in planned.channel_scale)
+    _require(positive, name, "has a channel_scale with a number that is not a positive normal float32")

@@ -1,7 +1,7 @@
 """Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torchq.modules.base import Matrix, Trained
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
-from torchq.numerics.qparams import QParams
+from torchq.numerics.qparams import QParams, weight_rows
 from torchq.planning.plan import LayerPlan, Plan
-from torchq.planning.smoothing import scaled_parts
+
+_ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scale of its inputs from another
 
 TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 
@@ -65,15 +66,15 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
 
 
 def plan_layer(
-    layer: Layer, trial: Trial, config: QConfig, *, into: Tensor | None = None, few: bool = False
+    layer: Layer, trial: Trial, config: QConfig, *, channel_scale: Tensor | None = None, few: bool = False
 ) -> LayerPlan:
     """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
 
-    `into` (K,): the trial's inputs were divided by it, so the weight is multiplied by it. Rows that are `few` give no
-    static range unless asked for.
+    The layer has this `channel_scale` (K,), for which the trial's ranges were made. Rows that are `few` give no static
+    range unless asked for.
     """
     per_channel = config.weight == "per_channel"
-    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, into=into)
+    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, channel_scale=channel_scale)
     observer = max(trial.ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     if config.activation == "auto":
@@ -97,10 +98,13 @@ def _plan_trained(layer: Layer, trained: Trained, trial: Trial | None) -> LayerP
     measured = {}
     if trial is not None:
         ranges = {} if qparams is None else {"trained": qparams}
-        measured = measure(layer.matrix, trial.rows, ranges, per_channel=trained.per_channel)
+        measured = measure(
+            layer.matrix, trial.rows, ranges, per_channel=trained.per_channel, channel_scale=trained.channel_scale
+        )
+    scale = None if trained.channel_scale is None else tuple(trained.channel_scale.tolist())
     if qparams is None:
-        return LayerPlan("int8 dynamic", reason, trained.per_channel, sqnr_db=measured)
-    return LayerPlan("int8 static", reason, trained.per_channel, qparams, "trained", measured)
+        return LayerPlan("int8 dynamic", reason, trained.per_channel, sqnr_db=measured, channel_scale=scale)
+    return LayerPlan("int8 static", reason, trained.per_channel, qparams, "trained", measured, channel_scale=scale)
 
 
 @torch.no_grad()
@@ -110,11 +114,11 @@ def measure(
     ranges: Mapping[str, QParams],
     *,
     per_channel: bool = True,
-    into: Tensor | None = None,
+    channel_scale: Tensor | None = None,
 ) -> dict[str, float]:
     """Output SQNR in dB of each scheme, computed with the real integer ops, against the float matrix on `rows` (R, K).
 
-    `into` (K,): the rows were divided by it, so the weight is multiplied by it.
+    The layer has this `channel_scale` (K,), for which the ranges were made.
 
     >>> _ = torch.manual_seed(0)
     >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
@@ -122,11 +126,41 @@ def measure(
     ['dynamic', 'minmax']
     """
     sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
-    for _, part in scaled_parts(matrix, per_channel=per_channel, into=into):
-        bias = None if part.bias is None else part.bias.float()
-        exact = nn.functional.linear(rows, part.weight.float(), bias)
-        packed = QuantizedLinear.from_float(part, per_channel=per_channel).packed
+    for part, exact in _parts(matrix, rows, per_channel):
+        packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=channel_scale).packed
         sums["dynamic"] += energies(exact, ops.linear_dynamic(rows, packed))
         for name, (scale, zero_point) in ranges.items():
             sums[name] += energies(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
     return {name: decibels(both) for name, both in sums.items()}
+
+
+@torch.no_grad()
+def measure_scales(
+    matrix: Matrix, rows: Tensor, scales: Sequence[Tensor | None], *, per_channel: bool = True
+) -> list[float]:
+    """Output SQNR in dB under the dynamic scheme with each of these channel scales (K,), as `measure`.
+
+    Of many output channels with a scale each, about 512 are measured.
+
+    >>> _ = torch.manual_seed(0)
+    >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
+    >>> measure_scales(matrix, rows, [None]) == [measure(matrix, rows, {})["dynamic"]]
+    True
+    """
+    if per_channel:
+        some = slice(None, None, max(1, len(matrix.weight) // _ENOUGH_CHANNELS))
+        matrix = Matrix(matrix.weight[some], None if matrix.bias is None else matrix.bias[some])
+    sums = torch.zeros(len(scales), 2, dtype=torch.float64, device="cpu")
+    for part, exact in _parts(matrix, rows, per_channel):
+        for both, scale in zip(sums, scales, strict=True):
+            packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=scale).packed
+            both += energies(exact, ops.linear_dynamic(rows, packed))
+    return [decibels(both) for both in sums]
+
+
+def _parts(matrix: Matrix, rows: Tensor, per_channel: bool) -> Iterator[tuple[Matrix, Tensor]]:
+    """Some output channels at a time, and what they give for `rows`: a float32 copy of a whole large layer is large."""
+    for some in weight_rows(matrix.weight, per_channel=per_channel):
+        part = Matrix(matrix.weight[some], None if matrix.bias is None else matrix.bias[some])
+        bias = None if part.bias is None else part.bias.float()
+        yield part, nn.functional.linear(rows, part.weight.float(), bias)

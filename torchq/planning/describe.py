@@ -1,48 +1,47 @@
 """describe(): the stats of each int8 layer in its final form: smoothed, trained and rounded."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
-from torchq.modules.base import Matrix
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
-from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize_weight
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize, weight_blocks, weight_scale
 from torchq.planning.plan import LayerPlan, LayerStats, Plan
-from torchq.planning.smoothing import scaled_parts, scales_around
 
 
 def describe(plan: Plan, evidence: Evidence) -> Plan:
     """The plan with the stats of every int8 layer that data reached.
 
-    The reference for a smoothed layer is the float layer with scaled weights, on scaled rows: what is really quantized.
+    With a channel_scale c they are those of the weight divided by c, and of rows times c: of what is really quantized.
     """
     layers = dict(plan.layers)
     for name, layer in plan.layers.items():
         record = evidence.records.get(name)
         if not layer.is_int8 or record is None or not record.has_data:
             continue
-        into, out = scales_around(plan.smoothings, name)
-        rows = record.sample.rows if into is None else record.sample.rows / into
-        parts = scaled_parts(evidence.layers[name].matrix, per_channel=layer.per_channel, into=into, out=out)
-        both = torch.zeros(2, dtype=torch.float64, device="cpu")
-        error = decibels(sum((energies(*pair) for pair in _weights(parts, layer)), both))
+        scale, both = layer.scale_vector, torch.zeros(2, dtype=torch.float64, device="cpu")
+        rows = record.sample.rows if scale is None else record.sample.rows * scale
+        pairs = _weights(evidence.layers[name].weight.detach(), layer, scale)
+        error = decibels(sum((energies(*pair) for pair in pairs), both))
         stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.rows_seen / record.calls)))
         layers[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=layers)
 
 
-def _weights(parts: Iterable[tuple[slice, Matrix]], layer: LayerPlan) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight of each part, in float and dequantized from int8."""
-    for channels, part in parts:
-        if layer.weights is None:
-            codes, scale = quantize_weight(part.weight, per_channel=layer.per_channel)
-        else:
-            codes, scale = layer.weights.weight[channels], layer.weights.scale[channels]
-        yield part.weight.detach(), dequantize(codes, scale, axis=0)
+def _weights(weight: Tensor, layer: LayerPlan, channel_scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is quantized of the weight, in float and dequantized from int8, some rows at a time."""
+    rounded = layer.weights
+    if rounded is None:
+        scale = weight_scale(weight, per_channel=layer.per_channel, channel_scale=channel_scale)
+    else:
+        scale = rounded.scale
+    for rows, values in weight_blocks(weight, channel_scale):
+        codes = quantize(values, scale[rows], axis=0) if rounded is None else rounded.weight[rows]
+        yield values, dequantize(codes, scale[rows], axis=0)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], 
             activation = keys[i + 1 + found.activation]
         if found.reader is not None:
             reader = names[id(behind[found.reader])]
-            if planned.kind == plans[reader].kind == "int8 static":
+            if planned.kind == plans[reader].kind == "int8 static" and plans[reader].channel_scale is None:
                 feeds = reader
                 skipped = tuple(key for key in keys[i + 1 : i + 1 + found.reader] if key != activation)
         plans[name] = dataclasses.replace(planned, activation=activation, skipped=skipped, feeds=feeds)

@@ -2,31 +2,35 @@
 
 Rounding each weight to the nearest code gives the smallest error of the weight, not of the output. If e is the error of
 one row of weights, the error of its output is `e·x`, and the squared error over the calibration inputs is `eᵀ H e` with
-`H = XᵀX`. GPTQ rounds one input channel after the other. It compensates each channel's error by changing the weights of
-the channels not yet rounded, which works as far as the inputs are correlated:
+`H = XᵀX`. GPTQ rounds one input channel after the other. Each channel makes up for the errors of those before it, which
+works as far as the inputs are correlated:
 
-    e_j = (w_j - q_j) / U_jj        w_i -= e_j · U_ji for i > j        U upper triangular, UᵀU = (H + d·I)⁻¹
+    e_j = w_j - q_j        q_j = round(w_j + Σ_i R_ji e_i), over all i rounded before j
 
-with d = 1 % of the mean of H's diagonal, and channels in order of decreasing H_jj. Bias correction then adds the mean
-of the remaining error, `b += mean(y - y_int8)`. Both only change numbers: the layer is as fast as before.
+R is the factor U of `UᵀU = H + d·I`, with each row divided by its diagonal. U is upper triangular, so the last channel
+is rounded first. (The paper has the same rounding in terms of the factor of H⁻¹, which takes 4 times as long to
+compute; arXiv 2507.18553 shows that the two are one.) d is 1 % of the mean of H's diagonal, and channels are rounded in
+order of decreasing H_jj. Bias correction then adds the mean of the remaining error, `b += mean(y - y_int8)`. Both only
+change numbers: the layer is as fast as before.
 """
 
 import torch
 from torch import Tensor
 
 _DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of 16 channels stays in L1 or L2
+_ROWS = 1024  # how many rows of a weight are rounded at a time
+_DOUBLE_DEPTH = 2048  # up to this K, U is computed in float64; beyond, in float32: 256 MiB for K = 8192
 
 
-def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | None" = None) -> Tensor:
+def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of 128 channels.
 
-    Time N·K² + 4/3·K³ multiplications and 3 temporary float64 matrices of K x K.
+    Time N·K² + K³/6 multiplications, and 3 temporary matrices of K x K.
 
     Args:
         weight: float32 (N, K).
         scale: float32 (N,), positive.
         gram: XᵀX of the inputs, (K, K). A channel that was always zero is rounded to nearest.
-        factors: keeps the factor of the latest `gram`; pass the same object for layers that may share one.
 
     Returns:
         int8 (N, K), in [-127, 127].
@@ -37,48 +41,48 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor, *, factors: "Factors | Non
     >>> gptq(weight, torch.ones(1), torch.ones(3, 3) + 0.1 * torch.eye(3))  # 0.4 x + 0.4 x is nearly 1 x
     tensor([[  0,   1, 127]], dtype=torch.int8)
     """
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = (factors or Factors()).of(gram.double()[order][:, order])
-    remaining = weight.detach().T.contiguous()[order].double()  # the compensated weights, (K, N): a channel is a row
-    codes = torch.empty_like(remaining, dtype=torch.int8)
-    errors, code = torch.empty_like(remaining[:_BLOCK]), torch.empty_like(remaining[0])
-    scale, inverse = scale.double(), scale.reciprocal().double()
-    channels, pivots = order.tolist(), factor.diagonal().tolist()
-    for start in range(0, len(remaining), _BLOCK):
-        stop = min(start + _BLOCK, len(remaining))
-        for first in range(start, stop, _PANEL):
-            last = min(first + _PANEL, stop)
-            panel, panel_errors = remaining[first:last], errors[first - start : last - start]
-            for j, (w, error) in enumerate(zip(panel, panel_errors, strict=True), first):
-                torch.mul(w, inverse, out=code).round_().clamp_(-127, 127)
-                torch.addcmul(w, code, scale, value=-1, out=error).div_(pivots[j])  # the product is exact in float64
-                panel[j + 1 - first :].addr_(factor[j, j + 1 : last], error, alpha=-1)
-                codes[channels[j]] = code
-            remaining[last:stop].addmm_(factor[first:last, last:stop].T, panel_errors, alpha=-1)
-        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    return codes.T.contiguous()
+    order = gram.diagonal().argsort(descending=True, stable=True).flip(0)
+    factor = _unit_factor(gram[order][:, order])
+    codes = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        codes[rows, order] = _rounded(weight[rows].T[order], scale[rows], factor).T
+    return codes
 
 
-class Factors:
-    """Caches the factor U of the latest H: q, k and v have the same H, so U is computed once for the three."""
+def _rounded(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+    """The codes (K, N) of a weight (K, N), float32, in which a channel is a row, the last one rounded first.
 
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
+    Writes its errors into the weight.
+    """
+    errors, targets = weight, weight.clone()  # a row of errors is the weight until it is rounded, and then its error
+    codes, code, inverse = torch.empty_like(errors, dtype=torch.int8), torch.empty_like(errors[0]), scale.reciprocal()
+    for stop in range(len(errors), 0, -_BLOCK):
+        start = max(0, stop - _BLOCK)
+        for last in range(stop, start, -_PANEL):
+            first = max(start, last - _PANEL)
+            for j in range(last - 1, first - 1, -1):
+                torch.mul(targets[j], inverse, out=code).round_().clamp_(-127, 127)
+                errors[j].addcmul_(code, scale, value=-1)
+                targets[first:j].addr_(factor[first:j, j], errors[j])
+                codes[j] = code
+            targets[start:first].addmm_(factor[start:first, first:last], errors[first:last])
+        targets[:start].addmm_(factor[:start, start:stop], errors[start:stop])
+    return codes
 
-    def of(self, gram: Tensor) -> Tensor:
-        """U of H = `gram`, float64 (K, K)."""
-        if self._last is None or not torch.equal(self._last[0], gram):
-            self._last = gram, _inverse_factor(gram)
-        return self._last[1]
 
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """U, upper triangular, with UᵀU = (H + d·I)⁻¹."""
-    diagonal = gram.diagonal()
-    damping = _DAMPING * float(diagonal.mean()) or 1.0  # 1 if H is all zero, for which U is the identity
-    lower = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device="cpu"))
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return factor
+def _unit_factor(gram: Tensor) -> Tensor:
+    """R of H = `gram` (K, K), float32: upper triangular, with ones on its diagonal."""
+    damped = gram.to(torch.float64 if len(gram) <= _DOUBLE_DEPTH else torch.float32, copy=True)
+    diagonal = damped.diagonal()
+    damping = _DAMPING * float(diagonal.mean()) if len(gram) else 0.0
+    diagonal.add_(damping or 1.0)  # 1 if H is all zero, for which R is the identity
+    factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    while failed:  # float32 sums of nearly dependent channels: rounding errors larger than the damping
+        diagonal.add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    unit: Tensor = factor.div_(factor.diagonal().clone().unsqueeze(1)).float()
+    return unit
 
 
 def mean_error(exact: Tensor, actual: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from torchq.errors import BadValueError
@@ -48,38 +49,16 @@ class LayerStats:
         return cls(rows=int(data["rows"]), **{key: float(data[key]) for key in data if key != "rows"})
 
 
-@dataclass(frozen=True)
-class Smoothing:
-    """The factors that one module's output is divided by.
-
-    Args:
-        scales: one positive factor per output channel of the module, K numbers.
-        layers: every reader of that output. The columns of their weights are multiplied by `scales`, which cancels
-            the division.
-        alpha: the migration strength that gave the scales.
-        before_db: mean output SQNR of `layers` without smoothing, on their calibration samples.
-        after_db: the same with smoothing.
-    """
-
-    scales: tuple[float, ...]
-    layers: tuple[str, ...]
-    alpha: float
-    before_db: float
-    after_db: float
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Smoothing":
-        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
-        numbers = {key: float(data[key]) for key in ("alpha", "before_db", "after_db")}
-        return cls(scales=tuple(data["scales"]), layers=tuple(data["layers"]), **numbers)
-
-
 class Rounded(NamedTuple):
-    """A layer's int8 weight (N, K), its scales (N,) and its bias (N,), rounded with calibration data."""
+    """A layer's int8 weight (N, K), its scales (N,) and its bias (N,), rounded with calibration data.
+
+    They are for this channel_scale (K,), or for none.
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
+    channel_scale: Tensor | None = None
 
 
 Kind = Literal["int8 dynamic", "int8 static", "float"]
@@ -100,8 +79,10 @@ class LayerPlan:
         activation: the name of the activation's module, computed in this layer's epilogue.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
-        smoothed: the module whose smoothing (`Plan.smoothings`) divides this layer's input; `input_qparams` and
-            `sqnr_db` are those of the divided input.
+        channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
+            weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
+        alpha: the migration strength that gave it.
+        smoothing_db: output SQNR without it, and with it, on held-out rows where rows were few.
         rounding: how the weights are rounded: "nearest", or "gptq" with calibration data.
         gptq_db: output SQNR on held-out rows with weights rounded to nearest, and with GPTQ, whichever was chosen.
         no_gptq: why GPTQ was not tried, where the config asked for it.
@@ -119,7 +100,9 @@ class LayerPlan:
     activation: str | None = None
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
-    smoothed: str | None = None
+    channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
+    alpha: float | None = None
+    smoothing_db: tuple[float, float] | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
     gptq_db: tuple[float, float] | None = None
     no_gptq: str | None = None
@@ -130,6 +113,13 @@ class LayerPlan:
     def is_int8(self) -> bool:
         """Whether the layer runs in int8."""
         return self.kind != "float"
+
+    @property
+    def scale_vector(self) -> Tensor | None:
+        """`channel_scale` as float32 (K,)."""
+        if self.channel_scale is None:
+            return None
+        return torch.tensor(self.channel_scale, dtype=torch.float32, device="cpu")
 
     @property
     def folded(self) -> tuple[str, ...]:
@@ -155,14 +145,16 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerPlan":
         """The inverse of `to_dict`."""
-        pair, gptq, stats = data["input_qparams"], data["gptq_db"], data["stats"]
+        pair, stats, scale = data["input_qparams"], data["stats"], data["channel_scale"]
         return cls(
             **{
                 **data,
                 "input_qparams": pair and QParams(*pair),
                 "skipped": tuple(data["skipped"]),
                 "sqnr_db": {scheme: float(value) for scheme, value in data["sqnr_db"].items()},
-                "gptq_db": gptq and (float(gptq[0]), float(gptq[1])),
+                "channel_scale": scale and tuple(map(float, scale)),
+                "smoothing_db": _pair(data["smoothing_db"]),
+                "gptq_db": _pair(data["gptq_db"]),
                 "stats": stats and LayerStats.from_dict(stats),
             }
         )
@@ -223,12 +215,12 @@ class Checked:
 
 @dataclass(frozen=True)
 class Plan:
-    """The layer plans by name, in model order, and the smoothings by the name of the module they rescale.
+    """The layer plans by name, in model order.
 
-    To undo a smoothing, remove it from `smoothings`, and make its layers dynamic with `smoothed=None`. `frontier` is
-    what the search for an accuracy budget measured, `checked` what the converted model's output showed, `model_bytes`
-    the bytes of the float model's parameters and buffers. `attentions` are those of Hugging Face models, by the names
-    of the modules that compute them.
+    To undo a smoothing, make the layer dynamic with `channel_scale=None`. `frontier` is what the search for an accuracy
+    budget measured, `checked` what the converted model's output showed, `model_bytes` the bytes of the float model's
+    parameters and buffers. `attentions` are those of Hugging Face models, by the names of the modules that compute
+    them.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -238,7 +230,6 @@ class Plan:
     """
 
     layers: dict[str, LayerPlan]
-    smoothings: dict[str, Smoothing] = field(default_factory=dict)
     frontier: Frontier | None = None
     checked: Checked | None = None
     model_bytes: int | None = None
@@ -259,12 +250,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values: dicts, lists, strings and numbers. Rounded weights are not included."""
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
-        smoothings = {name: to_json(dataclasses.asdict(smoothing)) for name, smoothing in self.smoothings.items()}
         checked = self.checked and to_json(dataclasses.asdict(self.checked))
         frontier = self.frontier and self.frontier.to_dict()
         return {
             "layers": layers,
-            "smoothings": smoothings,
             "frontier": frontier,
             "checked": checked,
             "model_bytes": self.model_bytes,
@@ -281,7 +270,6 @@ class Plan:
         try:
             return cls(
                 {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()},
-                {name: Smoothing.from_dict(values) for name, values in data["smoothings"].items()},
                 data["frontier"] and Frontier.from_dict(data["frontier"]),
                 data.get("checked") and Checked.from_dict(data["checked"]),
                 data.get("model_bytes"),
@@ -292,6 +280,10 @@ class Plan:
                 "torchq.Plan.from_dict: data must be what Plan.to_dict() of this version gives. It does not fit: "
                 f"{type(wrong).__name__} {wrong}. If another version of torchq saved it, convert the model again."
             ) from wrong
+
+
+def _pair(data: Any) -> tuple[float, float] | None:
+    return data and (float(data[0]), float(data[1]))
 
 
 def attached_plan(qmodel: nn.Module) -> Plan:

@@ -9,15 +9,14 @@ from tqdm import tqdm
 
 from torchq import ops
 from torchq.calibration.calibrate import MIN_ROWS, Evidence
-from torchq.calibration.record import MAX_GRAM_DEPTH, Record
+from torchq.calibration.record import GRAM_SHARE, MAX_GRAM_DEPTH, Record
 from torchq.errors import BadValueError, door
 from torchq.modules.base import Matrix
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import dequantize, quantize, weight_scale
-from torchq.planning.gptq import Factors, gptq, mean_error
+from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
-from torchq.planning.smoothing import scaled, scales_around
 
 MIN_GAIN_DB = 0.5
 """The minimum gain for which "auto" takes GPTQ, in output SQNR on held-out rows."""
@@ -32,8 +31,6 @@ MIN_LIKENESS_DB = 10.0
 
 In practice the same weight rounded both ways agrees to 30 dB or more. Below 10 dB the plan has another layer's weights.
 """
-
-_ROWS = 1024  # how many rows of a weight GPTQ rounds at a time: its temporaries are float64
 
 _MIN_REMAINING = 0.01
 """The minimum share of XᵀX that must remain once the held-out rows are subtracted.
@@ -55,7 +52,7 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
     """
     if evidence.config.rounding == "nearest":
         return plan
-    layers, factors = dict(plan.layers), Factors()
+    layers = dict(plan.layers)
     names = [
         name
         for name, layer in plan.layers.items()
@@ -64,28 +61,23 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
     waiting = [evidence.records[name] for name in names]  # the records of the layers still to come, in the same order
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         record = waiting.pop(0)
-        layers[name] = _rounded(name, plan, evidence, factors)
+        layers[name] = _rounded(name, layers[name], evidence)
         if not any(other is record for other in waiting):
             record.gram = None  # of a square layer, 4 times the bytes of the int8 weights that are kept from here on
     return dataclasses.replace(plan, layers=layers)
 
 
-def _rounded(name: str, plan: Plan, evidence: Evidence, factors: Factors) -> LayerPlan:
+def _rounded(name: str, layer: LayerPlan, evidence: Evidence) -> LayerPlan:
     """The plan of this layer, with GPTQ's weights if they are good enough."""
-    layer, record = plan.layers[name], evidence.records[name]
+    record = evidence.records[name]
     why_not = _why_not(record)
     if why_not is not None:
         return dataclasses.replace(layer, no_gptq=why_not)
-    into, out = scales_around(plan.smoothings, name)
-    matrix = evidence.layers[name].matrix
-    if into is not None:
-        matrix = scaled(matrix, into=into)
-    rounded, before, after = _round_layer(matrix, layer, record, into, factors)
+    rounded, before, after = _round_layer(evidence.layers[name].matrix, layer, record)
     layer = dataclasses.replace(layer, gptq_db=(before, after))
     if evidence.config.rounding == "auto" and not after >= before + MIN_GAIN_DB:
         return layer
-    weights = rounded if out is None else Rounded(rounded.weight, rounded.scale / out, rounded.bias / out)
-    return dataclasses.replace(layer, rounding="gptq", sqnr_db={**layer.sqnr_db, "gptq": after}, weights=weights)
+    return dataclasses.replace(layer, rounding="gptq", sqnr_db={**layer.sqnr_db, "gptq": after}, weights=rounded)
 
 
 @door("torchq.plan_of")
@@ -115,8 +107,9 @@ def plan_of(qmodel: nn.Module) -> Plan:
 
 
 def _weights_of(quantized: QuantizedLinear) -> Rounded:
-    weight, scale, bias, _ = ops.unpack(quantized.packed)
-    return Rounded(weight, scale, torch.zeros(len(scale), dtype=torch.float32, device="cpu") if bias is None else bias)
+    weight, scale, bias, channel_scale = ops.unpack(quantized.packed)
+    bias = torch.zeros(len(scale), dtype=torch.float32, device="cpu") if bias is None else bias
+    return Rounded(weight, scale, bias, channel_scale)
 
 
 def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None) -> None:
@@ -126,19 +119,23 @@ def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None)
     correction gives every layer a bias, so a state_dict of the converted model then still fits.
 
     Raises:
-        ValueError: the weights belong to another layer, or were made for a different smoothing.
+        ValueError: the weights belong to another layer, or were made for a different channel_scale.
     """
     nearest = _weights_of(quantized)
     rounded = nearest if rounded is None else rounded
     if rounded.weight.shape != nearest.weight.shape or not _alike(nearest, rounded):
         raise BadValueError(
-            f"the weights of layer {name!r} in the plan are not this layer's weights as the plan smooths them. Take "
-            "the plan whole from torchq.plan_of(qmodel), and set rounding='nearest' where you edit a smoothing."
+            f"the weights of layer {name!r} in the plan are not this layer's weights by its channel_scale. Take "
+            "the plan whole from torchq.plan_of(qmodel), and set rounding='nearest' where you edit a channel_scale."
         )
-    quantized.replace_weight(*rounded)
+    quantized.replace_weight(*rounded[:3])
 
 
 def _alike(nearest: Rounded, rounded: Rounded) -> bool:
+    """Whether these can be the same weight, rounded in two ways for the same channel_scale."""
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
+    if not torch.equal(*(none if each.channel_scale is None else each.channel_scale for each in (nearest, rounded))):
+        return False
     some = slice(None, None, max(1, len(nearest.weight) // 64))  # about 64 rows: a whole layer in float is large
     exact = dequantize(nearest.weight[some], nearest.scale[some], axis=0)
     likeness_db = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
@@ -169,7 +166,9 @@ def _why_not(record: Record) -> str | None:
     rows = record.sample.rows_seen - (record.held_rows or int(judge.sum()))
     if record.gram is None:
         rounding = record.config.rounding
-        return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
+        if depth > MAX_GRAM_DEPTH[rounding]:
+            return f"{depth} inputs, rounding={rounding!r} takes gptq up to {MAX_GRAM_DEPTH[rounding]}"
+        return f"XᵀX of the layers before it takes {GRAM_SHARE:g} times the memory of the weights"
     if record.config.rounding == "auto" and record.sample.rows_seen < MIN_ROWS:
         return f"{record.sample.rows_seen} calibration rows, rounding='auto' takes gptq from {MIN_ROWS} rows on"
     if not judge.any() or judge.all():
@@ -199,36 +198,33 @@ def _held_out_of_gram(record: Record) -> Tensor:
 
 
 @torch.no_grad()
-def _round_layer(
-    matrix: Matrix, plan: LayerPlan, record: Record, into: Tensor | None, factors: Factors
-) -> tuple[Rounded, float, float]:
-    """The matrix rounded by GPTQ, and the output SQNR on held-out rows: rounded to nearest, and by GPTQ.
-
-    `into` (K,) is what smoothing divides the layer's inputs by. The matrix is the scaled one, for divided inputs.
-    """
-    assert record.gram is not None  # _why_not has checked it
+def _round_layer(matrix: Matrix, plan: LayerPlan, record: Record) -> tuple[Rounded, float, float]:
+    """The matrix rounded by GPTQ, and the output SQNR on held-out rows: rounded to nearest, and by GPTQ."""
     rows, counted = record.sample.rows, _held_out_of_gram(record)
-    gram = record.gram - counted.T @ counted
-    if into is not None:
-        rows, gram = rows / into, gram / torch.outer(into, into)
+    gram, channel_scale = record.products(), plan.scale_vector
+    gram.addmm_(counted.T, counted, alpha=-1)
     judge = _judge(record)
     held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
-    scale = weight_scale(weight, per_channel=plan.per_channel).contiguous()
+    nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=channel_scale)
+    scale = scale.contiguous()
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
 
     def run(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
-        packed = ops.pack(codes, scale, bias)
+        packed = ops.pack(codes, scale, bias, channel_scale)
         if plan.kind == "int8 static" and plan.input_qparams is not None:
             return ops.linear_static(x, packed, *plan.input_qparams, torch.float32)
         return ops.linear_dynamic(x, packed)
 
     exact = nn.functional.linear(held_out, weight, bias)
-    nearest = run(held_out, quantize(weight, scale, axis=0), bias)
-    pieces = zip(weight.split(_ROWS), scale.split(_ROWS), strict=True)  # rows are independent
-    codes = torch.cat([gptq(w, s, gram, factors=factors) for w, s in pieces])
+    before = sqnr_db(exact, run(held_out, nearest, bias))
+    if channel_scale is None:
+        codes = gptq(weight, scale, gram)
+    else:
+        gram = gram.mul_(channel_scale).mul_(channel_scale.unsqueeze(1))
+        codes = gptq(weight / channel_scale, scale, gram)
     corrected = bias + mean_error(
         nn.functional.linear(correction_rows, weight, bias), run(correction_rows, codes, bias)
     )
     after = run(held_out, codes, corrected)
-    return Rounded(codes, scale, corrected), sqnr_db(exact, nearest), sqnr_db(exact, after)
+    return Rounded(codes, scale, corrected, channel_scale), before, sqnr_db(exact, after)

@@ -137,7 +137,7 @@ class SelfCheck:
             found["rounded to nearest"] = dataclasses.replace(
                 plan, layers={name: _nearest(layer) for name, layer in plan.layers.items()}
             )
-        data_used = plan.smoothings or any(layer.kind == "int8 static" or layer.rounding == "gptq" for layer in layers)
+        data_used = any(layer.kind == "int8 static" or layer.rounding == "gptq" or layer.alpha for layer in layers)
         if self._config.activation == "auto" and self._config.rounding != "gptq" and data_used:
             reason = "better for the whole model than what the data chose for each layer"
             found["without data"] = dataclasses.replace(
@@ -148,11 +148,9 @@ class SelfCheck:
                         if layer.is_int8
                         else layer,
                         activation=layer.activation,
-                        smoothed=None,
                     )
                     for name, layer in plan.layers.items()
                 },
-                smoothings={},
             )
         return found
 

@@ -1,140 +1,138 @@
 """SmoothQuant moves activation outliers into the weights; the function stays the same (arXiv 2211.10438).
 
 A few channels of a transformer's activations are 50 times as large as the others. With one scale for all channels, the
-others are left with a few codes. So channel j is divided by s_j, and column j of the next weights is multiplied by it:
+others are left with a few codes. So channel k is multiplied by c_k, and column k of the weight divided by it:
 
-    y = (x / s) · (w · s)ᵀ        s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
+    y = (x · c) · (w / c)ᵀ        c_k = max|w_k|^(1 - alpha) / max|x_k|^alpha
 
 The product is the same, but the range is now shared between the activations and the weights, which have a scale per
-output channel. The division costs nothing at run time: it is folded into the weight and bias of the module that
-computes x (a LayerNorm, RMSNorm or layer). That is done only where `dataflow` has proven that nothing else reads x.
+output channel. The layer itself multiplies, where it quantizes its rows (`ops.pack`, channel_scale). So nothing else in
+the model changes, and every layer may have its own c. Each alpha is measured like any other scheme: on the layer's own
+rows, with the real integer ops.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchq.calibration.dataflow import NORMS, owns_weight
-from torchq.modules.base import Matrix
-from torchq.modules.registry import type_of
-from torchq.planning.plan import Smoothing
+from torchq import ops
+from torchq.calibration.calibrate import Evidence
+from torchq.calibration.record import Record, Trial
+from torchq.config import QConfig
+from torchq.modules.registry import Layer
+from torchq.planning.choose import measure_scales, plan_layer
+from torchq.planning.plan import LayerPlan, Plan
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
 
 MIN_GAIN_DB = 0.5
-"""Up to this gain in mean output SQNR, not smoothing is preferred; smooth_search says when."""
-
-_PART_WEIGHTS = 2**18  # 1 MiB of float32
+"""Up to this gain in output SQNR, a layer is not smoothed."""
 
 _LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
 
 
-def smoothing_scales(x_peak: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """`s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`, divided by their geometric mean.
+def smooth(plan: Plan, evidence: Evidence) -> Plan:
+    """Tries every alpha on each layer that has been measured. Where one is better, it replaces the layer's plan."""
+    if evidence.config.smoothing == "none":
+        return plan
+    layers = {
+        name: _smoothed(evidence.layers[name], evidence.records[name], layer, evidence.config)
+        if layer.sqnr_db and evidence.layers[name].trained is None and not _would_not_shrink(evidence.layers[name])
+        else layer
+        for name, layer in plan.layers.items()
+    }
+    return dataclasses.replace(plan, layers=layers)
 
-    Dividing by the mean changes no int8 code, since all ranges change by the same factor. It keeps the folded weights
-    near their old size. In a 16-bit model the scales are rounded to powers of two, so that folding is exact.
+
+def _would_not_shrink(layer: Layer) -> bool:
+    """Whether the layer takes less memory than in float, and would not with a scale: it has few outputs."""
+    n, k = layer.out_features, layer.in_features
+    before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
+    return ops.packed_bytes(n, k) < before <= ops.packed_bytes(n, k, channel_scale=True)
+
+
+def channel_scale(x_peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """`c_k = max|w_k|^(1 - alpha) / max|x_k|^alpha`, divided by their geometric mean.
+
+    Dividing by the mean changes no int8 code, since all ranges change by the same factor. It keeps x · c and w / c near
+    their old size.
 
     Args:
-        x_peak: max|x_j| over the calibration data, float32 (K,).
-        weights: the weights of all readers, (N, K) each.
+        x_peak: max|x_k| over the calibration data, float32 (K,).
+        weight: (N, K).
         alpha: in [0, 1].
 
     Returns:
-        float32 (K,). Channels that are zero in x or in all weights get the scale 1.
+        float32 (K,). Channels that are zero in x or in the weight get the scale 1.
 
-    >>> smoothing_scales(torch.tensor([16.0, 1.0]), [torch.ones(3, 2)], alpha=0.5)
-    tensor([2.0000, 0.5000])
+    >>> channel_scale(torch.tensor([16.0, 1.0]), torch.ones(3, 2), alpha=0.5)
+    tensor([0.5000, 2.0000])
     """
-    ends = [end for w in weights for end in (w.detach().amax(dim=0), -w.detach().amin(dim=0))]  # abs() would copy w
-    w_peak = torch.stack(ends).amax(dim=0).float()
+    w_peak = torch.maximum(weight.detach().amax(dim=0), -weight.detach().amin(dim=0)).float()  # abs() would copy it
     used = (x_peak > 0) & (w_peak > 0)
-    logs = torch.where(used, alpha * x_peak.double().log2() - (1 - alpha) * w_peak.double().log2(), 0.0)
+    logs = torch.where(used, (1 - alpha) * w_peak.double().log2() - alpha * x_peak.double().log2(), 0.0)
     logs = torch.where(used, logs - logs.sum() / max(1, int(used.sum())), 0.0)
-    logs = logs.clamp(-math.log2(_LIMIT), math.log2(_LIMIT))
-    if any(weight.dtype != torch.float32 for weight in weights):
-        logs = logs.round()
-    return logs.exp2().float()
+    return logs.clamp(-math.log2(_LIMIT), math.log2(_LIMIT)).exp2().float()
 
 
-def scaled(matrix: Matrix, *, into: Tensor | None = None, out: Tensor | None = None) -> Matrix:
-    """A new matrix, of the same dtype, that maps x / `into` (K,) to y / `out` (N,).
+def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig) -> LayerPlan:
+    """The plan of this layer with the best alpha, or as it is.
 
-    >>> weight, s = torch.ones(2, 4), torch.tensor([1.0, 2.0, 4.0, 0.5])
-    >>> x = torch.ones(1, 4)
-    >>> (x / s) @ scaled(Matrix(weight, None), into=s).weight.T
-    tensor([[4., 4.]])
+    All alphas are compared with a range per row. Static ranges are tried only for the best of them, and only if it
+    gains enough, since to make them and to measure them takes most of the time. (For all, if all layers are to be
+    static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale must
+    be better than the better one without.
     """
-    weight, bias = matrix.weight.detach(), None if matrix.bias is None else matrix.bias.detach()
-    values = _scaled({"weight": weight} if bias is None else {"weight": weight, "bias": bias}, into, out)
-    return Matrix(values["weight"], values.get("bias"))
+
+    def plans(scale: Tensor | None) -> list[LayerPlan]:
+        few = record.is_too_few
+        return [plan_layer(layer, trial, config, channel_scale=scale, few=few) for trial in record.trials(scale)]
+
+    alphas = _promising(layer, record.trials()[0], config)
+    if not alphas:
+        return planned
+    before = plans(None) if record.is_few else [planned]
+    options = {alpha: plans(scale) for alpha, scale in alphas.items()}
+    alpha = max(options, key=lambda alpha: _db(options[alpha][0]))
+    after = options[alpha]
+    if not all(_is_better(new, old, config.margin_db) for new in after for old in before):
+        return planned
+    scale, ranges = channel_scale(record.whole.peak, layer.weight, alpha), None
+    if after[0].observer is not None:  # a range from all data, where the trial may have used a part of the sample
+        ranges = record.trial(scale).ranges[after[0].observer]
+    return dataclasses.replace(
+        after[0],
+        input_qparams=ranges,
+        channel_scale=tuple(scale.tolist()),
+        alpha=alpha,
+        smoothing_db=(_db(before[0]), _db(after[0])),
+    )
 
 
-def scaled_parts(
-    matrix: Matrix, *, per_channel: bool = True, into: Tensor | None = None, out: Tensor | None = None
-) -> Iterator[tuple[slice, Matrix]]:
-    """`scaled`, for some output channels at a time: a scaled copy of a whole large layer would double its memory.
-
-    Without `per_channel` all channels come at once, because the caller then needs one scale for all weights.
-
-    >>> matrix = Matrix(torch.zeros(5, 2**17), None)
-    >>> [(channels, len(part.weight)) for channels, part in scaled_parts(matrix)]
-    [(slice(0, 2, None), 2), (slice(2, 4, None), 2), (slice(4, 5, None), 1)]
-    """
-    count, depth = matrix.weight.shape
-    part_channels = max(1, _PART_WEIGHTS // max(1, depth)) if per_channel else max(1, count)
-    for start in range(0, max(1, count), part_channels):
-        channels = slice(start, min(start + part_channels, count))
-        part = Matrix(matrix.weight[channels], None if matrix.bias is None else matrix.bias[channels])
-        yield channels, scaled(part, into=into, out=None if out is None else out[channels])
+def _promising(layer: Layer, trial: Trial, config: QConfig) -> dict[float, Tensor]:
+    """The alphas worth a closer look, with their scales: none if the best gains too little with a range per row."""
+    scales = {alpha: channel_scale(trial.peak, layer.weight, alpha) for alpha in ALPHAS}
+    tried, per_channel = [None, *scales.values()], config.weight == "per_channel"
+    unscaled_db, *scaled_db = measure_scales(layer.matrix, trial.rows, tried, per_channel=per_channel)
+    alpha, top_db = max(zip(scales, scaled_db, strict=True), key=lambda each: each[1])
+    if not top_db > unscaled_db + MIN_GAIN_DB:
+        return {}
+    return scales if config.activation == "static" else {alpha: scales[alpha]}
 
 
-def scaled_parameters(model: nn.Module, smoothings: Mapping[str, Smoothing], name: str) -> dict[str, nn.Parameter]:
-    """New parameters for the norm or layer `name`, with the smoothings of its input and of its output folded in."""
-    module = model.get_submodule(name)
-    kind = type_of(module)
-    held = module._parameters if kind is None else kind.matrices(module)[""]._asdict()
-    values = {key: value.detach() for key in ("weight", "bias") if (value := held.get(key)) is not None}
-    values = _scaled(values, *scales_around(smoothings, name))
-    if kind is not None:
-        values = kind.parameters(module, "", values)
-    trained = {key for key, value in module._parameters.items() if value is not None and value.requires_grad}
-    return {key: nn.Parameter(value, requires_grad=key in trained) for key, value in values.items()}
+def _is_better(after: LayerPlan, before: LayerPlan, margin_db: float) -> bool:
+    """Whether to smooth: it gains more than MIN_GAIN_DB, or makes the layer static or int8 at no cost."""
+    if not (after.is_int8 and before.is_int8):
+        return after.is_int8
+    if after.kind == "int8 static" != before.kind:
+        return _db(after) >= _db(before) - margin_db
+    return _db(after) > _db(before) + MIN_GAIN_DB
 
 
-def scales_around(smoothings: Mapping[str, Smoothing], name: str) -> tuple[Tensor | None, Tensor | None]:
-    """The scales that divide this module's input (K,), and those that divide its output (N,); None where none do."""
-    into = next((_tensor(s.scales) for s in smoothings.values() if name in s.layers), None)
-    return into, _tensor(smoothings[name].scales) if name in smoothings else None
-
-
-def channels_of(module: nn.Module | None) -> int | None:
-    """How many output channels a module has, if its weight and bias can rescale them; None if they can't."""
-    kind = None if module is None else type_of(module)
-    if module is not None and kind is not None:
-        matrices = kind.matrices(module)
-        whole = list(matrices) == [""] and owns_weight(module, matrices[""].weight)
-        return len(matrices[""].weight) if whole else None
-    weight = module._parameters.get("weight") if module is not None and type(module) in NORMS else None
-    return None if weight is None else len(weight)
-
-
-def _scaled(values: Mapping[str, Tensor], into: Tensor | None, out: Tensor | None) -> dict[str, Tensor]:
-    dtype = values["weight"].dtype
-    new = {key: value.float() for key, value in values.items()}
-    if into is not None:
-        new["weight"] = new["weight"] * into
-    if out is not None:
-        new = {key: value / _column(out, value) for key, value in new.items()}
-    return {key: value.to(dtype) for key, value in new.items()}
-
-
-def _tensor(scales: Sequence[float]) -> Tensor:
-    return torch.tensor(scales, dtype=torch.float32, device="cpu")
-
-
-def _column(scales: Tensor, value: Tensor) -> Tensor:
-    return scales.unsqueeze(1) if value.dim() == 2 else scales
+def _db(plan: LayerPlan) -> float:
+    """The layer's output SQNR: as planned, or the best candidate's for a layer that stays float."""
+    chosen = plan.measured_db if plan.is_int8 else max(plan.sqnr_db.values())
+    return math.nan if chosen is None else chosen

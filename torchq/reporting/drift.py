@@ -15,7 +15,7 @@ every layer.
 Hooks need eager calls: watch the model itself, not the result of torch.compile or torch.export.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,9 +137,14 @@ def _watching(qmodel: nn.Module, plan: Plan, threshold: float) -> Iterator[Drift
             continue
         drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
         count = partial(drift.layers[name].count, qparams=layer.input_qparams)
-        handles.append(layer.register_forward_pre_hook(Watch(count)))
+        handles.append(layer.register_forward_pre_hook(Watch(partial(_count, count, layer.channel_scale))))
     try:
         yield drift
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _count(count: Callable[[Tensor], None], channel_scale: Tensor | None, x: Tensor) -> None:
+    """Counts what the layer quantizes."""
+    count(x if channel_scale is None else x.float() * channel_scale)

@@ -39,7 +39,8 @@ class LayerReport:
         advice: to calibrate the layer again, if it has drifted.
         static_db: SQNR of the output with the best static range, with weights rounded to nearest.
         dynamic_db: SQNR of the output with ranges per row, with weights rounded to nearest.
-        smoothing_db: the gain in SQNR by smoothing, the mean of all layers that read the same input.
+        smoothing_db: the gain in SQNR by smoothing.
+        alpha: how far smoothing moves the range of the input's channels into the weight, in [0, 1].
         gptq_db: the gain in SQNR by GPTQ on held-out rows, also if GPTQ was not taken (see `rounding`).
         rounding: "nearest" or "gptq".
         no_gptq: why GPTQ was not tried.
@@ -62,6 +63,7 @@ class LayerReport:
     static_db: float | None = None
     dynamic_db: float | None = None
     smoothing_db: float | None = None
+    alpha: float | None = None
     gptq_db: float | None = None
     rounding: str = "nearest"
     no_gptq: str | None = None
@@ -151,7 +153,6 @@ def _layer_report(
     layer, module, time = plan.layers[name], _module_of(qmodel, name), profile.get(name)
     before, after = _sizes(module)
     stats, layer_drift = layer.stats, None if drift is None else drift.layers.get(name)
-    smoothing = plan.smoothings.get(layer.smoothed or "")
     static = [db for scheme, db in layer.sqnr_db.items() if scheme not in ("dynamic", "gptq")]
     return LayerReport(
         name,
@@ -170,7 +171,8 @@ def _layer_report(
         advice=None if drift is None else drift.advice(name),
         static_db=max(static, default=None),
         dynamic_db=layer.sqnr_db.get("dynamic"),
-        smoothing_db=None if smoothing is None else smoothing.after_db - smoothing.before_db,
+        smoothing_db=None if layer.smoothing_db is None else layer.smoothing_db[1] - layer.smoothing_db[0],
+        alpha=layer.alpha,
         gptq_db=None if layer.gptq_db is None else layer.gptq_db[1] - layer.gptq_db[0],
         rounding=layer.rounding,
         no_gptq=layer.no_gptq,
