@@ -107,19 +107,19 @@ def test_a_load_in_the_midst_of_a_call(read):
 
 
 def test_what_is_replaced_is_destroyed_afterwards():
-    """Destroying a tensor may let other threads run, which then must see all of the new."""
-    old, new = layer(0), layer(1)
-    state, seen = new.state_dict(), []
+    """Destroying it may let other threads run, which then must see all of the new."""
+    old, new, seen = layer(0), layer(1), []
 
-    class Told(dict):
+    class Told(QParams):
         def __del__(self):
-            seen.append((old.input_qparams, old.packed))
+            seen.append((old.input_qparams, old.packed, old.weight))
 
-    old.__dict__["_buffers"] = Told(old._buffers)
-    old.load_state_dict(state)
-    ((pair, packed),) = seen
+    old.input_qparams = Told(*old.input_qparams)
+    old.load_state_dict(new.state_dict())
+    pair, packed, weight = seen[0]
     assert pair == new.input_qparams
     assert torch.equal(packed, new.packed)
+    assert torch.equal(weight, new.weight)
 
 
 @pytest.mark.parametrize("read", [READS["called"], READS["simulated"], READS["with gradient"]])
