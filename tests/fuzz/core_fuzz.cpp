@@ -262,6 +262,7 @@ struct Operand {
 // no bit of one.
 void attend(Bytes& in) {
   attention::Problem p{};
+  p.scheme = static_cast<attention::Scheme>(in.below(attention::kSchemes));
   p.batch = in.below(2) + 1, p.kv_heads = in.below(2) + 1, p.heads = p.kv_heads * (in.below(2) + 1);
   p.rows = in.below(60) + 1, p.keys = in.below(90), p.depth = in.below(40), p.columns = in.below(40) + 1;
   p.band = {in.pick({INT64_MIN, INT64_MIN, in.below(9) - 4}), in.pick({INT64_MAX, INT64_MAX, in.below(9)})};
@@ -276,26 +277,23 @@ void attend(Bytes& in) {
   const Operand mask(in, in.pick({DType::u8, DType::f32, DType::bf16}), p.batch * p.heads, p.rows, p.keys);
   p.q = q.view(p.heads), p.k = k.view(p.kv_heads), p.v = v.view(p.kv_heads);
   if (masked) p.mask = mask.view(p.heads);
-  const Buffer expected(p.batch * p.heads * p.rows * p.columns * 4);
-  const auto compute = [&](const attention::Kernel& kernel, int count, const Buffer& y) {
+  const size_t y_bytes = p.batch * p.heads * p.rows * p.columns * 4;
+  const auto compute = [&](const Kernel& gemm, int count, const Buffer& y) {
     p.y = y.as(), p.y_dtype = DType::f32;
     p.y_row = p.columns * 4, p.y_head = p.rows * p.y_row, p.y_batch = p.heads * p.y_head;
-    attention::Job job = attention::schedule(kernel, p);
-    job.parts = std::min<int64_t>(count, p.batch * p.heads * job.blocks);
+    attention::Job job = attention::schedule(attention::kernel_beside(gemm), gemm, p);
+    job.parts = static_cast<int>(std::min<int64_t>(count, p.batch * p.heads * job.blocks));
     const Buffer scratch(job.scratch_bytes);
     std::memset(scratch.as(), 0xA5, job.scratch_bytes);
     for (int i = 0; i < job.parts; ++i) run(job, i, scratch.as());
   };
-  for (int i = 0; i < attention::kernel_count(); ++i) {
-    const attention::Kernel& kernel = attention::kernel_at(i);
-    if (!attention::can_run(kernel)) continue;
-    const Buffer whole(expected.bytes()), in_parts(expected.bytes());
+  for (int i = 0; i < kernel_count(); ++i) {
+    const Kernel& kernel = kernel_at(i);
+    if (!can_run(kernel)) continue;
+    const Buffer whole(y_bytes), in_parts(y_bytes);
     compute(kernel, 1, whole);
     compute(kernel, parts, in_parts);
-    if (!same(DType::f32, whole, in_parts)) {
-      std::fprintf(stderr, "wrong: other bits in %d parts, attention kernel %s\n", parts, kernel.name);
-      std::abort();
-    }
+    if (!same(DType::f32, whole, in_parts)) wrong("other bits in parts, attention", kernel);
   }
 }
 

@@ -4,6 +4,7 @@ libFuzzer is a library of clang's; the core is compiled by its own compiler (cov
 build/fuzz: the corpus of inputs that took new ways, and the input of a failure.
 """
 
+import os
 import platform
 import re
 import subprocess
@@ -54,15 +55,11 @@ def test_core():
     options = [f"-max_total_time={max(1, round(60 * MINUTES))}", f"-max_len={LONGEST_INPUT}", "-len_control=0"]
     options += ["-verbosity=0", "-print_final_stats=1", "-timeout=60", f"-artifact_prefix={FUZZ.relative_to(ROOT)}/"]
     options += [f"-seed={FIRST_SEED}"] if FIRST_SEED else []
-    done = subprocess.run(
-        [fuzzer, *options, corpus],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    print(done.stdout)
-    failing = re.search(r"Test unit written to (\S+)", done.stdout)
+    env = {**os.environ, "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1"}  # aborted, it writes the input
+    command = [fuzzer, *options, corpus]
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = done.stdout.decode(errors="replace")
+    print(said)
+    failing = re.search(r"Test unit written to (\S+)", said)
     assert done.returncode == 0, f"again: {fuzzer} {failing[1] if failing else '(no input was written)'}"
-    assert int(re.search(r"number_of_executed_units: (\d+)", done.stdout)[1]) > 100
+    assert int(re.search(r"number_of_executed_units: (\d+)", said)[1]) > 100

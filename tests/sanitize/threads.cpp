@@ -55,8 +55,9 @@ std::vector<float> on_one_thread(const Kernel& kernel, const Matrices& matrices,
   return y;
 }
 
-attention::Problem attention_of(const Matrices& matrices, std::vector<float>& y) {
+attention::Problem attention_of(int scheme, const Matrices& matrices, std::vector<float>& y) {
   attention::Problem p{};
+  p.scheme = static_cast<attention::Scheme>(scheme);
   p.batch = 1, p.heads = 5, p.kv_heads = 1, p.rows = kRows, p.keys = kRows, p.depth = p.columns = kDepth / 5;
   p.q = {matrices.x.data(), DType::f32, 0, p.depth * 4, kDepth * 4, 4};
   p.k = p.v = {matrices.x.data(), DType::f32, 0, 0, kDepth * 4, 4};
@@ -67,10 +68,10 @@ attention::Problem attention_of(const Matrices& matrices, std::vector<float>& y)
   return p;
 }
 
-std::vector<float> attention_on_one_thread(const attention::Kernel& kernel, const Matrices& matrices) {
+std::vector<float> attention_on_one_thread(const Kernel& gemm, int scheme, const Matrices& matrices) {
   std::vector<float> y(kRows * kDepth);
-  const attention::Problem problem = attention_of(matrices, y);
-  attention::Job job = attention::schedule(kernel, problem);
+  const attention::Problem problem = attention_of(scheme, matrices, y);
+  attention::Job job = attention::schedule(attention::kernel_beside(gemm), gemm, problem);
   job.parts = 1;
   std::vector<uint8_t> scratch(job.scratch_bytes);
   run(job, 0, scratch.data());
@@ -125,16 +126,14 @@ int test() {
       count(equal(y, expected));
       count(matrices.packed(kernel.layout) == packed);
     });
-  }
-  for (int i = 0; i < attention::kernel_count(); ++i) {
-    const attention::Kernel& kernel = attention::kernel_at(i);
-    if (!attention::can_run(kernel)) continue;
-    const std::vector<float> expected = attention_on_one_thread(kernel, matrices);
-    for_all_callers([&] {
-      std::vector<float> y(kRows * kDepth);
-      run(kernel, attention_of(matrices, y));
-      count(equal(y, expected));
-    });
+    for (int scheme = 0; scheme < attention::kSchemes; ++scheme) {
+      const std::vector<float> attended = attention_on_one_thread(kernel, scheme, matrices);
+      for_all_callers([&] {
+        std::vector<float> y(kRows * kDepth);
+        run(kernel, attention_of(scheme, matrices, y));
+        count(equal(y, attended));
+      });
+    }
   }
   done = true;
   other.join();
