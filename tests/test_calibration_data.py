@@ -12,7 +12,8 @@ from torch import nn
 from helpers.compare import snapshot
 from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat
-from torchq.calibration.calibrate import MIN_ROWS
+from torchq.calibration.calibrate import MIN_ROWS, calibrate
+from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
 from torchq.observers import OBSERVERS
 
@@ -68,11 +69,14 @@ SHAPES = {
 def test_batches_of_any_shape_give_what_their_rows_give(loader):
     """Bit for bit. The model has one layer, since torch's matmul may round differently for other batch sizes.
 
-    Rounding is left out: with "auto" and several batches, every second batch judges it.
+    Smoothing and rounding are left out, where every second batch judges. What they are made of is the same.
     """
-    expected = convert(model()[:2], [ROWS], config=QConfig(rounding="nearest"))
-    assert expected.torchq_plan.layers["1"].channel_scale
-    same(convert(model()[:2], loader, config=QConfig(rounding="nearest")), expected)
+    config = QConfig(rounding="nearest", smoothing="none")
+    same(convert(model()[:2], loader, config=config), convert(model()[:2], [ROWS], config=config))
+    net = model()[:2]
+    ragged, whole = (calibrate(net, data, find_layers(net), config).records["1"] for data in (loader, [ROWS]))
+    assert torch.equal(ragged.extremes, whole.extremes)
+    assert torch.equal(ragged.whole.peak, whole.whole.peak)
 
 
 def test_rounding_sees_the_same_rows_whatever_their_batches():

@@ -11,7 +11,7 @@ from helpers.models import load_digits
 from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat, simulate
 
-PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100, rounding="nearest")
+PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100, rounding="nearest", smoothing="none")
 
 
 # ---- a hard case: digits, 16 wide, per-tensor, outlier channels ----
