@@ -64,6 +64,7 @@ def prepare_qat(
             already prepared or converted; weights not on the CPU; "learned" without a calib_loader; or what `convert`
             raises for the loader and the config.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> qat_model = prepare_qat(model, [torch.randn(16, 64)])
     >>> qat_model(torch.randn(4, 64)).sum().backward()
@@ -113,6 +114,7 @@ def freeze_ranges(model: nn.Module) -> None:
     Raises:
         ValueError: no layer of `model` is prepared.
 
+    >>> import torch
     >>> model = prepare_qat(nn.Sequential(nn.Linear(64, 32)), [torch.randn(16, 64)])
     >>> freeze_ranges(model)
     >>> [name for name, p in model.named_parameters() if not p.requires_grad]
