@@ -110,6 +110,7 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   const int64_t stride = b.codes_stride, y_stride = p.y.stride;
   const int64_t next_bytes = int64_t{kernel.tiling.next_lines} * 64 * b.k_groups;
   const bool fetches = next_bytes && (end - first > 1 || b.k_groups < kLongPanel);
+  b.next = nullptr;
   for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
     b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
     b.panel = panel_at(p, panel, b.panel_stride);
@@ -131,8 +132,10 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
       b.scale = scale;
       b.zero_point = zero_point;
       b.out = y;
-      b.next = next < next_end ? next : nullptr;
-      next += next_bytes;
+      if (fetches) {
+        b.next = next < next_end ? next : nullptr;
+        next += next_bytes;
+      }
       whole ? kernel.run(b) : run_ragged(kernel, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
     }
