@@ -67,18 +67,22 @@ void quantize_batch(const Job& job, const uint8_t* x, int64_t count, const CodeR
   const Input& input = job.problem->x;
   const Kernel& kernel = *job.kernel;
   const PackedHeader& weights = *job.problem->weights;
-  const float* channel_scale = channel_scale_of(weights);
-  const auto row = [&](int64_t r) { return FloatRow{x + r * input.stride, input.dtype, weights.k, channel_scale}; };
+  // Only its pointer is stored for each row: what is stored in pairs and loaded one by one, the CPU cannot forward.
+  FloatRow row{x, input.dtype, weights.k, channel_scale_of(weights)};
   RowRange ranges[kBatchRows];
-  for (int64_t r = 0; input.per_token && r < count; ++r) ranges[r] = kernel.range(row(r));
+  for (int64_t r = 0; input.per_token && r < count; ++r) {
+    row.x = x + r * input.stride;
+    ranges[r] = kernel.range(row);
+  }
   for (int64_t r = 0; r < count; ++r) {
     const QParams q = input.per_token ? choose_qparams(ranges[r]) : input.qparams;
     to.scale[r] = q.scale;
     to.zero_point[r] = q.zero_point;
   }
   for (int64_t r = 0; r < count; ++r) {
-    kernel.quantize(row(r), 1.0f / to.scale[r], to.zero_point[r],
-                    code_at(kernel.codes, to.codes, r, 0, job.codes_stride), input.per_token);
+    row.x = x + r * input.stride;
+    kernel.quantize(row, 1.0f / to.scale[r], to.zero_point[r], code_at(kernel.codes, to.codes, r, 0, job.codes_stride),
+                    input.per_token);
     to.zero_point[r] -= kernel.codes.shift;
   }
 }
