@@ -14,7 +14,7 @@ from torchq.calibration.calibrate import Evidence, calibrate
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError, door
-from torchq.modules.qat_linear import QATLinear
+from torchq.modules.qat_linear import QATLayer
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
 from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
@@ -120,7 +120,7 @@ def freeze_ranges(model: nn.Module) -> None:
     >>> [name for name, p in model.named_parameters() if not p.requires_grad]
     ['0.input_range.ends']
     """
-    prepared = [module for module in model.modules() if isinstance(module, QATLinear)]
+    prepared = [module for module in model.modules() if isinstance(module, QATLayer)]
     if not prepared:
         raise ValueError("torchq.freeze_ranges: no layer of the model is a QATLinear. Call torchq.prepare_qat() first.")
     for layer in prepared:

@@ -1,4 +1,4 @@
-"""nn.Linear as a module type, plain and in its training form."""
+"""nn.Linear as a module type, plain and in its training form; and what is common to all that multiply by one weight."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,30 +7,49 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torchq.modules.base import Matrix, ModuleType, Trained
-from torchq.modules.qat_linear import QATLinear
+from torchq.modules.linear_proof import proof_of
+from torchq.modules.plain_code import is_plain_value
+from torchq.modules.qat_linear import QATLayer, QATLinear
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.ranges import InputRange
 
 
 class LinearType(ModuleType):
-    """nn.Linear, and subclasses that keep its forward: one matrix, stored in its own orientation."""
+    """nn.Linear, and subclasses whose forward computes the same: one matrix."""
 
     name = "nn.Linear"
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
+    def transposed(self, module: nn.Module) -> bool:
+        """Whether the module stores its weight as (in_features, out_features)."""
+        return proof_of(module).transposed
+
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
-        return {"": Matrix(cast(nn.Linear, module).weight, cast(nn.Linear, module).bias)}
+        weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
+        return {"": Matrix(weight.t() if self.transposed(module) else weight, bias)}
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"": args[0] if args else kwargs.get("input")}
+        return {"": args[0] if args else next(iter(kwargs.values()), None)}
 
     def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-        return parts[""]
+        layer = cast(QuantizedLinear, parts[""])
+        if self.transposed(module):
+            layer.present_transposed()
+        for name, value in vars(module).items():  # such as `nf` of a Conv1D, which other code reads
+            if is_plain_value(value) and name not in QATLayer.OWN and not hasattr(layer, name):
+                setattr(layer, name, value)
+        return layer
 
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
-        if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-            return f"{type(module).__name__} has a forward of its own"
+        reason = proof_of(module).reason
+        if reason is not None:
+            return reason
+        held = (*module._parameters, *module._buffers, *module._modules)
+        others = [name for name in held if name not in ("weight", "bias", "parametrizations")]
+        if others:
+            return f"it holds {others[0]!r} beside its weight and bias, which a swap would drop"
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads this layer's weight without calling it"
         return None
@@ -48,24 +67,27 @@ class LinearType(ModuleType):
 
 
 class QATLinearType(LinearType):
-    """The QATLinear that `prepare_qat` made of an nn.Linear."""
+    """What `prepare_qat` made of a module with one matrix."""
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, QATLinear)
+        return isinstance(module, QATLayer)
+
+    def transposed(self, module: nn.Module) -> bool:
+        return cast(QATLayer, module).transposed
 
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
-        if type(module).forward is not QATLinear.forward or "forward" in vars(module):
+        if type(module).forward is not QATLayer.forward or "forward" in vars(module):
             return f"{type(module).__name__} has a forward of its own"
-        if not cast(QATLinear, module).input_range.is_ready():
+        if not cast(QATLayer, module).input_range.is_ready():
             return "its trained range is not finite: no training batch reached it, or training diverged"
         return None
 
     def trained(self, module: nn.Module) -> Trained:
-        layer = cast(QATLinear, module)
+        layer = cast(QATLayer, module)
         return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin, layer.channel_scale)
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         return "it is prepared already"
 
     def release(self, module: nn.Module) -> None:
-        cast(QATLinear, module).release()
+        cast(QATLayer, module).release()

@@ -36,6 +36,7 @@ class PackedWeights(Int8Module):
     has_bias: bool
     dtype: torch.dtype
     input_qparams: QParams | None
+    transposed: bool = False  # whether `weight` is (in_features, out_features) to foreign code
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
@@ -51,7 +52,8 @@ class PackedWeights(Int8Module):
         if "packed" not in self._buffers:
             self.register_buffer("packed", packed, persistent=False)
         shape = (self.out_features, self.in_features)
-        views = FloatViews(weight=weight_view(packed, *shape, self.dtype))
+        weight = weight_view(packed, *shape, self.dtype)
+        views = FloatViews(weight=weight.t() if self.transposed else weight)
         if others.get("has_bias", self.has_bias):
             views["bias"] = bias_view(packed, *shape, self.dtype)
         replaced = dict(self.__dict__)
@@ -67,14 +69,21 @@ class PackedWeights(Int8Module):
 
     # ---- What foreign code reads -------------------------------------------------------------------------------------
 
+    def present_transposed(self) -> None:
+        """From now on `weight` is (in_features, out_features), as the float module stored it."""
+        self.transposed = True
+        self._set_packed(self.packed)
+
     @property
     def weight(self) -> Tensor:
         """The weight (out_features, in_features) as the float layer had it, in the model's dtype: a `FloatView`.
 
-        Read only. Dequantized, and times the channel_scale: the layer approximates `F.linear(x, weight, bias)`.
+        Read only. Dequantized, and times the channel_scale: the layer approximates `F.linear(x, weight, bias)`. Where
+        the float module stored its weight transposed, so is this.
         """
         if is_dynamo_compiling():  # which can't trace a tensor subclass: it gets the values
-            return float_weight(self.packed, self.in_features).to(self.dtype)
+            weight = float_weight(self.packed, self.in_features).to(self.dtype)
+            return weight.t() if self.transposed else weight
         return self._parameters["weight"]  # type: ignore[return-value]
 
     @property

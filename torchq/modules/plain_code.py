@@ -5,14 +5,14 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _LIBRARIES = (torch, torch.nn, torch.nn.functional, torch.special, math)
-_ARITHMETIC = {
+ARITHMETIC = {
     *("abs", "add", "clamp", "clip", "div", "erf", "erfc", "exp", "expit", "maximum", "minimum", "mul", "neg", "pow"),
     *("reciprocal", "rsqrt", "sigmoid", "sqrt", "square", "sub", "tanh", "where"),
     *("gelu", "hardsigmoid", "hardswish", "hardtanh", "relu", "relu6", "silu"),
@@ -20,10 +20,18 @@ _ARITHMETIC = {
 }
 """What such code may look up in torch and math, and on tensors: no random numbers, no writing, nothing in place."""
 
+PRODUCTS = {
+    *("linear", "addmm", "matmul", "mm", "t", "T", "mT", "transpose", "permute"),
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "size", "shape", "dim", "ndim"),
+    *("jit", "is_scripting"),
+}
+"""What code that multiplies by a matrix may look up beside."""
+
 _STEPS = (
     *("LOAD_", "BINARY_", "UNARY_", "INPLACE_", "COMPARE_OP", "CALL", "KW_NAMES", "PRECALL", "PUSH_NULL", "RETURN_"),
     *("STORE_FAST", "POP_", "COPY", "SWAP", "DUP_TOP", "ROT_", "NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD"),
     *("RESUME", "TO_BOOL", "BUILD_TUPLE", "BUILD_CONST_KEY_MAP", "NOT_TAKEN"),
+    *("IS_OP", "BUILD_SLICE", "BUILD_LIST", "LIST_", "RAISE_VARARGS", "FORMAT_", "BUILD_STRING"),
 )
 """How the bytecode instructions begin that may occur. Loops, imports and stores to anything but locals do not."""
 
@@ -31,7 +39,7 @@ _STEPS = (
 def is_plain(module: nn.Module) -> bool:
     """Whether `module.forward` takes one argument, and its code is arithmetic only.
 
-    The code is read, not run. It may call `_ARITHMETIC` on torch, math and tensors, and functions and methods of which
+    The code is read, not run. It may call `ARITHMETIC` on torch, math and tensors, and functions and methods of which
     the same holds. Of the module it may read numbers, strings and such functions. All else makes it False: globals,
     closures, properties, hooks, other modules.
 
@@ -48,43 +56,64 @@ def is_plain(module: nn.Module) -> bool:
     forward = type(module).forward
     if "forward" in vars(module) or not isinstance(forward, types.FunctionType):
         return False
-    return len(inspect.signature(forward).parameters) == 2 and _is_plain_function(forward, module, ())
+    return len(inspect.signature(forward).parameters) == 2 and odd_step(forward, module) is None
 
 
-def _is_plain_function(function: types.FunctionType, module: nn.Module, callers: tuple[Any, ...]) -> bool:
-    code = function.__code__
-    if code in callers or code.co_freevars or code.co_cellvars or not _is_plain_value(function.__defaults__ or ()):
-        return False  # recursion could be endless
-    within = (*callers, code)
-    return all(_is_plain_step(step, function.__globals__, module, within) for step in dis.get_instructions(code))
+def odd_step(function: types.FunctionType, module: nn.Module, words: Collection[str] = ARITHMETIC) -> str | None:
+    """What a function that is a method of the module does beside arithmetic, in a word of its code; None if nothing.
+
+    Args:
+        function: to be read. It is not run.
+        module: its `self`.
+        words: what it may look up in torch and math, and on tensors and the module.
+    """
+    return _Reader(module, words).odd_step(function, ())
 
 
-def _is_plain_step(step: dis.Instruction, scope: dict[str, Any], module: nn.Module, callers: tuple[Any, ...]) -> bool:
-    if not step.opname.startswith(_STEPS) or "BACKWARD" in step.opname or "SUPER" in step.opname:
-        return False
-    if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-        value = scope.get(step.argval)
-        return value in _LIBRARIES if isinstance(value, types.ModuleType) else _may_use(value, module, callers)
-    if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-        if step.argval in vars(module):
-            return _may_use(vars(module)[step.argval], module, callers)
-        if step.argval in _ARITHMETIC and not hasattr(module, step.argval):
-            return True
-        return _may_use(inspect.getattr_static(type(module), step.argval, None), module, callers)
-    return step.opname != "LOAD_CONST" or _is_plain_value(step.argval)
+class _Reader:
+    """Reads code that may be a part of the forward of `module`."""
 
+    def __init__(self, module: nn.Module, words: Collection[str]) -> None:
+        self.module, self.words = module, words
 
-def _may_use(value: Any, module: nn.Module, callers: tuple[Any, ...]) -> bool:
-    if isinstance(value, functools.partial):
-        plain = _is_plain_value(value.args) and _is_plain_value(tuple(value.keywords.values()))
-        return plain and _may_use(value.func, module, callers)
-    if isinstance(value, types.MethodType):
-        return value.__self__ is module and _may_use(value.__func__, module, callers)
-    if _is_of_torch(value):
-        return value.__name__ in _ARITHMETIC
-    if isinstance(value, types.FunctionType):
-        return _is_plain_function(value, module, callers)
-    return value is not None and _is_plain_value(value)
+    def odd_step(self, function: types.FunctionType, callers: tuple[Any, ...]) -> str | None:
+        code = function.__code__
+        if code in callers or code.co_freevars or code.co_cellvars or not is_plain_value(function.__defaults__ or ()):
+            return function.__name__  # recursion could be endless
+        within = (*callers, code)
+        for step in dis.get_instructions(code):
+            if not self._is_plain_step(step, function.__globals__, within):
+                return step.argval if isinstance(step.argval, str) else step.opname
+        return None
+
+    def _is_plain_step(self, step: dis.Instruction, scope: dict[str, Any], callers: tuple[Any, ...]) -> bool:
+        if not step.opname.startswith(_STEPS) or "BACKWARD" in step.opname or "SUPER" in step.opname:
+            return False
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = scope.get(step.argval)
+            return value in _LIBRARIES if isinstance(value, types.ModuleType) else self._may_use(value, callers)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            held, kind = vars(self.module), type(self.module)
+            if step.argval in held:
+                value = held[step.argval]
+                is_operand = step.argval in self.words and (value is None or isinstance(value, Tensor))
+                return is_operand or self._may_use(value, callers)
+            if step.argval in self.words and not hasattr(self.module, step.argval):
+                return True
+            return self._may_use(inspect.getattr_static(kind, step.argval, None), callers)
+        return step.opname != "LOAD_CONST" or is_plain_value(step.argval)
+
+    def _may_use(self, value: Any, callers: tuple[Any, ...]) -> bool:
+        if isinstance(value, functools.partial):
+            plain = is_plain_value(value.args) and is_plain_value(tuple(value.keywords.values()))
+            return plain and self._may_use(value.func, callers)
+        if isinstance(value, types.MethodType):
+            return value.__self__ is self.module and self._may_use(value.__func__, callers)
+        if _is_of_torch(value):
+            return value.__name__ in self.words
+        if isinstance(value, types.FunctionType):
+            return self.odd_step(value, callers) is None
+        return value is not None and is_plain_value(value)
 
 
 def _is_of_torch(value: Callable[..., Any]) -> bool:
@@ -93,7 +122,8 @@ def _is_of_torch(value: Callable[..., Any]) -> bool:
     return (getattr(value, "__module__", None) or "").split(".")[0] in ("torch", "math")
 
 
-def _is_plain_value(value: Any) -> bool:
+def is_plain_value(value: Any) -> bool:
+    """Whether a value is a number, a string, a dtype, None, or a tuple of such."""
     if type(value) is tuple:
-        return all(map(_is_plain_value, value))
+        return all(map(is_plain_value, value))
     return value is None or type(value) in (bool, int, float, str, torch.dtype)

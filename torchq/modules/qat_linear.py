@@ -1,6 +1,7 @@
-"""QATLinear: an nn.Linear that trains with the quantized values QuantizedLinear will use."""
+"""QATLinear: an nn.Linear that trains with the quantized values QuantizedLinear will use; and its relatives."""
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,104 @@ from torch import Tensor, nn
 from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 
 
-class QATLinear(nn.Linear):
+class QATLayer(nn.Module):
+    """`y = x̂ · ŵᵀ + b` in float32, in place of a module with a weight and a bias.
+
+    Args:
+        transposed: whether the weight is stored as (in_features, out_features).
+        float_class: what the module was.
+    """
+
+    weight: Any
+    bias: Any
+    input_range: InputRange
+    per_channel: bool
+    channel_scale: Tensor | None
+    transposed: bool = False
+    float_class: type[nn.Module] = nn.Linear
+    OWN: ClassVar[tuple[str, ...]] = ("input_range", "per_channel", "channel_scale", "transposed", "float_class")
+
+    @classmethod
+    def adopt(
+        cls,
+        module: nn.Module,
+        input_range: InputRange,
+        *,
+        per_channel: bool = True,
+        channel_scale: Tensor | None = None,
+    ) -> None:
+        """Turns `module` itself into its training form. Its parameters, and all references to it, stay valid.
+
+        >>> layer = nn.Linear(8, 4)
+        >>> QATLinear.adopt(layer, PerToken())
+        >>> type(layer).__name__
+        'QATLinear'
+        """
+        if type(module) is not cls.float_class:
+            vars(module)["float_class"] = type(module)
+        module.__class__ = cls
+        module.input_range = input_range.train(module.training)
+        module.per_channel = per_channel  # type: ignore[assignment]
+        module.register_buffer("channel_scale", channel_scale)
+
+    def release(self) -> None:
+        """Turns this layer back into the float module that it was: the inverse of `adopt`.
+
+        >>> layer = QATLinear(8, 4)
+        >>> layer.release()
+        >>> layer
+        Linear(in_features=8, out_features=4, bias=True)
+        """
+        kind = self.float_class
+        del self.input_range, self.per_channel, self.channel_scale
+        for name in ("transposed", "float_class"):
+            vars(self).pop(name, None)
+        self.__class__ = kind  # type: ignore[assignment]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight (out_features, in_features)."""
+        weight: Tensor = self.weight
+        return weight.t() if self.transposed else weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features).
+
+        Raises:
+            TypeError: x is not float32, bfloat16 or float16.
+            ValueError: the weight has NaN or infinity.
+        """
+        x = input
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            rows, weight = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.matrix
+            if self.channel_scale is not None:
+                scale = self.channel_scale.float()
+                rows, weight = rows * scale, weight.float() / scale
+            rows, weight = self.input_range(rows), fake_quantize_weight(weight, per_channel=self.per_channel)
+            y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
+            return y.reshape(*x.shape[:-1], len(weight)).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and weight scheme, for `repr`."""
+        n, k = self.matrix.shape
+        sizes = f"in_features={k}, out_features={n}, bias={self.bias is not None}"
+        return f"{sizes}, weight={'per_channel' if self.per_channel else 'per_tensor'}"
+
+
+class QATLinearLike(QATLayer):
+    """The training form of what computes as nn.Linear does and is none, such as transformers' Conv1D.
+
+    Only `adopt` makes one.
+    """
+
+    float_class = nn.Module
+
+
+class QATLinear(QATLayer, nn.Linear):
     """`y = x̂ · ŵᵀ + b` in float32 on fake-quantized x̂ and ŵ: the same as the converted layer in `torchq.simulate()`.
 
     With a channel_scale c, x̂ is made of x · c and ŵ of w / c.
@@ -29,10 +127,6 @@ class QATLinear(nn.Linear):
     True
     """
 
-    input_range: InputRange
-    per_channel: bool
-    channel_scale: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -47,60 +141,3 @@ class QATLinear(nn.Linear):
         self.input_range = PerToken() if input_range is None else input_range
         self.per_channel = per_channel
         self.register_buffer("channel_scale", channel_scale)
-
-    @classmethod
-    def adopt(
-        cls,
-        linear: nn.Linear,
-        input_range: InputRange,
-        *,
-        per_channel: bool = True,
-        channel_scale: Tensor | None = None,
-    ) -> None:
-        """Turns `linear` itself into a QATLinear. Its parameters, and all references to it, stay valid.
-
-        >>> layer = nn.Linear(8, 4)
-        >>> QATLinear.adopt(layer, PerToken())
-        >>> type(layer).__name__
-        'QATLinear'
-        """
-        linear.__class__ = cls
-        linear.input_range = input_range.train(linear.training)
-        linear.per_channel = per_channel  # type: ignore[assignment]
-        linear.register_buffer("channel_scale", channel_scale)
-
-    def release(self) -> None:
-        """Turns this layer back into a plain nn.Linear: the inverse of `adopt`.
-
-        >>> layer = QATLinear(8, 4)
-        >>> layer.release()
-        >>> layer
-        Linear(in_features=8, out_features=4, bias=True)
-        """
-        del self.input_range, self.per_channel, self.channel_scale
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features).
-
-        Raises:
-            TypeError: x is not float32, bfloat16 or float16.
-            ValueError: the weight has NaN or infinity.
-        """
-        x = input
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            rows, weight = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.weight
-            if self.channel_scale is not None:
-                scale = self.channel_scale.float()
-                rows, weight = rows * scale, weight.float() / scale
-            rows, weight = self.input_range(rows), fake_quantize_weight(weight, per_channel=self.per_channel)
-            y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
-            return y.reshape(*x.shape[:-1], self.out_features).to(dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes and weight scheme, for `repr`."""
-        return f"{super().extra_repr()}, weight={'per_channel' if self.per_channel else 'per_tensor'}"

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.linear import LinearType, QATLinearType
+from torchq.modules.linear_like import LinearLikeType
 
-TYPES: list[ModuleType] = [QATLinearType(), LinearType()]
+TYPES: list[ModuleType] = [QATLinearType(), LinearType(), LinearLikeType()]
 """A module has the first type here that matches it, so a subclass comes before its base."""
 
 

@@ -66,7 +66,7 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
 def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, rows: int, rounds: int) -> LayerTime:
     x = torch.randn(rows, layer.in_features, dtype=torch.float32, device="cpu").to(layer.dtype)
     codes = torch.randint(256, (rows, layer.in_features), dtype=torch.uint8, device="cpu")
-    weight = layer.weight.clone()
+    weight = (layer.weight.t() if layer.transposed else layer.weight).contiguous().clone()
     bias = None if layer.bias is None else layer.bias.clone()
     made_in = layer.input_qparams if takes_codes else None
     given = x if made_in is None else codes
