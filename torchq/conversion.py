@@ -11,7 +11,6 @@ from torchq.calibration.calibrate import Evidence, calibrate, warn_of_few_rows
 from torchq.calibration.isolation import taking_turns
 from torchq.config import QConfig
 from torchq.errors import BadValueError, door
-from torchq.modules.registry import type_names
 from torchq.planning.apply import applied
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
@@ -79,8 +78,9 @@ def convert(
         budget = make_budget(evaluate, max_drop, calib_loader)
         layers, barred = select_layers(model, calib_loader, config)
         prepared = any(layer.trained for layer in layers.values())
-        if inplace and any(layer.module is model for layer in layers.values()):
-            raise BadValueError(f"inplace=True can't replace the model itself, an {type_names()}. Leave it out.")
+        own = next((layer.kind.name for layer in layers.values() if layer.module is model), None)
+        if inplace and own is not None:
+            raise BadValueError(f"inplace=True can't replace the model itself, an {own}. Leave it out.")
         if config.activation == "static" and calib_loader is None and not prepared:
             raise BadValueError("activation='static' needs a calib_loader to find the ranges with.")
         if prepared:

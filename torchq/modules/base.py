@@ -56,6 +56,10 @@ class Int8Module(nn.Module, ABC):
     def float_bytes(self) -> int:
         """The bytes of its weights and biases in the dtype of the float module."""
 
+    def group(self, part: str) -> str | None:
+        """As `ModuleType.group`, for an int8 module of several parts."""
+        return None
+
     @property
     def int8_bytes(self) -> int:
         """The bytes it takes now: int8 weights, scales, biases, padding."""
@@ -69,6 +73,10 @@ class ModuleType(ABC):
     name: str
     """The type as a user knows it, for messages: "nn.Linear"."""
 
+    dynamic_unreached = False
+    """Whether a matrix that calibration data never reached is dynamic. If not, it stays in float: code that never calls
+    a layer may still read its weight."""
+
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is of this kind."""
@@ -76,6 +84,14 @@ class ModuleType(ABC):
     @abstractmethod
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
         """Its matrices by part: the name of a QuantizedLinear in the int8 module, or "" if it is the int8 module."""
+
+    def matrix(self, module: nn.Module, part: str) -> Matrix:
+        """One of them."""
+        return self.matrices(module)[part]
+
+    def group(self, part: str) -> str | None:
+        """The name under which a report shows this part together with others: "*.down_proj" of all experts, or None."""
+        return None
 
     @abstractmethod
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
 
-TYPES: list[ModuleType] = [QATLinearType(), LinearType(), LinearLikeType()]
+TYPES: list[ModuleType] = [QATLinearType(), LinearType(), LinearLikeType(), ExpertsType()]
 """A module has the first type here that matches it, so a subclass comes before its base."""
 
 
@@ -41,7 +42,7 @@ class Layer:
     @property
     def matrix(self) -> Matrix:
         """Weight (N, K) and bias (N,), in the model's dtype."""
-        return self.kind.matrices(self.module)[self.part]
+        return self.kind.matrix(self.module, self.part)
 
     @property
     def weight(self) -> Tensor:

@@ -42,13 +42,17 @@ def _require_data(plan: Plan, evidence: Evidence) -> None:
     missed = [
         name
         for name, record in evidence.records.items()
-        if plan.layers[name].is_int8 and not record.has_data and evidence.layers[name].trained is None
+        if plan.layers[name].is_int8 and not record.has_data and _needs_data(evidence.layers[name])
     ]
     if missed:
         raise BadValueError(
             f"activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
             "Pass data that runs these layers, exclude them, or use activation='auto'."
         )
+
+
+def _needs_data(layer: Layer) -> bool:
+    return layer.trained is None and not layer.kind.dynamic_unreached
 
 
 def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
@@ -58,7 +62,7 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
     per_channel = config.weight == "per_channel"
     if record is None:
         return LayerPlan("int8 dynamic", "no calibration data", per_channel)
-    if record.calls == 0 and config.activation == "auto":
+    if record.calls == 0 and config.activation == "auto" and not layer.kind.dynamic_unreached:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,13 @@ _LATER: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 _ALWAYS = ("scheme", "before", "after", "output")  # the other columns are left out if no layer has a value
 
+_JOINS: dict[str, Callable[[list[Any]], Any]] = {
+    **dict.fromkeys(("bytes_before", "bytes_after", "float_seconds", "int8_seconds"), sum),
+    **dict.fromkeys(("sqnr_db", "weight_db", "input_db", "static_db", "dynamic_db"), min),
+    **dict.fromkeys(("clipped", "drift"), max),
+}
+"""How the fields of several layers give those of their common row."""
+
 _MEANINGS = {
     "output": "weight, input, output: SQNR in dB.",
     "clipped": "clipped: values outside the static range in calibration.",
@@ -62,7 +71,7 @@ _MEANINGS = {
 
 def render(report: Report) -> list[str]:
     """The lines of `str(report)`."""
-    layers = report.layers
+    layers = _rows(report.layers)
     later = [column for title in _LATER if (column := _column(title, _LATER, layers)) is not None]
     choice = [column for title in _CHOICE if (column := _column(title, _CHOICE, layers)) is not None]
     columns = [column for title in _LAYER if (column := _column(title, _LAYER, layers)) is not None]
@@ -73,10 +82,31 @@ def render(report: Report) -> list[str]:
     lines = [] if report.model is None else _whole(report.model)
     lines += [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
-    lines += [line for entry in _remarks(layers) for line in _wrapped(entry)]
+    lines += [line for entry in _remarks(report.layers) for line in _wrapped(entry)]
     lines += [line for entry in _attentions(report) for line in _wrapped(entry)]
-    lines += [layer.advice for layer in layers if layer.advice is not None]
+    lines += [layer.advice for layer in report.layers if layer.advice is not None]
     return lines if report.frontier is None else [*lines, "", str(report.frontier)]
+
+
+def _rows(layers: tuple[LayerReport, ...]) -> tuple[LayerReport, ...]:
+    """One row for each layer, and one for each group: bytes and times of all together, the lowest SQNR."""
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group or layer.name, []).append(layer)
+    return tuple(each[0] if len(each) == 1 else _joined(name, each) for name, each in groups.items())
+
+
+def _joined(name: str, layers: list[LayerReport]) -> LayerReport:
+    """The row of a group. Of gains it has none: they belong to single layers."""
+    kinds = Counter(layer.kind.removeprefix("int8 ") for layer in layers)
+    scheme = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    joined: dict[str, Any] = {}
+    for field, join in _JOINS.items():
+        values = [value for layer in layers if (value := getattr(layer, field)) is not None]
+        joined[field] = join(values) if values else None
+    return dataclasses.replace(
+        layers[0], name=name, kind=scheme, smoothing_db=None, alpha=None, gptq_db=None, rounding="nearest", **joined
+    )
 
 
 def _column(

@@ -10,6 +10,7 @@ from torch import nn
 from torchq import kernels, text
 from torchq.errors import door
 from torchq.modules.base import Int8Module, float_size
+from torchq.modules.registry import type_of
 from torchq.planning.frontier import Frontier
 from torchq.planning.plan import AttentionPlan, Plan, attached_plan
 from torchq.reporting.drift import Drift
@@ -44,6 +45,7 @@ class LayerReport:
         gptq_db: the gain in SQNR by GPTQ on held-out rows, also if GPTQ was not taken (see `rounding`).
         rounding: "nearest" or "gptq".
         no_gptq: why GPTQ was not tried.
+        group: the name of the row that shows this layer together with others, such as one for all experts.
     """
 
     name: str
@@ -67,6 +69,7 @@ class LayerReport:
     gptq_db: float | None = None
     rounding: str = "nearest"
     no_gptq: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,8 @@ def _layer_report(
     qmodel: nn.Module, plan: Plan, name: str, profile: Mapping[str, LayerTime], drift: Drift | None
 ) -> LayerReport:
     layer, module, time = plan.layers[name], _module_of(qmodel, name), profile.get(name)
-    before, after = _sizes(module)
+    owner, part = _owner_of(qmodel, name)
+    before, after = (_matrix_bytes(owner, part),) * 2 if part and module is owner else _sizes(module)
     stats, layer_drift = layer.stats, None if drift is None else drift.layers.get(name)
     static = [db for scheme, db in layer.sqnr_db.items() if scheme not in ("dynamic", "gptq")]
     return LayerReport(
@@ -176,6 +180,7 @@ def _layer_report(
         gptq_db=None if layer.gptq_db is None else layer.gptq_db[1] - layer.gptq_db[0],
         rounding=layer.rounding,
         no_gptq=layer.no_gptq,
+        group=_group(owner, part, name),
     )
 
 
@@ -186,6 +191,30 @@ def _module_of(qmodel: nn.Module, name: str) -> nn.Module:
             return qmodel.get_submodule(name)
         except AttributeError:
             name = name.rpartition(".")[0]
+
+
+def _owner_of(qmodel: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module of several parts that this layer is one of, and its name there; or the layer's own, and ""."""
+    module, path = qmodel, name.split(".") if name else []
+    for depth, child in enumerate(path):
+        if type_of(module) is not None or isinstance(module, Int8Module):
+            return module, ".".join(path[depth:])
+        module = getattr(module, child)
+    return module, ""
+
+
+def _group(owner: nn.Module, part: str, name: str) -> str | None:
+    kind = type_of(owner)
+    group = owner.group(part) if isinstance(owner, Int8Module) else None if kind is None else kind.group(part)
+    return None if group is None else name.removesuffix(part) + group
+
+
+def _matrix_bytes(owner: nn.Module, part: str) -> int:
+    """The bytes of one matrix of a module that stayed in float."""
+    kind = type_of(owner)
+    if kind is None:
+        return float_size(owner)
+    return sum(tensor.nbytes for tensor in kind.matrix(owner, part) if tensor is not None)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
