@@ -271,6 +271,31 @@ def test_a_weight_without_values_is_proven_too():
     assert proof_of(module) == Proof(transposed=True)
 
 
+class Sized(nn.Linear):
+    """Where it is large, it does something else."""
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if self.in_features < 200 else nn.functional.relu(y)
+
+
+class Fixed(nn.Linear):
+    """Its size stands in its code."""
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, 300), self.weight.t()).reshape(*x.shape[:-1], 48)
+
+
+def test_a_large_weight_is_proven_without_one():
+    with torch.device("meta"):
+        module = Conv1D(1 << 20, 1 << 18)  # a terabyte
+    assert proof_of(module) == Proof(transposed=True)
+    assert proof_of(Sized(100, 48)) == Proof()
+    assert proof_of(Sized(300, 48)).reason.endswith("takes other operations than a product and a sum: aten::relu")
+    assert proof_of(Fixed(300, 48)) == Proof()
+    assert "fails on an input" in proof_of(Fixed(400, 48)).reason
+
+
 def test_hooks_keep_it_in_float():
     model = nn.Sequential(nn.Linear(32, 32), Conv1D(48, 32))
     model[1].register_forward_hook(lambda *args: None)

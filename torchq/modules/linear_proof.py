@@ -91,9 +91,31 @@ _VIEWS = {"t", "transpose", "permute", "view", "_unsafe_view", "reshape", "squee
 
 @functools.lru_cache(maxsize=256)
 def _prove(forward: _Forward, shape: tuple[int, int], bias_size: int | None) -> Proof | str:
-    """The proof for weights and biases of these shapes; or what the forward does instead."""
+    """The proof for weights and biases of these shapes; or what the forward does instead.
+
+    A large weight is proven on a small one, with the same numbers but for its sizes; the same code then runs with the
+    large one's on the meta device, where operations are seen and nothing is computed.
+    """
     if len(inspect.signature(forward.function).parameters) != 2:
         return "takes other arguments than one input"
+    sizes = {size: 16 + 8 * i for i, size in enumerate(dict.fromkeys(shape)) if size > _LARGE}
+    smaller = tuple((key, sizes.get(value, value) if type(value) is int else value) for key, value in forward.numbers)
+    rows, columns, bias = (size and sizes.get(size, size) for size in (*shape, bias_size))
+    assert rows is not None
+    assert columns is not None
+    found = _orientation(forward._replace(numbers=smaller), (rows, columns), bias)
+    if not sizes or (isinstance(found, str) and not found.startswith("fails")):
+        return found
+    if isinstance(found, str):  # it may have its sizes in the code
+        return _orientation(forward, shape, bias_size)
+    return _refuted_on_meta(forward, shape, bias_size, found.transposed) or found
+
+
+_LARGE = 128
+
+
+def _orientation(forward: _Forward, shape: tuple[int, int], bias_size: int | None) -> Proof | str:
+    """Which way the forward multiplies by a weight of this shape; or what it does instead."""
     generator = Generator("cpu").manual_seed(0)
     weight = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     bias = None if bias_size is None else torch.randn(bias_size, generator=generator, device="cpu", dtype=torch.float32)
@@ -109,6 +131,21 @@ def _prove(forward: _Forward, shape: tuple[int, int], bias_size: int | None) -> 
             return Proof(transposed)
         problems.append(problem)
     return next((problem for problem in problems if not problem.startswith("fails")), problems[0])
+
+
+def _refuted_on_meta(forward: _Forward, shape: tuple[int, int], bias_size: int | None, transposed: bool) -> str | None:
+    """What the forward does instead with a weight of this shape, as far as operations and shapes tell."""
+    weight, bias = (None if s is None else torch.empty(s, dtype=torch.float32, device="meta") for s in (shape, bias_size))
+    assert weight is not None
+    for training in (False, True):
+        x = torch.empty(2, 3, weight.shape[not transposed], dtype=torch.float32, device="meta")
+        try:
+            y, operations = _run(forward, forward.stand_in(weight, bias, training), x)
+        except Exception as error:
+            return f"fails on an input of shape {tuple(x.shape)} ({type(error).__name__})"
+        if _unlike(operations, bias) is not None or y.shape != (2, 3, weight.shape[transposed]):
+            return _unlike(operations, bias) or "gives another output than F.linear"
+    return None
 
 
 def _refuted(forward: _Forward, weight: Tensor, bias: Tensor | None, transposed: bool) -> str | None:
