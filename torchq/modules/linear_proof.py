@@ -135,7 +135,9 @@ def _orientation(forward: _Forward, shape: tuple[int, int], bias_size: int | Non
 
 def _refuted_on_meta(forward: _Forward, shape: tuple[int, int], bias_size: int | None, transposed: bool) -> str | None:
     """What the forward does instead with a weight of this shape, as far as operations and shapes tell."""
-    weight, bias = (None if s is None else torch.empty(s, dtype=torch.float32, device="meta") for s in (shape, bias_size))
+    weight, bias = (
+        None if s is None else torch.empty(s, dtype=torch.float32, device="meta") for s in (shape, bias_size)
+    )
     assert weight is not None
     for training in (False, True):
         x = torch.empty(2, 3, weight.shape[not transposed], dtype=torch.float32, device="meta")

@@ -97,10 +97,10 @@ def why_float(model: nn.Module, layer: Layer) -> str | None:
     if _is_lazy(module):
         return f"{type(module).__name__} is not initialized yet: run one batch through the model first"
     reason = layer.kind.why_float(module, model.get_submodule(layer.path.rpartition(".")[0]))
-    if reason is not None:
-        return reason
     if has_hooks(module):
         return "it has forward hooks, which a swap would drop"
+    if reason is not None:
+        return reason
     if layer.dtype not in FLOATS:
         return f"its weight is {layer.dtype}; float32, bfloat16 and float16 can be quantized"
     weight = layer.weight.detach()

@@ -12,7 +12,7 @@ from torchq import text
 
 if TYPE_CHECKING:
     from torchq.reporting.report import LayerReport, Report
-    from torchq.reporting.whole import WholeModel
+    from torchq.reporting.whole import LeftInFloat, WholeModel
 
 WIDTH = 120
 
@@ -139,7 +139,12 @@ def _whole(model: WholeModel) -> list[str]:
     lines = _wrapped(f"whole model: {', '.join(filter(None, facts))}")
     left = ", ".join(f"{text.size(each.bytes)} in {each.modules} {each.kind}" for each in model.left)
     lines += _wrapped(f"left in float: {left}") if left else []
+    lines += [line for each in model.left if each.advice for line in _wrapped(_advised(each))]
     return [*lines, ""]
+
+
+def _advised(left: LeftInFloat) -> str:
+    return f"{left.kind} ({_listed(list(left.matrices), 0)}): {left.advice}"
 
 
 def _total(report: Report) -> str:

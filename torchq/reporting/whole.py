@@ -7,10 +7,23 @@ from torch import nn
 
 from torchq.modules.base import own_tensors
 from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.registry import type_of
 from torchq.planning.plan import Plan
 from torchq.text import to_json
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
+
+_ADVICE: dict[type | tuple[type, ...], str] = {
+    nn.modules.conv._ConvNd: "convolutions stay in float; one whose kernel is 1, or as wide as its stride, is an "
+    "nn.Linear over rearranged input, which becomes int8",
+    (nn.RNNBase, nn.RNNCellBase): "recurrent layers stay in float",
+    nn.Bilinear: "as an nn.Linear(in2_features, in1_features * out_features), and a sum over products of its output "
+    "with the first input, it becomes int8",
+    nn.MultiheadAttention: "its weights are parameters that it multiplies by itself; attention with nn.Linear layers "
+    "for q, k and v becomes int8",
+    nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
+}
+"""Of modules that hold matrices which no layer of the plan is: why they are float, and what helps."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +34,16 @@ class LeftInFloat:
         kind: the name of the type; of a module with modules inside, the parameters that are its own.
         modules: how many.
         bytes: of their own parameters and buffers.
+        matrices: the names of those parameters that may be weights of matrix products, and belong to no layer of the
+            plan, which has its own reason.
+        advice: how these could become int8, or why they can't.
     """
 
     kind: str
     modules: int
     bytes: int
+    matrices: tuple[str, ...] = ()
+    advice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +78,12 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
 
     >>> from torchq.conversion import convert
     >>> whole = whole_model(qmodel := convert(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))), qmodel.torchq_plan)
-    >>> whole.bytes_before, whole.weights, whole.left
-    (17152, 4096, (LeftInFloat(kind='LayerNorm', modules=1, bytes=512),))
+    >>> whole.bytes_before, whole.weights
+    (17152, 4096)
+    >>> whole.left
+    (LeftInFloat(kind='LayerNorm', modules=1, bytes=512, matrices=(), advice=None),)
     """
-    holders: dict[str, set[int]] = {}
+    holders: dict[str, list[nn.Module]] = {}
     sizes: dict[str, int] = {}
     after = grown = int8 = weights = 0
     for module, tensor in own_tensors(qmodel):
@@ -73,12 +93,29 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
             grown += module.int8_bytes - module.float_bytes
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")
-        holders.setdefault(kind, set()).add(id(module))
+        holders.setdefault(kind, []).append(module)
         sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
-        is_matrix = isinstance(tensor, nn.Parameter) and sum(size > 1 for size in tensor.shape) >= 2
-        weights += tensor.numel() if is_matrix and not isinstance(module, _LOOKED_UP) else 0
-    left = [LeftInFloat(kind, len(holders[kind]), size) for kind, size in sizes.items()]
+        weights += tensor.numel() if _is_matrix(module, tensor) else 0
+    paths = {id(module): path for path, module in qmodel.named_modules()}
+    left = [_left(kind, list(dict.fromkeys(holders[kind])), size, paths) for kind, size in sizes.items()]
     before = after - grown if plan.model_bytes is None else plan.model_bytes
     left.sort(key=lambda each: -each.bytes)
     output_db = None if plan.checked is None else plan.checked.model_db
     return WholeModel(before, after, int8, weights + int8, tuple(left), output_db)
+
+
+def _is_matrix(module: nn.Module, tensor: Any) -> bool:
+    is_matrix = isinstance(tensor, nn.Parameter) and sum(size > 1 for size in tensor.shape) >= 2
+    return is_matrix and not isinstance(module, _LOOKED_UP)
+
+
+def _left(kind: str, modules: list[nn.Module], size: int, paths: dict[int, str]) -> LeftInFloat:
+    others = [module for module in modules if type_of(module) is None]
+    matrices = [
+        ".".join(filter(None, (paths[id(module)], name)))
+        for module in others
+        for name, parameter in module._parameters.items()
+        if _is_matrix(module, parameter)
+    ]
+    advice = next(text for kinds, text in _ADVICE.items() if isinstance(others[0], kinds)) if matrices else None
+    return LeftInFloat(kind, len(modules), size, tuple(matrices), advice)
