@@ -31,7 +31,9 @@ CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" 
 ATTENTION_KERNELS = ["reference", "avx2", "avx512", "avx512_bf16", "neon"]
 ATTENTION = ["dispatch", "schedule", "operands", "float_products", "code_products", "attention"]
 ATTENTION += [f"kernel_{k}" for k in ATTENTION_KERNELS]
-SOURCES = [f"csrc/{name}.cpp" for name in ["torch_ops", "attention_op", "run", "direct", "nn_module", "module"]]
+SOURCES = [
+    f"csrc/{name}.cpp" for name in ["torch_ops", "attention_op", "run", "direct", "plain_tensor", "nn_module", "module"]
+]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 SOURCES += [f"csrc/attention/{name}.cpp" for name in ATTENTION]
 FOLDERS = ["csrc", "csrc/gemm", "csrc/attention"]

@@ -91,6 +91,23 @@ void run(const Kernel& kernel, const Problem& problem) {
   run_parts(job);
 }
 
+QuantizedRows::QuantizedRows(const Kernel& kernel, const Problem& problem) : kernel_(kernel) {
+  const Job job = schedule(kernel, problem);
+  memory_.reset(new uint8_t[ready_bytes(job)]);  // as it comes: make_unique would clear it
+  rows_ = ready_rows(job, memory_.get());
+  torch::stable::parallel_for(0, job.by_columns ? 1 : job.parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Part part = part_of(job, static_cast<int>(i));
+      quantize(job, part.row_begin, part.row_end, rows_);
+    }
+  });
+}
+
+void QuantizedRows::multiply(Problem problem) const {
+  problem.x.ready = &rows_;
+  run(kernel_, problem);
+}
+
 void run(const Kernel& gemm, const attention::Problem& problem) {
   attention::Job job = attention::schedule(attention::kernel_beside(gemm), gemm, problem);
   run_parts(job);

@@ -1,6 +1,8 @@
 // The core's work on torch's threads: what the torch ops and the direct calls share.
 #pragma once
 
+#include <memory>
+
 #include "attention/attention.h"
 #include "gemm/gemm.h"
 
@@ -10,6 +12,19 @@ namespace torchq {
 // std::bad_alloc where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem);
 void run(const Kernel& kernel, const attention::Problem& problem);
+
+// The codes of a problem's rows, to multiply later or more than once by the weights of that problem.
+class QuantizedRows {
+ public:
+  QuantizedRows(const Kernel& kernel, const Problem& problem);
+  // `run` of a problem with the same rows and weights, whatever happened to the rows since.
+  void multiply(Problem problem) const;
+
+ private:
+  const Kernel& kernel_;
+  std::unique_ptr<uint8_t[]> memory_;
+  CodeRows rows_;
+};
 
 // An activation on its own: y[i] = act(x[i]), of dtype f32, bf16 or f16.
 struct Values {

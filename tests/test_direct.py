@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchq import _C, QuantizedLinear, ops
+from torchq import _C, QuantizedLinear, kernels, ops
 from torchq.modules.folding import Fold
 from torchq.modules.int8_sequential import Int8Sequential
 from torchq.numerics.qparams import QParams
@@ -53,6 +53,27 @@ def test_dynamic_is_the_op(layer, shape, dtype, activation):
     x = torch.randn(shape).to(dtype)
     assert same(fused(layer, x, activation=activation), op_dynamic(x, layer.packed, activation))
     assert same(direct(layer, x), op_dynamic(x, layer.packed))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kernel", kernels.runnable())
+@pytest.mark.parametrize("rows", [1, 6, 7, 33, 130])
+@pytest.mark.parametrize("pair", [None, QParams(0.02, 7)])
+def test_in_two_halves_it_is_the_op(rows, kernel, threads, pair, set_threads):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 300)
+    set_threads(threads)
+    with kernels.use(kernel):
+        layer = QuantizedLinear.from_float(nn.Linear(300, 70), input_qparams=pair)
+        expected = [layer.fused(x, activation) for activation in (2, 0)]
+        begun = _C.begin_linear(layer, QuantizedLinear, x)
+    x.zero_()
+    del layer
+    assert same(_C.end_linear(begun, 2), expected[0])
+    assert same(_C.end_linear(begun, 0), expected[1])
+    assert _C.end_linear(begun, 99) is NotImplemented
+    with pytest.raises(ValueError, match="PyCapsule"):
+        _C.end_linear(object(), 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,6 +128,7 @@ def refused() -> dict[str, object]:
 @pytest.mark.parametrize("case", refused())
 def test_what_needs_the_op_is_left_to_it(layer, case):
     assert direct(layer, refused()[case]) is NotImplemented
+    assert _C.begin_linear(layer, QuantizedLinear, refused()[case]) is NotImplemented
 
 
 BAD = {
@@ -348,3 +370,11 @@ def test_callers_on_many_threads(layer):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_codes_do_not_reach_weights_with_a_channel_scale():
+    layer = QuantizedLinear.from_float(
+        nn.Linear(20, 9), input_qparams=QParams(0.5, 3), channel_scale=torch.full((20,), 2.0)
+    )
+    assert fused(layer, torch.zeros(2, 20, dtype=torch.uint8), torch.float32) is NotImplemented
+    assert fused(layer, torch.zeros(2, 20)) is not NotImplemented

@@ -127,6 +127,26 @@ void load_rows(const Job& job, int64_t row, int64_t count, const CodeRows& to) {
   clear_beyond_depth(job, count, to);
 }
 
+// A kernel may read whole tiles, and so rows that do not exist.
+size_t ready_bytes(const Job& job) {
+  return 64 + (job.problem->m + job.tile.m) * (job.codes_stride + sizeof(float) + sizeof(int32_t));
+}
+
+CodeRows ready_rows(const Job& job, void* memory) {
+  const int64_t rows = job.problem->m + job.tile.m;
+  auto* codes = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
+  auto* scale = reinterpret_cast<float*>(codes + rows * job.codes_stride);
+  return {codes, scale, reinterpret_cast<int32_t*>(scale + rows)};
+}
+
+CodeRows rows_from(const Job& job, const CodeRows& rows, int64_t row) {
+  return {rows.codes + row * job.codes_stride, rows.scale + row, rows.zero_point + row};
+}
+
+void quantize(const Job& job, int64_t begin, int64_t end, const CodeRows& to) {
+  load_rows(job, begin, end - begin, rows_from(job, to, begin));
+}
+
 QParams choose_qparams(const RowRange& range) {
   // No branches: the data would decide them. NaN comes out of max(0, NaN) as 0.
   float scale = range.hi / 255.0f - range.lo / 255.0f;

@@ -6,15 +6,11 @@
 
 namespace torchq {
 
-// Room in the scratch for a block of rows.
-struct CodeRows {
-  uint8_t* codes;       // rows job.codes_stride bytes apart, in the kernel's CodeFormat
-  float* scale;         // [rows]
-  int32_t* zero_point;  // [rows], less CodeFormat::shift
-};
-
 // Fills `to` with rows [row, row + count) of the job's input.
 void load_rows(const Job& job, int64_t row, int64_t count, const CodeRows& to);
+
+// Those from `row` on, a multiple of CodeFormat::interleaved_rows.
+CodeRows rows_from(const Job& job, const CodeRows& rows, int64_t row);
 
 // Says which kernel runs now, for last_kernel().
 void remember(const Kernel& kernel);

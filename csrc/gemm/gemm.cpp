@@ -148,15 +148,19 @@ void run(const Job& job, int index, void* memory) {
   remember(*job.kernel);
   const Part part = part_of(job, index);
   if (part.row_begin == part.row_end) return;
-  const Scratch s = carve(job, memory);
+  Scratch s = carve(job, memory);
   Block b = common_block(job);
+  const CodeRows* ready = job.problem->x.ready;
   // Blocks are nearly equal numbers of tiles. A small last block would read every panel for its few rows.
   const RowTiles tiles(job, part);
   const int64_t blocks = ceil_div(tiles.count * job.tile.m, job.block_rows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = piece(tiles.count, block, blocks), end = piece(tiles.count, block + 1, blocks);
     const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
-    load_rows(job, row, rows, s.rows);
+    if (ready)
+      s.rows = rows_from(job, *ready, row);
+    else
+      load_rows(job, row, rows, s.rows);
     if (job.kernel->tiling.own_loops)
       run_at_once(job, part, row, rows, b, s);
     else

@@ -93,6 +93,13 @@ size_t row_scratch_bytes(int64_t k);
 
 // ---- A problem (schedule.cpp, gemm.cpp) -------------------------------------------------------------------------
 
+// Room for the codes of rows.
+struct CodeRows {
+  uint8_t* codes;       // rows job.codes_stride bytes apart, in the kernel's CodeFormat
+  float* scale;         // [rows]
+  int32_t* zero_point;  // [rows], less CodeFormat::shift
+};
+
 // The rows that codes are made of.
 struct Input {
   // (m, K): f32 / bf16 / f16, quantized here; u8, codes already; i8, codes - 128. Weights with a channel scale take
@@ -102,6 +109,8 @@ struct Input {
   DType dtype;
   bool per_token;   // each row gets its own scale and zero point; else qparams
   QParams qparams;  // of i8 too: x = (value - zero_point) * scale
+  // The codes of all rows, if quantize() has made them before, for the same kernel; data is not read then.
+  const CodeRows* ready = nullptr;
 };
 
 struct Output {
@@ -133,6 +142,12 @@ struct Job {
 
 // The problem must outlive the job.
 Job schedule(const Kernel& kernel, const Problem& problem);
+
+// Memory for the codes of all rows of a problem, and the rows carved from it.
+size_t ready_bytes(const Job& job);
+CodeRows ready_rows(const Job& job, void* memory);
+// Fills them, rows [begin, end) at a time. begin is a multiple of CodeFormat::interleaved_rows.
+void quantize(const Job& job, int64_t begin, int64_t end, const CodeRows& to);
 
 // A rectangle of y: rows and panels, half open.
 struct Part {

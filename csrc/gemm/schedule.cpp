@@ -71,7 +71,11 @@ Job schedule(const Kernel& asked, const Problem& problem) {
 
 Part part_of(const Job& job, int index) {
   const int64_t m = job.problem->m, panels = panel_count(job.problem->weights->n);
-  if (!job.by_columns) return {piece(m, index, job.parts), piece(m, index + 1, job.parts), 0, panels};
+  if (!job.by_columns) {
+    const int64_t unit = job.kernel->codes.interleaved_rows, units = ceil_div(m, unit);
+    const auto row = [&](int64_t i) { return std::min(piece(units, i, job.parts) * unit, m); };
+    return {row(index), row(index + 1), 0, panels};
+  }
   const int64_t group = job.tile.n / kPanelColumns, groups = ceil_div(panels, group);
   const auto panel = [&](int64_t i) { return std::min(piece(groups, i, job.parts) * group, panels); };
   return {0, m, panel(index), panel(index + 1)};

@@ -1,9 +1,10 @@
 """Pending: the output of an int8 layer that waits for its reader, so that an activation can be computed with it.
 
 In `self.act(self.dense(x))` nothing tells the layer that an activation follows. Where calibration has seen it, the
-layer returns a Pending: a tensor without memory, which knows the layer and x. If the next operation is the activation
-that the plan names, one fused product gives its result. Whatever else reads the Pending gets the layer's own output: it
-is then computed, once. So no control flow gives a wrong value. A fold that is not met costs a few microseconds.
+layer quantizes x and returns a Pending: a tensor without memory, which has the codes. If the next operation is the
+activation that the plan names, one fused product gives its result. Whatever else reads the Pending gets the layer's own
+output: it is then computed, once. So no control flow gives a wrong value, and nothing that happens to x or to the layer
+meanwhile changes it. A fold that is not met costs a few microseconds.
 
 A Pending lives no longer than the call of one module, the `Scope`: the innermost that holds both the layer and the
 activation. When that call ends, what is left of it gets its value, and what the module returns is an ordinary tensor. A
@@ -33,40 +34,31 @@ class Pending(MadeTensor):
     """The output `layer(x)`, computed when it is read; or `act(layer(x))` at once, if that is what it is read for."""
 
     @staticmethod
-    def __new__(cls, layer: Any, x: Tensor, dtype: torch.dtype) -> Any:
-        """Of a QuantizedLinear and a plain tensor that it takes."""
+    def __new__(cls, layer: Any, x: Tensor, begun: Any) -> Any:
+        """Of a QuantizedLinear, and what `_C.begin_linear` returned for x."""
         shape = (*x.shape[:-1], layer.out_features)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=x.device, storage_size=0)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=x.dtype, device=x.device, storage_size=0)
 
-    def __init__(self, layer: Any, x: Tensor, dtype: torch.dtype) -> None:
-        self._source: tuple[Any, Tensor, int] | None = (layer, x, x._version)
+    def __init__(self, layer: Any, x: Tensor, begun: Any) -> None:
+        self._waits_for: int = layer.fold.activation
+        self._begun: Any = begun
         self._value: Tensor | None = None
 
     def make(self) -> Tensor:
         """The layer's output. Every call gives the same tensor, so a write into it is seen by all later readers."""
         if self._value is None:
-            self._value = self._computed(Activation.NONE)
-            self._source = None
+            self._value = _C.end_linear(self._begun, Activation.NONE)
+            self._begun = None
         return self._value
-
-    def _computed(self, activation: int) -> Tensor:
-        layer, x, version = self._source  # type: ignore[misc]
-        if x._version != version:
-            raise RuntimeError(
-                "torchq: the input of an int8 layer was written in place before its output was read. Read the output "
-                "first, clone the input, or convert with QConfig(fuse=False)."
-            )
-        y: Tensor = layer.fused(x, activation)
-        return y
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Runs the activation fused, if nobody has read the output before; any other operation on the values."""
         first = args[0] if args else None
-        if isinstance(first, Pending) and first._source is not None:
+        if isinstance(first, Pending) and first._value is None:
             activation = _activation_of(func, args, kwargs or {})
-            if activation == first._source[0].fold.activation != Activation.NONE:
-                return first._computed(activation)
+            if activation == first._waits_for != Activation.NONE:
+                return _C.end_linear(first._begun, activation)
         args, kwargs = tree_map_only(Pending, lambda pending: pending.make(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -112,10 +104,7 @@ class Scope:
             scope, deferred = _calls.entered.pop()
         alive = [pending for pending in (reference() for reference in deferred) if pending is not None]
         for pending in alive:
-            try:
-                pending.make()
-            except RuntimeError:  # its input was written; who reads it will be told
-                continue
+            pending.make()
         return tree_map_only(Pending, lambda pending: pending.make(), output) if alive else None
 
     def defer(self, layer: Any, x: Any) -> Tensor | None:
@@ -123,9 +112,9 @@ class Scope:
         if type(x) is not Tensor or x.numel() * layer.out_features < MIN_VALUES * layer.in_features:
             return None
         deferred = next((deferred for scope, deferred in reversed(_calls.entered) if scope is self), None)
-        if deferred is None or not _C.is_plain_call(layer, type(layer), x) or x.is_inference():
-            return None  # a write into a tensor of inference mode could not be noticed
-        pending: Tensor = Pending(layer, x, x.dtype)
+        if deferred is None or (begun := _C.begin_linear(layer, type(layer), x)) is NotImplemented:
+            return None
+        pending: Tensor = Pending(layer, x, begun)
         deferred.append(weakref.ref(pending))
         return pending
 

@@ -1,0 +1,172 @@
+#include "plain_tensor.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "nn_module.h"
+
+namespace py = pybind11;
+
+// What torch keeps for each thread, as its libraries export it. The first is part of the stable ABI. The second is not,
+// and so it may be absent: then Python is asked, which takes 0.1 us.
+extern "C" __attribute__((visibility("default"))) bool aoti_torch_grad_mode_is_enabled();
+namespace c10 {
+enum class DeviceType : int8_t;
+}
+namespace at::autocast {
+__attribute__((weak, visibility("default"))) bool is_autocast_enabled(c10::DeviceType);
+}
+
+namespace torchq {
+namespace {
+
+// Below this address a pointer may be no address but the offset of a view into a storage that was freed. Memory of
+// today's systems lies above, except for small blocks of a program that is not position-independent.
+constexpr uintptr_t kSurelyMemory = uintptr_t{1} << 36;
+
+// Something of a tensor that Python reads as a method of no arguments or as an attribute: called where it ends up.
+struct Asked {
+  PyObject* descriptor;
+  PyCFunction method;
+  getter attribute;
+  void* closure;
+
+  PyObject* operator()(PyObject* tensor) const {
+    if (method) return method(tensor, nullptr);
+    if (attribute) return attribute(tensor, closure);
+    return Py_TYPE(descriptor)->tp_call ? PyObject_Vectorcall(descriptor, &tensor, 1, nullptr)
+                                        : Py_TYPE(descriptor)->tp_descr_get(descriptor, tensor, nullptr);
+  }
+};
+
+// What tells a plain eager call, as Python objects that live as long as the process.
+struct Torch {
+  const dlpack::Exchange* exchange;
+  PyTypeObject* tensor;
+  PyObject* unusual[3];                 // functions that return something true where a mode or tracing is active
+  PyObject* autocast;                   // likewise for autocast
+  PyObject *profiler, *profiling;       // the globals of torch's profiler, and the name of its flag among them
+  PyObject *forward_ad, *level;         // likewise of forward-mode derivatives, whose level is -1 outside
+  Asked requires_grad, is_neg, offset;  // of a tensor
+  PyObject* dtypes[4];                  // in the order of kDTypes
+} torch_;
+
+constexpr DTypePair kDTypes[] = {{DType::f32, {dlpack::kFloat, 32, 1}},
+                                 {DType::u8, {dlpack::kUInt, 8, 1}},
+                                 {DType::bf16, {dlpack::kBfloat, 16, 1}},
+                                 {DType::f16, {dlpack::kFloat, 16, 1}}};
+
+// Whether there is memory at all. There is none under the wrappers of functionalize, in a tensor of zeros that torch
+// does not store, and where a storage was resized to 0; a view into such a storage has its offset for a pointer.
+bool has_memory(PyObject* object, const dlpack::Tensor& t) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data_of(t));
+  if (address >= kSurelyMemory || address == 0) return address;
+  PyObject* offset = torch_.offset(object);
+  const long long elements = offset ? PyLong_AsLongLong(offset) : 0;
+  Py_XDECREF(offset);
+  return offset && address != static_cast<uintptr_t>(elements) * (t.dtype.bits / 8);
+}
+
+Asked asked(const py::object& of_tensor) {
+  Asked out{forever(of_tensor), nullptr, nullptr, nullptr};
+  if (Py_TYPE(out.descriptor) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(out.descriptor)->d_method;
+    if (method->ml_flags == METH_NOARGS) out.method = method->ml_meth;
+  } else if (Py_TYPE(out.descriptor) == &PyGetSetDescr_Type) {
+    const PyGetSetDef* attribute = reinterpret_cast<PyGetSetDescrObject*>(out.descriptor)->d_getset;
+    out.attribute = attribute->get, out.closure = attribute->closure;
+  }
+  return out;
+}
+
+}  // namespace
+
+const DTypePair* const kU8 = &kDTypes[1];
+
+const DTypePair* find(const dlpack::DataType& type) {
+  for (const DTypePair& p : kDTypes)
+    if (p.dl.code == type.code && p.dl.bits == type.bits && type.lanes == 1) return &p;
+  return nullptr;
+}
+
+const DTypePair* find(PyObject* torch_dtype) {
+  for (int i = 0; i < 4; ++i)
+    if (torch_.dtypes[i] == torch_dtype) return &kDTypes[i];
+  return nullptr;
+}
+
+bool autocast() {
+  if (at::autocast::is_autocast_enabled) return at::autocast::is_autocast_enabled(c10::DeviceType{});
+  return !falsy(PyObject_CallNoArgs(torch_.autocast));
+}
+
+bool plain_eager() {
+  if (!torch_.exchange) return false;
+  if (autocast()) return false;
+  for (PyObject* f : torch_.unusual)
+    if (!falsy(PyObject_CallNoArgs(f))) return false;
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.level);
+  if (!level || PyLong_AsLong(level) >= 0) return false;
+  return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
+}
+
+bool view(PyObject* object, dlpack::Tensor* out) {
+  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu &&
+         has_memory(object, *out);
+}
+
+bool is_negated(PyObject* x) { return !falsy(torch_.is_neg(x)); }
+
+bool wants_gradient(PyObject* x) { return aoti_torch_grad_mode_is_enabled() && !falsy(torch_.requires_grad(x)); }
+
+bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim; i-- > 0; expected *= t.shape[i])
+    if (t.strides[i] != expected) return false;
+  return true;
+}
+
+PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair& dtype, void** data) {
+  int64_t sizes[kMostDims];
+  std::copy_n(shape, ndim - 1, sizes);
+  sizes[ndim - 1] = n;
+  dlpack::Tensor prototype{};
+  prototype.device = {dlpack::kCpu, 0};
+  prototype.ndim = ndim;
+  prototype.shape = sizes;
+  prototype.dtype = dtype.dl;
+  dlpack::ManagedTensor* managed;
+  const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  if (torch_.exchange->allocate(&prototype, &managed, nullptr, set_error)) return nullptr;
+  *data = const_cast<uint8_t*>(data_of(managed->tensor));
+  void* y;
+  if (torch_.exchange->import_tensor(managed, &y)) return nullptr;
+  return static_cast<PyObject*>(y);
+}
+
+void watch_torch() {
+  const py::module_ torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
+  torch_.autocast = forever(py::module_::import("functools").attr("partial")(torch.attr("is_autocast_enabled"), "cpu"));
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
+  if (exchange->version.major != dlpack::kMajorVersion || !exchange->view) return;
+
+  torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
+  torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
+  torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
+  torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
+  torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
+  torch_.profiling = name("_is_profiler_enabled");
+  torch_.forward_ad = forever(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));
+  torch_.level = name("_current_level");
+  torch_.requires_grad = asked(tensor.attr("requires_grad"));
+  torch_.is_neg = asked(tensor.attr("is_neg"));
+  torch_.offset = asked(tensor.attr("storage_offset"));
+  const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
+  for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
+  torch_.exchange = exchange;
+}
+
+}  // namespace torchq
