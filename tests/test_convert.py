@@ -195,12 +195,11 @@ class Attention(nn.Module):
 
 
 @with_and_without_data
-def test_multihead_attention_keeps_its_float_projection(data):
+def test_multihead_attention(data):
+    """Its matrices have tests of their own."""
     model, x = Attention().eval(), X.reshape(3, 11, 24)
     qmodel = convert(model, data and [batch.reshape(2, 8, 24) for batch in data])
-    projection = qmodel.torchq_plan.layers["mha.out_proj"]
-    assert (projection.kind, projection.reason[:27]) == ("float", "nn.MultiheadAttention reads")
-    assert int8_names(qmodel) == ["fc"]
+    assert int8_names(qmodel) == [*(f"mha.{part}_proj" for part in ("q", "k", "v", "out")), "fc"]
     assert_close_to_float(model, qmodel, x)
     assert_close_to_float(model.train(), qmodel.train(), x)  # the path without torch's fused attention
 
@@ -216,7 +215,8 @@ def test_transformer_encoder(data, inplace, norm_first, grad):
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval(), X.reshape(3, 11, 24)
     mask = torch.arange(11) >= torch.tensor([[11], [7], [4]])
     qmodel = convert(copy.deepcopy(model), data and [batch.reshape(2, 8, 24) for batch in data], inplace=inplace)
-    assert int8_names(qmodel) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear1", "linear2")
+    assert int8_names(qmodel) == [f"layers.{i}.{part}" for i in (0, 1) for part in parts]
     with torch.set_grad_enabled(grad):
         assert_close_to_float(model, qmodel, x)
         assert_close_to_float(model, qmodel, x, src_key_padding_mask=mask, rows=~mask)

@@ -241,7 +241,7 @@ def test_an_expert_that_no_batch_chose_gets_the_input_it_was_trained_on():
 
 
 def test_beside_attention_layers_are_smoothed():
-    """nn.MultiheadAttention never calls its projection, which concerns nobody else."""
+    """Layers that nn.MultiheadAttention never calls are no concern of the others."""
     block = nn.TransformerEncoderLayer(K, 4, 48, batch_first=True, norm_first=True).eval()
     outliers(block.norm2, block.linear1)
     plan = convert(block, [x.reshape(2, -1, K) for x in DATA]).torchq_plan

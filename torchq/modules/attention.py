@@ -1,4 +1,6 @@
-"""Attention of Hugging Face models by `torchq.ops.attention`, through transformers' own registry.
+"""Attention by `torchq.ops.attention`: of int8 modules that attend themselves, and of Hugging Face models.
+
+An `OwnAttention`, such as torchq's nn.MultiheadAttention, has a scheme, which says how precisely it is computed.
 
 transformers lets a library register an attention function under a name, and a model choose it by its config
 (`AttentionInterface`, `AttentionMaskInterface`). A converted model's config says "torchq". Each of its modules that
@@ -16,16 +18,24 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchq import ops
+from torchq.modules.base import Int8Module
 from torchq.numerics.metrics import energies
 from torchq.scopes import Scoped
 
 NAME = "torchq"
 """What the config of a converted model says."""
 
-REPLACED = "sdpa"
+SDPA = "sdpa"
 """The attention that torchq takes the place of: what it computes is the same. "eager" may be asked for its weights."""
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which every modeling file of transformers knows it
+
+
+class OwnAttention(Int8Module):
+    """An int8 module that computes attention itself, by the scheme that the plan gives it."""
+
+    scheme: str = SDPA
+    """Of `torchq.ops.attention`; "sdpa" leaves it to torch."""
 
 
 class AttentionScheme:
@@ -58,24 +68,25 @@ def register() -> None:
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ask transformers' registry for its "sdpa", by name; none without transformers.
+    """The modules whose attention torchq can compute, by name: its own, and those of transformers.
 
-    That a module asks the registry is read from the names that its forward uses. A modeling file that has an "sdpa" of
-    its own is left alone.
+    The latter ask transformers' registry for its "sdpa": that is read from the names that their forward uses. A
+    modeling file that has an "sdpa" of its own is left alone.
     """
-    if "transformers" not in sys.modules:
-        return {}
-    return {name: module for name, module in model.named_modules() if _asks_the_registry(module)}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, OwnAttention) or _asks_the_registry(module)}
 
 
 def _asks_the_registry(module: nn.Module) -> bool:
-    if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (REPLACED, NAME):
+    if "transformers" not in sys.modules:
+        return False
+    if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (SDPA, NAME):
         return False
     forward = inspect.unwrap(type(module).forward)
     if _REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return False
     try:
-        return forward.__globals__[_REGISTRY][REPLACED] is _sdpa()
+        return forward.__globals__[_REGISTRY][SDPA] is _sdpa()
     except (ImportError, KeyError, TypeError):  # another version of transformers, or a registry of another kind
         return False
 
@@ -85,16 +96,20 @@ def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
 
     A config is shared by modules. A module whose config says "torchq" and that has no scheme computes by sdpa.
     """
-    if schemes:
-        register()
+    configs = {}
     for name, module in attention_modules(model).items():
+        if isinstance(module, OwnAttention):
+            module.scheme = schemes.get(name, SDPA)
+            continue
         config: Any = module.config
         module.__dict__.pop("torchq_attention", None)
-        config._attn_implementation_internal = REPLACED
+        config._attn_implementation_internal = SDPA
         if name in schemes:
             module.torchq_attention = AttentionScheme(schemes[name])  # type: ignore[assignment]
-    for name in schemes:
-        config = model.get_submodule(name).config
+            configs[name] = config
+    if configs:
+        register()
+    for config in configs.values():
         config._attn_implementation_internal = NAME
 
 
@@ -134,6 +149,15 @@ def measuring(errors: AttentionErrors) -> Iterator[None]:
         yield
 
 
+def attend(module: nn.Module, scheme: str, arguments: dict[str, Any]) -> Tensor:
+    """`ops.attention` with these arguments, for this module; the one place that sees them while they are measured."""
+    errors = None if is_dynamo_compiling() or not _measured_anywhere else _measuring.get()
+    y = ops.attention(**arguments, scheme=scheme if errors is None else "float32")
+    if errors is not None:
+        errors.note(module, y, arguments)
+    return y
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -168,10 +192,7 @@ def attention_forward(
         "is_causal": causal,
         "scale": scaling,
     }
-    errors = None if is_dynamo_compiling() or not _measured_anywhere else _measuring.get()
-    y = ops.attention(**arguments, scheme=state.scheme if errors is None else "float32")
-    if errors is not None:
-        errors.note(module, y, arguments)
+    y = attend(module, state.scheme, arguments)
     return y.transpose(1, 2).contiguous(), None
 
 

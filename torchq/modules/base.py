@@ -77,6 +77,9 @@ class ModuleType(ABC):
     """Whether a matrix that calibration data never reached is dynamic. If not, it stays in float: code that never calls
     a layer may still read its weight."""
 
+    attends: bool = False
+    """Whether its int8 module computes attention itself, by a scheme of the plan (`OwnAttention`)."""
+
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is of this kind."""

@@ -9,8 +9,9 @@ from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
+from torchq.modules.multihead_attention import MultiheadAttentionType
 
-TYPES: list[ModuleType] = [QATLinearType(), LinearType(), LinearLikeType(), ExpertsType()]
+TYPES: list[ModuleType] = [QATLinearType(), LinearType(), MultiheadAttentionType(), LinearLikeType(), ExpertsType()]
 """A module has the first type here that matches it, so a subclass comes before its base."""
 
 

@@ -83,9 +83,14 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
 
 
 def _paths(model: nn.Module, plan: Plan) -> list[str]:
-    """The names of the modules that have a layer in int8. (Names only: a reference would keep a float module alive.)"""
-    layers = find_layers(model)
-    return list(dict.fromkeys(layers[name].path for name in plan.int8_layers()))
+    """The names of the modules that have a layer in int8, or attend by a scheme of the plan.
+
+    (Names only: a reference would keep a float module alive.)
+    """
+    layers, schemes = find_layers(model), attention_schemes(plan.attentions)
+    paths = [layers[name].path for name in plan.int8_layers()]
+    paths += [layer.path for layer in layers.values() if layer.kind.attends and layer.path in schemes]
+    return list(dict.fromkeys(paths))
 
 
 def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:

@@ -25,7 +25,8 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         _check_channel_scale(plan, name, planned, layers[name])
         _check_folded(modules, name, planned)
     if plan.attentions:
-        _check_attentions(attention_modules(model), plan)
+        own = {layer.path for layer in layers.values() if layer.kind.attends}
+        _check_attentions(own | set(attention_modules(model)), plan)
 
 
 def _require(ok: bool, name: str, problem: str) -> None:
@@ -59,15 +60,16 @@ def _check_folded(modules: Mapping[str, nn.Module], name: str, planned: LayerPla
         _require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
 
 
-def _check_attentions(modules: Mapping[str, nn.Module], plan: Plan) -> None:
+def _check_attentions(known_names: set[str], plan: Plan) -> None:
     for name, row in plan.attentions.items():
         known = (*ATTENTION_SCHEMES, "sdpa")
         if row.scheme not in known:
             raise BadValueError(f"attention {name!r} is to be {row.scheme!r}, expected one of {known}.")
-        if name not in modules:
+        if name not in known_names:
             raise BadValueError(
-                f"the plan names attention {name!r}, which is no module of the model that asks transformers for its "
-                "attention 'sdpa'. Was the model made with another attn_implementation?"
+                f"the plan names attention {name!r}, which is no module of the model whose attention torchq computes: "
+                "an nn.MultiheadAttention, or one that asks transformers for its attention 'sdpa'. Was the model made "
+                "with another attn_implementation?"
             )
 
 

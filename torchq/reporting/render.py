@@ -178,7 +178,8 @@ def _attentions(report: Report) -> list[str]:
     for (scheme, reason), names in groups.items():
         dbs = [report.attentions[name].sqnr_db[scheme] for name in names if scheme in report.attentions[name].sqnr_db]
         own = f" of {_db(min(dbs))} to {_db(max(dbs))} dB each" if dbs else ""
-        lines.append(f"attention in {scheme}{own} ({reason}): {_listed(names, len(report.attentions), 'of them')}")
+        known = [name or "(root)" for name in names]
+        lines.append(f"attention in {scheme}{own} ({reason}): {_listed(known, len(report.attentions), 'of them')}")
     return lines
 
 

@@ -1,0 +1,313 @@
+"""nn.MultiheadAttention as a module type, and the int8 module that takes its place.
+
+Its matrices are four, `q_proj`, `k_proj`, `v_proj` and `out_proj`, also where the float module stores the first three
+in one parameter: query, key and value may be three inputs, and so each has a range and a channel scale of its own.
+Between them lies the attention itself, by a scheme of `torchq.ops.attention` if the plan gives it one. torch's fused
+kernels read weights directly. They are never taken, since the int8 module has a forward of its own.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.functional import dropout, linear, pad, scaled_dot_product_attention
+
+from torchq.modules import gradients
+from torchq.modules.attention import SDPA, OwnAttention, attend
+from torchq.modules.base import Int8Module, Matrix, ModuleType, float_size
+from torchq.modules.float_view import FloatView, read_only
+from torchq.modules.refusals import refuse_layout
+
+_INPUTS = ("q_proj", "k_proj", "v_proj")
+_MASKS = ("key_padding_mask", "attn_mask", "is_causal")
+_FLOAT_NAMES = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_FORWARD = inspect.signature(nn.MultiheadAttention.forward)
+
+
+class MultiheadAttentionType(ModuleType):
+    """nn.MultiheadAttention, and subclasses that keep its forward."""
+
+    name = "nn.MultiheadAttention"
+    attends = True
+
+    def matches(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.MultiheadAttention) or isinstance(module, Int8Module):
+            return False
+        return type(module).forward is nn.MultiheadAttention.forward and "forward" not in vars(module)
+
+    def matrices(self, module: nn.Module) -> dict[str, Matrix]:
+        attention = cast(nn.MultiheadAttention, module)
+        if attention.in_proj_weight is not None:
+            weights = attention.in_proj_weight.chunk(3)
+        else:
+            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        bias = attention.in_proj_bias
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        found = {part: Matrix(*each) for part, *each in zip(_INPUTS, weights, biases, strict=True)}
+        return {**found, "out_proj": Matrix(attention.out_proj.weight, attention.out_proj.bias)}
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments, and for `out_proj` what the heads give: computed here once more, since no module is called."""
+        try:
+            call = _FORWARD.bind(module, *args, **kwargs).arguments
+            read = (call["query"], call["key"], call["value"])
+            projected = [linear(x, *self.matrices(module)[part]) for part, x in zip(_INPUTS, read, strict=True)]
+            masks: dict[str, Any] = {name: call[name] for name in _MASKS if name in call}
+            heads, _ = attended(cast(nn.MultiheadAttention, module), *projected, **masks)
+        except (TypeError, ValueError, RuntimeError):
+            return {}  # the module's own forward will raise the error
+        return {**dict(zip(_INPUTS, read, strict=True)), "out_proj": heads}
+
+    def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+        return QuantizedMultiheadAttention(cast(nn.MultiheadAttention, module), parts)
+
+
+class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
+    """nn.MultiheadAttention in int8: the same call, the same attributes, the same results to the error of int8.
+
+    It is an nn.MultiheadAttention to whoever asks. `in_proj_weight` and the like are read-only float views of what the
+    four layers hold. Dropout acts in training mode, as in torch.
+
+    Args:
+        attention: the float module.
+        parts: a QuantizedLinear, or an nn.Linear that stays in float, for `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+
+    >>> from torchq import convert
+    >>> attention = convert(nn.MultiheadAttention(64, 4, batch_first=True).eval())
+    >>> x = torch.randn(2, 5, 64)
+    >>> y, weights = attention(x, x, x)
+    >>> y.shape, weights.shape, attention.in_proj_weight.shape
+    (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]), torch.Size([192, 64]))
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
+        nn.Module.__init__(self)
+        for name in ("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "head_dim"):
+            setattr(self, name, getattr(attention, name))
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        self.add_zero_attn = attention.add_zero_attn
+        self.bias_k, self.bias_v = copy.deepcopy(attention.bias_k), copy.deepcopy(attention.bias_v)
+        self.q_proj, self.k_proj, self.v_proj = (parts[name] for name in _INPUTS)
+        self.out_proj = parts["out_proj"]  # type: ignore[assignment]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As that of nn.MultiheadAttention. With `need_weights=False` it is faster.
+
+        Raises:
+            TypeError: a mask that is neither bool nor float, or an input that is nested, sparse or uint8.
+            ValueError: shapes that don't go together, or `is_causal` without an `attn_mask`.
+        """
+        self._check(query, key, value)
+        heads, weights = attended(
+            self,
+            self.q_proj(query),
+            self.k_proj(key),
+            self.v_proj(value),
+            key_padding_mask=key_padding_mask,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            need_weights=need_weights,
+        )
+        y = self.out_proj(heads)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if query.dim() == 2:
+            return y.squeeze(0), weights if weights is None else weights.squeeze(0)
+        return y if self.batch_first else y.transpose(0, 1), weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        widths = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
+        for name, (x, width) in widths.items():
+            if x.is_nested or x.layout != torch.strided:
+                refuse_layout(x)
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
+                same = "" if x is query else ", with as many dimensions as query"
+                raise _error(
+                    f"{name} must be (length, {width}) or have a batch dimension beside the length{same}, got "
+                    f"{tuple(x.shape)}"
+                )
+        batch = (0 if self.batch_first else 1) if query.dim() == 3 else None
+        if key.shape[:-1] != value.shape[:-1] or (batch is not None and key.shape[batch] != query.shape[batch]):
+            raise _error(
+                "key and value must have the same length, and the batch size of query, got query "
+                f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, batch_first="
+                f"{self.batch_first}"
+            )
+
+    # ---- What foreign code reads -------------------------------------------------------------------------------------
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
+        """The weights of q, k and v in one, (3 · embed_dim, embed_dim), read only; None if they differ in size."""
+        return self._joined("weight") if self._qkv_same_embed_dim else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
+        """The biases of q, k and v in one, (3 · embed_dim,), read only; None without."""
+        return None if all(part.bias is None for part in self._projections()) else self._joined("bias")
+
+    @property
+    def q_proj_weight(self) -> Any:  # type: ignore[override]
+        """The weight of q, read only; None where `in_proj_weight` has it."""
+        return self._alone(self.q_proj)
+
+    @property
+    def k_proj_weight(self) -> Any:  # type: ignore[override]
+        """The weight of k, read only; None where `in_proj_weight` has it."""
+        return self._alone(self.k_proj)
+
+    @property
+    def v_proj_weight(self) -> Any:  # type: ignore[override]
+        """The weight of v, read only; None where `in_proj_weight` has it."""
+        return self._alone(self.v_proj)
+
+    def _alone(self, part: nn.Module) -> Any:
+        return None if self._qkv_same_embed_dim else part.weight
+
+    def _projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _joined(self, name: str) -> Tensor:
+        def make() -> Tensor:
+            none = torch.zeros(self.embed_dim, dtype=dtype, device=device)  # rounding may have given some a bias
+            found = [getattr(part, name) for part in self._projections()]
+            return torch.cat([none if each is None else each for each in found])
+
+        weight = cast(Tensor, self.q_proj.weight)
+        dtype, device = weight.dtype, weight.device
+        if is_dynamo_compiling():  # which can't trace a tensor subclass
+            return make()
+        form = (3 * self.embed_dim, self.embed_dim)[: 2 if name == "weight" else 1]
+        return FloatView(make, torch.empty(form, dtype=dtype, device="meta"), device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FLOAT_NAMES:
+            raise read_only(name)
+        super().__setattr__(name, value)
+
+    @property
+    def float_bytes(self) -> int:
+        """The bytes of all weights and biases in the dtype of the float module."""
+        parts = (*self._projections(), self.out_proj)
+        sizes = [part.float_bytes if isinstance(part, Int8Module) else float_size(part) for part in parts]
+        return sum(sizes) + sum(each.nbytes for each in (self.bias_k, self.bias_v) if each is not None)
+
+
+# ---- Between the projections ----------------------------------------------------------------------------------------
+
+
+def attended(
+    attention: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What `out_proj` multiplies, (N, L, E), and the weights (N, H, L, S) if they are needed.
+
+    Args:
+        attention: says how: heads, extra keys, dropout; float or int8.
+        q: the projected query, (L, E), (L, N, E) or, with `batch_first`, (N, L, E).
+        k: the projected key, likewise, of length S.
+        v: the projected value, likewise, of length S.
+        key_padding_mask: (S,) or (N, S), bool, True for keys to leave out, or float, to be added to the scores.
+        attn_mask: (L, S) or (N · H, L, S), likewise.
+        is_causal: says that `attn_mask` is the causal mask.
+        need_weights: by torch's operations, which keep the weights.
+    """
+    q, k, v = (_per_head(attention, x) for x in (q, k, v))
+    batch, heads, rows, _ = q.shape
+    if is_causal and attn_mask is None:
+        raise _error("is_causal is a hint that attn_mask is the causal mask, but attn_mask is None. Pass the mask")
+    if key_padding_mask is not None:
+        key_padding_mask = _added("key_padding_mask", key_padding_mask, q, [(batch, k.shape[2])], (batch, 1, 1, -1))
+    if attn_mask is not None:
+        is_causal = is_causal and key_padding_mask is None and not need_weights  # the mask itself says more
+        attn_mask = None if is_causal else _attn_mask(attn_mask, q, k.shape[2])
+    k, v, extra = _with_extra_keys(attention, k, v)
+    masks = [pad(mask, (0, extra)) for mask in (attn_mask, key_padding_mask) if mask is not None]
+    mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+    probability = attention.dropout if attention.training else 0.0
+    weights = None
+    if need_weights:
+        scores = (q * math.sqrt(1 / attention.head_dim)) @ k.transpose(-2, -1)
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+        weights = dropout(weights, probability) if probability > 0 else weights
+        y = weights @ v
+    elif probability > 0 or scheme_of(attention) == SDPA or any(map(gradients.wanted, (q, k, v))):
+        y = scaled_dot_product_attention(q, k, v, mask, probability, is_causal)
+    else:
+        y = attend(attention, scheme_of(attention), {"q": q, "k": k, "v": v, "mask": mask, "is_causal": is_causal})
+    return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), weights
+
+
+def scheme_of(attention: nn.MultiheadAttention) -> str:
+    """By which scheme it attends; the float module by torch's own."""
+    return attention.scheme if isinstance(attention, OwnAttention) else SDPA
+
+
+def _per_head(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """(N, H, rows, E / H), a view."""
+    if x.dim() == 2:
+        x = x.unsqueeze(0)
+    elif not attention.batch_first:
+        x = x.transpose(0, 1)
+    heads: Tensor = x.unflatten(-1, (attention.num_heads, attention.head_dim))
+    return heads.transpose(1, 2)
+
+
+def _with_extra_keys(attention: nn.MultiheadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys and values with `bias_k`, `bias_v` and a zero behind them, as the module has it, and how many these are."""
+    extra = 0
+    if attention.bias_k is not None and attention.bias_v is not None:
+        form = (1, attention.num_heads, 1, attention.head_dim)
+        both = zip((k, v), (attention.bias_k, attention.bias_v), strict=True)
+        k, v = (torch.cat([x, bias.to(x.dtype).view(form).expand(len(x), -1, -1, -1)], dim=2) for x, bias in both)
+        extra += 1
+    if attention.add_zero_attn:
+        k, v = (pad(x, (0, 0, 0, 1)) for x in (k, v))
+        extra += 1
+    return k, v, extra
+
+
+def _attn_mask(mask: Tensor, q: Tensor, keys: int) -> Tensor:
+    batch, heads, rows, _ = q.shape
+    form = (1, 1, rows, keys) if mask.dim() == 2 else (batch, heads, rows, keys)
+    return _added("attn_mask", mask, q, [(rows, keys), (batch * heads, rows, keys)], form)
+
+
+def _added(name: str, mask: Tensor, q: Tensor, shapes: list[tuple[int, ...]], form: tuple[int, ...]) -> Tensor:
+    """The mask as numbers that are added to the scores, in this form; `shapes` are those it may have."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"QuantizedMultiheadAttention: {name} must be bool or float, got {mask.dtype}.")
+    if len(q) == 1 and mask.dim() == 1 and name == "key_padding_mask":
+        mask = mask.unsqueeze(0)
+    if tuple(mask.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise _error(f"{name} must be of shape {expected}, got {tuple(mask.shape)}")
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf)
+    return mask.to(q.dtype).view(form)
+
+
+def _error(problem: str) -> ValueError:
+    return ValueError(f"QuantizedMultiheadAttention: {problem}.")
