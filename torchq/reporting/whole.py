@@ -19,8 +19,6 @@ _ADVICE: dict[type | tuple[type, ...], str] = {
     (nn.RNNBase, nn.RNNCellBase): "recurrent layers stay in float",
     nn.Bilinear: "as an nn.Linear(in2_features, in1_features * out_features), and a sum over products of its output "
     "with the first input, it becomes int8",
-    nn.MultiheadAttention: "its weights are parameters that it multiplies by itself; attention with nn.Linear layers "
-    "for q, k and v becomes int8",
     nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
 }
 """Of modules that hold matrices which no layer of the plan is: why they are float, and what helps."""
