@@ -9,7 +9,7 @@ kernels read weights directly. They are never taken, since the int8 module has a
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -129,6 +129,27 @@ class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
         if query.dim() == 2:
             return y.squeeze(0), weights if weights is None else weights.squeeze(0)
         return y if self.batch_first else y.transpose(0, 1), weights
+
+    def of_sequences(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Self-attention of sequences of these lengths that lie one behind the other: (rows, E) to (rows, E).
+
+        For calls without gradients, in eval mode. Keys that the module adds are left out.
+        """
+        projected = [part(x).unflatten(-1, (self.num_heads, self.head_dim)) for part in self._projections()]
+        heads = [self._of_sequence(*each) for each in zip(*(y.split(lengths) for y in projected), strict=True)]
+        y: Tensor = self.out_proj(torch.cat(heads).flatten(1))
+        return y
+
+    def _of_sequence(self, *projected: Tensor) -> Tensor:
+        """One of them, (L, H, D)."""
+        if not len(projected[0]):
+            return projected[0]
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in projected)
+        if self.scheme == SDPA:
+            y = scaled_dot_product_attention(q, k, v)
+        else:
+            y = attend(self, self.scheme, {"q": q, "k": k, "v": v})
+        return y.squeeze(0).transpose(0, 1)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         widths = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}

@@ -13,6 +13,8 @@ layer called outside of it, or with hooks, gradients, modes, tracing or little w
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,6 +108,15 @@ class Scope:
         for pending in alive:
             pending.make()
         return tree_map_only(Pending, lambda pending: pending.make(), output) if alive else None
+
+    @contextmanager
+    def entered(self, module: nn.Module) -> Iterator[None]:
+        """Inside, it is as in a call of the module, which gives values only."""
+        self.enter(module, ())
+        try:
+            yield
+        finally:
+            self.leave(module, (), None)
 
     def defer(self, layer: Any, x: Any) -> Tensor | None:
         """The Pending of a plain call with enough work, if this thread is inside the module's call. Else None."""

@@ -13,6 +13,7 @@ from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
+from torchq.modules.encoder import Int8TransformerEncoder
 from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
@@ -66,6 +67,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
         for module in list(model.modules()):
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
+            Int8TransformerEncoder.adopt(module)
         _open_scopes(model, plan)
         for module in model.modules():  # training forms that stay float become plain layers again
             kind = type_of(module)
