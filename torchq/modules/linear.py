@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.linear_proof import proof_of
 from torchq.modules.plain_code import is_plain_value
 from torchq.modules.qat_linear import QATLayer, QATLinear
@@ -27,7 +27,7 @@ class LinearType(ModuleType):
         return proof_of(module).transposed
 
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
-        weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
+        weight, bias = weight_of(module), cast(nn.Linear, module).bias
         return {"": Matrix(weight.t() if self.transposed(module) else weight, bias)}
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class LinearType(ModuleType):
         if reason is not None:
             return reason
         held = (*module._parameters, *module._buffers, *module._modules)
-        others = [name for name in held if name not in ("weight", "bias", "parametrizations")]
+        others = [name for name in held if name not in ("weight", "bias", *sources(module))]
         if others:
             return f"it holds {others[0]!r} beside its weight and bias, which a swap would drop"
         if isinstance(parent, nn.MultiheadAttention):
@@ -55,8 +55,9 @@ class LinearType(ModuleType):
         return None
 
     def why_untrainable(self, module: nn.Module) -> str | None:
-        if parametrize.is_parametrized(module):
-            return "its weight is computed by a parametrization, not trained"
+        if is_computed(module):
+            how = "hook" if module._forward_pre_hooks else "parametrization"
+            return f"its weight is computed by a {how}, not trained"
         return None
 
     def prepare(

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchq.modules.computed_weights import weight_of
 from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, is_plain_value, odd_step
 
 
@@ -60,7 +61,7 @@ def proof_of(module: nn.Module) -> Proof:
     found: str | Proof = "was wrapped or replaced"
     if isinstance(forward, types.FunctionType):
         numbers = {key: value for key, value in vars(module).items() if is_plain_value(value) and key != "training"}
-        weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
+        weight, bias = weight_of(module), cast(nn.Linear, module).bias
         parts = _Forward(kind, forward, tuple(sorted(numbers.items(), key=str)))
         found = _prove(parts, tuple(weight.shape), None if bias is None else len(bias))
     if isinstance(found, Proof):

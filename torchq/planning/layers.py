@@ -15,6 +15,7 @@ from torchq import ops
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.base import FLOATS, Int8Module, model_bytes
+from torchq.modules.computed_weights import is_weight_hook
 from torchq.modules.registry import Layer, find_layers, type_names, type_of
 from torchq.planning.plan import LayerPlan, Plan
 
@@ -125,8 +126,8 @@ def too_small(layer: Layer) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether this module has forward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether this module has forward hooks, other than one that computes its weight."""
+    return bool(module._forward_hooks) or not all(map(is_weight_hook, module._forward_pre_hooks.values()))
 
 
 def excluded(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""Weights that a hook or a parametrization computes: weight_norm, spectral_norm. In eval mode they are fixed.
+
+So a conversion takes the value, and the int8 layer has neither the hook nor what the value was computed of.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_HOOKS = (WeightNorm, SpectralNorm)
+_SOURCES = ("weight_g", "weight_v", "weight_orig", "weight_u", "parametrizations")
+
+
+def is_weight_hook(hook: Any) -> bool:
+    """Whether a forward pre-hook of a module does nothing but compute its weight."""
+    return isinstance(hook, _HOOKS) and hook.name == "weight"
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether the module's weight is computed of other parameters."""
+    return parametrize.is_parametrized(module) or any(map(is_weight_hook, module._forward_pre_hooks.values()))
+
+
+def sources(module: nn.Module) -> tuple[str, ...]:
+    """The names of what the module may hold to compute its weight of."""
+    return _SOURCES if is_computed(module) else ()
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight that a call of the module in eval mode takes. The module does not change, in training mode either.
+
+    >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+    >>> layer.parametrizations.weight.original0.data.fill_(2.0).shape
+    torch.Size([4, 1])
+    >>> weight_of(layer).norm(dim=1).round().detach()
+    tensor([2., 2., 2., 2.])
+    """
+    hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if is_weight_hook(hook)]
+    if hooks:
+        no_iteration = [False] * isinstance(hooks[0], SpectralNorm)
+        with torch.no_grad():
+            return hooks[0].compute_weight(module, *no_iteration)  # type: ignore[no-any-return]
+    if not parametrize.is_parametrized(module, "weight"):
+        return module.weight  # type: ignore[return-value]
+    parts = [part for part in module.parametrizations.modules() if part.training]  # type: ignore[union-attr]
+    try:
+        for part in parts:
+            part.training = False  # in training, spectral_norm goes on with its power iteration
+        return module.weight  # type: ignore[return-value]
+    finally:
+        for part in parts:
+            part.training = True
