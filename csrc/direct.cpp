@@ -243,13 +243,25 @@ PyObject* end_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- With what follows ----------------------------------------------------------------------------------------------
 
-// Whether these modules, which the layer computes or skips, have no hooks, and no Dropout among them is in training.
-bool are_plain(PyObject* modules) {
-  if (!PyTuple_Check(modules)) return false;
+// Whether a module's attributes are still these.
+bool has(PyObject* state, PyObject* settings) {
+  PyObject *key, *value;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(settings, &at, &key, &value))
+    if (PyDict_GetItemWithError(state, key) != value) return false;
+  return true;
+}
+
+// Whether these modules, which the layer computes or skips, have no hooks and the settings that they had when it was
+// found what they compute, and no Dropout among them is in training.
+bool are_plain(PyObject* modules, PyObject* settings) {
+  if (!PyTuple_Check(modules) || !PyTuple_Check(settings)) return false;
+  if (PyTuple_GET_SIZE(settings) != PyTuple_GET_SIZE(modules)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(modules); ++i) {
     PyObject* module = PyTuple_GET_ITEM(modules, i);
     PyObject* state = plain_state(module, reinterpret_cast<PyObject*>(Py_TYPE(module)));
-    if (!state) return false;
+    PyObject* own = PyTuple_GET_ITEM(settings, i);
+    if (!state || !PyDict_Check(own) || !has(state, own)) return false;
     if (PyDict_GetItemWithError(state, names.p) && PyDict_GetItemWithError(state, names.training) != Py_False)
       return false;
   }
@@ -265,18 +277,18 @@ bool read_codes(PyObject* codes, Layer* out) {
 
 PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
-    PyObject* state = count == 8 ? plain_state(args[0], args[1]) : nullptr;
+    PyObject* state = count == 9 ? plain_state(args[0], args[1]) : nullptr;
     if (!state) Py_RETURN_NOTIMPLEMENTED;
-    PyObject *x = args[2], *codes = args[3], *reader = args[6];
+    PyObject *x = args[2], *codes = args[3], *reader = args[7];
     Layer layer;
     LayerNumbers& numbers = layer.numbers;
     int32_t activation;
-    if (!read(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5]))
+    if (!read(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5], args[6]))
       return or_not_implemented({});
     numbers.activation = static_cast<Activation>(activation);
     if (codes != Py_None && !read_codes(codes, &layer)) return or_not_implemented({});
     if (reader != Py_None) {
-      layer.gives_codes = plain_state(reader, args[1]) && !numbers.per_token && read(args[7], &numbers.y);
+      layer.gives_codes = plain_state(reader, args[1]) && !numbers.per_token && read(args[8], &numbers.y);
       if (!layer.gives_codes) return or_not_implemented({});
     }
     return or_not_implemented(multiply(x, layer));
@@ -296,7 +308,8 @@ PyMethodDef methods[] = {
     {"end_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(end_linear)), METH_FASTCALL,
      "end_linear(begun, activation): y, as call_linear gives it, with an activation. May be called again."},
     {"call_fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_fused)), METH_FASTCALL,
-     "call_fused(module, cls, x, codes, activation, between, reader, y_qparams): the same with an activation, and with "
+     "call_fused(module, cls, x, codes, activation, between, settings, reader, y_qparams): the same with an "
+     "activation, and with "
      "u8 codes, in qparams that the caller gives, since those of a layer may change between two calls; "
      "NotImplemented as well if any of the modules must be called by itself."},
     {nullptr, nullptr, 0, nullptr}};

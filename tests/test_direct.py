@@ -39,7 +39,8 @@ def direct(layer: QuantizedLinear, x: Tensor) -> Tensor:
 def fused(layer, x, codes_of=None, activation=0, between=(), reader=None) -> Tensor:
     codes = None if codes_of is None else (codes_of, layer.input_qparams)
     y_qparams = None if reader is None else getattr(reader, "input_qparams", None)
-    return _C.call_fused(layer, QuantizedLinear, x, codes, activation, between, reader, y_qparams)
+    settings = ({},) * len(between) if type(between) is tuple else ()
+    return _C.call_fused(layer, QuantizedLinear, x, codes, activation, between, settings, reader, y_qparams)
 
 
 def reader_in(*pair) -> QuantizedLinear:

@@ -203,3 +203,22 @@ def test_bad_input_is_refused_as_by_a_layer():
         qmodel(torch.zeros(3, 24, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="24 input features, but x has 23"):
         qmodel(torch.zeros(3, 23))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
+def test_a_setting_of_an_activation_that_is_changed_afterwards_counts(duplicate):
+    torch.manual_seed(0)
+    qmodel = convert(nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)))
+    qmodel, x = duplicate(qmodel), torch.randn(8, 32) * 3
+    before = qmodel(x)
+    for approximate in ("tanh", "none"):
+        qmodel[1].approximate = approximate
+        one_by_one = qmodel[2](qmodel[1](qmodel[0](x)))
+        for _ in range(2):
+            assert torch.equal(qmodel(x), one_by_one)
+        assert torch.allclose(before, one_by_one, atol=1e-5) == (approximate == "none")
+        torch.compiler.reset()
+        assert torch.allclose(torch.compile(qmodel, backend="aot_eager")(x), one_by_one, atol=1e-5)
+    qmodel[1].approximate = "tanh"
+    assert torch.equal(torch.compile(qmodel, backend="aot_eager")(x), qmodel(x))

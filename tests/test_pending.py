@@ -399,3 +399,16 @@ def test_what_is_read_beside_such_an_activation_is_right():
     model = Net(both, act=Formula()).eval()
     qmodel = converted(model)
     assert error(qmodel(X, "both"), model(X, "both")) < 0.05
+
+
+def test_a_setting_that_is_changed_afterwards_counts_or_is_refused():
+    qmodel = converted(Net())
+    expected = folds(qmodel)[1]
+    qmodel.up.act.approximate = "tanh"
+    count, y = folds(qmodel)
+    assert count == 0
+    assert not torch.equal(y, expected)
+    assert torch.equal(y, alone(qmodel, X))
+    qmodel = converted(Net(act=Formula()))
+    with pytest.raises(AttributeError, match="'alpha' can't be set: torchq replaced this activation by one operation"):
+        qmodel.up.act.alpha = 2.0

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, dtype, nn
 
@@ -32,6 +33,7 @@ def call_fused(
     codes: tuple[dtype, tuple[float, int]] | None,
     activation: int,
     between: tuple[nn.Module, ...],
+    settings: tuple[dict[str, Any], ...],
     reader: nn.Module | None,
     y_qparams: tuple[float, int] | None,
     /,

@@ -161,7 +161,7 @@ def test_quantize_per_token():
 def called(layer, x, codes, activation, reader=None):
     """The direct call, or the op's where that is left to it."""
     pair = reader and reader.input_qparams
-    y = _C.call_fused(layer, QuantizedLinear, x, codes, int(activation), (), reader, pair)
+    y = _C.call_fused(layer, QuantizedLinear, x, codes, int(activation), (), (), reader, pair)
     return layer.fused(x, activation, pair, codes=codes) if y is NotImplemented else y
 
 

@@ -26,6 +26,14 @@ class Curve(nn.Module):
         super().__init__()
         self.kind = int(kind)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("kind", "training") and name[0] != "_":
+            raise AttributeError(
+                f"{name!r} can't be set: torchq replaced this activation by one operation that computes {self}, and "
+                "has no settings. Set it in the float model before convert(), or convert with QConfig(fuse=False)."
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, float32, bfloat16 or float16."""
         return _activate(x, self.kind)  # type: ignore[no-any-return]

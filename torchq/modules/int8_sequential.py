@@ -29,14 +29,35 @@ class Step(NamedTuple):
     Args:
         module: the first of them.
         between: if it is a QuantizedLinear, the others: an activation, and modules without effect. Else None.
+        settings: of each of these the attributes that it computes with, as they were when the step was made.
         activation: the `Activation` among them.
         reader: the next layer, if it takes the result as u8 codes.
     """
 
     module: nn.Module
     between: tuple[nn.Module, ...] | None
+    settings: tuple[dict[str, Any], ...]
     activation: int
     reader: QuantizedLinear | None
+
+    @staticmethod
+    def alone(module: Any) -> "Step":
+        """A child that runs by itself."""
+        return Step(module, None, (), Activation.NONE, None)
+
+    @staticmethod
+    def fused(layer: nn.Module, between: list[nn.Module], activation: int, reader: QuantizedLinear | None) -> "Step":
+        """A layer with what follows it."""
+        return Step(layer, tuple(between), tuple(map(_settings, between)), activation, reader)
+
+    def holds(self) -> bool:
+        """Whether the modules between still compute what they did."""
+        pairs = zip(self.between or (), self.settings, strict=True)
+        return all(getattr(module, name) is value for module, own in pairs for name, value in own.items())
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
 
 
 class Watch:
@@ -90,15 +111,17 @@ class Int8Sequential(nn.Sequential):
         """As nn.Sequential's."""
         x, codes = input, None  # codes: what x stands for where it is u8 codes
         for step in self._steps():
-            module, between, activation, reader = step
+            module, between, settings, activation, reader = step
             if between is None:
                 x = module(x)
                 continue
             y: Any = NotImplemented
             if not (is_dynamo_compiling() or simulation.anywhere):
                 pair = None if reader is None else reader.input_qparams
-                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, reader, pair)
+                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
             if y is NotImplemented:
+                if not (is_dynamo_compiling() or step.holds()):
+                    self._learn(list(self.__dict__["_modules"].values()))  # for the next call
                 x, codes = _run(step, x, codes)
             else:
                 x, codes = y, None if pair is None else Codes(x.dtype if codes is None else codes.dtype, pair)
@@ -110,7 +133,7 @@ class Int8Sequential(nn.Sequential):
         known, steps = self._known
         if is_dynamo_compiling():
             same = len(known) == len(children) and all(a is b for a, b in zip(known, children, strict=True))
-            return steps if same else [Step(child, None, Activation.NONE, None) for child in children]
+            return steps if same else list(map(Step.alone, children))
         return steps if known == children else self._learn(children)
 
     def _learn(self, children: list[nn.Module | None]) -> list[Step]:
@@ -131,20 +154,21 @@ def steps_of(children: list[Any]) -> list[Step]:
 
 def _step(module: Any, behind: list[Any]) -> Step:
     if type(module) is not QuantizedLinear:
-        return Step(module, None, Activation.NONE, None)
+        return Step.alone(module)
     found, fold = followers(behind, lambda child: type(child) is QuantizedLinear), module.fold
     if found.kind != fold.activation:
-        return Step(module, (), Activation.NONE, None)
+        return Step.fused(module, [], Activation.NONE, None)
     if fold.codes and found.reader is not None and behind[found.reader].takes_codes:
-        return Step(module, tuple(behind[: found.reader]), fold.activation, behind[found.reader])
+        return Step.fused(module, behind[: found.reader], fold.activation, behind[found.reader])
     computed = 0 if found.activation is None else found.activation + 1
-    return Step(module, tuple(behind[:computed]), fold.activation, None)
+    return Step.fused(module, behind[:computed], fold.activation, None)
 
 
 def _run(step: Step, x: Any, codes: Codes | None) -> tuple[Any, Codes | None]:
     """Runs a step by the ops, fused if that may be. Returns y, and what it stands for where it is codes."""
-    layer, between, activation, reader = cast(QuantizedLinear, step.module), step.between or (), *step[2:]
-    if isinstance(x, Proxy) or not (_is_plain(layer, but=Watch) and all(map(_is_plain, between))):
+    layer, between, activation, reader = cast(QuantizedLinear, step.module), step.between or (), *step[3:]
+    plain = step.holds() and _is_plain(layer, but=Watch) and all(map(_is_plain, between))
+    if isinstance(x, Proxy) or not plain:
         x = layer(x) if codes is None else layer.fused(x, codes=codes)
         for module in between:
             x = module(x)

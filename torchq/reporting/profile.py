@@ -73,7 +73,7 @@ def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, r
     stand_for = None if made_in is None else Codes(layer.dtype, made_in)
     y_qparams = reader.input_qparams if isinstance(reader, QuantizedLinear) else None
     activation = layer.fold.activation
-    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, stand_for, activation, (), reader, y_qparams)
+    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, stand_for, activation, (), (), reader, y_qparams)
     calls = {"float": partial(linear, x, weight, bias), "int8": int8}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])
