@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from helpers.numbers import normal
-from torchq import QConfig, convert
+from torchq import _C, Plan, QConfig, apply_plan, convert
+from torchq.modules import pending
 from torchq.modules.encoder import Int8TransformerEncoder
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention
 from torchq.numerics.metrics import sqnr_db
+from torchq.ops import Activation
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -215,6 +217,59 @@ def test_a_wrong_mask_is_an_error():
     for mask, error in ((PADDING.T, ValueError), (PADDING.long(), AssertionError)):
         with pytest.raises(error, match="key_padding_mask"):
             qmodel(X, src_key_padding_mask=mask)
+
+
+# ---- The feed forward ----
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "relu": (nn.functional.relu, Activation.RELU),
+    "gelu": (nn.functional.gelu, Activation.GELU),
+    "silu": (nn.functional.silu, Activation.SILU),
+    "GELU": (nn.GELU("tanh"), Activation.GELU_TANH),
+    "of several operations": (Own(), Activation.QUICK_GELU),
+    "unknown": (nn.functional.softsign, Activation.NONE),
+}
+
+
+@pytest.mark.parametrize(("activation", "kind"), ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize(("decoder", "data"), [(False, None), (True, None), (False, [X] * 4)])
+def test_the_activation_is_computed_by_the_layer_before_it(activation, kind, decoder, data, monkeypatch):
+    """A function of torch's as well as a module. A decoder that is copied keeps its module, which torch would lose."""
+    monkeypatch.setattr(pending, "MIN_VALUES", 1)
+    torch.manual_seed(0)
+    of = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+    model = nn.ModuleDict({"layer": of(E, 4, 64, batch_first=True, activation=activation)}).eval()
+    call = {"forward": lambda model, x: model["layer"](*[x] * (1 + decoder))}
+    plain = {"smoothing": "none", "rounding": "nearest"}
+    apart = convert(model, data, config=QConfig(fuse=False, **plain), **call)
+    qmodel = convert(model, data, config=QConfig(**plain), **call)
+    name = "layer.activation" if kind else None
+    assert qmodel.torchq_plan.layers["layer.linear1"].activation == name
+    assert qmodel["layer"].linear1.fold.activation == kind
+    computed, end = [], _C.end_linear
+    monkeypatch.setattr(_C, "end_linear", lambda begun, kind: (computed.append(kind), end(begun, kind))[1])
+    y = call["forward"](qmodel, X)
+    assert computed == [kind] * (kind != Activation.NONE)
+    torch.testing.assert_close(y, call["forward"](apart, X), rtol=1e-3, atol=2e-2)  # a code of linear2's input
+    assert sqnr_db(call["forward"](model, X), y) > 28
+    again = apply_plan(model, Plan.from_dict(qmodel.torchq_plan.to_dict()))
+    assert again["layer"].linear1.fold.activation == kind
+
+
+def test_without_padding_it_is_computed_so_too(monkeypatch, skipped):
+    monkeypatch.setattr(pending, "MIN_VALUES", 1)
+    qmodel, computed, end = convert(encoder()), [], _C.end_linear
+    monkeypatch.setattr(_C, "end_linear", lambda begun, kind: (computed.append(kind), end(begun, kind))[1])
+    y = qmodel(X, src_key_padding_mask=PADDING)
+    assert computed == [Activation.RELU] * 2
+    assert torch.equal(y, convert(encoder(), config=QConfig(fuse=False))(X, src_key_padding_mask=PADDING))
+    assert len(skipped) == 4
 
 
 # ---- In use ----

@@ -63,6 +63,14 @@ _SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
 _OF_TORCH = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh)
 _FORWARDS = {kind.forward for kind in _OF_TORCH}
 
+# Those that are one operation, which a layer can wait for (`pending`).
+_FUNCTIONS_OF_TORCH = (
+    (nn.functional.relu, Activation.RELU),
+    (torch.relu, Activation.RELU),
+    (nn.functional.gelu, Activation.GELU),
+    (nn.functional.silu, Activation.SILU),
+)
+
 # 0 and both signs of small and large values: what is clipped somewhere, or differs in its tail, is another function.
 _SIZES = [1e-3, 0.01, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.9, 11.0, 20.0, 100.0, 1e4]
 _PROBE = [0.0, *_SIZES, *(-size for size in _SIZES), 0.5]
@@ -90,6 +98,24 @@ def activation_of(module: nn.Module | None) -> Activation:
         return Activation.NONE
     kinds = {activation_computed(partial(_forward, module, training)) for training in (False, True)}
     return kinds.pop() if len(kinds) == 1 else Activation.NONE
+
+
+def activation_named(model: nn.Module, name: str) -> Activation:
+    """The activation that has this full name in the model: a module, or a function of torch as a module's attribute.
+
+    NONE if there is none of this name.
+
+    >>> activation_named(nn.TransformerEncoderLayer(8, 2), "activation")
+    <Activation.RELU: 1>
+    """
+    owner, _, key = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(owner), key, None)
+    except AttributeError:
+        return Activation.NONE
+    if value is None or isinstance(value, nn.Module):
+        return activation_of(value)
+    return next((kind for function, kind in _FUNCTIONS_OF_TORCH if function is value), Activation.NONE)
 
 
 def activation_computed(function: Callable[[Tensor], Tensor]) -> Activation:

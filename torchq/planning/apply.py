@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchq.errors import BadTypeError, door
-from torchq.modules.activations import activation_of
+from torchq.modules.activations import activation_named
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
@@ -20,6 +20,7 @@ from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
+from torchq.ops import Activation
 from torchq.planning.check import check_plan
 from torchq.planning.plan import LayerPlan, Plan, attention_schemes
 from torchq.planning.references import attributes, held, replaced
@@ -134,15 +135,16 @@ def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinea
 
 def _fold(model: nn.Module, planned: LayerPlan) -> Fold:
     """What the plan lets this layer be fused with."""
-    activation = model.get_submodule(planned.activation) if planned.activation else None
-    return Fold(activation_of(activation), codes=planned.feeds is not None)
+    activation = activation_named(model, planned.activation) if planned.activation else Activation.NONE
+    return Fold(activation, codes=planned.feeds is not None)
 
 
 def _make_curves(model: nn.Module, plan: Plan) -> None:
     """Replaces activations that layers may compute, where they are not the one operation that a layer waits for."""
     names = {planned.activation for planned in plan.layers.values() if planned.is_int8 and planned.activation}
     places = _places(model)
-    for module in {id(module): module for module in map(model.get_submodule, names)}.values():
+    modules = [module for name, module in model.named_modules(remove_duplicate=False) if name in names]
+    for module in {id(module): module for module in modules}.values():
         for children, key in places[id(module)]:
             children[key] = faster(module)
 
@@ -238,10 +240,22 @@ def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
             f"without the int8 layers: {', '.join(map(repr, missing[:3]))}{', ...' if len(missing) > 3 else ''}. Pass "
             "inplace=True, and no evaluate, to convert it as it is."
         )
+    for module in model.modules():
+        _forget_defaults(module, memo.get(id(module)))
     made = {id(value) for value in memo.values()}  # what deepcopy shares is the original's
     for values, key in attributes(copied):
         values[key] = replaced(values[key], lambda module: memo.get(id(module)), ours=lambda holder: id(holder) in made)
     return copied
+
+
+def _forget_defaults(module: nn.Module, copied: Any) -> None:
+    """Removes attributes of a copy that hide a child of the same name, where the original has only the child.
+
+    nn.TransformerDecoderLayer gives itself such a one: F.relu, where it does not find its activation among attributes.
+    """
+    if isinstance(copied, nn.Module):
+        for key in vars(copied).keys() & copied._modules.keys() - vars(module).keys():
+            del vars(copied)[key]
 
 
 def leave_fast_path(model: nn.Module) -> None:

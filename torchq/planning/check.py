@@ -6,7 +6,7 @@ from typing import get_args
 from torch import nn
 
 from torchq.errors import BadValueError
-from torchq.modules.activations import activation_of
+from torchq.modules.activations import activation_named
 from torchq.modules.attention import attention_modules
 from torchq.modules.folding import IDLE
 from torchq.modules.registry import Layer, type_names
@@ -23,7 +23,7 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
             raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")
         _check_scheme(plan, name, planned)
         _check_channel_scale(plan, name, planned, layers[name])
-        _check_folded(modules, name, planned)
+        _check_folded(model, modules, name, planned)
     if plan.attentions:
         own = {layer.path for layer in layers.values() if layer.kind.attends}
         _check_attentions(own | set(attention_modules(model)), plan)
@@ -52,11 +52,11 @@ def _is_static(plan: Plan, name: str) -> bool:
     return planned is not None and planned.kind == "int8 static" and planned.input_qparams is not None
 
 
-def _check_folded(modules: Mapping[str, nn.Module], name: str, planned: LayerPlan) -> None:
+def _check_folded(model: nn.Module, modules: Mapping[str, nn.Module], name: str, planned: LayerPlan) -> None:
     for folded in planned.folded:
         module = modules.get(folded)
         idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)
-        foldable = idle or activation_of(module) != Activation.NONE
+        foldable = idle or activation_named(model, folded) != Activation.NONE
         _require(foldable, name, f"has {folded!r} folded in, which is no activation or idle module of the model")
 
 

@@ -5,7 +5,9 @@ import dataclasses
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
+from torchq.modules.activations import activation_named
 from torchq.modules.folding import followers
+from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
 
@@ -15,7 +17,7 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
 
     In an nn.Sequential the structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own,
     where nothing else can read what lies in between. Elsewhere a layer waits for the activation that calibration saw
-    (`Pending`). All modules stay callable by themselves.
+    (`Pending`), or that is known to follow, in torch's transformer layers. All modules stay callable by themselves.
     """
     if not evidence.config.fuse:
         return plan
@@ -24,10 +26,18 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for path, sequential in evidence.model.named_modules():
         if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
             _fuse_children(path, sequential, names, plans)
-    for name, activation in evidence.activations.items():
+    for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
     return dataclasses.replace(plan, layers=plans)
+
+
+def _feed_forwards(model: nn.Module) -> dict[str, str]:
+    """By the first layer of a feed forward of torch's transformers: the activation behind it, module or function."""
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    paths = [f"{path}." if path else "" for path, module in model.named_modules() if isinstance(module, kinds)]
+    pairs = {f"{path}linear1": f"{path}activation" for path in paths}
+    return {layer: name for layer, name in pairs.items() if activation_named(model, name) != Activation.NONE}
 
 
 def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], plans: dict[str, LayerPlan]) -> None:
