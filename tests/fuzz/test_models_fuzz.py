@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torchq
 from helpers.compare import assert_identical, snapshot
 from helpers.fuzzing import fuzz
+from helpers.linear_like import Conv1D, FalconLinear
 from helpers.models import layers_of
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, simulate
@@ -30,6 +31,14 @@ X = normal(65, WIDTH, seed=9)
 
 def linear() -> nn.Module:
     return nn.Linear(WIDTH, WIDTH)
+
+
+def in_other_clothes() -> nn.Module:
+    """A weight stored transposed, a forward of its own, and a weight that a hook computes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = nn.utils.weight_norm(FalconLinear(40, WIDTH))
+    return nn.Sequential(Conv1D(40, WIDTH), nn.ReLU(), normed)
 
 
 def perceptron() -> nn.Module:
@@ -89,7 +98,7 @@ class InKeywords(nn.Module):
         return self.inner(input=x.unsqueeze(-2)).squeeze(-2)
 
 
-BLOCKS = [linear, perceptron, activated, normalized, shared, tied, Branches, InKeywords]
+BLOCKS = [linear, perceptron, activated, normalized, shared, tied, Branches, InKeywords, in_other_clothes]
 CONFIGS = [QConfig(), QConfig(activation="dynamic"), QConfig(activation="static"), QConfig(weight="per_tensor")]
 
 
