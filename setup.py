@@ -32,7 +32,18 @@ ATTENTION_KERNELS = ["reference", "avx2", "avx512", "avx512_bf16", "neon"]
 ATTENTION = ["dispatch", "schedule", "operands", "float_products", "code_products", "attention"]
 ATTENTION += [f"kernel_{k}" for k in ATTENTION_KERNELS]
 SOURCES = [
-    f"csrc/{name}.cpp" for name in ["torch_ops", "attention_op", "run", "direct", "plain_tensor", "nn_module", "module"]
+    f"csrc/{name}.cpp"
+    for name in [
+        "torch_ops",
+        "attention_op",
+        "recurrent_op",
+        "recurrent",
+        "run",
+        "direct",
+        "plain_tensor",
+        "nn_module",
+        "module",
+    ]
 ]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 SOURCES += [f"csrc/attention/{name}.cpp" for name in ATTENTION]

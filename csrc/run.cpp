@@ -65,16 +65,13 @@ void* thread_scratch(size_t bytes) {
   return scratch.data();
 }
 
-// Runs the parts of a job, of products or of attention, on as many of torch's threads as there are parts.
-template <class Job>
-void run_parts(Job& job) {
-  if (job.parts > 1) job.parts = std::min(job.parts, static_cast<int>(torch::stable::get_num_threads()));
-  if (job.parts == 1) return run(job, 0, thread_scratch(job.scratch_bytes));
+// Calls f(0), ..., f(count - 1) on torch's threads.
+template <class F>
+void in_parallel(int count, const F& f) {
   std::atomic<bool> out_of_memory{false};  // of a thread whose exceptions do not reach the caller as they are
-  torch::stable::parallel_for(0, job.parts, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     try {
-      void* scratch = thread_scratch(job.scratch_bytes);
-      for (int64_t i = begin; i < end; ++i) run(job, static_cast<int>(i), scratch);
+      for (int64_t i = begin; i < end; ++i) f(static_cast<int>(i));
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
     }
@@ -82,12 +79,23 @@ void run_parts(Job& job) {
   if (out_of_memory) throw std::bad_alloc();
 }
 
+int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// Runs the parts of a job, of products or of attention, on as many of torch's threads as there are parts.
+template <class Job>
+void run_parts(Job& job) {
+  if (job.parts > 1) job.parts = std::min(job.parts, thread_count());
+  if (job.parts == 1) return run(job, 0, thread_scratch(job.scratch_bytes));
+  in_parallel(job.parts, [&](int i) { run(job, i, thread_scratch(job.scratch_bytes)); });
+}
+
 }  // namespace
 
-void run(const Kernel& kernel, const Problem& problem) {
+void run(const Kernel& kernel, const Problem& problem, int most_threads) {
   const int64_t y_bytes = problem.m * problem.y.stride;
   if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
   Job job = schedule(kernel, problem);
+  job.parts = std::min(job.parts, most_threads);
   run_parts(job);
 }
 
@@ -111,6 +119,15 @@ void QuantizedRows::multiply(Problem problem) const {
 void run(const Kernel& gemm, const attention::Problem& problem) {
   attention::Job job = attention::schedule(attention::kernel_beside(gemm), gemm, problem);
   run_parts(job);
+}
+
+// Two directions side by side take half the time of one after the other, whose threads wait for each other at each
+// step. With four threads and more, products that pay for all of them are faster one after the other.
+void run(const Sequence& sequence, const Direction* directions, int count) {
+  const int threads = thread_count();
+  if (count == 2 && threads >= 2 && (threads < 4 || threads_that_pay(sequence, directions[0]) == 1))
+    return in_parallel(count, [&](int i) { run_direction(sequence, directions[i], 1); });
+  for (int i = 0; i < count; ++i) run_direction(sequence, directions[i], threads);
 }
 
 void activate(const Kernel& kernel, Activation activation, const Values& v) {

@@ -1,16 +1,18 @@
 // The core's work on torch's threads: what the torch ops and the direct calls share.
 #pragma once
 
+#include <climits>
 #include <memory>
 
 #include "attention/attention.h"
 #include "gemm/gemm.h"
+#include "recurrent.h"
 
 namespace torchq {
 
-// Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for. Throws
-// std::bad_alloc where a thread has no memory for its scratch.
-void run(const Kernel& kernel, const Problem& problem);
+// Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for, up to most_threads.
+// Throws std::bad_alloc where a thread has no memory for its scratch.
+void run(const Kernel& kernel, const Problem& problem, int most_threads = INT_MAX);
 void run(const Kernel& kernel, const attention::Problem& problem);
 
 // The codes of a problem's rows, to multiply later or more than once by the weights of that problem.
@@ -25,6 +27,9 @@ class QuantizedRows {
   std::unique_ptr<uint8_t[]> memory_;
   CodeRows rows_;
 };
+
+// Computes the one direction of a recurrent layer, or the two: each on a thread of its own where that is faster.
+void run(const Sequence& sequence, const Direction* directions, int count);
 
 // An activation on its own: y[i] = act(x[i]), of dtype f32, bf16 or f16.
 struct Values {

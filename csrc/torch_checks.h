@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gemm/types.h"
+#include "gemm/gemm.h"
 
 // Why the latest call of torch's C interface failed. Torch has this from 2.13; before, it writes the reason to stderr.
 extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
@@ -128,6 +128,29 @@ inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
   CHECK((last + 1) * static_cast<int64_t>(t.element_size()) <= storage_bytes, op, ": the storage of ", argument, " (",
         shape_of(t), ") holds only ", storage_bytes,
         " bytes: it was resized, as sharding and offloading do to free memory. Restore it before the call.");
+}
+
+// ---- Packed weights ----
+
+inline const PackedHeader& header_of(const char* op, const char* argument, const Tensor& packed) {
+  check_cpu(op, argument, packed);
+  CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op, ": ", argument,
+        " must be the uint8 vector that torchq.ops.pack() returned, got ", name_of(packed.scalar_type()), ' ',
+        shape_of(packed), '.');
+  const auto* header = packed_header(packed.const_data_ptr(), packed.numel());
+  CHECK(header, op, ": ", argument, " holds no packed weights (", packed.numel(),
+        " bytes without a valid header). Make it with torchq.ops.pack().");
+  return *header;
+}
+
+inline const char* name_of(Layout layout) { return layout == Layout::p16c8 ? "P16c8" : "P16c4"; }
+
+inline const Kernel& kernel_for(const char* op, Layout layout) {
+  const Kernel *kernel = torchq::kernel_for(layout), &active = active_kernel();
+  CHECK(kernel, op, ": the weight was packed in layout ", name_of(layout),
+        " while another kernel was active; the kernel active now, ", active.name, ", reads ", name_of(active.layout),
+        ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
+  return *kernel;
 }
 
 }  // namespace ops

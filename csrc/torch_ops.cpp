@@ -1,5 +1,5 @@
 // torch.ops.torchq.*: schemas and argument checks. Like run.cpp it sees torch only through the stable ABI (torch >=
-// 2.10), so that one build serves every later torch. The fakes are in torchq/ops.py.
+// 2.10), so that one build serves every later torch. The fakes are in torchq/ops.
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,17 +18,6 @@ using namespace torchq::ops;
 using torchq::DType;
 using torchq::LayerNumbers;
 using torchq::Rows;
-
-const torchq::PackedHeader& header_of(const char* op, const Tensor& packed) {
-  check_cpu(op, "packed", packed);
-  CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), op,
-        ": packed must be the uint8 vector that torchq.ops.pack() returned, got ", name_of(packed.scalar_type()), ' ',
-        shape_of(packed), '.');
-  const auto* header = torchq::packed_header(packed.const_data_ptr(), packed.numel());
-  CHECK(header, op, ": packed holds no packed weights (", packed.numel(),
-        " bytes without a valid header). Make it with torchq.ops.pack().");
-  return *header;
-}
 
 // x as rows of K elements. `held` keeps the memory alive: x itself, or a contiguous copy of it.
 struct HeldRows {
@@ -53,21 +42,10 @@ HeldRows rows_of(const char* op, const char* argument, const Tensor& x, DType dt
   return {copy, {copy.const_data_ptr(), count, k, dtype}};
 }
 
-using torchq::ops::name_of;  // beside this one
-const char* name_of(torchq::Layout layout) { return layout == torchq::Layout::p16c8 ? "P16c8" : "P16c4"; }
-
-const torchq::Kernel& kernel_for(const char* op, torchq::Layout layout) {
-  const torchq::Kernel *kernel = torchq::kernel_for(layout), &active = torchq::active_kernel();
-  CHECK(kernel, op, ": the weight was packed in layout ", name_of(layout),
-        " while another kernel was active; the kernel active now, ", active.name, ", reads ", name_of(active.layout),
-        ". Pack it again under this one: torchq.ops.pack(*torchq.ops.unpack(packed)), or for a model copy.deepcopy().");
-  return *kernel;
-}
-
 // What all ops that multiply have in common: checks x, allocates y (leading dimensions of x, N), runs.
 Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_dtype, const Tensor& packed,
                 ScalarType y_type, DType y_dtype, const LayerNumbers& layer) {
-  const torchq::PackedHeader& weights = header_of(op, packed);
+  const torchq::PackedHeader& weights = header_of(op, "packed", packed);
   CHECK(!weights.has_channel_scale || element_bytes(x_dtype) > 1, op,
         ": the weight was packed with a channel_scale, which multiplies floats before they are quantized, but ",
         argument, " holds codes (", name_of(x.scalar_type()),
@@ -142,7 +120,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, const std::optional<Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features) {
   const char* op = "torchq::unpack";
-  const torchq::PackedHeader& header = header_of(op, packed);
+  const torchq::PackedHeader& header = header_of(op, "packed", packed);
   CHECK(header.k == in_features, op, ": the weight was packed for ", header.k,
         " input features, got in_features = ", in_features, '.');
   const auto float_vector = [&](int64_t size) { return empty(op, {size}, ScalarType::Float); };

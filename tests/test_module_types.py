@@ -204,5 +204,5 @@ def test_a_type_without_a_training_form_stays_float_in_training():
 
 
 def test_messages_name_all_types():
-    with pytest.raises(ValueError, match=r"the model has no nn.Linear, .*Transposed, Gated to convert"):
+    with pytest.raises(ValueError, match=r"the model has no nn.Linear, .*nn.GRUCell, .*Transposed, Gated to convert"):
         convert(nn.ReLU())

@@ -76,6 +76,15 @@ struct Block {
 // Columns of Block::sums.
 constexpr int64_t kSumColumns = 32;
 
+// One row of a recurrent layer at one step.
+struct CellRow {
+  int64_t size;            // hidden values
+  const float* input;      // the products with x, [gates x size], each gate after the other
+  const float* recurrent;  // the products with h, likewise
+  float* c;                // the state of an LSTM [size], old and then new. Of other cells it is only copied
+  float* h;                // the hidden values [size], old and then new
+};
+
 // ---- What sets a kernel apart, by concept -----------------------------------------------------------------------
 
 // How the codes of a row lie in the scratch.
@@ -154,6 +163,8 @@ struct Kernel {
   void (*run)(const Block& block) = nullptr;
   // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
   void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;
+  // A step of a recurrent cell.
+  void (*cell)(Cell cell, const CellRow& row) = nullptr;
 
   CodeFormat codes = {};
   Tiling tiling = {};

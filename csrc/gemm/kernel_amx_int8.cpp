@@ -43,6 +43,7 @@ using Code = uint8_t;
 constexpr bool kZeroPointFirst = false;
 
 #include "epilogue.inc"
+#include "cell.inc"
 
 constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGroups = kTileDepth / 4;
 // A step is 64 k. A pair of panels and two tiles of codes of kStepsInL1 steps fit in L1, 48 KiB. Deeper problems are
@@ -355,6 +356,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.quantize = amx_int8::quantize;
   k.run = amx_int8::run;
   k.activate = amx_int8::activate;
+  k.cell = amx_int8::cell;
   k.tiling.own_loops = true;
   k.codes.depth_multiple = 64;
   k.small = {&kernel_avx512_vnni, 3, 8, 1 << 16};

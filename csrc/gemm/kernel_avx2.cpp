@@ -43,6 +43,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
+#include "cell.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -69,6 +70,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.quantize = avx2::quantize;
   k.run = avx2::run;
   k.activate = avx2::activate;
+  k.cell = avx2::cell;
   return k;
 }();
 

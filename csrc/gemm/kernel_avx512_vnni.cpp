@@ -40,6 +40,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
+#include "cell.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -74,6 +75,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.quantize = avx512_vnni::quantize;
   k.run = avx512_vnni::run;
   k.activate = avx512_vnni::activate;
+  k.cell = avx512_vnni::cell;
   k.tiling.next_lines = avx512_vnni::kNextLines;
   k.tiling.tall = {8, 48, 4};
   return k;

@@ -29,6 +29,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.quantize = avx512vl_vnni::quantize;
   k.run = avx512vl_vnni::run;
   k.activate = avx512vl_vnni::activate;
+  k.cell = avx512vl_vnni::cell;
   k.tiling.full_tiles = true;  // as in avx_vnni
   return k;
 }();

@@ -51,6 +51,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
+#include "cell.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -76,6 +77,7 @@ constexpr Kernel kernel_neon = [] {
   k.quantize = neon::quantize;
   k.run = neon::run;
   k.activate = neon::activate;
+  k.cell = neon::cell;
   k.codes.shift = 128;
   return k;
 }();

@@ -46,6 +46,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 
 #include "multiply_lanes.inc"
 #include "epilogue.inc"
+#include "cell.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -66,6 +67,7 @@ constexpr Kernel kernel_neon_dotprod = [] {
   k.quantize = neon_dotprod::quantize;
   k.run = neon_dotprod::run;
   k.activate = neon_dotprod::activate;
+  k.cell = neon_dotprod::cell;
   k.codes.shift = 128;
   return k;
 }();

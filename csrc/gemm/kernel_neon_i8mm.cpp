@@ -52,6 +52,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 
 #include "multiply_pairs.inc"
 #include "epilogue.inc"
+#include "cell.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -73,6 +74,7 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.quantize = neon_i8mm::quantize;
   k.run = neon_i8mm::run;
   k.activate = neon_i8mm::activate;
+  k.cell = neon_i8mm::cell;
   k.codes.interleaved_rows = 2;
   return k;
 }();

@@ -1,6 +1,7 @@
 // The definition of the arithmetic. Every other kernel gives these integers and these floats, bit for bit.
 
 #include <cmath>
+#include <string.h>
 
 #include "kernel.h"
 #include "scalar.h"
@@ -11,6 +12,11 @@ namespace reference {
 #include "vec1.inc"
 
 #include "activations.inc"
+
+constexpr int kLanes = 1;
+float load(const float* p) { return *p; }
+void store(float* p, float x) { *p = x; }
+#include "cell.inc"
 
 template <class T>
 float value(const FloatRow& row, int64_t i) {
@@ -117,6 +123,7 @@ constexpr Kernel kernel_reference = [] {
   k.quantize = reference::quantize;
   k.run = reference::run;
   k.activate = reference::activate;
+  k.cell = reference::cell;
   return k;
 }();
 

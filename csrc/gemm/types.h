@@ -1,4 +1,4 @@
-// Element types and activations: what the core and its callers both name.
+// Element types, activations and cells: what the core and its callers both name.
 #pragma once
 
 #include <cstdint>
@@ -23,5 +23,11 @@ struct F16 {
 // The function applied to y after the bias. activations.inc has the formulas.
 enum class Activation : int { none, relu, gelu, gelu_tanh, silu, quick_gelu, hardswish, relu2, tanh, sigmoid, relu6 };
 constexpr int kActivations = 11;
+
+// Recurrent cells, and the gates of each: as many products of x and of h as there are hidden values. cell.inc has the
+// formulas.
+enum class Cell : int { lstm, gru, rnn_tanh, rnn_relu };
+constexpr int kCells = 4;
+constexpr int gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
 
 }  // namespace torchq

@@ -37,8 +37,6 @@ LEFT: dict[str, tuple[str, ...]] = {
         ("ViT", "Swin", "BEiT", "CLIP", "SigLIP", "DINOv2", "ConvNeXt", "DETR", "YOLOS", "CNN"), ("Conv2d",)
     ),
     "SigLIP2": ("Embedding",),
-    "LSTM": ("LSTM",),
-    "GRU": ("GRU",),
     "Bilinear and EmbeddingBag": ("Bilinear",),
     "fused QKV parameter": ("FusedQKV",),
 }
@@ -55,7 +53,6 @@ LARGE: dict[str, str] = {
     "DETR": "its backbone is convolutions",
     "CNN": "it is convolutions",
     "YOLOS": "position embeddings of a table for each layer",
-    **dict.fromkeys(("LSTM", "GRU"), "recurrent layers are float"),
     "fused QKV parameter": "most of it is one parameter that no module holds",
 }
 """What takes more than RESIDENT, and why."""

@@ -108,6 +108,10 @@ class ModuleType(ABC):
         """Why this module must stay in float, whatever the data; None if it need not."""
         return None
 
+    def is_first_input(self, part: str) -> bool:
+        """Whether this matrix multiplies the input of a module that feeds its output back, step after step."""
+        return False
+
     # ---- Quantization-aware training -----------------------------------------------------------------------------
 
     def trained(self, module: nn.Module) -> Trained | None:

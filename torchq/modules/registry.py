@@ -10,8 +10,17 @@ from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
 from torchq.modules.multihead_attention import MultiheadAttentionType
+from torchq.modules.recurrent_types import CellType, RecurrentType
 
-TYPES: list[ModuleType] = [QATLinearType(), LinearType(), MultiheadAttentionType(), LinearLikeType(), ExpertsType()]
+TYPES: list[ModuleType] = [
+    QATLinearType(),
+    LinearType(),
+    MultiheadAttentionType(),
+    *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
+    *map(CellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
+    LinearLikeType(),
+    ExpertsType(),
+]
 """A module has the first type here that matches it, so a subclass comes before its base."""
 
 

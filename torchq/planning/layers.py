@@ -50,7 +50,7 @@ def select_layers(
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         raise BadValueError(
             f"the model has no {type_names()} to convert. Its modules are: {kinds}. "
-            "Convolutions, recurrent layers and embeddings are not supported."
+            "Convolutions and embeddings are not supported."
         )
     barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(layers, config.exclude).items()}
     tied = _tied(model)

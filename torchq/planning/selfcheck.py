@@ -33,7 +33,16 @@ M = TypeVar("M", bound=nn.Module)
 MARGIN_DB = 0.3
 """How much worse than another plan the one made may be, in SQNR of the model's output, and still be taken."""
 
+ENOUGH_DB, FLOAT_GAIN_DB = 30.0, 3.0
+"""Below ENOUGH_DB of the model's output, the first layers' input products of recurrent modules are tried in float, and
+stay so for a gain of FLOAT_GAIN_DB.
+
+h is bounded, and its codes are fine; x is not, and where a network's steps amplify errors, those of the input product
+are the largest. In float it costs little, since it is outside of the steps.
+"""
+
 MADE = "as made"
+_FLOAT_INPUTS = "recurrent inputs in float"
 
 
 class _Exact(NamedTuple):
@@ -58,6 +67,7 @@ class SelfCheck:
         self._config = evidence.config
         self._margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
         self._apart = evidence.apart
+        self._inputs = [name for name, layer in evidence.layers.items() if layer.kind.is_first_input(layer.part)]
         names = {id(layer.module): layer.path for layer in find_layers(evidence.model).values()}
         for run in evidence.judges:
             try:
@@ -73,13 +83,14 @@ class SelfCheck:
         if db is None:
             return plan, converted
         measured, kept = {MADE: db}, {MADE: (plan, converted)}
-        for name, other in self._others(plan).items():
+        for name, other in (self._others(plan) | self._float_inputs(plan, db)).items():
             candidate = applied(model, other)
             other_db = self.compare(candidate)
             if other_db is None:
                 continue
             measured[name] = other_db
-            if other_db > max([db + self._margin_db, *(measured[key] for key in kept)]):
+            margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self._margin_db
+            if other_db > max([db + margin, *(measured[key] for key in kept)]):
                 kept = {name: (other, candidate)}
         chosen, (plan, converted) = next(iter(kept.items()))
         return self._noted(converted, plan, measured, chosen), converted
@@ -153,6 +164,15 @@ class SelfCheck:
                 },
             )
         return found
+
+    def _float_inputs(self, plan: Plan, db: float) -> dict[str, Plan]:
+        """The plan with the input products of recurrent modules in float, where it does too little for the model."""
+        names = [name for name in self._inputs if plan.layers[name].is_int8]
+        if not names or db >= ENOUGH_DB or self._config.activation != "auto":
+            return {}
+        reason = f"the model's output has {db:.1f} dB with it in int8: the steps amplify its errors"
+        layers = {name: LayerPlan("float", reason, sqnr_db=plan.layers[name].sqnr_db) for name in names}
+        return {_FLOAT_INPUTS: dataclasses.replace(plan, layers=plan.layers | layers)}
 
     def _noted(self, converted: nn.Module, plan: Plan, measured: dict[str, float], chosen: str) -> Plan:
         """The plan with these figures, as the converted model carries it too."""

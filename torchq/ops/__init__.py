@@ -14,11 +14,14 @@ from torch import Tensor
 
 from torchq import _C
 from torchq.numerics.attention import gradients
+from torchq.numerics.recurrent import Cell
+from torchq.ops.cells import recurrent
 
 __all__ = [
     "ATTENTION_SCHEMES",
     "MAX_DEPTH",
     "Activation",
+    "Cell",
     "activate",
     "attention",
     "gemm",
@@ -29,6 +32,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "quantize_per_token",
+    "recurrent",
     "unpack",
 ]
 

@@ -1,0 +1,260 @@
+"""nn.LSTM, nn.GRU, nn.RNN and their cells in int8.
+
+A layer has a QuantizedLinear for each of its weights: `ih_l0` multiplies the input of all steps in one call, `hh_l0`
+multiplies h at each step, `hr_l0` projects it. The steps themselves are one op, `ops.recurrent`. Where a part must be
+seen being called, the parts are called one by one instead, which gives the same bits: with hooks on them, inside
+simulate(), for a part that stayed in float, and where a gradient is wanted, which each part hands to its input.
+
+Foreign code finds what it knows of the float module: `weight_ih_l0` and the like as read-only floats, `all_weights`,
+`flatten_parameters()`, sizes and options.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from operator import itemgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
+
+from torchq import ops
+from torchq.modules import gradients, simulation
+from torchq.modules.base import Int8Module, float_size
+from torchq.modules.float_view import read_only
+from torchq.modules.quantized_linear import QuantizedLinear, _path
+from torchq.modules.sequences import CELLS, Given, arrange, arrange_cell, directions, joined, returned, run_layers
+from torchq.numerics.recurrent import Cell, Curves, State, run_direction
+from torchq.ops import Activation
+
+CURVES = Curves(
+    partial(ops.activate, activation=Activation.SIGMOID),
+    partial(ops.activate, activation=Activation.TANH),
+)
+"""Those of the op, bit for bit, and differentiable."""
+
+_OPTIONS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+_WEIGHT = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)")
+
+
+class _Recurrent(Int8Module):
+    """What sequences and cells have in common: the parts, and what foreign code reads."""
+
+    mode: str
+    _names: list[list[str]]  # of the float parameters, by layer
+
+    def __init__(self, parts: Mapping[str, nn.Module], names: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self._names = [list(each) for each in names]
+
+    @property
+    def float_bytes(self) -> int:
+        """The bytes of all weights and biases in the float module's dtype."""
+        parts = self._modules.values()
+        return sum(part.float_bytes if isinstance(part, Int8Module) else float_size(part) for part in parts if part)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The weights and biases by layer, as floats, read only."""
+        return [[getattr(self, name) for name in names] for names in self._names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [weight for layer in self.all_weights for weight in layer]
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: packed weights lie in one piece."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = _WEIGHT.fullmatch(name)
+        if found and any(name in names for names in self.__dict__.get("_names", ())):
+            return getattr(self._modules[found[2]], found[1])
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if any(name in names for names in self.__dict__.get("_names", ())):
+            raise read_only(name)
+        super().__setattr__(name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """forward(), or where torch.fx traces, a node of its graph."""
+        proxy = next((each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)), None)
+        if proxy is not None and (path := _path(self, proxy)):
+            return proxy.tracer.create_proxy("call_module", path, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def _layer(self, names: Sequence[Sequence[str]], x: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
+        """One layer: the input product of each direction, and the steps.
+
+        Args:
+            names: of each direction, its parts: ih, hh and, with projections, hr.
+            x: float32 (rows, features).
+            state: h (directions, B, P), and of an LSTM c.
+            given: the call, for the rows of each step.
+        """
+        cell, parts = CELLS[self.mode], [[self.get_submodule(name) for name in each] for each in names]
+        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+            gates = [_multiplied(ih, x) for ih, *_ in parts]
+            stepped = [own[i] for i in range(1, len(parts[0])) for own in parts]  # hh of each direction, and hr
+            if _are_plain(stepped) and not any(map(gradients.wanted, (*gates, *state))):
+                return _by_op(cell, gates, stepped, state, given)
+            runs = [
+                run_direction(
+                    cell,
+                    gates[i],
+                    partial(_multiplied, hh),
+                    partial(_multiplied, hr[0]) if hr else None,
+                    state.each(itemgetter(i)),
+                    given.sizes,
+                    backwards=i == 1,
+                    curves=CURVES,
+                )
+                for i, (_, hh, *hr) in enumerate(parts)
+            ]
+        h, c = torch.stack([last.h for _, last in runs]), joined([last.c for _, last in runs], torch.stack)
+        return torch.cat([y for y, _ in runs], dim=-1), State(h, c)
+
+
+def _by_op(
+    cell: Cell, gates: list[Tensor], stepped: Sequence[nn.Module], state: State, given: Given
+) -> tuple[Tensor, State]:
+    """A layer whose steps are those of the op. `stepped`: the layers it multiplies by, hh of each direction, and hr."""
+    moments = [cast(QuantizedLinear, part)._moment() for part in stepped]
+    packed = [packed for packed, _ in moments]
+    qparams = [float(each) for _, pair in moments for each in pair or (0.0, 0.0)]
+    y, h, c = ops.recurrent(
+        cell,
+        gates,
+        packed[: len(gates)],
+        state.h,
+        state.c,
+        packed_hr=packed[len(gates) :],
+        batch_sizes=given.batch_sizes,
+        qparams=qparams if any(qparams) else (),
+    )
+    return y, State(h, None if state.c is None else c)
+
+
+def _multiplied(part: nn.Module, x: Tensor) -> Tensor:
+    """part(x) in float32, whatever the dtype of a part that stayed in float."""
+    if isinstance(part, QuantizedLinear):
+        return part(x)
+    y: Tensor = part(x.to(next(part.parameters()).dtype))
+    return y.float()
+
+
+def _are_plain(parts: Sequence[nn.Module]) -> bool:
+    """Whether nobody can tell if these parts are called: the op then multiplies by their weights itself."""
+    if simulation.anywhere and (is_dynamo_compiling() or simulation.simulating.get()):
+        return False
+    return all(
+        type(part) is QuantizedLinear
+        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+        for part in parts
+    )
+
+
+class QuantizedRecurrent(_Recurrent):
+    """nn.LSTM, nn.GRU or nn.RNN in int8: takes and returns what the float module does, with the same options.
+
+    Products are those of the layers it has; all else is computed in float32, by the formulas of `ops.recurrent`. The
+    input may be float32, bfloat16 or float16, and the output has its dtype. Dropout between layers acts in training
+    mode. A gradient reaches the input and the first state; the weights are frozen.
+
+    Args:
+        module: the float module, whose options are taken over.
+        parts: an int8 or float layer for each of its weights: `ih_l0`, `hh_l0`, `hr_l0`, `ih_l0_reverse` and so on.
+
+    >>> from torchq import convert
+    >>> lstm = convert(nn.Sequential(nn.LSTM(64, 128, batch_first=True)))[0]
+    >>> y, (h, c) = lstm(torch.ones(2, 5, 64))
+    >>> y.shape, h.shape, lstm.weight_hh_l0.shape
+    (torch.Size([2, 5, 128]), torch.Size([1, 2, 128]), torch.Size([512, 128]))
+    """
+
+    def __init__(self, module: nn.RNNBase, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__(parts, module._all_weights)
+        for option in _OPTIONS:
+            setattr(self, option, getattr(module, option))
+        self.proj_size = module.proj_size
+        if isinstance(module, nn.RNN):
+            self.nonlinearity = module.nonlinearity
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the float module's: output, and (h_n, c_n) or h_n.
+
+        Args:
+            input: (steps, batch, input_size), or (batch, steps, input_size) with batch_first; (steps, input_size);
+                or a PackedSequence.
+            hx: (h_0, c_0) or h_0; zeros without.
+
+        Raises:
+            TypeError: the input or the state is no tensor of floats.
+            ValueError: it has another shape.
+        """
+        given = arrange(self, input, hx)
+        kinds = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
+
+        def run_layer(number: int, x: Tensor, state: State) -> tuple[Tensor, State]:
+            names = [[f"{kind}_l{number}{end}" for kind in kinds] for end in directions(self)]
+            return self._layer(names, x, state, given)
+
+        return returned(self, given, *run_layers(self, given, run_layer))
+
+    def _get_name(self) -> str:
+        return f"Quantized{self.mode.partition('_')[0]}"
+
+    def extra_repr(self) -> str:
+        """The float module's."""
+        return nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
+
+
+class QuantizedCell(_Recurrent):
+    """nn.LSTMCell, nn.GRUCell or nn.RNNCell in int8: one step, with the parts `ih` and `hh`.
+
+    >>> from torchq import convert
+    >>> cell = convert(nn.Sequential(nn.GRUCell(64, 128)))[0]
+    >>> cell(torch.ones(2, 64)).shape
+    torch.Size([2, 128])
+    """
+
+    def __init__(self, module: nn.RNNCellBase, parts: Mapping[str, nn.Module]) -> None:
+        bias = ["bias_ih", "bias_hh"] if module.bias else []
+        super().__init__(parts, [["weight_ih", "weight_hh", *bias]])
+        self.input_size, self.hidden_size, self.bias = module.input_size, module.hidden_size, module.bias
+        self.mode = mode_of_cell(module)
+        if isinstance(module, nn.RNNCell):
+            self.nonlinearity = module.nonlinearity
+        self.proj_size = 0
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the float cell's: (h, c) or h, for an input (batch, input_size) or (input_size,).
+
+        Raises:
+            TypeError: the input or the state is no tensor of floats.
+            ValueError: it has another shape.
+        """
+        given = arrange_cell(self, input, hx)
+        _, state = self._layer([("ih", "hh")], given.x, given.state, given)
+        shape = (*input.shape[:-1], self.hidden_size)
+        state = state.each(lambda t: t.to(given.dtype).view(shape))
+        return state.h if state.c is None else tuple(state)
+
+    def _get_name(self) -> str:
+        return f"Quantized{self.mode.partition('_')[0]}Cell"
+
+    def extra_repr(self) -> str:
+        """The float cell's."""
+        return nn.RNNCellBase.extra_repr(self)  # type: ignore[arg-type]
+
+
+def mode_of_cell(module: nn.RNNCellBase) -> str:
+    """The `mode` that nn.RNNBase has for layers of such cells."""
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
