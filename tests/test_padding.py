@@ -7,6 +7,7 @@ from torch import nn
 from helpers.calibration import recorded
 from helpers.numbers import normal
 from torchq import QConfig, convert
+from torchq.calibration.padding import real_rows
 from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -102,3 +103,24 @@ def test_weights_and_ranges_are_those_of_the_texts_alone(padding):
     assert torch.equal(plain.tokens.weight, converted.tokens.weight)
     new = normal(8, 12, 8, seed=99)
     assert sqnr_db(model(new), converted(new)) == pytest.approx(sqnr_db(model(new), plain(new)), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["src_key_padding_mask", "key_padding_mask"])
+def test_the_masks_of_torchs_own_transformers_are_true_for_padding(name):
+    batch = {"src": normal(3, 4, 8), name: MASK == 0}
+    assert torch.equal(real_rows(batch), MASK == 1)
+    assert torch.equal(real_rows((batch, "label")), MASK == 1)
+    assert real_rows({**batch, name: torch.zeros(3, 4)}) is None  # added to the scores
+    assert real_rows({**batch, name: torch.ones(3, 4, dtype=torch.bool)}) is None
+    assert torch.equal(real_rows({**batch, "attention_mask": 1 - MASK}), MASK == 0)
+
+
+def test_a_transformer_encoder_learns_nothing_of_padding():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    data = [{"src": normal(3, 4, 8, seed=i), "src_key_padding_mask": MASK == 0} for i in range(16)]
+    config = QConfig(activation="static", observer="minmax", rounding="nearest", smoothing="none")
+    plan = convert(model, data, config=config).torchq_plan
+    for batch in data:
+        batch["src"][MASK == 0] = 1e3
+    assert convert(model, data, config=config).torchq_plan.layers == plan.layers

@@ -83,7 +83,8 @@ def calibrate(
     * Batches may differ in size, sequence length and leading dimensions. Only the rows count: the result is the same as
       for one batch with all rows, except that with `rounding="auto"` every second batch judges the rounding.
     * Padding is not recorded: where a batch is a dict, or (dict, label), with an `attention_mask` (B, T) of ones and
-      zeros, these are the rows of inputs (B, T, ..., K) whose mask is 0.
+      zeros, these are the rows of inputs (B, T, ..., K) whose mask is 0. With a `src_key_padding_mask` or
+      `key_padding_mask` that is bool, as torch's own transformers take it, these are the rows whose mask is True.
     * Constant values, a constant channel, and all zeros are allowed: all ranges stay finite, and zero stays exact.
     * A layer called twice in a forward, or under two names, is one layer, with the rows of all calls.
     * A weight shared by two layers is quantized twice, each time by the rows of that layer.

@@ -1,24 +1,33 @@
-"""Padding: rows of a batch that its attention mask says are no data. No range, rounding or figure is made of them."""
+"""Padding: rows of a batch that its mask says are no data. No range, rounding or figure is made of them."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_HIDE = ("src_key_padding_mask", "key_padding_mask")
 
 
 def real_rows(batch: Any) -> Tensor | None:
-    """Where the `attention_mask` (B, T) of a batch, a dict or (dict, label), has data, as bool; None: it says nothing.
+    """Where the mask (B, T) of a batch, a dict or (dict, label), has data, as bool; None: it says nothing.
 
-    A mask is a 1 for each row that is data and a 0 for the others. Any other, such as one to be added to the scores,
-    says nothing here; nor does one without a 1.
+    An `attention_mask` is a 1 for each row that is data and a 0 for the others. torch's own `src_key_padding_mask` and
+    `key_padding_mask` are bool and True for the others. Any other mask, such as one to be added to the scores, says
+    nothing here; nor does one without a row that is data.
 
-    >>> import torch
     >>> real_rows({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
+    tensor([[ True, False]])
+    >>> real_rows({"src": torch.ones(1, 2, 4), "src_key_padding_mask": torch.tensor([[False, True]])})
     tensor([[ True, False]])
     """
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping):
+        return None
+    mask, hides = batch.get("attention_mask"), next((batch[name] for name in _HIDE if name in batch), None)
+    if mask is None and isinstance(hides, Tensor) and hides.dtype == torch.bool:
+        mask = ~hides
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_complex():
         return None
     real = mask != 0
@@ -28,7 +37,6 @@ def real_rows(batch: Any) -> Tensor | None:
 def without_padding(x: Tensor, real: Tensor | None) -> Tensor:
     """The rows of x (B, T, ..., K) that are data, (rows, ..., K); x as it is if it has no such leading dimensions.
 
-    >>> import torch
     >>> without_padding(torch.tensor([[[1.0], [9.0]]]), torch.tensor([[True, False]]))
     tensor([[1.]])
     """
