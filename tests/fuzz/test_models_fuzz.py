@@ -87,6 +87,21 @@ class Branches(nn.Module):
         return self.a(x) + torch.sigmoid(self.b(x))
 
 
+class Attends(nn.Module):
+    """All rows are one sequence, and some of them query it, with the weights and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.MultiheadAttention(WIDTH, 4, add_bias_kv=extra) for extra in (False, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x, x, x)[0] + self.other(x.relu(), x, x, need_weights=False)[0]
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True, norm_first=True)
+
+
 class InKeywords(nn.Module):
     """Calls its layer by keyword, on three dimensions."""
 
@@ -98,7 +113,19 @@ class InKeywords(nn.Module):
         return self.inner(input=x.unsqueeze(-2)).squeeze(-2)
 
 
-BLOCKS = [linear, perceptron, activated, normalized, shared, tied, Branches, InKeywords, in_other_clothes]
+BLOCKS = [
+    linear,
+    perceptron,
+    activated,
+    normalized,
+    shared,
+    tied,
+    Branches,
+    InKeywords,
+    in_other_clothes,
+    Attends,
+    encoder,
+]
 CONFIGS = [QConfig(), QConfig(activation="dynamic"), QConfig(activation="static"), QConfig(weight="per_tensor")]
 
 
