@@ -105,11 +105,16 @@ def test_dropout_acts_in_training_as_in_torch(need_weights):
 
 
 def test_rows_without_a_key():
-    """0 without the weights and NaN with them, as torch's function has it."""
-    int8, mask = convert(attention()), torch.zeros(L, S, dtype=torch.bool)
+    """As torch's function has it: 0 without the weights, and NaN with them. Where the weights wait, 0 as well."""
+    mask = torch.zeros(L, S, dtype=torch.bool)
     mask[2] = True
     for need_weights in (True, False):
+        int8 = convert(attention(), config=QConfig(attention="none"))
         assert_as_torch(int8, *inputs(int8), attn_mask=mask, need_weights=need_weights)
+    int8 = convert(attention())
+    y, weights = int8(*inputs(int8), attn_mask=mask)
+    assert torch.equal(y, int8(*inputs(int8), attn_mask=mask, need_weights=False)[0])
+    assert torch.equal(weights.isnan().all(dim=-1), (torch.arange(L) == 2).expand(N, L))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -79,13 +79,14 @@ def test_gptq_scales_and_attention_are_chosen_by_data():
 
 def test_a_scheme_is_applied():
     module = nn.MultiheadAttention(64, 4, batch_first=True).eval()
-    x, found = normal(2, 40, 64), {}
+    x, found, exact = normal(2, 40, 64), {}, None
     for scheme in ("none", "float32", "bfloat16", "int8"):
         int8 = convert(module, config=QConfig(attention=scheme))
         assert int8.scheme == {"none": "sdpa"}.get(scheme, scheme)
         int8.out_proj = nn.Linear(64, 64, bias=False)
         int8.out_proj.weight.copy_(torch.eye(64))
-        found[scheme] = sqnr_db(int8(x, x, x)[0], int8(x, x, x, need_weights=False)[0])
+        exact = exact if found else int8(x, x, x)[0]
+        found[scheme] = min(sqnr_db(exact, int8(x, x, x, need_weights=needed)[0]) for needed in (True, False))
     assert min(found["none"], found["float32"]) > 110
     assert 45 < found["bfloat16"] < 90
     assert 35 < found["int8"] < found["bfloat16"]

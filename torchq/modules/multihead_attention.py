@@ -19,6 +19,7 @@ from torch.nn.functional import dropout, linear, pad, scaled_dot_product_attenti
 
 from torchq.modules import gradients
 from torchq.modules.attention import SDPA, OwnAttention, attend
+from torchq.modules.attention_weights import AttentionWeights, Form, weights_of
 from torchq.modules.base import Int8Module, Matrix, ModuleType, float_size
 from torchq.modules.float_view import FloatView, read_only
 from torchq.modules.refusals import refuse_layout
@@ -106,7 +107,10 @@ class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As that of nn.MultiheadAttention. With `need_weights=False` it is faster.
+        """As that of nn.MultiheadAttention.
+
+        The weights are computed when something reads them, where the plan gives the attention a scheme. Then a row that
+        no key is left for gives 0 as without them; its weights are NaN.
 
         Raises:
             TypeError: a mask that is neither bool nor float, or an input that is nested, sparse or uint8.
@@ -121,13 +125,11 @@ class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
             is_causal=is_causal,
-            need_weights=need_weights,
+            weights=Form(average_attn_weights, batched=query.dim() == 3) if need_weights else None,
         )
         y = self.out_proj(heads)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
         if query.dim() == 2:
-            return y.squeeze(0), weights if weights is None else weights.squeeze(0)
+            return y.squeeze(0), weights
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def of_sequences(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -241,9 +243,9 @@ def attended(
     key_padding_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
-    need_weights: bool = False,
+    weights: Form | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `out_proj` multiplies, (N, L, E), and the weights (N, H, L, S) if they are needed.
+    """What `out_proj` multiplies, (N, L, E), and the weights if they are needed.
 
     Args:
         attention: says how: heads, extra keys, dropout; float or int8.
@@ -253,7 +255,7 @@ def attended(
         key_padding_mask: (S,) or (N, S), bool, True for keys to leave out, or float, to be added to the scores.
         attn_mask: (L, S) or (N · H, L, S), likewise.
         is_causal: says that `attn_mask` is the causal mask.
-        need_weights: by torch's operations, which keep the weights.
+        weights: in which form they are needed; None if not.
     """
     q, k, v = (_per_head(attention, x) for x in (q, k, v))
     batch, heads, rows, _ = q.shape
@@ -262,23 +264,32 @@ def attended(
     if key_padding_mask is not None:
         key_padding_mask = _added("key_padding_mask", key_padding_mask, q, [(batch, k.shape[2])], (batch, 1, 1, -1))
     if attn_mask is not None:
-        is_causal = is_causal and key_padding_mask is None and not need_weights  # the mask itself says more
+        is_causal = is_causal and key_padding_mask is None and weights is None  # the mask itself says more
         attn_mask = None if is_causal else _attn_mask(attn_mask, q, k.shape[2])
     k, v, extra = _with_extra_keys(attention, k, v)
-    masks = [pad(mask, (0, extra)) for mask in (attn_mask, key_padding_mask) if mask is not None]
+    masks = [pad(mask, (0, extra)) if extra else mask for mask in (attn_mask, key_padding_mask) if mask is not None]
     mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
     probability = attention.dropout if attention.training else 0.0
-    weights = None
-    if need_weights:
-        scores = (q * math.sqrt(1 / attention.head_dim)) @ k.transpose(-2, -1)
-        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
-        weights = dropout(weights, probability) if probability > 0 else weights
-        y = weights @ v
-    elif probability > 0 or scheme_of(attention) == SDPA or any(map(gradients.wanted, (q, k, v))):
+    by_torch = probability > 0 or scheme_of(attention) == SDPA or any(map(gradients.wanted, (q, k, v)))
+    returned = None
+    if weights is not None and (by_torch or not _may_wait(q)):
+        found = weights_of(q, k, mask)
+        found = dropout(found, probability) if probability > 0 else found
+        y, returned = found @ v, weights.of(found)
+    elif by_torch:
         y = scaled_dot_product_attention(q, k, v, mask, probability, is_causal)
     else:
         y = attend(attention, scheme_of(attention), {"q": q, "k": k, "v": v, "mask": mask, "is_causal": is_causal})
-    return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), weights
+        if weights is not None:
+            returned = AttentionWeights(q, k, None if mask is None else mask.clone(), weights)
+    return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), returned
+
+
+def _may_wait(q: Tensor) -> bool:
+    """Whether the weights may wait for their reader: in an eager call that nobody traces or watches."""
+    if is_dynamo_compiling() or type(q) is not Tensor or torch._C._get_tracing_state():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def scheme_of(attention: nn.MultiheadAttention) -> str:

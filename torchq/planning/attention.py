@@ -9,7 +9,7 @@ import dataclasses
 
 from torch import nn
 
-from torchq.modules.attention import AttentionErrors, OwnAttention, attention_modules, measuring, offer_attention
+from torchq.modules.attention import AttentionErrors, attention_modules, measuring, offer_attention
 from torchq.numerics.metrics import decibels
 from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
 from torchq.planning.selfcheck import MARGIN_DB, SelfCheck
@@ -47,8 +47,7 @@ def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice:
 def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
     found = {scheme: errors.sums.get((id(module), scheme)) for scheme in errors.schemes}
     sqnr_db = {scheme: decibels(sums) for scheme, sums in found.items() if sums is not None}
-    unmeasured = "no batch reached it" + (" without asking for its weights" if isinstance(module, OwnAttention) else "")
-    reason = "a faster scheme would cost accuracy" if sqnr_db else unmeasured
+    reason = "a faster scheme would cost accuracy" if sqnr_db else "no batch reached it"
     return AttentionPlan("float32", reason, sqnr_db)
 
 
