@@ -10,7 +10,18 @@ from torch import nn
 
 from helpers.linear_like import Conv1D, FalconLinear, twin_of
 from helpers.numbers import normal
-from torchq import QConfig, QuantizedLinear, apply_plan, convert, freeze_ranges, plan_of, prepare_qat, report, simulate
+from torchq import (
+    QConfig,
+    QuantizedLinear,
+    apply_plan,
+    convert,
+    freeze_ranges,
+    plan_of,
+    prepare_qat,
+    profile_layers,
+    report,
+    simulate,
+)
 from torchq.modules.float_view import FloatView
 from torchq.modules.qat_linear import QATLinearLike
 from torchq.numerics.metrics import sqnr_db
@@ -54,6 +65,13 @@ def test_it_is_converted_as_its_twin(make, config, inplace):
     assert torch.equal(*gradients)
     if not inplace:
         assert torch.equal(apply_plan(model, plan_of(qmodel))(X), qmodel(X))
+
+
+def test_its_time_is_measured():
+    model = network(Conv1D(48, 32))
+    times = profile_layers(convert(model, DATA), rounds=1)
+    assert set(times) == {"0", "2", "4"}
+    assert times["2"].float_seconds > 0
 
 
 def test_channels_of_its_input_are_scaled():
