@@ -78,6 +78,8 @@ class _Reader:
 
     def odd_step(self, function: types.FunctionType, callers: tuple[Any, ...]) -> str | None:
         code = function.__code__
+        if "__class__" in code.co_freevars:
+            return "super"
         if code in callers or code.co_freevars or code.co_cellvars or not is_plain_value(function.__defaults__ or ()):
             return function.__name__  # recursion could be endless
         within = (*callers, code)
