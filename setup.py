@@ -27,24 +27,13 @@ EXTRA_FLAGS = os.environ.get("TORCHQ_EXTRA_FLAGS", "").split()
 # The kernels of all architectures: a file compiles to nothing on another architecture than its own.
 KERNELS = ["reference", "avx2", "avx_vnni", "avx512vl_vnni", "avx512_vnni", "amx_int8"]
 KERNELS += ["neon", "neon_dotprod", "neon_i8mm"]
-CORE = ["cpu", "dispatch", "pack", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
+CORE = ["cpu", "dispatch", "pack", "table", "codes", "schedule", "gemm", *(f"kernel_{k}" for k in KERNELS)]
 ATTENTION_KERNELS = ["reference", "avx2", "avx512", "avx512_bf16", "neon"]
 ATTENTION = ["dispatch", "schedule", "operands", "float_products", "code_products", "attention"]
 ATTENTION += [f"kernel_{k}" for k in ATTENTION_KERNELS]
-SOURCES = [
-    f"csrc/{name}.cpp"
-    for name in [
-        "torch_ops",
-        "attention_op",
-        "recurrent_op",
-        "recurrent",
-        "run",
-        "direct",
-        "plain_tensor",
-        "nn_module",
-        "module",
-    ]
-]
+OPS = ["torch_ops", "attention_op", "recurrent_op", "embedding_op"]
+OTHERS = ["recurrent", "run", "direct", "plain_tensor", "nn_module", "module"]
+SOURCES = [f"csrc/{name}.cpp" for name in [*OPS, *OTHERS]]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 SOURCES += [f"csrc/attention/{name}.cpp" for name in ATTENTION]
 FOLDERS = ["csrc", "csrc/gemm", "csrc/attention"]

@@ -26,8 +26,8 @@ constexpr int64_t kGatheredWeights = 128 << 10;  // bytes of weights for which s
 
 constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a thread
 
-// The fewest values for which activate() wakes a thread, which takes about 5 us: they take 10. A multiple of 64, so
-// that threads write to cache lines of their own.
+// The fewest values for which activate() and look_up() wake a thread, which takes about 5 us: they take 10. A multiple
+// of 64, so that threads write to cache lines of their own.
 constexpr int64_t kValuesPerThread = 32 * 1024;
 
 // Requests huge pages for a fresh buffer, where the system has them. They mean fewer page faults when it is first
@@ -137,6 +137,15 @@ void activate(const Kernel& kernel, Activation activation, const Values& v) {
     const int64_t first = begin * kValuesPerThread, last = std::min(end * kValuesPerThread, v.count);
     activate(kernel, activation, v.dtype, static_cast<const uint8_t*>(v.x) + first * bytes,
              static_cast<uint8_t*>(v.y) + first * bytes, last - first);
+  });
+}
+
+void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y) {
+  const int64_t row_bytes = table.width * element_bytes(dtype);
+  if (count * row_bytes > kHugeOutput) prefer_huge_pages(y, count * row_bytes);
+  const int64_t rows_per_thread = kValuesPerThread / std::max<int64_t>(1, table.width) + 1;
+  torch::stable::parallel_for(0, count, rows_per_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) write_row(table, rows[i], dtype, static_cast<uint8_t*>(y) + i * row_bytes);
   });
 }
 

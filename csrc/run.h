@@ -42,6 +42,9 @@ struct Values {
 // Computes values.y with this kernel, on as many of torch's threads as the values pay for.
 void activate(const Kernel& kernel, Activation activation, const Values& values);
 
+// y (count, table.width) of dtype f32, bf16 or f16: these rows of the table, on as many of torch's threads as pay.
+void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y);
+
 // Weights in memory: weight (n, k), scale [n], bias [n], channel_scale [k] or null. has_bias: a bias of no elements may
 // be a null pointer, too.
 struct Weights {

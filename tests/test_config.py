@@ -23,6 +23,7 @@ def test_defaults():
         "smoothing": "auto",
         "rounding": "auto",
         "attention": "auto",
+        "embeddings": "auto",
         "fuse": True,
         "exclude": (),
     }

@@ -76,6 +76,10 @@ def samples():
         for out_dtype in (torch.float32, torch.float16, torch.uint8):
             yield "linear_static", (v, packed, 0.05, 100, out_dtype, 0.1, 80, 1)
     yield "linear_static", (transposed, packed, 0.05, 100, torch.float32)
+    table = torch.randint(0, 256, (21, K + 4), dtype=torch.uint8, generator=generator)
+    for form in (table, packed, scaled):
+        yield "embedding", (form, torch.tensor([[3, 20], [0, 3]]), K, torch.bfloat16)
+    yield "embedding", (table, torch.tensor(3, dtype=torch.int32), K, torch.float32)
 
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())])

@@ -38,6 +38,9 @@ class QConfig:
         attention: how the attention of Hugging Face models is computed, where it is torch's now (docs/accuracy.md).
             "auto": in float32, and with calibration data by faster schemes where the model's output loses less than
             0.3 dB by all of them together. A scheme of `torchq.ops.attention`: all by this one. "none": as it is.
+        embeddings: True: embeddings have int8 tables, with a scale for each row. A table that is the weight of a head
+            too is one int8 copy for both. "auto": the same, but with calibration data they stay in float where int8
+            costs more than 0.1 dB of the model's output, or 0.3 dB where a head shares the table. False: none has.
         fuse: whether layers may compute the activations that follow them, and pass u8 codes to static layers. It is
             never visible: what anybody else reads are the float model's values. Each fusion stands in the plan.
         exclude: patterns (as in `fnmatch`) of module names to leave in float. A pattern that matches a module excludes
@@ -60,6 +63,7 @@ class QConfig:
     smoothing: SmoothingScheme = "auto"
     rounding: Rounding = "auto"
     attention: str = "auto"
+    embeddings: bool | Literal["auto"] = "auto"
     fuse: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -67,6 +71,8 @@ class QConfig:
         for field, choices in _CHOICES.items():
             _check_choice(field, getattr(self, field), get_args(choices))
         _check_choice("attention", self.attention, ("auto", *ATTENTION_SCHEMES, "none"))
+        known = self.embeddings == "auto" or isinstance(self.embeddings, bool)
+        _check(known, "embeddings", "True, False or 'auto'", self.embeddings)
         _check(isinstance(self.fuse, bool), "fuse", "True or False", self.fuse)
         _check_number("percentile", self.percentile, "in (0, 100]", lambda value: 0 < value <= 100)
         _check_number("min_sqnr_db", self.min_sqnr_db, "a number of dB", lambda value: value == value)

@@ -21,6 +21,7 @@ from torchq.planning.layers import first_plan, select_layers, unprepared, warn_o
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
+from torchq.planning.tables import keep_together
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,7 +77,8 @@ def convert(
     config = QConfig() if config is None else config
     with taking_turns(model):
         budget = make_budget(evaluate, max_drop, calib_loader)
-        layers, barred = select_layers(model, calib_loader, config)
+        selection = select_layers(model, calib_loader, config)
+        layers, barred, tables = selection
         prepared = any(layer.trained for layer in layers.values())
         own = next((layer.kind.name for layer in layers.values() if layer.module is model), None)
         if inplace and own is not None:
@@ -85,13 +87,14 @@ def convert(
             raise BadValueError("activation='static' needs a calib_loader to find the ranges with.")
         if prepared:
             barred = unprepared(model, layers) | barred
+            selection = selection._replace(barred=barred)
 
         free = {name: layer for name, layer in layers.items() if name not in barred}
         evidence = Evidence(model, free, config)
         if calib_loader is not None:
-            evidence = calibrate(model, calib_loader, free, config, forward=forward, progress=progress)
-        stages = (choose, smooth, fuse, partial(round_weights, progress=progress), describe)
-        plan = first_plan(model, layers, barred)
+            evidence = calibrate(model, calib_loader, free, config, forward=forward, tables=tables, progress=progress)
+        stages = (choose, keep_together, smooth, fuse, partial(round_weights, progress=progress), describe)
+        plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)
         if calib_loader is not None:
@@ -103,7 +106,7 @@ def convert(
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None
         warn_of_float(plan, layers)
-        del layers, free, evidence  # they hold the float modules, which inplace frees one by one
+        del layers, selection, free, evidence  # they hold the float modules, which inplace frees one by one
         if converted is None:
             converted = applied(model, plan, inplace=inplace)
             plan = check.final(converted, plan, inplace=inplace)

@@ -133,7 +133,7 @@ def _check(
     """Checks all arguments before any work. Returns the layers, and the reasons of those that must stay float."""
     if ranges not in get_args(Ranges):
         raise BadValueError(f"ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
-    layers, barred = select_layers(model, calib_loader, config)
+    layers, barred, _ = select_layers(model, calib_loader, dataclasses.replace(config, embeddings=False))
     prepared = [layer for layer in layers.values() if layer.trained]
     if prepared:
         raise BadValueError(

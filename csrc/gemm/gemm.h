@@ -69,6 +69,22 @@ void unpack(const void* packed, int8_t* weight, float* scale, float* bias, float
 // The channel scale in a packed buffer, or null if it has none.
 const float* channel_scale_of(const PackedHeader& weights);
 
+// Codes [k, k + count) of row n of the weight, and the row's scale. k is a multiple of 8.
+float unpack_piece(const PackedHeader& weights, int64_t n, int64_t k, int64_t count, int8_t* codes);
+
+// ---- Tables (table.cpp) -----------------------------------------------------------------------------------------
+
+// An int8 table that is looked up by rows. Either `matrix`: rows of width codes, each followed by its scale, a float;
+// or `packed`: weights (rows, width), which a layer multiplies by as well.
+struct Table {
+  int64_t rows, width;
+  const uint8_t* matrix;
+  const PackedHeader* packed;
+};
+
+// y[k] = float(code[k]) * scale, times the channel scale of packed weights, if any. dtype: f32, bf16 or f16.
+void write_row(const Table& table, int64_t row, DType dtype, void* y);
+
 // ---- Activations (codes.cpp) ------------------------------------------------------------------------------------
 
 // The affine map x = (code - zero_point) * scale, codes in [0, 255].

@@ -1,6 +1,7 @@
 // Weights -> panels, and back. The layout is described in gemm.h.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "gemm.h"
@@ -108,6 +109,15 @@ void unpack(const void* packed, int8_t* weight, float* scale, float* bias, float
   }
   if (channel_scale && header.has_channel_scale)
     std::memcpy(channel_scale, scale_at(packed, header), k * sizeof(float));
+}
+
+float unpack_piece(const PackedHeader& weights, int64_t n, int64_t k, int64_t count, int8_t* codes) {
+  const int64_t c = n % kPanelColumns, depth = layout_depth(weights.layout);
+  const uint8_t* panel = panel_at(const_cast<PackedHeader*>(&weights), weights.k, n / kPanelColumns);
+  (depth == 8 ? gather<8> : gather<4>)(panel + kPanelMeta + depth * c + k * kPanelColumns, count, codes);
+  PanelMeta meta;
+  std::memcpy(&meta.scale, panel + offsetof(PanelMeta, scale), sizeof(meta.scale));
+  return meta.scale[c];
 }
 
 const float* channel_scale_of(const PackedHeader& weights) {

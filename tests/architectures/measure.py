@@ -158,8 +158,9 @@ def resident(real: nn.Module, converted: nn.Module) -> float:
         if id(layer.module) in layers
     )
     paths = {id(module): path for path, module in real.named_modules()}
+    held = {id(p) for module in real.modules() if id(module) in layers for p in module._parameters.values()}
     for module, tensor in own_tensors(real):
-        if id(module) in layers:
+        if id(tensor) in held:  # by a layer, which an embedding may share it with
             continue
         in_int8 = _pattern(paths[id(module)]) in int8 and tensor.dim() >= 2
         taken += tensor.numel() + 4 * tensor.shape[:-1].numel() if in_int8 else tensor.nbytes

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchq import apply_plan
+from torchq.planning import tables
 
 from .measure import QUICK, both, measure, run
 from .models import ARCHITECTURES, TRANSFORMERS, Architecture
@@ -22,34 +23,22 @@ RESIDENT = 0.35  # of float's bytes, at the real size
 LEAST_DB = 30
 
 LEFT: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("T5", "gated T5", "Marian", "GPT-2", "GPT-Neo", "OPT", "Bloom", "Falcon"), ("Embedding",)),
-    "tied head": ("Embedding",),
-    "BART": ("BartScaledWordEmbedding",),
-    "Gemma": ("GemmaTextScaledWordEmbedding",),
-    "Gemma2": ("Gemma2TextScaledWordEmbedding",),
     "Mixtral": ("MixtralTopKRouter",),
     "Qwen3-MoE": ("Qwen3MoeTopKRouter",),
-    "Mamba": ("Conv1d", "Embedding"),
+    "Mamba": ("Conv1d",),
     "Mamba2": ("Conv1d",),
-    "Whisper": ("Conv1d", "Embedding"),
+    "Whisper": ("Conv1d",),
     **dict.fromkeys(("wav2vec2", "HuBERT", "WavLM"), ("Conv1d", "ParametrizationList")),
     **dict.fromkeys(
         ("ViT", "Swin", "BEiT", "CLIP", "SigLIP", "DINOv2", "ConvNeXt", "DETR", "YOLOS", "CNN"), ("Conv2d",)
     ),
-    "SigLIP2": ("Embedding",),
     "Bilinear and EmbeddingBag": ("Bilinear",),
     "fused QKV parameter": ("FusedQKV",),
 }
-"""The types of modules whose multiplied weights stay in float. (An Embedding here is a tied head's, or an operand.)"""
+"""The types of modules whose multiplied weights stay in float."""
 
-_TABLES = "the tables of embeddings are float"
 LARGE: dict[str, str] = {
-    **dict.fromkeys(
-        ("BERT", "RoBERTa", "DistilBERT", "DeBERTa", "DeBERTa v2", "ELECTRA", "MPNet", "ModernBERT"), _TABLES
-    ),
-    **dict.fromkeys(("T5", "gated T5", "BART", "Marian", "GPT-2", "OPT", "Bloom", "Gemma2", "Mamba", "CLIP"), _TABLES),
-    **dict.fromkeys(("tied head", "Bilinear and EmbeddingBag"), _TABLES),
-    "Whisper": f"{_TABLES}, and the convolutions",
+    "Bilinear and EmbeddingBag": "most of it is nn.Bilinear",
     "DETR": "its backbone is convolutions",
     "CNN": "it is convolutions",
     "YOLOS": "position embeddings of a table for each layer",
@@ -57,8 +46,21 @@ LARGE: dict[str, str] = {
 }
 """What takes more than RESIDENT, and why."""
 
-FLOOR_DB = {"T5": 24, "gated T5": 18.5, "Qwen3-MoE": 24, "YOLOS": 26}
-"""What is below LEAST_DB with random weights: a large residual stream (T5), and experts that are chosen otherwise."""
+FLOOR_DB = {
+    "T5": 24,
+    "gated T5": 16,
+    "Qwen3-MoE": 24,
+    "YOLOS": 26,
+    "GPT-Neo": 28,
+    "Llama": 29.5,
+    "Mistral": 29.5,
+    "Qwen3": 29,
+    "Phi3": 29,
+}
+"""What is below LEAST_DB with random weights: a large residual stream (T5), and experts that are chosen otherwise.
+
+Int8 tables have an error of 44 dB, which goes through the whole model. Without data that costs Llama and its kind 0.5
+dB, and T5, whose residual stream is mostly its embeddings, up to 3. Where data shows a cost, tables stay in float."""
 
 
 def of(name: str) -> Architecture:
@@ -68,7 +70,8 @@ def of(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_whole_model(name: str) -> None:
+def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MIN_BYTES", 4096)  # the tables of the tiny models stand for large ones
     architecture = of(name)
     models = both(architecture, QUICK)
     row = measure(architecture, models)

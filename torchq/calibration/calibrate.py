@@ -50,6 +50,7 @@ class Evidence:
         run: runs the first batch through a model.
         judges: the same for the batches that judge the converted model: the last two that no weight is rounded by, or
             the only one there was.
+        tables_called: the embeddings that were called.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Evidence:
     batches: int = 0
     run: Callable[[nn.Module], object] | None = None
     judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
+    tables_called: set[str] = field(default_factory=set)
 
     @property
     def apart(self) -> bool:
@@ -74,6 +76,7 @@ def calibrate(
     config: QConfig,
     *,
     forward: Forward | None = None,
+    tables: Iterable[str] = (),
     progress: bool | None = None,
 ) -> Evidence:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
@@ -98,6 +101,7 @@ def calibrate(
         layers: the layers to record, by name.
         config: which observers, and how many sample rows.
         forward: `forward(model, batch)`, which then replaces this rule for calling the model.
+        tables: the names of embeddings, to note which are called.
         progress: a progress bar: None shows it on a terminal only.
 
     Raises:
@@ -119,6 +123,7 @@ def calibrate(
         stack.enter_context(uncompiled())
         stack.enter_context(readers.watching())
         stack.enter_context(_recording(recorder, evidence))
+        stack.enter_context(_noting(tables, evidence))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
@@ -207,6 +212,22 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
     for path, layers in by_module.items():
         hook = own_thread(partial(record, layers))
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _noting(tables: Iterable[str], evidence: Evidence) -> Iterator[None]:
+    """Hooks that note which embeddings are called."""
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        evidence.tables_called.add(name)
+
+    modules = {name: evidence.model.get_submodule(name) for name in tables}
+    handles = [m.register_forward_pre_hook(own_thread(partial(note, name))) for name, m in modules.items()]
     try:
         yield
     finally:

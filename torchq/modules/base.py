@@ -167,5 +167,8 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
                 yield module, tensor
 
 
+MODULE_OWN = frozenset(vars(nn.Module()))
+"""What nn.Module itself keeps in an instance: parameters, children, hooks. All else is the subclass's."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of weights and inputs that can be quantized."""

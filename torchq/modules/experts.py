@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
-from torchq.modules.base import FLOATS, Int8Module, Matrix, ModuleType
+from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix, ModuleType
 from torchq.modules.float_view import FloatView, read_only
 
-_MODULE_OWN = frozenset(vars(nn.Module()))  # what nn.Module itself keeps in an instance
 _PROBES, _PROBED_EXPERTS = 6, 5
 _LEAST_DB = {torch.float32: 80.0, torch.bfloat16: 30.0, torch.float16: 45.0}
 """How near a module must come to the formula: what rounding in its dtype leaves, and no other formula gives."""
@@ -145,7 +144,7 @@ class QuantizedExperts(Int8Module):
         super().__init__()
         form = _form(module)
         assert form is not None
-        kept = {key: value for key, value in vars(module).items() if key not in _MODULE_OWN}
+        kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN}
         self.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
         self._modules.update(copy.deepcopy(module._modules))
         self._source, self._form, self._count = type(module), form, _count(module)

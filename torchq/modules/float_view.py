@@ -12,6 +12,7 @@ the operation on the dequantized values.
 
 import sys
 from collections.abc import Callable, ItemsView
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchq.modules.made import MadeTensor
 from torchq.numerics.qparams import dequantize
+from torchq.ops.lookup import embedding
 
 
 class FloatView(MadeTensor):
@@ -35,6 +37,7 @@ class FloatView(MadeTensor):
     """
 
     make: Callable[[], Tensor]
+    look_up: Callable[[Tensor], Tensor] | None = None  # rows by their indices, without the rest of the table
     _like: Tensor
 
     @staticmethod
@@ -66,6 +69,8 @@ class FloatView(MadeTensor):
             if written and any(isinstance(leaf, FloatView) for leaf in tree_leaves(given.get(argument.name))):
                 raise read_only(func._schema.name)
         first = args[0] if args else None
+        if func is _EMBEDDING and isinstance(first, FloatView) and first.look_up is not None:
+            return first.look_up(args[1])
         if isinstance(first, FloatView) and any(each.alias_info is not None for each in func._schema.returns):
             return _view(func, first, args[1:], kwargs)
         args, kwargs = tree_map_only(FloatView, lambda view: view.make(), (args, kwargs))
@@ -96,6 +101,9 @@ class FloatView(MadeTensor):
         return f"FloatView of int8 ({self.make()!r})"
 
 
+_EMBEDDING = torch.ops.aten.embedding.default
+
+
 def float_weight(packed: Tensor, k: int) -> Tensor:
     """The weight (N, K) of a packed matrix in float32, as the float layer had it: times the channel_scale, if any."""
     weight, scale, _, channel_scale = torch.ops.torchq.unpack(packed, k)
@@ -109,7 +117,13 @@ def weight_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView
     def make() -> Tensor:
         return float_weight(packed, k).to(dtype)
 
-    return FloatView(make, torch.empty(n, k, dtype=dtype, device="meta"), packed.device)
+    view = FloatView(make, torch.empty(n, k, dtype=dtype, device="meta"), packed.device)
+    view.look_up = partial(_rows, packed, k, dtype)
+    return view
+
+
+def _rows(packed: Tensor, k: int, dtype: torch.dtype, indices: Tensor) -> Tensor:
+    return embedding(packed, indices, k, dtype)
 
 
 def bias_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView:

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import ops
 from torchq.modules.base import Int8Module
-from torchq.modules.float_view import FloatViews, bias_view, float_weight, read_only, weight_view
+from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
 
@@ -52,13 +52,16 @@ class PackedWeights(Int8Module):
         if "packed" not in self._buffers:
             self.register_buffer("packed", packed, persistent=False)
         shape = (self.out_features, self.in_features)
-        weight = weight_view(packed, *shape, self.dtype)
+        weight = self._weight_view(packed)
         views = FloatViews(weight=weight.t() if self.transposed else weight)
         if others.get("has_bias", self.has_bias):
             views["bias"] = bias_view(packed, *shape, self.dtype)
         replaced = dict(self.__dict__)
         self.__dict__.update(others, _buffers={**self._buffers, "packed": packed}, _parameters=views)
         del replaced
+
+    def _weight_view(self, packed: Tensor) -> FloatView:
+        return weight_view(packed, self.out_features, self.in_features, self.dtype)
 
     def _moment(self) -> tuple[Tensor, QParams | None]:
         """The packed weight and the qparams of the input, of one moment between two `_set_packed`."""

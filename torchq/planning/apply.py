@@ -13,10 +13,12 @@ from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
+from torchq.modules.embedding import QuantizedTable
 from torchq.modules.encoder import Int8TransformerEncoder
 from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
+from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, find_layers, layers_of, type_of
@@ -63,6 +65,10 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
             _swap(model, plan)
         else:
             swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
+            for name in plan.int8_tables():
+                owner = plan.tables[name].owner
+                held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
+                swaps[id(model.get_submodule(name))] = _int8_table(model, name, held_by)
             model = _copy(model, swaps)
         _make_curves(model, plan)
         for module in list(model.modules()):
@@ -79,7 +85,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
     if plan.attentions:
         offer_attention(model, attention_schemes(plan.attentions))
     model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
-    if plan.int8_layers():
+    if plan.int8_layers() or plan.int8_tables():
         model.register_load_state_dict_pre_hook(check_state)
         refuse_save_pretrained(model)
     return model
@@ -105,6 +111,12 @@ def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
         int8 = planned is not None and planned.is_int8
         parts[layer.part] = quantize_layer(model, plan, layer) if int8 else _float_part(layer)
     return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
+
+
+def _int8_table(model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
+    """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
+    assert owner is None or isinstance(owner, PackedWeights)
+    return QuantizedTable.from_float(model.get_submodule(name), owner)
 
 
 def _float_part(layer: Layer) -> nn.Linear:
@@ -187,9 +199,23 @@ def _swap(model: nn.Module, plan: Plan) -> None:
     places, holders = _places(model), _holders(model)
     for path in reversed(_paths(model, plan)):
         quantized = _int8_module(model, plan, path)
-        _follow(id(model.get_submodule(path)), quantized, holders)
-        for children, key in places[id(model.get_submodule(path))]:
-            children[key] = quantized
+        _put(model.get_submodule(path), quantized, places, holders)
+    for name in plan.int8_tables():  # after their heads, which then are int8
+        owner = plan.tables[name].owner
+        table = _int8_table(model, name, None if owner is None else model.get_submodule(owner))
+        _put(model.get_submodule(name), table, places, holders)
+
+
+def _put(
+    old: nn.Module,
+    new: nn.Module,
+    places: Mapping[int, list[tuple[dict[str, nn.Module | None], str]]],
+    holders: Mapping[int, list[tuple[dict[str, Any], str]]],
+) -> None:
+    """Puts a module into all places of another one."""
+    _follow(id(old), new, holders)
+    for children, key in places[id(old)]:
+        children[key] = new
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict[str, nn.Module | None], str]]]:

@@ -31,6 +31,7 @@ from torchq.numerics.metrics import sqnr_db
 from torchq.planning.apply import applied
 from torchq.planning.frontier import Frontier, Step
 from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.tables import tables_in_float
 from torchq.timing import interleaved
 
 Evaluate = Callable[[nn.Module], Any]
@@ -153,7 +154,9 @@ class _Search:
                 f"returned to float to keep the metric: number {rank} of {len(self.names)} by sensitivity, {db:.1f} dB "
                 f"with this layer alone in {self.plan.layers[name].kind}"
             )
-        return return_to_float(self.plan, reasons)
+        plan = return_to_float(self.plan, reasons)
+        everything = returned and returned == len(self.names)
+        return tables_in_float(plan, "returned to float to keep the metric") if everything else plan
 
     def fits(self, returned: int) -> bool:
         """Measures the plan with `returned` layers in float, and says whether it is within the budget."""

@@ -13,6 +13,7 @@ from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
 from torchq.ops import ATTENTION_SCHEMES, Activation
 from torchq.planning.plan import Kind, LayerPlan, Plan
+from torchq.planning.tables import find_tables
 
 
 def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> None:
@@ -24,6 +25,7 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         _check_scheme(plan, name, planned)
         _check_channel_scale(plan, name, planned, layers[name])
         _check_folded(model, modules, name, planned)
+    _check_tables(find_tables(model, layers), plan)
     if plan.attentions:
         own = {layer.path for layer in layers.values() if layer.kind.attends}
         _check_attentions(own | set(attention_modules(model)), plan)
@@ -71,6 +73,16 @@ def _check_attentions(known_names: set[str], plan: Plan) -> None:
                 "an nn.MultiheadAttention, or one that asks transformers for its attention 'sdpa'. Was the model made "
                 "with another attn_implementation?"
             )
+
+
+def _check_tables(modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    for name, row in plan.tables.items():
+        if name not in modules:
+            raise BadValueError(f"the plan names table {name!r}, which is no embedding of the model.")
+        if row.kind not in ("int8", "float"):
+            raise BadValueError(f"table {name!r} is to be {row.kind!r}, expected 'int8' or 'float'.")
+        if row.kind == "int8" and row.owner is not None and row.owner not in {**plan.layers, **plan.tables}:
+            raise BadValueError(f"table {name!r} is tied to {row.owner!r}, which the plan does not have.")
 
 
 def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer) -> None:

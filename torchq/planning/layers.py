@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +17,20 @@ from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.base import FLOATS, Int8Module, model_bytes
 from torchq.modules.computed_weights import is_weight_hook
 from torchq.modules.registry import Layer, find_layers, type_names, type_of
-from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.plan import LayerPlan, Plan, TablePlan
+from torchq.planning.tables import find_tables, first_tables
 
 
-def select_layers(
-    model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers of the model by name, and the reasons of those that must stay in float.
+class Selection(NamedTuple):
+    """What of a model can become int8: its layers by name, the reasons of those that can't, and its embeddings."""
+
+    layers: dict[str, Layer]
+    barred: dict[str, str]
+    tables: dict[str, TablePlan]
+
+
+def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig) -> Selection:
+    """The layers of the model, the reasons of those that must stay in float, and what its embeddings become.
 
     Raises:
         TypeError: model or config is of another type.
@@ -46,29 +53,33 @@ def select_layers(
             f"the model is already converted ({name!r} is a {type(module).__name__}). Start from the float model."
         )
     layers = find_layers(model)
-    if not layers:
+    embeddings = find_tables(model, layers)
+    if not layers and (not embeddings or config.embeddings is False):
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         raise BadValueError(
-            f"the model has no {type_names()} to convert. Its modules are: {kinds}. "
-            "Convolutions and embeddings are not supported."
+            f"the model has no {type_names()} to convert. Its modules are: {kinds}. Convolutions are not supported."
         )
-    barred = {name: f"excluded by {pattern!r}" for name, pattern in excluded(layers, config.exclude).items()}
-    tied = _tied(model)
+    hits = excluded([*layers, *embeddings], config.exclude)
+    barred = {name: f"excluded by {pattern!r}" for name, pattern in hits.items()}
     for name, layer in layers.items():
         if name in barred:
             continue
         _check_layer(layer)
-        reason = why_float(model, layer) or tied.get(layer.path)
+        reason = why_float(model, layer)
         if reason is not None:
             barred[name] = reason
-    return layers, barred
+    tables = first_tables(model, layers, barred, config)
+    tied = _tied(model, tables)
+    barred |= {name: tied[layer.path] for name, layer in layers.items() if layer.path in tied and name not in barred}
+    return Selection(layers, {name: reason for name, reason in barred.items() if name in layers}, tables)
 
 
-def first_plan(model: nn.Module, layers: Mapping[str, Layer], barred: Mapping[str, str]) -> Plan:
-    """The plan that planning starts from: layers in `barred` stay in float for that reason, all others are dynamic."""
+def first_plan(model: nn.Module, selection: Selection) -> Plan:
+    """The plan that planning starts from: layers that are barred stay in float, all others are dynamic."""
     free = LayerPlan("int8 dynamic", "no calibration data")
-    plans = {name: LayerPlan("float", barred[name]) if name in barred else free for name in layers}
-    return Plan(plans, model_bytes=model_bytes(model))
+    barred = selection.barred
+    plans = {name: LayerPlan("float", barred[name]) if name in barred else free for name in selection.layers}
+    return Plan(plans, model_bytes=model_bytes(model), tables=selection.tables)
 
 
 def warn_of_float(plan: Plan, layers: Mapping[str, Layer]) -> None:
@@ -80,7 +91,7 @@ def warn_of_float(plan: Plan, layers: Mapping[str, Layer]) -> None:
     reasons = Counter(plan.layers[name].reason for name in names)
     double = [name for name in names if name in layers and layers[name].dtype == torch.float64]
     advice = " Make the model float32 first: model.float()." if double else ""
-    if names and len(names) == len(plan.layers):
+    if names and len(names) == len(plan.layers) and not plan.int8_tables():
         if plan.frontier is not None and plan.frontier.sensitivity_db:
             return
         said = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
@@ -130,17 +141,17 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks) or not all(map(is_weight_hook, module._forward_pre_hooks.values()))
 
 
-def excluded(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> dict[str, str]:
-    """The layers that `QConfig.exclude` matches, each with the first pattern that matches it.
+def excluded(layers: Sequence[str], patterns: tuple[str, ...]) -> dict[str, str]:
+    """The layers and embeddings that `QConfig.exclude` matches, each with the first pattern that matches it.
 
     Raises:
-        ValueError: a pattern matches no layer.
+        ValueError: a pattern matches none.
     """
     excluded_by: dict[str, str] = {}
     for pattern in patterns:
         hits = [name for name in layers if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
         if not hits:
-            known = ", ".join(repr(name) for name in list(layers)[:8])
+            known = ", ".join(repr(name) for name in layers[:8])
             raise BadValueError(
                 f"exclude pattern {pattern!r} matches no {type_names()} of the model. Its layers are "
                 f"{known}{', ...' if len(layers) > 8 else ''}."
@@ -158,14 +169,14 @@ def unprepared(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
     return {name: reasons.get(name, "prepare_qat left it in float") for name in names}
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _tied(model: nn.Module, tables: Mapping[str, TablePlan]) -> dict[str, str]:
     """By the path of a module of a registered type that shares a parameter with one of another type: the reason.
 
-    Such as a head whose weight is the embedding's table: in int8 it would be a second copy.
+    Such as a head whose weight is the table of an embedding that stays in float: int8 would be a second copy.
     """
     others: dict[int, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
-        if type_of(module) is None:
+        if type_of(module) is None and not (path in tables and tables[path].kind == "int8"):
             others.update({id(p): (path, module) for p in module._parameters.values() if p is not None})
     found = {}
     for path, module in model.named_modules():

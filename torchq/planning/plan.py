@@ -180,6 +180,30 @@ class AttentionPlan:
         return cls(data["scheme"], data["reason"], {scheme: float(db) for scheme, db in data["sqnr_db"].items()})
 
 
+@dataclass(frozen=True)
+class TablePlan:
+    """What the table of one nn.Embedding or nn.EmbeddingBag becomes.
+
+    Args:
+        kind: "int8" or "float".
+        reason: why, in a few words.
+        owner: the layer or embedding whose int8 weight the table is, where the float model ties them; None if it is one
+            of its own. A table whose owner stays in float stays so too.
+        sqnr_db: SQNR of the int8 table against the float one, in dB.
+    """
+
+    kind: Literal["int8", "float"]
+    reason: str
+    owner: str | None = None
+    sqnr_db: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "TablePlan":
+        """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        db = data["sqnr_db"]
+        return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db))
+
+
 def attention_schemes(rows: Mapping[str, AttentionPlan]) -> dict[str, str]:
     """The schemes of `torchq.ops.attention` by the module's name, without what stays torch's."""
     return {name: row.scheme for name, row in rows.items() if row.scheme != "sdpa"}
@@ -220,7 +244,7 @@ class Plan:
     To undo a smoothing, make the layer dynamic with `channel_scale=None`. `frontier` is what the search for an accuracy
     budget measured, `checked` what the converted model's output showed, `model_bytes` the bytes of the float model's
     parameters and buffers. `attentions` are those that torchq can compute, by the names of the modules that do:
-    nn.MultiheadAttention, and those of Hugging Face models.
+    nn.MultiheadAttention, and those of Hugging Face models. `tables` are those of embeddings.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -234,6 +258,7 @@ class Plan:
     checked: Checked | None = None
     model_bytes: int | None = None
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
+    tables: dict[str, TablePlan] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
@@ -241,6 +266,21 @@ class Plan:
     def int8_layers(self) -> list[str]:
         """The names of the layers in int8."""
         return [name for name, layer in self.layers.items() if layer.is_int8]
+
+    def int8_tables(self) -> list[str]:
+        """The names of the embeddings in int8, an owner before the tables that are its own."""
+        return sorted((name for name in self.tables if self._is_int8_table(name)), key=self._is_tied)
+
+    def _is_int8_table(self, name: str) -> bool:
+        table = self.tables[name]
+        if table.kind != "int8" or table.owner is None:
+            return table.kind == "int8"
+        if table.owner in self.tables:
+            return self._is_int8_table(table.owner)
+        return table.owner in self.layers and self.layers[table.owner].is_int8
+
+    def _is_tied(self, name: str) -> bool:
+        return self.tables[name].owner is not None
 
     def without_weights(self) -> "Plan":
         """The plan without the rounded weights: a converted model already holds them, packed."""
@@ -258,6 +298,7 @@ class Plan:
             "checked": checked,
             "model_bytes": self.model_bytes,
             "attentions": {name: to_json(dataclasses.asdict(row)) for name, row in self.attentions.items()},
+            "tables": {name: to_json(dataclasses.asdict(row)) for name, row in self.tables.items()},
         }
 
     @classmethod
@@ -274,6 +315,7 @@ class Plan:
                 data.get("checked") and Checked.from_dict(data["checked"]),
                 data.get("model_bytes"),
                 {name: AttentionPlan.from_dict(values) for name, values in data.get("attentions", {}).items()},
+                {name: TablePlan.from_dict(values) for name, values in data.get("tables", {}).items()},
             )
         except (KeyError, TypeError) as wrong:
             raise ValueError(

@@ -17,6 +17,7 @@ from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import dequantize, quantize_weight
 from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
+from torchq.planning.tables import heads_of_tables
 
 MIN_GAIN_DB = 0.5
 """The minimum gain for which "auto" takes GPTQ, in output SQNR on held-out rows."""
@@ -52,7 +53,7 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
     """
     if evidence.config.rounding == "nearest":
         return plan
-    layers = dict(plan.layers)
+    layers, tied = dict(plan.layers), heads_of_tables(plan)
     names = [
         name
         for name, layer in plan.layers.items()
@@ -61,16 +62,16 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
     waiting = [evidence.records[name] for name in names]  # the records of the layers still to come, in the same order
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         record = waiting.pop(0)
-        layers[name] = _rounded(name, layers[name], evidence)
+        layers[name] = _rounded(name, layers[name], evidence, tied)
         if not any(other is record for other in waiting):
             record.gram = None  # of a square layer, 4 times the bytes of the int8 weights that are kept from here on
     return dataclasses.replace(plan, layers=layers)
 
 
-def _rounded(name: str, layer: LayerPlan, evidence: Evidence) -> LayerPlan:
+def _rounded(name: str, layer: LayerPlan, evidence: Evidence, tied: set[str]) -> LayerPlan:
     """The plan of this layer, with GPTQ's weights if they are good enough."""
     record = evidence.records[name]
-    why_not = _why_not(record)
+    why_not = "its rows are an embedding's too" if name in tied else _why_not(record)
     if why_not is not None:
         return dataclasses.replace(layer, no_gptq=why_not)
     rounded, before, after = _round_layer(evidence.layers[name].matrix, layer, record)

@@ -27,6 +27,7 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
 from torchq.planning.budget import floats
 from torchq.planning.plan import Checked, LayerPlan, Plan
+from torchq.planning.tables import LOSS_DB, tables_in_float, tables_of_their_own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -93,7 +94,29 @@ class SelfCheck:
             if other_db > max([db + margin, *(measured[key] for key in kept)]):
                 kept = {name: (other, candidate)}
         chosen, (plan, converted) = next(iter(kept.items()))
+        plan, converted, measured[chosen] = self._tables_judged(model, plan, converted, measured[chosen])
         return self._noted(converted, plan, measured, chosen), converted
+
+    def _tables_judged(self, model: M, plan: Plan, converted: M, db: float) -> tuple[Plan, M, float]:
+        """The same, or with tables of embeddings in float: if need be those that only look up, or else all.
+
+        What int8 tables cost is measured with the heads that share them in int8, which are judged as other layers are.
+        """
+        if self._config.embeddings != "auto" or not plan.int8_tables():
+            return plan, converted, db
+        exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
+        alone = tables_of_their_own(plan)
+        for names, limit in ((alone, LOSS_DB), (plan.int8_tables(), self._margin_db)):
+            limit = limit if alone else self._margin_db
+            if exact_db is None or exact_db <= db + limit:
+                break
+            if not set(names) & set(plan.int8_tables()):
+                continue
+            why = f"int8 costs {exact_db - db:.1f} dB of the model's output, {db:.1f} instead of {exact_db:.1f}"
+            plan = tables_in_float(plan, why, *names)
+            converted = applied(model, plan)
+            db = self.compare(converted) or db
+        return plan, converted, db
 
     def final(self, converted: nn.Module, plan: Plan, *, inplace: bool = False) -> Plan:
         """Checks a model that `best` did not make. The plan with its figures, as the model carries it too."""

@@ -24,6 +24,7 @@ from torchq.config import QConfig
 from torchq.modules.registry import Layer
 from torchq.planning.choose import measure_scales, plan_layer
 from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.tables import heads_of_tables
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
@@ -38,12 +39,14 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
     """Tries every alpha on each layer that has been measured. Where one is better, it replaces the layer's plan."""
     if evidence.config.smoothing == "none":
         return plan
-    layers = {
-        name: _smoothed(evidence.layers[name], evidence.records[name], layer, evidence.config)
-        if layer.sqnr_db and evidence.layers[name].trained is None and not _would_not_shrink(evidence.layers[name])
-        else layer
-        for name, layer in plan.layers.items()
-    }
+    tied = heads_of_tables(plan)
+    layers = dict(plan.layers)
+    for name, planned in plan.layers.items():
+        layer = evidence.layers.get(name)
+        if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
+            continue
+        if not _would_not_shrink(layer):
+            layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config)
     return dataclasses.replace(plan, layers=layers)
 
 

@@ -83,6 +83,7 @@ def render(report: Report) -> list[str]:
     lines += [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
     lines += [line for entry in _remarks(report.layers) for line in _wrapped(entry)]
+    lines += [line for entry in _tables(report) for line in _wrapped(entry)]
     lines += [line for entry in _attentions(report) for line in _wrapped(entry)]
     lines += [layer.advice for layer in report.layers if layer.advice is not None]
     return lines if report.frontier is None else [*lines, "", str(report.frontier)]
@@ -167,6 +168,22 @@ def _remarks(layers: tuple[LayerReport, ...]) -> list[str]:
         if layer.no_gptq is not None:
             remarks.setdefault(f"rounded to nearest, no gptq: {layer.no_gptq}", []).append(name)
     return [f"{remark}: {_listed(names, len(layers))}" for remark, names in remarks.items()]
+
+
+def _tables(report: Report) -> list[str]:
+    """A line for each embedding in int8, and one for each reason to stay in float."""
+    lines: list[str] = []
+    left: dict[str, list[str]] = {}
+    for name, row in report.tables.items():
+        if row.kind == "float":
+            left.setdefault(row.reason, []).append(name)
+            continue
+        sizes = "" if row.owner else f", {text.size(row.bytes_before)} -> {text.size(row.bytes_after)}"
+        db = "" if row.sqnr_db is None else f", {_db(row.sqnr_db)} dB"
+        lines.append(f"table of {name or '(root)'} in int8{sizes}{db} ({row.reason})")
+    count = len(report.tables)
+    lines += [f"table in float, {reason}: {_listed(names, count, 'of them')}" for reason, names in left.items()]
+    return lines
 
 
 def _attentions(report: Report) -> list[str]:

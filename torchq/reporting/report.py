@@ -73,6 +73,27 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class TableReport:
+    """The table of one embedding of the original model.
+
+    Args:
+        kind: "int8" or "float".
+        bytes_before: its size in float; 0 for a table that its owner counts.
+        bytes_after: its size now.
+        sqnr_db: SQNR of the int8 table against the float one, in dB.
+        reason: why it became what it is.
+        owner: the layer or embedding whose weight it is too.
+    """
+
+    kind: str
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    reason: str
+    owner: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """Prints as a table. `to_dict()` returns it as plain data, and `plot` draws the frontier of an accuracy budget."""
 
@@ -80,6 +101,7 @@ class Report:
     frontier: Frontier | None = None
     model: WholeModel | None = None
     attentions: Mapping[str, AttentionPlan] = field(default_factory=dict)
+    tables: Mapping[str, TableReport] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -102,6 +124,7 @@ class Report:
             "frontier": frontier,
             "model": self.model and self.model.to_dict(),
             "attentions": {name: text.to_json(asdict(row)) for name, row in self.attentions.items()},
+            "tables": {name: text.to_json(asdict(row)) for name, row in self.tables.items()},
         }
 
     def plot(self, path: str | Path) -> None:
@@ -147,7 +170,14 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     """
     plan = attached_plan(qmodel)
     layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
-    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions)
+    tables = {name: _table_report(qmodel, plan, name) for name in plan.tables}
+    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions, tables)
+
+
+def _table_report(qmodel: nn.Module, plan: Plan, name: str) -> TableReport:
+    row = plan.tables[name]
+    before, after = _sizes(qmodel.get_submodule(name))
+    return TableReport(row.kind, before, after, row.sqnr_db, row.reason, row.owner)
 
 
 def _layer_report(

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from torchq.modules.base import own_tensors
+from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import type_of
 from torchq.planning.plan import Plan
@@ -86,8 +87,8 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
     after = grown = int8 = weights = 0
     for module, tensor in own_tensors(qmodel):
         after += tensor.nbytes
-        if isinstance(module, QuantizedLinear):
-            int8 += module.out_features * module.in_features
+        if isinstance(module, PackedWeights):
+            int8 += module.out_features * module.in_features if isinstance(module, QuantizedLinear) else 0
             grown += module.int8_bytes - module.float_bytes
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")

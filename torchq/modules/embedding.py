@@ -1,0 +1,287 @@
+"""QuantizedEmbedding and QuantizedEmbeddingBag: nn.Embedding and nn.EmbeddingBag with an int8 table.
+
+Each row has its own scale, `max|row| / 127`, and is dequantized as it is looked up. A table that is the weight of a
+head too is there once: the head's packed weight. Such a module only refers to its `owner`, and has no tensors.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.functional import embedding_bag
+
+from torchq.modules.base import MODULE_OWN, Int8Module
+from torchq.modules.float_view import FloatView, FloatViews
+from torchq.modules.packed_weights import PackedWeights
+from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.ops.lookup import embedding, pack_table, unpack_table
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+"""The float modules that become int8 here."""
+
+
+class QuantizedTable(PackedWeights):
+    """What both modules have in common: the table (num_embeddings, embedding_dim), as memory and as a checkpoint.
+
+    The state keys are `weight_int8` and `weight_scale`; a tied table has none. To foreign code `weight` is a read-only
+    float tensor: `F.embedding(ids, module.weight)` looks up only these rows.
+    """
+
+    _source: type[nn.Module]  # the float module's class
+    has_bias = had_bias = False
+    input_qparams = None
+    _owner: tuple[PackedWeights] | None = None  # in a tuple, so that it is no child
+
+    @classmethod
+    def from_float(cls, module: nn.Module, owner: PackedWeights | None = None) -> "QuantizedTable":
+        """The int8 form of an nn.Embedding or nn.EmbeddingBag; if its table is the weight of `owner`, tied to that.
+
+        A subclass keeps its own forward and whatever else it has: its `super().forward` looks up in int8.
+        """
+        source = type(module)
+        table = cast(QuantizedTable, _new(source))
+        kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN}
+        table.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
+        table._modules.update(copy.deepcopy(module._modules))
+        table._buffers.update(copy.deepcopy(module._buffers))
+        table._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        weight = cast(Tensor, module.weight).detach()
+        table.out_features, table.in_features = weight.shape
+        table.dtype = weight.dtype
+        table.training = module.training
+        if owner is None:
+            table._set_packed(pack_table(*quantize_weight(weight, per_channel=True)))
+        else:
+            table._owner = (owner,)
+            table._present()
+        return table
+
+    @property
+    def owner(self) -> PackedWeights | None:
+        """The module whose weight this table is; None if it has one of its own."""
+        return None if self._owner is None else self._owner[0]
+
+    @property
+    def table(self) -> Tensor:
+        """What `lookup.embedding` takes: its own table, or the owner's packed weight."""
+        owner = self.owner
+        if owner is None:
+            return self.packed
+        return owner.table if isinstance(owner, QuantizedTable) else owner.packed
+
+    def look_up(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The rows (*indices.shape, embedding_dim), in the model's dtype or another."""
+        return embedding(self.table, indices, self.in_features, dtype or self.dtype)
+
+    @property
+    def float_bytes(self) -> int:
+        """The bytes of the table in the model's dtype; a tied one is counted by its owner."""
+        return 0 if self._owner else self.out_features * self.in_features * self.dtype.itemsize
+
+    @property
+    def weight(self) -> Tensor:
+        """The table in float, read only: a `FloatView`."""
+        if is_dynamo_compiling():  # which can't trace a tensor subclass: it gets the values
+            return self._float_table()
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def channel_scale(self) -> None:
+        """A table has none; that of a head is in its rows."""
+        return
+
+    def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
+        """Takes other codes and scales.
+
+        Raises:
+            RuntimeError: the table is its owner's.
+        """
+        if self._owner is not None:
+            raise RuntimeError(f"torchq: this table is the weight of a {type(self.owner).__name__}: replace it there.")
+        self._set_packed(pack_table(weight_int8, weight_scale))
+
+    # ---- What PackedWeights asks for -------------------------------------------------------------------------------
+
+    def _float_table(self) -> Tensor:
+        owner = self.owner
+        if owner is not None:
+            return owner.weight.to(self.dtype)
+        return dequantize(*unpack_table(self.packed), axis=0).to(self.dtype)
+
+    def _weight_view(self, packed: Tensor | None) -> FloatView:
+        like = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        view = FloatView(lambda: self._float_table() + 0, like, torch.device("cpu"))
+        view.look_up = self.look_up
+        return view
+
+    def _present(self) -> None:
+        """The view of a table that is its owner's."""
+        self.__dict__["_parameters"] = FloatViews(weight=self._weight_view(None))
+
+    def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.owner is not None:
+            return self.owner._unpacked()
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        return *unpack_table(self.packed if packed is None else packed), none, none
+
+    def _canonical(self) -> dict[str, Tensor]:
+        if self._owner is not None:
+            return {}
+        weight, scale = unpack_table(self.packed)
+        return {"weight_int8": weight, "weight_scale": scale}
+
+    def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of a checkpoint."""
+        if self._owner is not None:
+            return {}
+        n, k = self.out_features, self.in_features
+        return {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
+
+    def _adopt(self, tensors: dict[str, Tensor]) -> None:
+        if self._owner is None:
+            self._set_packed(pack_table(tensors["weight_int8"], tensors["weight_scale"]))
+        else:
+            self._present()
+
+    def _other_scheme(self, name: str) -> str:
+        return (
+            f"the saved table has tensors of its own, and this one is the weight of a {type(self.owner).__name__}. "
+            "Make the model by the saved one's plan first: torchq.apply_plan(model, plan)."
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedTable":
+        if self._owner is None:
+            return super()._apply(fn, recurse)  # type: ignore[return-value]
+        self.__dict__["_parameters"] = {}
+        nn.Module._apply(self, fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        self._present()
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (self._source,), self.__getstate__()
+
+
+class QuantizedEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[override]
+    """nn.Embedding with an int8 table: `y = float(code) * scale` of each row.
+
+    >>> table = QuantizedEmbedding.from_float(nn.Embedding(10, 4))
+    >>> table(torch.tensor([[1, 2, 9]])).shape, table.weight_int8.dtype
+    (torch.Size([1, 3, 4]), torch.int8)
+    """
+
+    _source = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices of any shape -> (*shape, embedding_dim).
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        return self.look_up(input)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme, for `repr`."""
+        return f"{nn.Embedding.extra_repr(self)}, int8{', tied' if self._owner else ''}"
+
+
+class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):  # type: ignore[override]
+    """nn.EmbeddingBag with an int8 table. The rows are added, averaged or compared in float by torch's own operation.
+
+    >>> bag = QuantizedEmbeddingBag.from_float(nn.EmbeddingBag(10, 4))
+    >>> bag(torch.tensor([1, 2, 4, 5]), torch.tensor([0, 2])).shape
+    torch.Size([2, 4])
+    """
+
+    _source = nn.EmbeddingBag
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As nn.EmbeddingBag: bags of indices, (B, N) or flat with `offsets`, to (B, embedding_dim).
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        rows, kept = self.look_up(input.reshape(-1)), None
+        places = torch.arange(len(rows), dtype=torch.long, device="cpu")
+        if self.padding_idx is not None:  # rows that count for nothing: all of them are the last one, of zeros
+            kept = len(rows)
+            rows = torch.cat([rows, rows.new_zeros(1, self.in_features)])
+            places = torch.where(input.reshape(-1) == self.padding_idx, kept, places)
+        return embedding_bag(
+            places.reshape(input.shape),
+            rows,
+            offsets if offsets is None else offsets.long(),
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=kept,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme, for `repr`."""
+        return f"{nn.EmbeddingBag.extra_repr(self)}, int8{', tied' if self._owner else ''}"
+
+
+@functools.cache
+def _class_for(source: type[nn.Module]) -> type[QuantizedTable]:
+    """The int8 class for this class: where it overrides the base's methods, they go on with the int8 ones."""
+    base: type[QuantizedTable] = QuantizedEmbedding if issubclass(source, nn.Embedding) else QuantizedEmbeddingBag
+    if source in TABLES:
+        return base
+    names = {"_source": source, "__module__": source.__module__, "__doc__": source.__doc__}
+    return type(f"Quantized{source.__name__}", (source, base), names)
+
+
+def _new(source: type[nn.Module]) -> nn.Module:
+    """An int8 module for this class, without a table yet. (By a function: a class made here can't be pickled.)"""
+    int8 = _class_for(source)  # type: ignore[arg-type]
+    table = int8.__new__(int8)
+    nn.Module.__init__(table)
+    return table
+
+
+# ---- What stays in float ---------------------------------------------------------------------------------------------
+
+_PROBES, _PROBED_ROWS = 3, 64
+
+
+def why_float(module: nn.Module) -> str | None:
+    """Why this nn.Embedding or nn.EmbeddingBag must stay in float, whatever the table holds; None if it need not."""
+    kind = type(module).__name__
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm rescales rows of its table as they are looked up: an int8 table can't be written"
+    if module._parameters.get("weight") is None:
+        return "its table is computed, by a parametrization for one"
+    if module._parameters.keys() != {"weight"}:
+        return f"{kind} has parameters beside its table"
+    if "forward" in vars(module) or isinstance(module, Int8Module):
+        return f"{kind} has a forward of its own"
+    base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
+    if type(module).forward is base.forward:
+        return None
+    return None if _is_proven(module) else f"{kind} has a forward of its own, which can't be proven to look up rows"
+
+
+@torch.no_grad()
+def _is_proven(module: nn.Module) -> bool:
+    """Whether the module's own forward gives, with an int8 table, exactly what it gives with the table's values."""
+    weight = cast(Tensor, module.weight)
+    rows = _PROBED_ROWS + max(0, getattr(module, "padding_idx", None) or 0)
+    some = nn.Parameter(weight.detach()[:rows].clone(), requires_grad=False)
+    try:
+        exact = copy.deepcopy(module, {id(weight): some})
+        int8 = QuantizedTable.from_float(exact)
+        exact._parameters["weight"] = nn.Parameter(int8._float_table(), requires_grad=False)
+        return all(torch.equal(probe(exact), probe(int8)) for probe in _probes(len(some)))
+    except Exception:  # it takes other arguments, say
+        return False
+
+
+def _probes(count: int) -> list[Callable[[nn.Module], Tensor]]:
+    """Calls of an embedding: a few rows in each."""
+    ids = torch.arange(2 * _PROBES, dtype=torch.long, device="cpu").reshape(2, _PROBES) % max(1, min(count, _PROBES))
+    return [lambda module: module(ids), lambda module: module(ids.clamp(max=1))]

@@ -1,0 +1,155 @@
+"""Which embeddings get an int8 table, and why the others don't.
+
+Embeddings and heads that share one parameter share one int8 copy of it, or stay in float together: a second copy would
+take more memory than int8 saves. The copy belongs to the head if there is one, packed for its product.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from torchq.calibration.calibrate import Evidence
+from torchq.config import QConfig
+from torchq.modules.base import FLOATS
+from torchq.modules.embedding import TABLES, why_float
+from torchq.modules.registry import Layer
+from torchq.numerics.metrics import decibels, energies
+from torchq.numerics.qparams import dequantize, quantize, weight_blocks, weight_scale
+from torchq.planning.plan import LayerPlan, Plan, TablePlan
+
+MIN_BYTES = 2**14
+"""Smaller tables stay in float: they are nothing beside the rest of a model."""
+
+TRAINED = "prepare_qat trained the model with it in float"
+
+LOSS_DB = 0.1
+"""How much SQNR of the model's output int8 tables may cost with `QConfig(embeddings="auto")`, if no layer shares them.
+
+A table that a head shares may cost what another plan may (`selfcheck.MARGIN_DB`): in float, it would keep the head so.
+"""
+
+
+def find_tables(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, nn.Module]:
+    """The embeddings of the model by name, but for those inside of a module that has layers. A shared one goes once."""
+    inside = tuple(f"{layer.path}." for layer in layers.values())
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, TABLES) and not name.startswith(inside)}
+
+
+def first_tables(
+    model: nn.Module, layers: Mapping[str, Layer], barred: Mapping[str, str], config: QConfig
+) -> dict[str, TablePlan]:
+    """A row for each embedding of the model.
+
+    `barred` has the reasons of layers and tables that must stay in float, as far as they are known.
+    """
+    tables = find_tables(model, layers)
+    weights: dict[int, list[str]] = {}
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if not layer.part:
+            weights.setdefault(id(layer.weight), []).append(name)  # a weight stored transposed is a view, and no table
+    for name, module in tables.items():
+        weight = module._parameters.get("weight")
+        groups.setdefault(id(module) if weight is None else id(weight), []).append(name)
+    trained = any(layer.trained for layer in layers.values())
+    rows = {}
+    for key, names in groups.items():
+        heads = weights.get(key, [])
+        ours = [*(layers[name].module for name in heads), *(tables[name] for name in names)]
+        reasons = [barred.get(name) or _why_float(tables[name], config) for name in names]
+        reasons += [_of_others(model, ours, key), *(_of_head(name, barred) for name in heads)]
+        reason = TRAINED if trained else next(filter(None, reasons), None)
+        if reason is not None:
+            rows.update({name: TablePlan("float", reason) for name in names})
+            continue
+        db = _sqnr_db(tables[names[0]])
+        why = f"tied to {heads[0]!r}: one int8 copy" if heads else "a scale for each row"
+        rows[names[0]] = TablePlan("int8", why, heads[0] if heads else None, db)
+        owner = heads[0] if heads else names[0]
+        rows.update({name: TablePlan("int8", f"tied to {owner!r}: one int8 copy", owner, db) for name in names[1:]})
+    return {name: rows[name] for name in tables}
+
+
+def _why_float(module: nn.Module, config: QConfig) -> str | None:
+    """Why the table of this module must stay in float, by itself."""
+    if config.embeddings is False:
+        return "QConfig(embeddings=False)"
+    reason = why_float(module)
+    if reason is not None:
+        return reason
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a swap would drop"
+    weight = module.weight.detach()  # type: ignore[operator]
+    if weight.device.type != "cpu":
+        return f"its table is on device {weight.device}"
+    if weight.dtype not in FLOATS:
+        return f"its table is {weight.dtype}; float32, bfloat16 and float16 can be quantized"
+    if weight.nbytes < MIN_BYTES or weight.shape[1] + 4 >= weight.shape[1] * weight.itemsize:
+        return f"int8 would save next to nothing: it has {weight.nbytes} bytes"
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
+        return "its table has NaN or infinity"
+    return None
+
+
+def _of_others(model: nn.Module, ours: Sequence[nn.Module], key: int) -> str | None:
+    """Why the table must stay in float as a parameter of other modules than `ours`, which would keep it."""
+    for name, module in model.named_modules():
+        others = not any(module is each for each in ours)
+        if others and any(id(parameter) == key for parameter in module._parameters.values()):
+            return f"its table is a parameter of {name!r} ({type(module).__name__}) too"
+    return None
+
+
+def _of_head(name: str, barred: Mapping[str, str]) -> str | None:
+    return f"its table is the weight of {name!r}, which stays in float" if name in barred else None
+
+
+def _sqnr_db(module: nn.Module) -> float:
+    weight = module.weight.detach()  # type: ignore[operator]
+    scale, both = weight_scale(weight, per_channel=True), torch.zeros(2, dtype=torch.float64, device="cpu")
+    for rows, values in weight_blocks(weight):
+        both += energies(values, dequantize(quantize(values, scale[rows], axis=0), scale[rows], axis=0))
+    return decibels(both)
+
+
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+
+
+def keep_together(plan: Plan, evidence: Evidence) -> Plan:
+    """A stage: tables that no batch reached, and heads and tables that can't share an int8 copy, return to float."""
+    for name, row in plan.tables.items():
+        group = {each for each, other in plan.tables.items() if (other.owner or each) == (row.owner or name)}
+        if row.kind == "int8" and evidence.batches and not group & evidence.tables_called:
+            plan = tables_in_float(
+                plan, "calib_loader never reached it; its table may be read without calling it", name
+            )
+        elif row.kind == "int8" and name not in plan.int8_tables():
+            plan = tables_in_float(plan, f"its table is the weight of {row.owner!r}, which stays in float", name)
+    return plan
+
+
+def tables_in_float(plan: Plan, reason: str, *names: str, heads: bool = True) -> Plan:
+    """The plan with these tables in float, or with all that are int8; with `heads`, the heads tied to them too."""
+    tables, layers = dict(plan.tables), dict(plan.layers)
+    for name in names or plan.int8_tables():
+        row = tables[name]
+        tables[name] = dataclasses.replace(row, kind="float", reason=reason, owner=None)
+        if heads and row.owner in layers and layers[row.owner].is_int8:
+            text = f"its weight is that of {name!r} too, whose table stays in float; int8 would be a second copy of it"
+            layers[row.owner] = LayerPlan("float", text, sqnr_db=layers[row.owner].sqnr_db)
+    return dataclasses.replace(plan, layers=layers, tables=tables)
+
+
+def tables_of_their_own(plan: Plan) -> list[str]:
+    """The int8 tables that no layer shares."""
+    heads = heads_of_tables(plan)
+    return [name for name in plan.int8_tables() if plan.tables[name].owner not in heads]
+
+
+def heads_of_tables(plan: Plan) -> set[str]:
+    """The layers whose weight is a table too. They are rounded to nearest, and not smoothed, for the table's sake."""
+    return {row.owner for row in plan.tables.values() if row.kind == "int8" and row.owner in plan.layers}
