@@ -41,8 +41,12 @@ constexpr int64_t kKeepGilBelow = 1 << 20, kKeepGilBelowValues = 1 << 16;
 // Names of a QuantizedLinear's attributes.
 struct Names {
   PyObject *buffers, *packed, *input_qparams;
+  PyObject *scope, *defer;
   PyObject *training, *p;  // of any module, and of a Dropout
+  PyObject *zero, *one;    // 0 and 1.0
 } names;
+
+bool simulating = false;  // whether any thread does: then Python must look whether this one does
 
 // What a product is made of beside x.
 struct Layer {
@@ -91,7 +95,7 @@ struct PlainInput {
 
 // False: this is not a plain call.
 bool read(PyObject* object, const Layer& layer, PlainInput* out) {
-  if (!plain_eager() || !view(object, &out->x)) return false;
+  if (simulating || !plain_eager() || !view(object, &out->x)) return false;
   out->dtype = find(out->x.dtype);
   out->weights = header_of(layer.packed.ptr());
   if (!out->dtype || !out->weights || (out->dtype == kU8) != static_cast<bool>(layer.codes_of)) return false;
@@ -177,14 +181,48 @@ PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
 }
 
+PyObject* set_simulating(PyObject*, PyObject* yes) {
+  simulating = yes == Py_True;
+  Py_RETURN_NONE;
+}
+
 PyObject* is_autocast_enabled(PyObject*, PyObject*) { return PyBool_FromLong(autocast()); }
 
 PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+    PyObject* scope = state ? PyDict_GetItemWithError(state, names.scope) : nullptr;
+    if (scope && scope != Py_None) {
+      PyObject* deferring[] = {scope, args[0], args[2]};
+      PyObject* pending = PyObject_VectorcallMethod(names.defer, deferring, 3, nullptr);
+      if (pending != Py_None) return pending;  // or null, for an error
+      Py_DECREF(pending);
+    }
     Layer layer;
     return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : py::object());
   });
+}
+
+// The long way's last step. Null, too, stands for an error.
+PyObject* call_op(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4) Py_RETURN_NOTIMPLEMENTED;
+  PyObject *x = args[1], *dynamic_op = args[2], *static_op = args[3];
+  const auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(args[0], nullptr));
+  PyObject* buffers = state ? PyDict_GetItemWithError(state.ptr(), names.buffers) : nullptr;
+  PyObject* pair = state ? PyDict_GetItemWithError(state.ptr(), names.input_qparams) : nullptr;
+  if (!buffers || !pair || simulating || autocast() || may_want_gradient(x)) return or_not_implemented({});
+  const auto packed = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
+  if (!packed) return or_not_implemented({});
+  if (pair == Py_None) {
+    PyObject* arguments[] = {x, packed.ptr(), names.zero};
+    return PyObject_Vectorcall(dynamic_op, arguments, 3, nullptr);
+  }
+  PyObject* dtype = dtype_of(x);
+  if (!dtype || dtype == dtype_of(*kU8) || !PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2)
+    return or_not_implemented({});
+  PyObject* arguments[] = {
+      x, packed.ptr(), PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), dtype, names.one, names.zero, names.zero};
+  return PyObject_Vectorcall(static_op, arguments, 8, nullptr);
 }
 
 // ---- In two steps ---------------------------------------------------------------------------------------------------
@@ -298,11 +336,16 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"set_simulating", set_simulating, METH_O,
+     "set_simulating(yes): whether any thread simulates. If so, all calls here return NotImplemented."},
     {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,
      "is_autocast_enabled(): torch.is_autocast_enabled('cpu'), in a fifth of its time."},
     {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,
-     "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or NotImplemented where only "
-     "nn.Module.__call__ and the op will do."},
+     "call_linear(module, cls, x): cls.forward(module, x) of a QuantizedLinear, or what its scope defers; "
+     "NotImplemented where only nn.Module.__call__ and the op will do."},
+    {"call_op", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_op)), METH_FASTCALL,
+     "call_op(module, x, linear_dynamic, linear_static): forward(x) of a QuantizedLinear by one of these ops, or "
+     "NotImplemented where it takes more than that: autocast, a gradient, codes."},
     {"begin_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(begin_linear)), METH_FASTCALL,
      "begin_linear(module, cls, x): the half of call_linear that reads x, for end_linear; or NotImplemented."},
     {"end_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(end_linear)), METH_FASTCALL,
@@ -318,7 +361,8 @@ PyMethodDef methods[] = {
 void add_direct_calls(py::module_& module) {
   watch_nn_module();
   watch_torch();
-  names = {name("_buffers"), name("packed"), name("input_qparams"), name("training"), name("p")};
+  names = {name("_buffers"), name("packed"), name("input_qparams"), name("scope"),          name("defer"),
+           name("training"), name("p"),      PyLong_FromLong(0),    PyFloat_FromDouble(1.0)};
   PyModule_AddFunctions(module.ptr(), methods);
 }
 

@@ -43,12 +43,13 @@ struct Asked {
 struct Torch {
   const dlpack::Exchange* exchange;
   PyTypeObject* tensor;
-  PyObject* unusual[3];                 // functions that return something true where a mode or tracing is active
-  PyObject* autocast;                   // likewise for autocast
-  PyObject *profiler, *profiling;       // the globals of torch's profiler, and the name of its flag among them
-  PyObject *forward_ad, *level;         // likewise of forward-mode derivatives, whose level is -1 outside
-  Asked requires_grad, is_neg, offset;  // of a tensor
-  PyObject* dtypes[4];                  // in the order of kDTypes
+  PyObject* unusual[3];                        // functions that return something true where a mode or tracing is active
+  PyObject* autocast;                          // likewise for autocast
+  PyObject *profiler, *profiling;              // the globals of torch's profiler, and the name of its flag among them
+  PyObject *forward_ad, *level;                // likewise of forward-mode derivatives, whose level is -1 outside
+  PyObject* transforms;                        // a function that returns whether torch.func's are active
+  Asked requires_grad, is_neg, offset, dtype;  // of a tensor
+  PyObject* dtypes[4];                         // in the order of kDTypes
 } torch_;
 
 constexpr DTypePair kDTypes[] = {{DType::f32, {dlpack::kFloat, 32, 1}},
@@ -100,13 +101,17 @@ bool autocast() {
   return !falsy(PyObject_CallNoArgs(torch_.autocast));
 }
 
+bool in_forward_mode() {
+  PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.level);
+  return !level || PyLong_AsLong(level) >= 0;
+}
+
 bool plain_eager() {
   if (!torch_.exchange) return false;
   if (autocast()) return false;
   for (PyObject* f : torch_.unusual)
     if (!falsy(PyObject_CallNoArgs(f))) return false;
-  PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.level);
-  if (!level || PyLong_AsLong(level) >= 0) return false;
+  if (in_forward_mode()) return false;
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
@@ -118,6 +123,19 @@ bool view(PyObject* object, dlpack::Tensor* out) {
 bool is_negated(PyObject* x) { return !falsy(torch_.is_neg(x)); }
 
 bool wants_gradient(PyObject* x) { return aoti_torch_grad_mode_is_enabled() && !falsy(torch_.requires_grad(x)); }
+
+bool may_want_gradient(PyObject* x) {
+  if (!PyObject_TypeCheck(x, torch_.tensor) || in_forward_mode()) return true;
+  return !falsy(PyObject_CallNoArgs(torch_.transforms)) || wants_gradient(x);
+}
+
+PyObject* dtype_of(PyObject* x) {
+  PyObject* dtype = torch_.dtype(x);
+  Py_XDECREF(dtype);  // they live as long as the process
+  return dtype;
+}
+
+PyObject* dtype_of(const DTypePair& dtype) { return torch_.dtypes[&dtype - kDTypes]; }
 
 bool is_contiguous(const dlpack::Tensor& t) {
   int64_t expected = 1;
@@ -148,11 +166,6 @@ void watch_torch() {
   const py::module_ torch = py::module_::import("torch");
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
   torch_.autocast = forever(py::module_::import("functools").attr("partial")(torch.attr("is_autocast_enabled"), "cpu"));
-  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
-  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-  const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
-  if (exchange->version.major != dlpack::kMajorVersion || !exchange->view) return;
-
   torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
   torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
   torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
@@ -163,9 +176,16 @@ void watch_torch() {
   torch_.level = name("_current_level");
   torch_.requires_grad = asked(tensor.attr("requires_grad"));
   torch_.is_neg = asked(tensor.attr("is_neg"));
+  torch_.transforms = forever(torch_c.attr("_are_functorch_transforms_active"));
+  torch_.dtype = asked(tensor.attr("dtype"));
   torch_.offset = asked(tensor.attr("storage_offset"));
   const char* dtypes[] = {"float32", "uint8", "bfloat16", "float16"};
   for (int i = 0; i < 4; ++i) torch_.dtypes[i] = forever(torch.attr(dtypes[i]));
+
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* exchange = capsule.get_pointer<const dlpack::Exchange>();
+  if (exchange->version.major != dlpack::kMajorVersion || !exchange->view) return;
   torch_.exchange = exchange;
 }
 

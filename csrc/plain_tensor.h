@@ -23,6 +23,9 @@ const DTypePair* find(PyObject* torch_dtype);
 // Of the CPU, in this thread.
 bool autocast();
 
+// Whether forward-mode derivatives are computed.
+bool in_forward_mode();
+
 // Whether nothing but the operation itself wants to know of a call: no mode, transform, tracing, autocast or profiler.
 // False as well where torch publishes no exchange table.
 bool plain_eager();
@@ -39,6 +42,13 @@ bool is_negated(PyObject* x);
 
 // Whether autograd wants to know of a product with x.
 bool wants_gradient(PyObject* x);
+
+// Whether autograd may want to know of a product with x, a tensor of any kind, or a transform such as vmap.
+bool may_want_gradient(PyObject* x);
+
+// The torch.dtype of a tensor of any kind, or null. Borrowed.
+PyObject* dtype_of(PyObject* x);
+PyObject* dtype_of(const DTypePair& dtype);
 
 // Every stride must be exactly that of a contiguous tensor, even in a dimension of size 1, where any would do.
 bool is_contiguous(const dlpack::Tensor& t);

@@ -56,7 +56,7 @@ class ValueOf(torch.autograd.Function):
 
 def formula(model, x):
     """model(x), x float64: `act(x · ŵᵀ + b)`, at the very z and y that the int8 layers compute."""
-    for layer, between, activation, reader in steps_of(list(model)):
+    for layer, between, _, activation, reader in steps_of(list(model)):
         if between is None:  # nn.Identity
             continue
         with torch.no_grad():

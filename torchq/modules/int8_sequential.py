@@ -116,7 +116,7 @@ class Int8Sequential(nn.Sequential):
                 x = module(x)
                 continue
             y: Any = NotImplemented
-            if not (is_dynamo_compiling() or simulation.anywhere):
+            if not is_dynamo_compiling():
                 pair = None if reader is None else reader.input_qparams
                 y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
             if y is NotImplemented:

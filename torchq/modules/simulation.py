@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torchq import _C
 from torchq.scopes import Scoped
 
 anywhere = False
@@ -12,6 +13,7 @@ anywhere = False
 def _set_anywhere(yes: bool) -> None:
     global anywhere
     anywhere = yes
+    _C.set_simulating(yes)
 
 
 simulating: Scoped[bool] = Scoped("torchq.simulate", _set_anywhere)
