@@ -9,9 +9,9 @@ from torch import nn
 
 from helpers.numbers import normal
 from torchq import _C, Plan, QConfig, apply_plan, convert
+from torchq.modules import encoder as encoders
 from torchq.modules import pending
 from torchq.modules.encoder import Int8TransformerEncoder
-from torchq.modules.multihead_attention import QuantizedMultiheadAttention
 from torchq.numerics.metrics import sqnr_db
 from torchq.ops import Activation
 
@@ -41,14 +41,14 @@ def norm_with_bias():
 @pytest.fixture
 def skipped(monkeypatch):
     """Lists the calls that skip padding: the lengths of each."""
-    calls, inner = [], QuantizedMultiheadAttention.of_sequences
+    calls, inner = [], encoders.of_sequences
 
-    def counted(self, x, lengths):
+    def counted(attention, x, lengths):
         assert len(x) == sum(lengths)
         calls.append(tuple(lengths))
-        return inner(self, x, lengths)
+        return inner(attention, x, lengths)
 
-    monkeypatch.setattr(QuantizedMultiheadAttention, "of_sequences", counted)
+    monkeypatch.setattr(encoders, "of_sequences", counted)
     return calls
 
 
@@ -137,8 +137,8 @@ def in_training(qmodel):
     qmodel.layers[1].train()
 
 
-def mixed(qmodel):
-    qmodel.layers[1].self_attn = nn.MultiheadAttention(E, 4, batch_first=True).eval()
+def foreign(qmodel):
+    qmodel.layers[1].self_attn = nn.MultiheadAttention(E, 4, batch_first=True, add_bias_kv=True).eval()
 
 
 def patched(qmodel):
@@ -147,7 +147,7 @@ def patched(qmodel):
     )
 
 
-@pytest.mark.parametrize("change", [hooked, in_training, mixed, patched])
+@pytest.mark.parametrize("change", [hooked, in_training, foreign, patched])
 def test_a_changed_model_goes_torchs_way(change, skipped):
     qmodel = convert(encoder(dropout=0.0))
     change(qmodel)
@@ -205,11 +205,15 @@ def test_what_torch_never_skips_padding_in(form):
     assert sqnr_db(expected, y) > 28
 
 
-def test_a_layer_that_stays_in_float():
-    qmodel = convert(encoder(), config=QConfig(exclude=("layers.1.self_attn",)))
-    assert type(qmodel) is nn.TransformerEncoder
-    expected, y = (each(X, src_key_padding_mask=PADDING)[~PADDING] for each in (encoder(), qmodel))
-    assert sqnr_db(expected, y) > 28
+@pytest.mark.parametrize("kept", ["layers.1.self_attn", "*.self_attn", "*.linear*", "layers.0"])
+def test_layers_that_stay_in_float(kept, skipped):
+    """They run without padding, too: torch's own way for them ended when others became int8."""
+    model = encoder()
+    qmodel = convert(model, config=QConfig(exclude=(kept,)))
+    y, expected = (each(X, src_key_padding_mask=PADDING) for each in (qmodel, model))
+    assert skipped == [LENGTHS] * 2
+    assert torch.equal(y[PADDING], expected[PADDING])
+    assert sqnr_db(expected[~PADDING], y[~PADDING]) > 28
 
 
 def test_a_wrong_mask_is_an_error():
@@ -312,3 +316,23 @@ def test_compile_goes_torchs_way(skipped):
     y = compiled(X, src_key_padding_mask=PADDING)
     assert skipped == []
     assert sqnr_db(torchs_way(qmodel, X, src_key_padding_mask=PADDING), y) > 50
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_it_is_a_node_of_a_traced_graph():
+    """As torch's own encoder and attention are."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.encoder = nn.MultiheadAttention(E, 4, batch_first=True), encoder()
+
+        def forward(self, x, padding):
+            return self.encoder(self.attention(x, x, value=x)[0], src_key_padding_mask=padding)
+
+    qmodel = convert(Model().eval())
+    traced = torch.fx.symbolic_trace(qmodel)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention", "encoder"]
+    assert torch.equal(traced(X, PADDING), qmodel(X, PADDING))
+    called = torch.jit.trace(qmodel, (X, PADDING))
+    assert sqnr_db(qmodel(X, PADDING)[~PADDING], called(X, PADDING)[~PADDING]) > 50

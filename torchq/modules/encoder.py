@@ -15,12 +15,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from torchq.modules import gradients
-from torchq.modules.multihead_attention import QuantizedMultiheadAttention
+from torchq.modules.base import Int8Module
+from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_sequences
 from torchq.modules.pending import Scope
+from torchq.modules.tracing import Leaf
 
 
-class Int8TransformerEncoder(nn.TransformerEncoder):
-    """An nn.TransformerEncoder of int8 layers, with the same results, in less time where there is padding.
+class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
+    """An nn.TransformerEncoder with int8 layers, with the same results, in less time where there is padding.
 
     >>> from torchq import convert
     >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), 2)
@@ -36,9 +38,12 @@ class Int8TransformerEncoder(nn.TransformerEncoder):
     def adopt(encoder: nn.Module) -> None:
         """Makes an nn.TransformerEncoder itself an Int8TransformerEncoder, if torch would skip padding in it.
 
-        That is what its `use_nested_tensor` says, as long as torch's own way is not turned off.
+        That is what its `use_nested_tensor` says, as long as torch's own way is not turned off. Some layers, or parts
+        of them, may be float.
         """
-        if type(encoder) is nn.TransformerEncoder and encoder.use_nested_tensor and all(map(_is_int8, encoder.layers)):
+        if type(encoder) is not nn.TransformerEncoder or not encoder.use_nested_tensor:
+            return
+        if all(map(_is_torchs, encoder.layers)) and any(isinstance(part, Int8Module) for part in encoder.modules()):
             encoder.__class__ = Int8TransformerEncoder
 
     def forward(
@@ -64,7 +69,7 @@ class Int8TransformerEncoder(nn.TransformerEncoder):
         fast = torch.backends.mha.get_fastpath_enabled() and not torch.is_autocast_enabled("cpu")
         if not fast or _has_any_global_hook() or torch._C._get_tracing_state():
             return False
-        return all(_is_int8(layer) for layer in self.layers) and all(map(_is_idle, self.layers.modules()))
+        return all(map(_is_torchs, self.layers)) and all(map(_is_idle, self.layers.modules()))
 
     def _without_padding(self, src: Tensor, real: Tensor) -> Tensor:
         """Of real rows only; `real` (N, T) says which these are, the first of each sequence."""
@@ -78,11 +83,10 @@ class Int8TransformerEncoder(nn.TransformerEncoder):
 
 def _run(layer: nn.TransformerEncoderLayer, rows: Tensor, lengths: list[int]) -> Tensor:
     """nn.TransformerEncoderLayer.forward in eval mode, on the rows of several sequences."""
-    attention: QuantizedMultiheadAttention = layer.self_attn  # type: ignore[assignment]
     if layer.norm_first:
-        rows = rows + attention.of_sequences(layer.norm1(rows), lengths)
+        rows = rows + of_sequences(layer.self_attn, layer.norm1(rows), lengths)
         return rows + _feed_forward(layer, layer.norm2(rows))
-    rows = layer.norm1(rows + attention.of_sequences(rows, lengths))
+    rows = layer.norm1(rows + of_sequences(layer.self_attn, rows, lengths))
     return layer.norm2(rows + _feed_forward(layer, rows))  # type: ignore[no-any-return]
 
 
@@ -93,12 +97,13 @@ def _feed_forward(layer: nn.TransformerEncoderLayer, rows: Tensor) -> Tensor:
         return layer._ff_block(rows)
 
 
-def _is_int8(layer: nn.Module) -> bool:
-    """Whether this is a layer that can run without padding: torch's own, with int8 attention over its keys alone."""
-    attention = getattr(layer, "self_attn", None)
-    if type(layer) is not nn.TransformerEncoderLayer or type(attention) is not QuantizedMultiheadAttention:
+def _is_torchs(layer: nn.Module) -> bool:
+    """Whether this is torch's own layer, int8 or not, whose attention sees its keys alone."""
+    if type(layer) is not nn.TransformerEncoderLayer:
         return False
-    return attention.bias_k is None and not attention.add_zero_attn
+    attention = layer.self_attn
+    known = type(attention) in (QuantizedMultiheadAttention, nn.MultiheadAttention)
+    return known and attention.bias_k is None and not attention.add_zero_attn
 
 
 def _is_idle(module: nn.Module) -> bool:

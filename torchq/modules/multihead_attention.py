@@ -23,6 +23,7 @@ from torchq.modules.attention_weights import AttentionWeights, Form, weights_of
 from torchq.modules.base import Int8Module, Matrix, ModuleType, float_size
 from torchq.modules.float_view import FloatView, read_only
 from torchq.modules.refusals import refuse_layout
+from torchq.modules.tracing import Leaf
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 _MASKS = ("key_padding_mask", "attn_mask", "is_causal")
@@ -68,7 +69,7 @@ class MultiheadAttentionType(ModuleType):
         return QuantizedMultiheadAttention(cast(nn.MultiheadAttention, module), parts)
 
 
-class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
+class QuantizedMultiheadAttention(Leaf, OwnAttention, nn.MultiheadAttention):
     """nn.MultiheadAttention in int8: the same call, the same attributes, the same results to the error of int8.
 
     It is an nn.MultiheadAttention to whoever asks. `in_proj_weight` and the like are read-only float views of what the
@@ -131,27 +132,6 @@ class QuantizedMultiheadAttention(OwnAttention, nn.MultiheadAttention):
         if query.dim() == 2:
             return y.squeeze(0), weights
         return y if self.batch_first else y.transpose(0, 1), weights
-
-    def of_sequences(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Self-attention of sequences of these lengths that lie one behind the other: (rows, E) to (rows, E).
-
-        For calls without gradients, in eval mode. Keys that the module adds are left out.
-        """
-        projected = [part(x).unflatten(-1, (self.num_heads, self.head_dim)) for part in self._projections()]
-        heads = [self._of_sequence(*each) for each in zip(*(y.split(lengths) for y in projected), strict=True)]
-        y: Tensor = self.out_proj(torch.cat(heads).flatten(1))
-        return y
-
-    def _of_sequence(self, *projected: Tensor) -> Tensor:
-        """One of them, (L, H, D)."""
-        if not len(projected[0]):
-            return projected[0]
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in projected)
-        if self.scheme == SDPA:
-            y = scaled_dot_product_attention(q, k, v)
-        else:
-            y = attend(self, self.scheme, {"q": q, "k": k, "v": v})
-        return y.squeeze(0).transpose(0, 1)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         widths = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
@@ -283,6 +263,34 @@ def attended(
         if weights is not None:
             returned = AttentionWeights(q, k, None if mask is None else mask.clone(), weights)
     return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), returned
+
+
+def of_sequences(attention: nn.MultiheadAttention, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Self-attention of sequences of these lengths that lie one behind the other: (rows, E) to (rows, E).
+
+    For calls without gradients, in eval mode, of a float module too. Keys that the module adds are left out.
+    """
+    if isinstance(attention, QuantizedMultiheadAttention):
+        projected = [part(x) for part in attention._projections()]
+    else:
+        matrices = MultiheadAttentionType().matrices(attention)
+        projected = [linear(x, *matrices[part]) for part in _INPUTS]
+    by_head = [y.unflatten(-1, (attention.num_heads, attention.head_dim)).split(lengths) for y in projected]
+    heads = [_of_sequence(attention, *each) for each in zip(*by_head, strict=True)]
+    y: Tensor = attention.out_proj(torch.cat(heads).flatten(1))
+    return y
+
+
+def _of_sequence(attention: nn.MultiheadAttention, *projected: Tensor) -> Tensor:
+    """One of them, (L, H, D)."""
+    if not len(projected[0]):
+        return projected[0]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in projected)
+    if scheme_of(attention) == SDPA:
+        y = scaled_dot_product_attention(q, k, v)
+    else:
+        y = attend(attention, scheme_of(attention), {"q": q, "k": k, "v": v})
+    return y.squeeze(0).transpose(0, 1)
 
 
 def _may_wait(q: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.refusals import explained, not_codes, refuse_layout
+from torchq.modules.tracing import path_in_graph
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -44,14 +45,6 @@ def _float_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.uint8:
         raise not_codes()
     return x.dtype
-
-
-def _path(module: nn.Module, x: Proxy) -> str:
-    """The module's name in what torch.fx traces; empty if it is all of that, or no part of it."""
-    try:
-        return x.tracer.path_of_module(module)  # type: ignore[attr-defined, no-any-return]
-    except (AttributeError, NameError):
-        return ""
 
 
 class QuantizedLinear(PackedWeights):
@@ -167,7 +160,7 @@ class QuantizedLinear(PackedWeights):
         y = _C.call_linear(self, QuantizedLinear, input)
         if y is not NotImplemented:
             return y
-        if isinstance(input, Proxy) and (path := _path(self, input)):  # a leaf of a traced graph, as nn.Linear is
+        if isinstance(input, Proxy) and (path := path_in_graph(self, input)):  # a leaf, as nn.Linear is
             return input.tracer.create_proxy("call_module", path, (input,), {})
         return super().__call__(input)  # type: ignore[no-any-return]
 

@@ -19,14 +19,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.fx import Proxy
 
 from torchq import ops
 from torchq.modules import gradients, simulation
 from torchq.modules.base import Int8Module, float_size
 from torchq.modules.float_view import read_only
-from torchq.modules.quantized_linear import QuantizedLinear, _path
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.sequences import CELLS, Given, arrange, arrange_cell, directions, joined, returned, run_layers
+from torchq.modules.tracing import Leaf
 from torchq.numerics.recurrent import Cell, Curves, State, run_direction
 from torchq.ops import Activation
 
@@ -40,7 +40,7 @@ _OPTIONS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_fi
 _WEIGHT = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)")
 
 
-class _Recurrent(Int8Module):
+class _Recurrent(Leaf, Int8Module):
     """What sequences and cells have in common: the parts, and what foreign code reads."""
 
     mode: str
@@ -80,13 +80,6 @@ class _Recurrent(Int8Module):
         if any(name in names for names in self.__dict__.get("_names", ())):
             raise read_only(name)
         super().__setattr__(name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """forward(), or where torch.fx traces, a node of its graph."""
-        proxy = next((each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)), None)
-        if proxy is not None and (path := _path(self, proxy)):
-            return proxy.tracer.create_proxy("call_module", path, args, kwargs)
-        return super().__call__(*args, **kwargs)
 
     def _layer(self, names: Sequence[Sequence[str]], x: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
         """One layer: the input product of each direction, and the steps.
