@@ -2,8 +2,9 @@
 //
 //   strangers   a packed buffer and what was changed of it: if packed_header() takes it, it is unpacked and multiplied,
 //               whatever comes of it
-//   problems    sizes, types, strides, scales and the bytes of all tensors of a problem, and in how many parts it is
-//   run rows        a row to quantize
+//   problems    sizes, types, strides, scales and the bytes of all tensors of a problem, and its number of parts
+//   rows        a row to quantize
+//   steps       a step of a recurrent cell
 //
 // Each buffer is as long as gemm.h says, to the byte. Of problems and rows every kernel must give the bits of
 // `reference`. To fuzz more of the core, write a function of Bytes and add it to kPrograms.
@@ -233,6 +234,27 @@ void rows(Bytes& in) {
   }
 }
 
+// A step of a recurrent cell.
+void steps(Bytes& in) {
+  const auto cell = static_cast<Cell>(in.below(kCells));
+  const int64_t size = in.below(100), floats = (2 * gates_of(cell) + 2) * size;
+  const Buffer values(floats * sizeof(float)), expected(2 * size * sizeof(float));
+  in.fill(values.as(), values.bytes());
+  const auto step = [&](const Kernel& kernel, const Buffer& state) {
+    const float *input = values.as<float>(), *recurrent = input + gates_of(cell) * size;
+    if (size > 0) std::memcpy(state.as(), recurrent + gates_of(cell) * size, state.bytes());
+    kernel.cell(cell, {size, input, recurrent, state.as<float>(), state.as<float>() + size});
+  };
+  step(kernel_reference, expected);
+  for (int i = 0; i < kernel_count(); ++i) {
+    const Kernel& kernel = kernel_at(i);
+    if (!can_run(kernel)) continue;
+    const Buffer state(expected.bytes());
+    step(kernel, state);
+    if (!same(DType::f32, expected, state)) wrong("another state than the reference's", kernel);
+  }
+}
+
 // A tensor (batch, heads, rows, columns) in an order of its own, or one row for all rows, or one head for all heads.
 struct Operand {
   const int64_t rows, columns;
@@ -297,7 +319,7 @@ void attend(Bytes& in) {
   }
 }
 
-void (*const kPrograms[])(Bytes&) = {strangers, problems, rows, attend};
+void (*const kPrograms[])(Bytes&) = {strangers, problems, rows, steps, attend};
 
 }  // namespace
 }  // namespace torchq::fuzz

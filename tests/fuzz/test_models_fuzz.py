@@ -113,6 +113,18 @@ class InKeywords(nn.Module):
         return self.inner(input=x.unsqueeze(-2)).squeeze(-2)
 
 
+class Recurrent(nn.Module):
+    """One to three steps, backwards too, of rows that are a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = [nn.LSTM, nn.GRU, nn.RNN][int(torch.randint(3, ()))]
+        self.rnn, self.steps = kind(WIDTH, WIDTH // 2, bidirectional=True), int(torch.randint(1, 4, ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x.expand(self.steps, *x.shape))[0][-1]
+
+
 BLOCKS = [
     linear,
     perceptron,
@@ -125,6 +137,7 @@ BLOCKS = [
     in_other_clothes,
     Attends,
     encoder,
+    Recurrent,
 ]
 CONFIGS = [QConfig(), QConfig(activation="dynamic"), QConfig(activation="static"), QConfig(weight="per_tensor")]
 

@@ -7,6 +7,7 @@ with the reference kernel, which tests/test_activations.py compares with torch.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from helpers.fuzzing import fuzz
 from helpers.numbers import FLT_MAX, FLT_MIN
 from torchq import _C, QuantizedLinear, kernels, ops
 from torchq.modules.quantized_linear import Codes
+from torchq.modules.recurrent import CURVES
 from torchq.numerics.qparams import QParams
-from torchq.ops import Activation
+from torchq.numerics.recurrent import State, run_direction
+from torchq.ops import Activation, Cell
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.slow(seconds=5)]
 
@@ -209,3 +212,49 @@ def test_linear_static():
             assert_identical(by_op, y, "fused, by the op")
 
     fuzz(check, cases(outs, outs), examples=150)
+
+
+def test_recurrent():
+    """The op against the same steps by the ops of layers, on any kernel and by the reference."""
+
+    def check(kernel, cell, hidden, sizes, projected, directions, special, seed):
+        g, width = torch.Generator().manual_seed(seed), projected or hidden
+        project = bool(projected) and cell == Cell.LSTM
+        width = width if project else hidden
+        shapes = [(cell.gates * hidden, width)] * directions + [(width, hidden)] * (directions * project)
+        weights = [torch.randint(-128, 128, shape, dtype=torch.int8, generator=g) for shape in shapes]
+        scales = [torch.rand(len(weight), generator=g) * 0.02 + 1e-3 for weight in weights]
+        gates = [torch.randn(sum(sizes), cell.gates * hidden, generator=g) for _ in range(directions)]
+        if special:
+            gates[0].view(-1)[:: max(1, gates[0].numel() // 3)] = torch.tensor(SPECIAL)[seed % len(SPECIAL)]
+        h = torch.randn(directions, sizes[0], width, generator=g)
+        c = torch.randn(directions, sizes[0], hidden, generator=g) if cell == Cell.LSTM else None
+        results = []
+        for name in ("reference", kernel):
+            with kernels.use(name):
+                packed = [ops.pack(*each) for each in zip(weights, scales, strict=True)]
+                hh, hr = packed[:directions], packed[directions:]
+                found = ops.recurrent(cell, gates, hh, h, c, packed_hr=hr, batch_sizes=torch.tensor(sizes))
+                for i in range(directions):
+                    multiply, shrink = (partial(ops.linear_dynamic, packed=p) for p in (hh[i], (hr or hh)[i]))
+                    state = State(h[i], None if c is None else c[i])
+                    y, last = run_direction(
+                        cell, gates[i], multiply, shrink if hr else None, state, sizes, backwards=i == 1, curves=CURVES
+                    )
+                    assert_identical(found[0][:, i * width : (i + 1) * width].contiguous(), y, name)
+                    assert_identical(found[1][i], last.h, name)
+                results.append(found)
+        for actual, expected in zip(results[1], results[0], strict=True):
+            assert_identical(actual, expected, kernel)
+
+    arguments = {
+        "kernel": st.sampled_from(kernels.runnable()),
+        "cell": st.sampled_from(list(Cell)),
+        "hidden": st.integers(1, 70),
+        "sizes": st.lists(st.integers(1, 9), min_size=1, max_size=5).map(lambda sizes: sorted(sizes, reverse=True)),
+        "projected": st.sampled_from([0, 0, 1, 9, 32]),
+        "directions": st.integers(1, 2),
+        "special": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+    fuzz(lambda drawn: check(**drawn), st.fixed_dictionaries(arguments), examples=60)

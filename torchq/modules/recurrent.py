@@ -9,7 +9,6 @@ Foreign code finds what it knows of the float module: `weight_ih_l0` and the lik
 `flatten_parameters()`, sizes and options.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +36,6 @@ CURVES = Curves(
 """Those of the op, bit for bit, and differentiable."""
 
 _OPTIONS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
-_WEIGHT = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)")
 
 
 class _Recurrent(Leaf, Int8Module):
@@ -71,9 +69,9 @@ class _Recurrent(Leaf, Int8Module):
         """Does nothing: packed weights lie in one piece."""
 
     def __getattr__(self, name: str) -> Any:
-        found = _WEIGHT.fullmatch(name)
-        if found and any(name in names for names in self.__dict__.get("_names", ())):
-            return getattr(self._modules[found[2]], found[1])
+        if any(name in names for names in self.__dict__.get("_names", ())):
+            kind, _, part = name.partition("_")  # weight_hh_l0: the weight of hh_l0
+            return getattr(self._modules[part], kind)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -90,7 +88,8 @@ class _Recurrent(Leaf, Int8Module):
             state: h (directions, B, P), and of an LSTM c.
             given: the call, for the rows of each step.
         """
-        cell, parts = CELLS[self.mode], [[self.get_submodule(name) for name in each] for each in names]
+        cell, children = CELLS[self.mode], cast(dict[str, nn.Module], self._modules)
+        parts = [[children[name] for name in each] for each in names]
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             gates = [_multiplied(ih, x) for ih, *_ in parts]
             stepped = [own[i] for i in range(1, len(parts[0])) for own in parts]  # hh of each direction, and hr

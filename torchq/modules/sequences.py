@@ -110,6 +110,8 @@ def arrange_cell(module: Any, input: Any, hx: Any = None) -> Given:
 
 def run_layers(module: Any, given: Given, run_layer: RunLayer) -> tuple[Tensor, State]:
     """The output (rows, features) of the last layer, and the states of all."""
+    if module.num_layers == 1:
+        return run_layer(0, given.x, given.state)
     count, x, states = len(directions(module)), given.x, []
     for number in range(module.num_layers):
         own = slice(number * count, (number + 1) * count)
