@@ -60,6 +60,30 @@ void check_unpack(const uint8_t* packed, const Weights& w) {
   check("core", equal(weight, w.codes), "unpack() of the weight alone gave other weights");
 }
 
+// Rows as floats, out of packed weights and out of a matrix of rows with their scales, into memory that ends with them.
+void check_rows(const PackedHeader& header, const Weights& w) {
+  static Guarded row_memory;
+  auto* y = reinterpret_cast<float*>(row_memory.place(w.k * 4, Side::end));
+  std::vector<uint8_t> matrix;
+  for (int64_t n = 0; n < w.n; ++n) {
+    const auto *codes = reinterpret_cast<const uint8_t*>(w.codes.data() + n * w.k),
+               *scale = reinterpret_cast<const uint8_t*>(&w.scale[n]);
+    matrix.insert(matrix.end(), codes, codes + w.k);
+    matrix.insert(matrix.end(), scale, scale + sizeof(float));
+  }
+  const Table tables[] = {{w.n, w.k, nullptr, &header}, {w.n, w.k, matrix.data(), nullptr}};
+  for (int64_t n = 0; n < w.n; ++n)
+    for (const Table& table : tables) {
+      write_row(table, n, DType::f32, y);
+      for (int64_t k = 0; k < w.k; ++k) {
+        const float value = static_cast<float>(w.codes[n * w.k + k]) * w.scale[n];
+        const float expected = table.packed && !w.channel_scale.empty() ? value * w.channel_scale[k] : value;
+        check("core", std::memcmp(y + k, &expected, sizeof(float)) == 0, "write_row() gave another value at %d",
+              static_cast<int>(k));
+      }
+    }
+}
+
 void check_pack(Layout layout, int64_t n, int64_t k, bool scaled, Side side) {
   static Guarded memory;
   Weights w = random_weights(n, k);
@@ -88,6 +112,7 @@ void check_pack(Layout layout, int64_t n, int64_t k, bool scaled, Side side) {
               : w.channel_scale.empty(),
         "channel_scale_of() is not where the channel scale lies");
   check_unpack(packed, w);
+  check_rows(*header, w);
 }
 
 void expect_rejected(const std::vector<uint8_t>& bytes, int64_t length, const char* what) {
