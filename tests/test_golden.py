@@ -89,7 +89,19 @@ def cases() -> dict[str, Case]:
             ops.linear_static(floats(m, k, torch.float32), w, *X_QPARAMS, torch.uint8, *Y_QPARAMS, a),
         )
     found["static u8 to u8"] = lambda m, k, w: (ops.linear_static(codes(m, k), w, *X_QPARAMS, torch.uint8, *Y_QPARAMS),)
+    for cell in ops.Cell:
+        found[f"recurrent {cell.name.lower()}"] = lambda m, k, w, c=cell: steps(
+            c, min(m, 9), min(ops.out_features(w, k), 65)
+        )
     return found
+
+
+def steps(cell: ops.Cell, batch: int, hidden: int) -> tuple[Tensor, ...]:
+    """Three steps of a layer."""
+    gates = floats(3 * batch, cell.gates * hidden, torch.float32) / 16
+    state = torch.zeros(1, batch, hidden)
+    c0 = state if cell == ops.Cell.LSTM else None
+    return ops.recurrent(cell, [gates], [packed(cell.gates * hidden, hidden)], state, c0)
 
 
 @functools.cache
