@@ -125,11 +125,12 @@ def test_layers_on_pythons_threads_under_thread():
 
 
 def test_parts_on_threads_under_thread(tmp_path):
-    """csrc/run.cpp itself, and the core, on threads that TSan can see."""
+    """csrc/run.cpp itself with what it runs, on threads that TSan can see."""
     flags = [*PLAIN, "-O1", "-g1", *FLAGS["thread"].split()]
     core = built("thread", jobs(core_sources(), *flags))
     stand_ins = ["-I", str(HERE / "stand_ins")]
-    sources = jobs([ROOT / "csrc" / "run.cpp", HERE / "threads.cpp"], *flags, *stand_ins)
+    own = [ROOT / "csrc" / "run.cpp", ROOT / "csrc" / "recurrent.cpp", HERE / "threads.cpp"]
+    sources = jobs(own, *flags, *stand_ins)
     program = tmp_path / "threads"
     run([*compiler(), *flags, *core, *compile_all(sources, tmp_path), "-o", program, "-pthread"])
     said = run([*fixed_addresses(), program])

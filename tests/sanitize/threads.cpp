@@ -15,6 +15,7 @@ namespace torchq::test {
 namespace {
 
 constexpr int kCallers = 4, kRounds = 3;
+constexpr int64_t kHidden = 64;                              // of a recurrent layer, whose gates are numbers of x
 constexpr int64_t kRows = 70, kColumns = 300, kDepth = 260;  // 5 M multiply-adds: every kernel takes several threads
 
 struct Matrices {
@@ -28,9 +29,9 @@ struct Matrices {
     for (int8_t& w : weight) w = static_cast<int8_t>(next());
     for (float& value : x) value = static_cast<float>(next()) / 16 - 8;
   }
-  std::vector<uint8_t> packed(Layout layout) const {
-    std::vector<uint8_t> out(packed_bytes(kColumns, kDepth, false));
-    pack(layout, {kColumns, kDepth, weight.data(), scale.data(), bias.data(), nullptr, true}, out.data());
+  std::vector<uint8_t> packed(Layout layout, int64_t n = kColumns, int64_t k = kDepth) const {
+    std::vector<uint8_t> out(packed_bytes(n, k, false));
+    pack(layout, {n, k, weight.data(), scale.data(), bias.data(), nullptr, true}, out.data());
     return out;
   }
 };
@@ -75,6 +76,31 @@ std::vector<float> attention_on_one_thread(const Kernel& gemm, int scheme, const
   job.parts = 1;
   std::vector<uint8_t> scratch(job.scratch_bytes);
   run(job, 0, scratch.data());
+  return y;
+}
+
+// y of an LSTM of two directions: each on a thread of its own, or one after the other.
+std::vector<float> recurrent(const Kernel& kernel, const Matrices& matrices, const std::vector<uint8_t>& hh,
+                             bool on_one_thread) {
+  constexpr int64_t kBatch = 8, kSteps = 8;
+  std::vector<float> h(2 * kBatch * kHidden), c(h.size()), y(kSteps * kBatch * 2 * kHidden);
+  const Sequence sequence{Cell::lstm, kBatch, kSteps, kSteps * kBatch, nullptr};
+  LayerNumbers dynamic;
+  dynamic.per_token = true;
+  Direction directions[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t state = i * kBatch * kHidden;
+    directions[i] = {i == 1,
+                     matrices.x.data(),
+                     {&kernel, reinterpret_cast<const PackedHeader*>(hh.data()), dynamic},
+                     {},
+                     h.data() + state,
+                     c.data() + state,
+                     y.data() + i * kHidden,
+                     2 * kHidden};
+    if (on_one_thread) run_direction(sequence, directions[i], 1);
+  }
+  if (!on_one_thread) run(sequence, directions, 2);
   return y;
 }
 
@@ -134,6 +160,9 @@ int test() {
         count(equal(y, attended));
       });
     }
+    const std::vector<uint8_t> hh = matrices.packed(kernel.layout, 4 * kHidden, kHidden);
+    const std::vector<float> stepped = recurrent(kernel, matrices, hh, true);
+    for_all_callers([&] { count(equal(recurrent(kernel, matrices, hh, false), stepped)); });
   }
   done = true;
   other.join();
