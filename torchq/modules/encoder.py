@@ -57,7 +57,7 @@ class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
         if src_key_padding_mask is not None and mask is None and not is_dynamo_compiling() and self._may_skip(src):
             real = _real(src_key_padding_mask, src)
             if real is not None:
-                return self._without_padding(src, real)
+                return super().forward(src) if bool(real.all()) else self._without_padding(src, real)
         return super().forward(src, mask, src_key_padding_mask, is_causal)
 
     def _may_skip(self, src: Tensor) -> bool:
