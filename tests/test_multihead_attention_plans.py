@@ -106,6 +106,20 @@ def test_a_plan_is_applied_again_and_edited():
     assert int8.in_proj_weight[E : 2 * E].sum() == module.in_proj_weight[E : 2 * E].sum()
 
 
+def test_a_budget_that_nothing_keeps_returns_attention_too():
+    module = attention()
+    exact = module(*inputs(module), need_weights=False)[0]
+
+    def evaluate(model):
+        return float(torch.equal(model(*inputs(module), need_weights=False)[0], exact))
+
+    with pytest.warns(UserWarning, match="no model with an int8 layer keeps the metric"):
+        qmodel = convert(module, **data(module), evaluate=evaluate, max_drop=0.5)
+    assert type(qmodel) is nn.MultiheadAttention
+    assert qmodel.torchq_plan.attentions == {}
+    assert evaluate(qmodel) == 1
+
+
 def test_inplace():
     model = nn.ModuleDict({"a": attention()})
     expected = convert(model)

@@ -147,7 +147,7 @@ class _Search:
         self.steps: dict[int, Step] = {}
 
     def plan_with(self, returned: int) -> Plan:
-        """The plan with the `returned` most sensitive layers in float."""
+        """The plan with the `returned` most sensitive layers in float; with all, also tables and attention are."""
         reasons = {}
         for rank, (name, db) in enumerate(list(self.sensitivity_db.items())[:returned], 1):
             reasons[name] = (
@@ -156,7 +156,9 @@ class _Search:
             )
         plan = return_to_float(self.plan, reasons)
         everything = returned and returned == len(self.names)
-        return tables_in_float(plan, "returned to float to keep the metric") if everything else plan
+        if not everything:
+            return plan
+        return dataclasses.replace(tables_in_float(plan, "returned to float to keep the metric"), attentions={})
 
     def fits(self, returned: int) -> bool:
         """Measures the plan with `returned` layers in float, and says whether it is within the budget."""
