@@ -163,6 +163,17 @@ def test_where_steps_amplify_errors_the_first_input_stays_in_float():
     assert isinstance(qmodel[0].ih_l0, nn.Linear)
 
 
+def test_without_data_a_small_first_input_stays_in_float():
+    """Up to 5 % of the weights, unless int8 is asked for; no data say what its errors do."""
+    model = nn.Sequential(nn.LSTM(8, 64, num_layers=2, bidirectional=True))
+    plan = convert(model).torchq_plan
+    assert {name for name, layer in plan.layers.items() if not layer.is_int8} == {"0.ih_l0", "0.ih_l0_reverse"}
+    assert plan.layers["0.ih_l0"].reason.startswith("no data to judge it by: 3.0% of weights")
+    assert convert(model, config=QConfig(activation="dynamic")).torchq_plan.layers["0.ih_l0"].is_int8
+    assert convert(model, [normal(9, 8, 8)]).torchq_plan.layers["0.ih_l0"].is_int8
+    assert convert(nn.Sequential(nn.LSTM(8, 64))).torchq_plan.layers["0.ih_l0"].is_int8
+
+
 # ---- Calibration and plans ----
 
 

@@ -20,6 +20,12 @@ from torchq.planning.plan import LayerPlan, Plan
 
 _ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scale of its inputs from another
 
+SMALL_INPUT = 0.05
+"""Without data, the first input products of a recurrent module stay in float up to this share of its weights.
+
+With data, the model's output tells whether it must (selfcheck.py).
+"""
+
 TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 
 
@@ -61,12 +67,21 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         return _plan_trained(layer, trained, record.whole if record is not None and record.has_data else None)
     per_channel = config.weight == "per_channel"
     if record is None:
+        share = _first_input(layer) if config.activation == "auto" and layer.kind.is_first_input(layer.part) else 1
+        if share <= SMALL_INPUT:
+            return LayerPlan("float", f"no data to judge it by: {share:.1%} of weights whose errors the steps amplify")
         return LayerPlan("int8 dynamic", "no calibration data", per_channel)
     if record.calls == 0 and config.activation == "auto" and not layer.kind.dynamic_unreached:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
     return plan_layer(layer, record.whole, config, few=record.is_too_few)
+
+
+def _first_input(layer: Layer) -> float:
+    """The share of the first input's products in the weights of this layer's module."""
+    sizes = {part: matrix.weight.numel() for part, matrix in layer.kind.matrices(layer.module).items()}
+    return sum(size for part, size in sizes.items() if layer.kind.is_first_input(part)) / sum(sizes.values())
 
 
 def plan_layer(
