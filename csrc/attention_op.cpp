@@ -105,7 +105,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   p.q = view_of(q, *dtype), p.k = view_of(k, *dtype), p.v = view_of(v, *dtype);
   if (mask) p.mask = mask_view(*mask, p);
   p.band = band_of(is_causal, offset, window);
-  p.scale = scale ? static_cast<float>(*scale) : 1.0f / std::sqrt(static_cast<float>(p.depth));
+  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.depth)));
   p.y_dtype = *dtype;
   Tensor y = output_like(q, p.columns, p);
   if (y.numel() > 0) with_scratch(op, [&] { torchq::run(torchq::active_kernel(), p); });

@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 
 def network() -> nn.Module:
-    """Float modules, layers that pass codes, a bias and none, one layer under two names."""
+    """Float modules, layers that pass codes, a bias and none, one layer under two names, and a channel scale."""
     last = nn.Linear(16, 16, bias=False)
     return nn.Sequential(
         nn.LayerNorm(24), nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16), last, nn.Tanh(), last
@@ -32,7 +32,11 @@ def network() -> nn.Module:
 
 def converted(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return convert(network(), DATA, config=QConfig(activation="static", rounding="nearest", smoothing="none"))
+    model = network()
+    qmodel = convert(model, DATA, config=QConfig(activation="static", rounding="nearest", smoothing="none"))
+    of = {"input_qparams": qmodel[1].input_qparams, "fold": qmodel[1].fold, "channel_scale": 0.5 + torch.rand(24)}
+    qmodel[1] = QuantizedLinear.from_float(model[1], **of)
+    return qmodel
 
 
 # ---- What can happen to a checkpoint ----
@@ -144,7 +148,8 @@ def fresh(state: State, like: nn.Module) -> Tensor:
 
     def layer(name: str) -> QuantizedLinear:
         old, own = like.get_submodule(name), {key[len(name) + 1 :]: t for key, t in state.items() if key[0] == name}
-        new = QuantizedLinear(own["weight_int8"], own["weight_scale"], own.get("bias"), fold=old.fold, dtype=old.dtype)
+        vectors = {"bias": own.get("bias"), "channel_scale": own.get("channel_scale")}
+        new = QuantizedLinear(own["weight_int8"], own["weight_scale"], **vectors, fold=old.fold, dtype=old.dtype)
         if "input_scale" in own:
             new.input_qparams = QParams(float(own["input_scale"]), int(own["input_zero_point"]))
         return new

@@ -50,7 +50,7 @@ def assert_exact_to_rounding(actual, q, k, v, *args, case="", **kwargs) -> None:
     assert (actual.dtype, actual.shape) == (q.dtype, expected.shape), case
     if actual.numel() == 0:
         return
-    group, scale = q.shape[1] // k.shape[1], q.shape[3] ** -0.5 if q.shape[3] else 1.0
+    group, scale = q.shape[1] // k.shape[1], kwargs.get("scale") or max(q.shape[3], 1) ** -0.5
     sizes = q.double().abs() @ k.double().abs().repeat_interleave(group, 1).mT * scale
     largest_score = sizes.max() if sizes.numel() else 0.0
     largest = v.double().abs().max() if v.numel() else 0.0
