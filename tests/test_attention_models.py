@@ -84,9 +84,9 @@ def test_a_model_without_attention_has_no_rows():
 
 
 def test_inplace_asks_for_torchq_in_the_model_itself():
-    model = bert()
-    expected = torchq.convert(model, batches(), progress=False)
-    torchq.convert(model, batches(), inplace=True, progress=False)
+    model, config = bert(), torchq.QConfig(embeddings=True)  # "auto" judges tables, but not in place
+    expected = torchq.convert(model, batches(), config=config, progress=False)
+    torchq.convert(model, batches(), config=config, inplace=True, progress=False)
     assert model.config._attn_implementation == "torchq"
     assert model.torchq_plan.attentions == expected.torchq_plan.attentions
     assert torch.equal(model(**batches()[0])[0], expected(**batches()[0])[0])

@@ -1,6 +1,7 @@
 """Embeddings in whole models: tables tied to heads and to each other, what they cost the output, copies, graphs."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -178,6 +179,18 @@ def test_int8_tables_that_cost_the_output_too_much_stay_in_float():
     assert kept.torchq_plan.checked.model_db < 30
 
 
+def test_small_tables_return_to_float_first():
+    model = language(tie=False)
+    model.more_words = nn.Embedding(4 * ROWS, 64)
+    with torch.no_grad():
+        model.more_words.weight.mul_(1e-3)  # so what it costs is next to nothing, and the small one costs all there is
+
+    plan = convert(model, DATA).torchq_plan
+
+    assert plan.tables["words"].reason.startswith("int8 costs ")
+    assert plan.tables["more_words"].kind == "int8"
+
+
 @torch.no_grad()
 def test_a_budget_that_nothing_keeps_returns_tables_as_well():
     model = language(tie=False)
@@ -189,6 +202,37 @@ def test_a_budget_that_nothing_keeps_returns_tables_as_well():
     with pytest.warns(UserWarning, match="no model with an int8 layer keeps the metric"):
         qmodel = convert(model, DATA, evaluate=evaluate, max_drop=0.0)
     assert torch.equal(qmodel(X), exact)
+
+
+@torch.no_grad()
+def test_an_edited_plan_with_the_head_in_float_leaves_the_table_so():
+    model = language()
+    plan = convert(model).torchq_plan
+    plan.layers["head"] = dataclasses.replace(plan.layers["head"], kind="float", reason="mine")
+    qmodel = apply_plan(model, plan)
+
+    assert qmodel.words.weight is qmodel.head.weight
+    row = report(qmodel).tables["words"]
+    assert (row.kind, row.reason) == ("float", "its table is the weight of 'head', which stays in float")
+    assert row.bytes_before == row.bytes_after == ROWS * 64 * 4
+    plan.tables["words"] = dataclasses.replace(plan.tables["words"], owner="nobody")
+    with pytest.raises(ValueError, match="table 'words' is tied to 'nobody', which the plan does not have"):
+        apply_plan(model, plan)
+    plan.tables["nobody"] = plan.tables.pop("words")
+    with pytest.raises(ValueError, match="the plan names table 'nobody', which is no embedding of the model"):
+        apply_plan(model, plan)
+
+
+@torch.no_grad()
+def test_a_channel_scale_of_a_tied_head_is_multiplied_back():
+    model = language()
+    plan = convert(model).torchq_plan
+    scale = tuple(float(i % 7 + 1) / 4 for i in range(64))
+    plan.layers["head"] = dataclasses.replace(plan.layers["head"], channel_scale=scale)
+    qmodel = apply_plan(model, plan)
+
+    assert torch.equal(qmodel.words(X), (qmodel.head.weight + 0)[X])
+    assert sqnr_db(model.words(X), qmodel.words(X)) > 30
 
 
 @pytest.mark.parametrize("tie", [False, True])

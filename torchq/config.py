@@ -41,7 +41,8 @@ class QConfig:
             this one. "none": as it is.
         embeddings: True: embeddings have int8 tables, with a scale for each row. A table that is the weight of a head
             too is one int8 copy for both. "auto": the same, but with calibration data they stay in float where int8
-            costs more than 0.1 dB of the model's output, or 0.3 dB where a head shares the table. False: none has.
+            costs more than 0.1 dB of the model's output, or 0.3 dB where a head shares the table. (inplace=True can't
+            undo a swap, and leaves that out.) False: none has.
         fuse: whether layers may compute the activations that follow them, and pass u8 codes to static layers. It is
             never visible: what anybody else reads are the float model's values. Each fusion stands in the plan.
         exclude: patterns (as in `fnmatch`) of module names to leave in float. A pattern that matches a module excludes

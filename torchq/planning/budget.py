@@ -31,7 +31,7 @@ from torchq.numerics.metrics import sqnr_db
 from torchq.planning.apply import applied
 from torchq.planning.frontier import Frontier, Step
 from torchq.planning.plan import LayerPlan, Plan
-from torchq.planning.tables import tables_in_float
+from torchq.planning.tables import settled, tables_in_float
 from torchq.timing import interleaved
 
 Evaluate = Callable[[nn.Module], Any]
@@ -154,9 +154,8 @@ class _Search:
                 f"returned to float to keep the metric: number {rank} of {len(self.names)} by sensitivity, {db:.1f} dB "
                 f"with this layer alone in {self.plan.layers[name].kind}"
             )
-        plan = return_to_float(self.plan, reasons)
-        everything = returned and returned == len(self.names)
-        if not everything:
+        plan = settled(return_to_float(self.plan, reasons))
+        if returned < len(self.names):
             return plan
         return dataclasses.replace(tables_in_float(plan, "returned to float to keep the metric"), attentions={})
 
@@ -191,7 +190,7 @@ def sensitivity(model: nn.Module, plan: Plan, run: Run) -> dict[str, float]:
     If there is none, the SQNR of each layer's own output is taken from the plan instead. A layer that makes the output
     NaN, or changes its shape, comes first, with -inf.
     """
-    names = plan.int8_layers()
+    names, plan = plan.int8_layers(), tables_in_float(plan, "", heads=False)
     with evaluating(model):
         exact = floats(run(model))
     measured = {}

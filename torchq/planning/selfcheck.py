@@ -27,7 +27,7 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
 from torchq.planning.budget import floats
 from torchq.planning.plan import Checked, LayerPlan, Plan
-from torchq.planning.tables import LOSS_DB, tables_in_float, tables_of_their_own
+from torchq.planning.tables import LOSS_DB, small_ones, tables_in_float, tables_of_their_own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -98,22 +98,19 @@ class SelfCheck:
         return self._noted(converted, plan, measured, chosen), converted
 
     def _tables_judged(self, model: M, plan: Plan, converted: M, db: float) -> tuple[Plan, M, float]:
-        """The same, or with tables of embeddings in float: if need be those that only look up, or else all.
+        """The same, or with tables of embeddings in float: if need be the small ones, all that only look up, or all.
 
         What int8 tables cost is measured with the heads that share them in int8, which are judged as other layers are.
         """
         if self._config.embeddings != "auto" or not plan.int8_tables():
             return plan, converted, db
         exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
-        alone = tables_of_their_own(plan)
-        for names, limit in ((alone, LOSS_DB), (plan.int8_tables(), self._margin_db)):
-            limit = limit if alone else self._margin_db
-            if exact_db is None or exact_db <= db + limit:
+        while exact_db is not None and plan.int8_tables():
+            alone = tables_of_their_own(plan)
+            if exact_db <= db + (LOSS_DB if alone else self._margin_db):
                 break
-            if not set(names) & set(plan.int8_tables()):
-                continue
             why = f"int8 costs {exact_db - db:.1f} dB of the model's output, {db:.1f} instead of {exact_db:.1f}"
-            plan = tables_in_float(plan, why, *names)
+            plan = tables_in_float(plan, why, *(small_ones(model, alone) or plan.int8_tables()))
             converted = applied(model, plan)
             db = self.compare(converted) or db
         return plan, converted, db

@@ -7,9 +7,10 @@ take more memory than int8 saves. The copy belongs to the head if there is one, 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchq.calibration.calibrate import Evidence
 from torchq.config import QConfig
@@ -120,15 +121,21 @@ def _sqnr_db(module: nn.Module) -> float:
 
 
 def keep_together(plan: Plan, evidence: Evidence) -> Plan:
-    """A stage: tables that no batch reached, and heads and tables that can't share an int8 copy, return to float."""
+    """A stage: tables that no batch reached, and those of heads that stay in float, return to float."""
+    reason = "calib_loader never reached it; its table may be read without calling it"
     for name, row in plan.tables.items():
         group = {each for each, other in plan.tables.items() if (other.owner or each) == (row.owner or name)}
         if row.kind == "int8" and evidence.batches and not group & evidence.tables_called:
-            plan = tables_in_float(
-                plan, "calib_loader never reached it; its table may be read without calling it", name
-            )
-        elif row.kind == "int8" and name not in plan.int8_tables():
-            plan = tables_in_float(plan, f"its table is the weight of {row.owner!r}, which stays in float", name)
+            plan = tables_in_float(plan, reason, name)
+    return settled(plan)
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with tables in float whose owner is: they share one parameter."""
+    int8 = plan.int8_tables()
+    lost = {name: row.owner for name, row in plan.tables.items() if row.kind == "int8" and name not in int8}
+    for name, owner in lost.items():
+        plan = tables_in_float(plan, f"its table is the weight of {owner!r}, which stays in float", name)
     return plan
 
 
@@ -148,6 +155,13 @@ def tables_of_their_own(plan: Plan) -> list[str]:
     """The int8 tables that no layer shares."""
     heads = heads_of_tables(plan)
     return [name for name in plan.int8_tables() if plan.tables[name].owner not in heads]
+
+
+def small_ones(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Of these tables those of less than half the size of the largest, or all if there are none: the least is lost."""
+    sizes = {name: cast(Tensor, model.get_submodule(name).weight).nbytes for name in names}
+    small = [name for name, size in sizes.items() if 2 * size < max(sizes.values())]
+    return small or list(names)
 
 
 def heads_of_tables(plan: Plan) -> set[str]:

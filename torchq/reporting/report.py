@@ -13,6 +13,7 @@ from torchq.modules.base import Int8Module, float_size
 from torchq.modules.registry import type_of
 from torchq.planning.frontier import Frontier
 from torchq.planning.plan import AttentionPlan, Plan, attached_plan
+from torchq.planning.tables import settled
 from torchq.reporting.drift import Drift
 from torchq.reporting.profile import LayerTime
 from torchq.reporting.render import render
@@ -175,7 +176,7 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
 
 
 def _table_report(qmodel: nn.Module, plan: Plan, name: str) -> TableReport:
-    row = plan.tables[name]
+    row = settled(plan).tables[name]
     before, after = _sizes(qmodel.get_submodule(name))
     return TableReport(row.kind, before, after, row.sqnr_db, row.reason, row.owner)
 

@@ -89,7 +89,7 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
         after += tensor.nbytes
         if isinstance(module, PackedWeights):
             int8 += module.out_features * module.in_features if isinstance(module, QuantizedLinear) else 0
-            grown += module.int8_bytes - module.float_bytes
+            grown += module.int8_bytes - module.float_bytes if tensor is module._buffers["packed"] else 0
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")
         holders.setdefault(kind, []).append(module)
