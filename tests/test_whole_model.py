@@ -196,6 +196,7 @@ class Inner(nn.Module):
 
 def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps():
     model = nn.ModuleDict({"pair": nn.Bilinear(8, 8, 64), "body": Inner(), "conv": nn.Conv1d(4, 4, 3)})
+    model["normed"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
     model["raw"] = nn.ParameterList([nn.Parameter(normal(64, 32)), nn.Parameter(normal(64))])
     result = report(convert(model))
     left = {each.kind: each for each in result.model.left}
@@ -208,6 +209,9 @@ def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps(
     for kind in ("Inner's own parameters", "ParameterList"):
         assert left[kind].advice.endswith("what it multiplies by becomes int8 if an nn.Linear holds it and is called")
     assert left["Conv1d"].advice.startswith("convolutions stay in float")
+    computed = left["ParametrizationList's own parameters"]
+    assert computed.matrices == ("normed.parametrizations.weight.original1",)
+    assert computed.advice == "a weight is computed of them, for a module that stays in float"
     text = " ".join(str(result).split())
     assert "48.2 KiB in 1 Inner's own parameters" in text
     assert "Inner's own parameters (body.qkv): parameters of its own: what it multiplies by" in text

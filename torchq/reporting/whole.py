@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from torchq.modules.base import own_tensors
 from torchq.modules.packed_weights import PackedWeights
@@ -14,12 +15,12 @@ from torchq.text import to_json
 
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
-_ADVICE: dict[type | tuple[type, ...], str] = {
+_ADVICE: dict[type, str] = {
     nn.modules.conv._ConvNd: "convolutions stay in float; one whose kernel is 1, or as wide as its stride, is an "
     "nn.Linear over rearranged input, which becomes int8",
-    (nn.RNNBase, nn.RNNCellBase): "recurrent layers stay in float",
     nn.Bilinear: "as an nn.Linear(in2_features, in1_features * out_features), and a sum over products of its output "
     "with the first input, it becomes int8",
+    parametrize.ParametrizationList: "a weight is computed of them, for a module that stays in float",
     nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
 }
 """Of modules that hold matrices which no layer of the plan is: why they are float, and what helps."""
@@ -116,5 +117,5 @@ def _left(kind: str, modules: list[nn.Module], size: int, paths: dict[int, str])
         for name, parameter in module._parameters.items()
         if _is_matrix(module, parameter)
     ]
-    advice = next(text for kinds, text in _ADVICE.items() if isinstance(others[0], kinds)) if matrices else None
+    advice = next(text for kind_of, text in _ADVICE.items() if isinstance(others[0], kind_of)) if matrices else None
     return LeftInFloat(kind, len(modules), size, tuple(matrices), advice)
