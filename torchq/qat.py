@@ -133,7 +133,9 @@ def _check(
     """Checks all arguments before any work. Returns the layers, and the reasons of those that must stay float."""
     if ranges not in get_args(Ranges):
         raise BadValueError(f"ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
-    layers, barred, _ = select_layers(model, calib_loader, dataclasses.replace(config, embeddings=False))
+    if isinstance(config, QConfig):  # select_layers refuses all else
+        config = dataclasses.replace(config, embeddings=False)
+    layers, barred, _ = select_layers(model, calib_loader, config)
     prepared = [layer for layer in layers.values() if layer.trained]
     if prepared:
         raise BadValueError(
