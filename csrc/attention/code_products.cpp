@@ -180,11 +180,13 @@ void multiply_key_codes(const Job& job, const Block& block, const Keys& keys, co
            {s.scores, s.score_stride * 4, DType::f32, {}}, s.code_sums);
 }
 
-// Keys outside get weight 0.
+// Keys outside get weight 0, up to the last that a kernel reads. Mostly there are none, and a call of memset() for
+// nothing, for each row, takes 4 % of the time of 64 rows of 32.
 float weigh_codes(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
   uint8_t* codes = s.weights + row * s.weight_stride;
-  std::memset(codes, 0, keys.begin);
-  std::memset(codes + keys.end, 0, s.weight_stride - keys.end);
+  const int64_t read = round_up(job.problem->keys, 64);
+  if (keys.begin > 0) std::memset(codes, 0, keys.begin);
+  if (read > keys.end) std::memset(codes + keys.end, 0, read - keys.end);
   return job.kernel->weigh_codes(s.scores + row * s.score_stride, keys.count(), s.largest[row], codes + keys.begin);
 }
 

@@ -34,13 +34,6 @@ void load_row(const Job& job, const Row& row, int64_t n, float factor, const Scr
   job.kernel->to_floats(x, row.view.dtype, n, factor, out, stride);
 }
 
-void prefetch_row(const Row& row, int64_t n) {
-  const int64_t bytes = n * element_bytes(row.view.dtype);
-  if (row.view.column != element_bytes(row.view.dtype)) return;
-  const uint8_t* x = row.view.at(row.batch, row.head, row.row);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 2);
-}
-
 FloatRows load_rows(const Job& job, const Row& first, int64_t count, int64_t n, const Scratch& s) {
   const View& view = first.view;
   const auto* x = view.at(first.batch, first.head, first.row);

@@ -28,7 +28,12 @@ struct FloatRows {
 FloatRows load_rows(const Job& job, const Row& first, int64_t count, int64_t n, const Scratch& s);
 
 // Asks for a row that is needed soon. It may be none: a prefetch faults nowhere.
-void prefetch_row(const Row& row, int64_t n);
+inline void prefetch_row(const Row& row, int64_t n) {
+  const int64_t bytes = n * element_bytes(row.view.dtype);
+  if (row.view.column != element_bytes(row.view.dtype)) return;
+  const uint8_t* x = row.view.at(row.batch, row.head, row.row);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 2);
+}
 
 // What the mask adds to the scores of a row, key by key. It holds until the next call.
 const float* mask_row(const Job& job, int64_t batch, int64_t head, int64_t row, const Scratch& s);
