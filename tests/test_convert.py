@@ -5,6 +5,7 @@ import copy
 import io
 import pickle
 import warnings
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -136,6 +137,51 @@ def patched():
     layer = nn.Linear(24, 8)
     layer.forward = MethodType(lambda self, x: 3 * nn.functional.linear(x, self.weight), layer)
     return layer
+
+
+class Opaque(torch.Tensor):
+    """As torchao's quantized weights: a float tensor by its dtype, which takes few operations."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, context, size, stride):
+        return Opaque(**tensors)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            return func(args[0], args[1].codes * args[1].scale, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default):
+            return Opaque(args[0].codes.clone(), args[0].scale.clone())
+        raise NotImplementedError(f"Opaque takes no {func}")
+
+
+@with_and_without_data
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 8), lambda: nn.Embedding(8, 24)])
+def test_a_weight_that_holds_its_values_in_a_way_of_its_own_stays(make, data):
+    """Beside an attribute as torchao leaves one: a partial that is bound to the layer."""
+    layer = make()
+    layer.weight = nn.Parameter(Opaque(torch.randint(-9, 9, (8, 24)).float(), torch.rand(8, 1)), requires_grad=False)
+    layer.extra_repr = MethodType(partial(lambda module: "opaque"), layer)
+    model = Beside(layer) if isinstance(layer, nn.Linear) else Beside(nn.Linear(24, 8))
+    model.table = layer
+    plan = convert(model, data).torchq_plan
+    row = plan.layers["target"] if isinstance(layer, nn.Linear) else plan.tables["table"]
+    reason = "its weight is a test_convert.Opaque, which holds its values in a way of its own"
+    assert (row.kind, row.reason) == ("float", reason)
 
 
 def spoilt(bad):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,14 @@ class Kept(nn.Module):
         return self.out(torch.relu(step(self.norm(x))))
 
 
+class Holder:
+    def __init__(self, layer):
+        self.layer = layer
+
+    def run(self, x):
+        return self.layer(x)
+
+
 def keep_partial(fc, model):
     return functools.partial(lambda layer, x: layer(x), fc)
 
@@ -55,6 +64,9 @@ KEEPS = {
     "tuple in a dict": lambda fc, model: {"fc": (1, fc)},
     "object": lambda fc, model: SimpleNamespace(layer=fc),
     "bound method": lambda fc, model: fc.forward,
+    "function bound to the layer": lambda fc, model: types.MethodType(lambda layer, x: layer(x), fc),
+    "partial bound to the layer": lambda fc, model: types.MethodType(functools.partial(lambda layer, x: layer(x)), fc),
+    "method of another object that holds it": lambda fc, model: Holder(fc).run,
     "partial": keep_partial,
 }
 

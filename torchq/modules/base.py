@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchq.modules.float_view import FloatView
 from torchq.numerics.qparams import QParams
@@ -136,6 +137,18 @@ class ModuleType(ABC):
     def release(self, module: nn.Module) -> None:
         """Turns a training form itself back into the plain float module. Leaves other modules unchanged."""
         return
+
+
+def why_opaque(module: nn.Module) -> str | None:
+    """Why the values of its parameters are not for others to read; None if they are.
+
+    torchao's quantized tensors, DTensor and their like hold them in a way of their own, and take few operations.
+    """
+    for name, parameter in module._parameters.items():
+        if parameter is not None and is_traceable_wrapper_subclass(parameter):
+            kind = type(parameter)
+            return f"its {name} is a {kind.__module__}.{kind.__qualname__}, which holds its values in a way of its own"
+    return None
 
 
 def float_size(module: nn.Module) -> int:

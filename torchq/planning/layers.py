@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torchq import ops
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
-from torchq.modules.base import FLOATS, Int8Module, model_bytes
+from torchq.modules.base import FLOATS, Int8Module, model_bytes, why_opaque
 from torchq.modules.computed_weights import is_weight_hook
 from torchq.modules.registry import Layer, find_layers, type_names, type_of
 from torchq.planning.plan import LayerPlan, Plan, TablePlan
@@ -112,6 +112,8 @@ def why_float(model: nn.Module, layer: Layer) -> str | None:
     if has_hooks(module):
         return "it has forward hooks, which a swap would drop"
     if reason is not None:
+        return reason
+    if (reason := why_opaque(module)) is not None:
         return reason
     if layer.dtype not in FLOATS:
         return f"its weight is {layer.dtype}; float32, bfloat16 and float16 can be quantized"

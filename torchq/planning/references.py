@@ -66,10 +66,7 @@ class _Replacer:
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
         if isinstance(value, types.MethodType):
-            owner = self.of(value.__self__, depth - 1)
-            method = getattr(owner, value.__name__, value)
-            int8 = isinstance(owner, Int8Module) and getattr(method, "__func__", None) is not value.__func__
-            return method if owner is not value.__self__ or int8 else value
+            return self._method(value, depth)
         if isinstance(value, functools.partial):
             function, *rest = (self.of(part, depth - 1) for part in (value.func, value.args, value.keywords))
             same = function is value.func and rest[0] is value.args
@@ -87,6 +84,17 @@ class _Replacer:
             new = self.of(values[key], depth - 1)
             if new is not values[key]:
                 values[key] = new
+
+    def _method(self, value: types.MethodType, depth: int) -> Any:
+        """That of the new owner; or, if no class has the function, the function bound to the new owner."""
+        owner, name = self.of(value.__self__, depth - 1), getattr(value.__func__, "__name__", "")
+        if getattr(type(value.__self__), name, None) is not value.__func__:
+            function = self.of(value.__func__, depth - 1)
+            same = owner is value.__self__ and function is value.__func__
+            return value if same else types.MethodType(function, owner)
+        method = getattr(owner, name, value)
+        int8 = isinstance(owner, Int8Module) and getattr(method, "__func__", None) is not value.__func__
+        return method if owner is not value.__self__ or int8 else value
 
     def _function(self, function: types.FunctionType, depth: int) -> types.FunctionType:
         """A function of its own where it closes over a module that is swapped, or has one as a default."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchq.calibration.calibrate import Evidence
 from torchq.config import QConfig
-from torchq.modules.base import FLOATS
+from torchq.modules.base import FLOATS, why_opaque
 from torchq.modules.embedding import TABLES, why_float
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
@@ -79,7 +79,7 @@ def _why_float(module: nn.Module, config: QConfig) -> str | None:
     """Why the table of this module must stay in float, by itself."""
     if config.embeddings is False:
         return "QConfig(embeddings=False)"
-    reason = why_float(module)
+    reason = why_float(module) or why_opaque(module)
     if reason is not None:
         return reason
     if module._forward_hooks or module._forward_pre_hooks:
