@@ -158,6 +158,18 @@ def test_a_table_that_is_only_read_stays_in_float():
     assert plan.tables["words"].reason == "calib_loader never reached it; its table may be read without calling it"
 
 
+def test_a_table_that_more_than_look_ups_reads_stays_in_float():
+    class Reads(Language):
+        def forward(self, ids):
+            return super().forward(ids) + self.words.weight[:7].sum()
+
+    for tie, kinds in ((False, ["float", "int8"]), (True, ["int8", "int8"])):
+        model = Reads(tie=tie).eval()
+        rows = convert(model, DATA, config=QConfig(embeddings=True)).torchq_plan.tables
+        assert [row.kind for row in rows.values()] == kinds
+        assert tie or rows["words"].reason.startswith("more than look-ups reads its table")
+
+
 def test_int8_tables_that_cost_the_output_too_much_stay_in_float():
     """Here nothing but the table has an error to speak of, so it costs all there is; the head's own does not count."""
     model = language(tie=False)

@@ -92,7 +92,8 @@ def convert(
         free = {name: layer for name, layer in layers.items() if name not in barred}
         evidence = Evidence(model, free, config)
         if calib_loader is not None:
-            evidence = calibrate(model, calib_loader, free, config, forward=forward, tables=tables, progress=progress)
+            owners = {name: row.owner for name, row in tables.items()}
+            evidence = calibrate(model, calib_loader, free, config, forward=forward, tables=owners, progress=progress)
         stages = (choose, keep_together, smooth, fuse, partial(round_weights, progress=progress), describe)
         plan = first_plan(model, selection)
         for stage in stages:

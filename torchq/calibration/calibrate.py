@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torchq.calibration.batches import Forward, call_with_batch, check_loader, has_forward, run_batch
 from torchq.calibration.isolation import in_eval_mode, own_thread, uncompiled, without_fast_path
+from torchq.calibration.lookups import Lookups
 from torchq.calibration.readers import Readers
 from torchq.calibration.record import GRAM_BYTES, GRAM_SHARE, Record
 from torchq.calibration.sample import is_held_out
@@ -51,6 +52,7 @@ class Evidence:
         judges: the same for the batches that judge the converted model: the last two that no weight is rounded by, or
             the only one there was.
         tables_called: the embeddings that were called.
+        tables_read: those whose table no layer shares, but other operations than look-ups read.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Evidence:
     run: Callable[[nn.Module], object] | None = None
     judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
     tables_called: set[str] = field(default_factory=set)
+    tables_read: set[str] = field(default_factory=set)
 
     @property
     def apart(self) -> bool:
@@ -76,7 +79,7 @@ def calibrate(
     config: QConfig,
     *,
     forward: Forward | None = None,
-    tables: Iterable[str] = (),
+    tables: Mapping[str, str | None] | None = None,
     progress: bool | None = None,
 ) -> Evidence:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
@@ -101,7 +104,7 @@ def calibrate(
         layers: the layers to record, by name.
         config: which observers, and how many sample rows.
         forward: `forward(model, batch)`, which then replaces this rule for calling the model.
-        tables: the names of embeddings, to note which are called.
+        tables: the embeddings to watch, by name, with the layer or embedding that each shares its table with, or None.
         progress: a progress bar: None shows it on a terminal only.
 
     Raises:
@@ -118,12 +121,13 @@ def calibrate(
     evidence, recorder = Evidence(model, layers, config), Recorder(config, gram_bytes=_gram_bytes(layers))
     call = forward or call_with_batch
     readers = Readers(model, layers if config.fuse else {})
+    lookups = Lookups({name: model.get_submodule(name) for name in tables or ()}, _alone(tables or {}))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
         stack.enter_context(readers.watching())
         stack.enter_context(_recording(recorder, evidence))
-        stack.enter_context(_noting(tables, evidence))
+        stack.enter_context(lookups.watching())
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
@@ -136,6 +140,7 @@ def calibrate(
             evidence.batches += 1
             readers.end_batch()
     evidence.activations = readers.activations
+    evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
     if evidence.batches == 0:
         raise BadValueError(
             "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at "
@@ -151,6 +156,11 @@ def _gram_bytes(layers: Mapping[str, Layer]) -> float:
     """What all XᵀX may take in memory."""
     weights = [layer.weight for layer in layers.values()]
     return max(GRAM_SHARE * sum(4 * weight.numel() for weight in weights if not is_lazy(weight)), GRAM_BYTES)
+
+
+def _alone(tables: Mapping[str, str | None]) -> set[str]:
+    """The tables that no layer shares."""
+    return {name for name, owner in tables.items() if owner is None or owner in tables}
 
 
 def _run(call: Forward, batch: Any, model: nn.Module) -> object:
@@ -212,22 +222,6 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
     for path, layers in by_module.items():
         hook = own_thread(partial(record, layers))
         handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _noting(tables: Iterable[str], evidence: Evidence) -> Iterator[None]:
-    """Hooks that note which embeddings are called."""
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        evidence.tables_called.add(name)
-
-    modules = {name: evidence.model.get_submodule(name) for name in tables}
-    handles = [m.register_forward_pre_hook(own_thread(partial(note, name))) for name, m in modules.items()]
     try:
         yield
     finally:

@@ -26,6 +26,9 @@ MIN_BYTES = 2**14
 
 TRAINED = "prepare_qat trained the model with it in float"
 
+UNREACHED = "calib_loader never reached it; its table may be read without calling it"
+READ = "more than look-ups reads its table, which in int8 would be dequantized each time"
+
 LOSS_DB = 0.1
 """How much SQNR of the model's output int8 tables may cost with `QConfig(embeddings="auto")`, if no layer shares them.
 
@@ -121,12 +124,15 @@ def _sqnr_db(module: nn.Module) -> float:
 
 
 def keep_together(plan: Plan, evidence: Evidence) -> Plan:
-    """A stage: tables that no batch reached, and those of heads that stay in float, return to float."""
-    reason = "calib_loader never reached it; its table may be read without calling it"
+    """A stage: tables that the batches read otherwise than by calls, and those of heads in float, return to float."""
     for name, row in plan.tables.items():
         group = {each for each, other in plan.tables.items() if (other.owner or each) == (row.owner or name)}
-        if row.kind == "int8" and evidence.batches and not group & evidence.tables_called:
-            plan = tables_in_float(plan, reason, name)
+        if row.kind != "int8" or not evidence.batches:
+            continue
+        if not group & evidence.tables_called:
+            plan = tables_in_float(plan, UNREACHED, name)
+        elif group & evidence.tables_read:
+            plan = tables_in_float(plan, READ, name)
     return settled(plan)
 
 
