@@ -53,7 +53,7 @@ class Step(NamedTuple):
     def holds(self) -> bool:
         """Whether the modules between still compute what they did."""
         pairs = zip(self.between or (), self.settings, strict=True)
-        return all(getattr(module, name) is value for module, own in pairs for name, value in own.items())
+        return all(getattr(module, name, None) is value for module, own in pairs for name, value in own.items())
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
