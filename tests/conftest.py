@@ -44,6 +44,11 @@ def small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(layers, "too_small", lambda layer: None)
 
 
+def pytest_pycollect_makemodule() -> None:
+    """Seeds torch before each file is imported, so that what it makes for its parameters depends on nothing else."""
+    torch.manual_seed(SEED)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests that start Python under emulation: qemu-user would start the child process on the host."""
     if os.environ.get("TORCHQ_EMULATED"):
