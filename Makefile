@@ -2,6 +2,7 @@
 #
 #   make demo        train, convert, and measure a small network
 #   make test        the whole suite
+#   make docs        the site, into build/site; a broken link or an unknown name is an error
 #   make lint        ruff, mypy, clang-format
 #   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python
 #   make test-arm-full  the same with every test
@@ -23,7 +24,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* t
 MINUTES ?= 1
 SECONDS ?= 60
 
-.PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance lint guard bench-core clean
+.PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance docs lint guard bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
@@ -48,6 +49,9 @@ fuzz: $(VENV)/built
 
 endurance: $(VENV)/built
 	$(BIN)/python -m benchmarks.endurance --seconds $(SECONDS)
+
+docs: $(VENV)/installed
+	$(BIN)/zensical build --strict --clean
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

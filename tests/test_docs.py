@@ -1,0 +1,120 @@
+"""README and docs/: their code runs, what they name exists, and the site has every page.
+
+The ```python blocks of a page run in order, in one namespace and an empty folder, as a reader would copy them. A block
+that is not meant to run says so where the reader sees it: ```python title="not run: why".
+"""
+
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import torchq
+from helpers import ROOT
+from torchq.modules import registry
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+OPTIONAL = {"peft", "sentence_transformers", "fastapi", "ray"}  # a page that imports one is skipped where it is absent
+FENCE = re.compile(r"^(?P<indent> *)```python(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A ```python block: the line of its page where its code begins, what follows ```python, and the code."""
+
+    line: int
+    info: str
+    code: str
+
+    @property
+    def not_run(self) -> bool:
+        return 'title="not run: ' in self.info
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(text.count("\n", 0, found.start("code")) + 1, found["info"].strip(), textwrap.dedent(found["code"]))
+        for found in FENCE.finditer(text)
+    ]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.small_layers_stay_float
+@pytest.mark.slow(seconds=10)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    module = ModuleType("docs_page")  # found by pickle, which looks classes up in their module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "TYPES", list(registry.TYPES))  # a page adds to it
+    for block in blocks(page):
+        if block.not_run:
+            continue
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")  # a traceback shows the page's lines
+        try:
+            exec(code, vars(module))
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            pytest.skip(f"{error.name} is not installed")
+
+
+def test_few_blocks_are_not_run():
+    """Only those that show the code of another project, which reads its files or needs its engine."""
+    counts = {name(page): sum(block.not_run for block in blocks(page)) for page in PAGES}
+    assert {page for page, count in counts.items() if count} <= {"docs/from-onnx-openvino.md", "docs/from-torchao.md"}
+    assert sum(counts.values()) <= 4
+    titles = [block.info for page in PAGES for block in blocks(page) if block.info]
+    assert [title for title in titles if "title=" not in title] == []
+
+
+def commands(pattern: str) -> Iterator[tuple[str, str]]:
+    """What the pages, CONTRIBUTING.md and the CHANGELOG name by this pattern, and where."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        yield from ((name(page), found) for found in re.findall(pattern, page.read_text()))
+
+
+def test_every_module_that_a_command_names_exists():
+    named = list(commands(r"python -m ((?:benchmarks|tests|torchq)[\w.]*\w)"))
+    assert len(named) > 20
+    assert [(page, module) for page, module in named if find_spec(module) is None] == []
+
+
+def test_every_make_target_that_is_named_exists():
+    named = list(commands(r"`make ([\w-]+)")) + list(commands(r"(?m)^make ([\w-]+)"))
+    assert len(named) > 5
+    assert [(page, target) for page, target in named if target not in MAKE_TARGETS] == []
+
+
+def in_nav(entry: object) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from in_nav(part)
+
+
+def test_the_site_has_every_page_once():
+    yaml = pytest.importorskip("yaml", reason="pyyaml reads mkdocs.yml")
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert sorted(in_nav(nav)) == sorted(pages)
+
+
+def test_every_public_name_has_its_place_in_the_api_page():
+    """`torchq.kernels` and the like by their own entries; what they hold, by theirs."""
+    described = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert len(described) == len(set(described))
+    tops = {path.split(".")[1] for path in described}
+    assert set(torchq.__all__) - tops == set()
