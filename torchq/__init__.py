@@ -15,6 +15,7 @@ from torchq.qat import freeze_ranges, prepare_qat
 from torchq.reporting.drift import watch_drift
 from torchq.reporting.profile import profile_layers
 from torchq.reporting.report import report
+from torchq.reporting.verification import verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "report",
     "simulate",
     "sqnr_db",
+    "verify",
     "watch_drift",
 ]
 
