@@ -94,6 +94,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "is_kernel_name", [](const std::string& name) { return torchq::is_kernel_name(name.c_str()); },
       "Whether a kernel of this name exists, compiled in here or not.");
+  m.def(
+      "known_names",
+      [] {
+        std::vector<std::string> names;
+        while (const char* name = torchq::kernel_name_at(static_cast<int>(names.size()))) names.push_back(name);
+        return names;
+      },
+      "Every kernel's name, compiled in here or not.");
   m.def("active", [] { return std::string(torchq::active_kernel().name); }, "The kernel the ops use now.");
   m.def(
       "active_attention", [] { return std::string(torchq::attention::kernel_beside(torchq::active_kernel()).name); },

@@ -4,13 +4,15 @@ import copy
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import may_run
-from torchq import QuantizedLinear, kernels, ops
+from torchq import QuantizedLinear, convert, kernels, ops
 
 X = torch.ones(64, 64)  # large enough that no kernel leaves the product to another
 
@@ -44,6 +46,13 @@ def table(monkeypatch):
         monkeypatch.setattr(kernels._C, "cpu_features", lambda: list(features))
 
     return replace
+
+
+@pytest.fixture
+def not_said_yet(monkeypatch):
+    """The warning has not been given in this process, and nobody forces a kernel."""
+    monkeypatch.setattr(kernels, "_slow", threading.Lock())
+    monkeypatch.setattr(kernels._C, "forced", lambda: None)
 
 
 REFERENCE = {"name": "reference", "needs": [], "tile": (1, 16, 4), "runnable": True}
@@ -294,3 +303,46 @@ def test_an_environment_variable_this_cpu_cannot_obey_fails_at_import():
     assert (code, output) == (1, "")
     assert error.startswith("RuntimeError: TORCHQ_KERNEL: this CPU lacks ")
     assert f"kernel {impossible[0]!r}" in error
+
+
+# ---- What can't run, and why ----
+
+
+def test_why_not(table):
+    table(FAST, REFERENCE, features=("avx2",))
+    assert kernels.why_not("reference") is None
+    assert kernels.why_not("avx512_vnni") == "this CPU lacks avx512_vnni"
+    assert kernels.why_not("neon").startswith("not compiled into this build")
+    with pytest.raises(
+        ValueError, match=r"^kernels.why_not\(\): 'fast' is not a kernel. There are: amx_int8, .*reference"
+    ):
+        kernels.why_not("fast")
+
+
+def test_every_kernel_of_this_build_is_known():
+    known = kernels._C.known_names()
+    assert set(kernels.names()) <= set(known)
+    assert len(set(known)) == len(known) == 9
+    assert all(kernels._C.is_kernel_name(name) for name in known)
+
+
+def test_a_cpu_without_a_fast_kernel_is_told_so_once(table, not_said_yet, monkeypatch):
+    table(FAST, REFERENCE)
+    monkeypatch.setattr(kernels._C, "active", lambda: "reference")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.warns(
+        UserWarning, match=r"no fast kernel runs on this CPU \(avx512_vnni: this CPU lacks avx512_vnni\)"
+    ):
+        convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model)
+
+
+def test_whoever_forces_the_reference_is_not_told(not_said_yet, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.warn_if_slow()  # a fast kernel is active, or the machine has none
+        monkeypatch.setattr(kernels._C, "active", lambda: "reference")
+        monkeypatch.setattr(kernels._C, "forced", lambda: "reference")
+        kernels.warn_if_slow()

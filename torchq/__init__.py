@@ -1,5 +1,7 @@
 """Real int8 speed for PyTorch models on a CPU, in eager mode, in one call: `torchq.convert(model, calib_loader)`."""
 
+import logging
+
 from torchq import kernels, observers, ops
 from torchq.compiling import compile_options
 from torchq.config import QConfig
@@ -16,6 +18,8 @@ from torchq.reporting.drift import watch_drift
 from torchq.reporting.profile import profile_layers
 from torchq.reporting.report import report
 from torchq.reporting.verification import verify
+
+logging.getLogger("torchq").addHandler(logging.NullHandler())  # what convert decides; silent until asked for
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,8 @@ from torchq.planning.choose import choose
 from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
+from torchq.planning.logged import log_plan
+from torchq.planning.plan import attached_plan
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
@@ -114,4 +116,5 @@ def convert(
             if inplace:  # a budget has been kept without it, so then nothing is risked
                 exact = budget is not None and config.attention == "auto"
                 choose_attention(converted, plan, check, "float32" if exact else config.attention)
+        log_plan(attached_plan(converted), type(converted).__name__)
         return converted

@@ -6,15 +6,25 @@ environment variable `TORCHQ_KERNEL=<name>` for a process, or call `use(name)` f
 """
 
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch  # noqa: F401  (its libraries must be loaded before _C)
-
-from torchq import _C
+from torchq.compiled import _C
 from torchq.scopes import Scoped
 
-__all__ = ["ENVIRONMENT_VARIABLE", "active", "active_attention", "last_used", "names", "runnable", "tile", "use"]
+__all__ = [
+    "ENVIRONMENT_VARIABLE",
+    "active",
+    "active_attention",
+    "last_used",
+    "names",
+    "runnable",
+    "tile",
+    "use",
+    "why_not",
+]
 
 ENVIRONMENT_VARIABLE = "TORCHQ_KERNEL"
 
@@ -38,6 +48,24 @@ def runnable() -> list[str]:
     True
     """
     return [kernel.name for kernel in _C.table() if kernel.runnable]
+
+
+def why_not(name: str) -> str | None:
+    """Why this kernel can't run here; None if it can.
+
+    >>> why_not("reference") is None
+    True
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    if name not in names():
+        if name not in _C.known_names():
+            raise ValueError(f"kernels.why_not(): {name!r} is not a kernel. There are: {', '.join(_C.known_names())}.")
+        return "not compiled into this build (other architecture, or a compiler too old for it)"
+    kernel = next(kernel for kernel in _C.table() if kernel.name == name)
+    lacking = ", ".join(sorted(set(kernel.needs) - set(_C.cpu_features())))
+    return None if kernel.runnable else f"this CPU lacks {lacking}"
 
 
 def active() -> str:
@@ -99,20 +127,31 @@ def _checked(name: str, source: str) -> str:
         return name
     compiled = ", ".join(names())
     if _C.is_kernel_name(name):
-        raise ValueError(
-            f"{source}: kernel {name!r} is not compiled into this build (other architecture, or a compiler too old "
-            f"for it). Compiled in: {compiled}."
-        )
+        raise ValueError(f"{source}: kernel {name!r} is {why_not(name)}. Compiled in: {compiled}.")
     raise ValueError(f"{source}: {name!r} is not a kernel. Compiled in: {compiled}.")
 
 
 def _check_runnable(name: str, source: str) -> None:
-    kernel = next(kernel for kernel in _C.table() if kernel.name == _checked(name, source))
-    if not kernel.runnable:
-        lacking = ", ".join(sorted(set(kernel.needs) - set(_C.cpu_features())))
-        raise RuntimeError(
-            f"{source}: this CPU lacks {lacking}, which kernel {name!r} needs. It can run: {', '.join(runnable())}."
-        )
+    lacking = why_not(_checked(name, source))
+    if lacking is not None:
+        raise RuntimeError(f"{source}: {lacking}, which kernel {name!r} needs. It can run: {', '.join(runnable())}.")
+
+
+_slow = threading.Lock()
+"""Taken for good by the warning that no kernel is fast here: it is given once in a process."""
+
+
+def warn_if_slow() -> None:
+    """Says, once, that this CPU runs only `reference`, unless somebody asked for that kernel."""
+    if active() != "reference" or _C.forced() is not None or not _slow.acquire(blocking=False):
+        return
+    lacking = {name: why_not(name) for name in names() if name != "reference"}
+    whys = "; ".join(f"{name}: {why}" for name, why in lacking.items()) or "this build has no other"
+    warnings.warn(
+        f"torchq: no fast kernel runs on this CPU ({whys}). Int8 layers give the same results by `reference`, but take "
+        "longer than float ones. On such a machine use the float model, and int8 to save memory only.",
+        stacklevel=2,
+    )
 
 
 def _force_from_environment() -> None:

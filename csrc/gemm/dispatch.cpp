@@ -72,6 +72,11 @@ bool is_kernel_name(const char* name) {
   return false;
 }
 
+const char* kernel_name_at(int index) {
+  constexpr int count = sizeof(kNames) / sizeof(kNames[0]);
+  return index < count ? kNames[index] : nullptr;
+}
+
 bool can_run(const Kernel& kernel) { return (kernel.needs & cpu_features()) == kernel.needs; }
 
 bool reads(const Kernel& kernel, Layout layout) { return kernel.layout == layout || &kernel == &kernel_reference; }

@@ -191,6 +191,9 @@ const Kernel* find_kernel(const char* name);
 // Whether a kernel of this name exists on any architecture or compiler, compiled in here or not.
 bool is_kernel_name(const char* name);
 
+// The name of any kernel, compiled in here or not, best first within an architecture; null past the last.
+const char* kernel_name_at(int index);
+
 bool can_run(const Kernel& kernel);
 // Whether a kernel multiplies by weights packed in this layout. A kernel reads its own layout, and `reference` any.
 bool reads(const Kernel& kernel, Layout layout);

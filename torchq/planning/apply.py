@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from torchq import kernels
 from torchq.errors import BadTypeError, door
 from torchq.modules.activations import activation_named
 from torchq.modules.attention import offer_attention
@@ -60,6 +61,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
     """`apply_plan` without its name in front of the errors: the caller's `door` adds another one."""
     warn_of_missing(plan)
     check_plan(model, plan, find_layers(model))
+    if plan.int8_layers():
+        kernels.warn_if_slow()
     try:
         if inplace:
             _swap(model, plan)
