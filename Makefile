@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 SLOWEST := --durations=15 --durations-min=2  # a test listed there needs the mark @pytest.mark.slow(seconds=...)
 CORE := $(wildcard csrc/gemm/*)
 ATTENTION := $(wildcard csrc/attention/*)
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* tests/core/* tests/*/*.cpp tests/arm/stand_ins/*.* benchmarks/*.c*)
+CONV := $(wildcard csrc/conv/*)
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* csrc/conv/* tests/core/* tests/*/*.cpp tests/arm/stand_ins/*.* benchmarks/*.c*)
 MINUTES ?= 1
 SECONDS ?= 60
 
@@ -76,7 +77,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(CORE) $(ATTENTION) $(wildcard csrc/*.cpp)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(CORE) $(ATTENTION) $(CONV) $(wildcard csrc/*.cpp)
 	@command -v $(firstword $(CXX)) > /dev/null || { echo "No C++ compiler. On Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -31,12 +31,14 @@ CORE = ["cpu", "dispatch", "pack", "table", "codes", "schedule", "gemm", *(f"ker
 ATTENTION_KERNELS = ["reference", "avx2", "avx512", "avx512_bf16", "neon"]
 ATTENTION = ["dispatch", "schedule", "operands", "float_products", "code_products", "attention"]
 ATTENTION += [f"kernel_{k}" for k in ATTENTION_KERNELS]
-OPS = ["torch_ops", "attention_op", "recurrent_op", "embedding_op"]
+CONV = ["schedule", "image", "patches", "outputs", "conv"]
+OPS = ["torch_ops", "attention_op", "recurrent_op", "embedding_op", "convolution_op"]
 OTHERS = ["recurrent", "run", "direct", "plain_tensor", "nn_module", "module"]
 SOURCES = [f"csrc/{name}.cpp" for name in [*OPS, *OTHERS]]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]
 SOURCES += [f"csrc/attention/{name}.cpp" for name in ATTENTION]
-FOLDERS = ["csrc", "csrc/gemm", "csrc/attention"]
+SOURCES += [f"csrc/conv/{name}.cpp" for name in CONV]
+FOLDERS = ["csrc", "csrc/gemm", "csrc/attention", "csrc/conv"]
 
 
 def check_torch() -> None:

@@ -121,6 +121,37 @@ void run(const Kernel& gemm, const attention::Problem& problem) {
   run_parts(job);
 }
 
+namespace {
+
+// The scale and zero point of each sample, by its range, which threads find in pieces.
+std::vector<QParams> qparams_of_samples(const conv::Job& job) {
+  const conv::Problem& p = *job.problem;
+  const int64_t lines = p.x.channels_last ? p.geometry.pixels() : p.geometry.in_channels, pieces = job.parts;
+  std::vector<RowRange> ranges(p.batch * pieces);
+  in_parallel(pieces, [&](int i) {
+    auto* room = static_cast<float*>(thread_scratch(p.geometry.in_channels * sizeof(float)));
+    for (int64_t sample = 0; sample < p.batch; ++sample)
+      ranges[sample * pieces + i] = conv::range_of(job, sample, lines * i / pieces, lines * (i + 1) / pieces, room);
+  });
+  std::vector<QParams> qparams(p.batch);
+  for (int64_t sample = 0; sample < p.batch; ++sample) {
+    RowRange all = ranges[sample * pieces];
+    for (int64_t i = 1; i < pieces; ++i) all = conv::join(all, ranges[sample * pieces + i]);
+    qparams[sample] = choose_qparams(all);
+  }
+  return qparams;
+}
+
+}  // namespace
+
+void run(const Kernel& kernel, conv::Problem problem) {
+  conv::Job job = conv::schedule(kernel, problem, thread_count());
+  std::vector<QParams> samples;
+  if (problem.x.per_sample) samples = qparams_of_samples(job);
+  problem.x.samples = samples.data();
+  run_parts(job);
+}
+
 // Two directions side by side take half the time of one after the other, whose threads wait for each other at each
 // step. With four threads and more, products that pay for all of them are faster one after the other.
 void run(const Sequence& sequence, const Direction* directions, int count) {

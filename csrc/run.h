@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "attention/attention.h"
+#include "conv/conv.h"
 #include "gemm/gemm.h"
 #include "recurrent.h"
 
@@ -14,6 +15,9 @@ namespace torchq {
 // Throws std::bad_alloc where a thread has no memory for its scratch.
 void run(const Kernel& kernel, const Problem& problem, int most_threads = INT_MAX);
 void run(const Kernel& kernel, const attention::Problem& problem);
+
+// problem.x.samples is chosen here, if each sample has its own.
+void run(const Kernel& kernel, conv::Problem problem);
 
 // The codes of a problem's rows, to multiply later or more than once by the weights of that problem.
 class QuantizedRows {

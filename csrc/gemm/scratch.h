@@ -8,7 +8,7 @@
 namespace torchq {
 
 struct Scratch {
-  CodeRows rows;    // of a block
+  CodeRows rows;    // of a block; none where rows are ready
   uint8_t* ragged;  // output for panels that y only partly fills: of one tile, or with own_loops one panel of all rows
   int32_t* sums;    // Block::sums
 };
@@ -21,19 +21,21 @@ inline int64_t sums_bytes(const Job& job) {
   return job.kernel->tiling.own_loops ? job.block_rows * kSumColumns * 4 : 0;
 }
 
+inline int64_t rows_of_codes(const Job& job) { return job.problem->x.ready ? 0 : job.block_rows; }
+
 // Room to start at a cache line, and everything that carve() hands out.
 inline size_t scratch_bytes(const Job& job) {
   const int64_t row_bytes = job.codes_stride + sizeof(float) + sizeof(int32_t);
-  return 64 + job.block_rows * row_bytes + ragged_bytes(job) + sums_bytes(job);
+  return 64 + rows_of_codes(job) * row_bytes + ragged_bytes(job) + sums_bytes(job);
 }
 
 inline Scratch carve(const Job& job, void* memory) {
   auto* codes = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(memory), 64));
   Scratch s;
-  s.ragged = codes + job.block_rows * job.codes_stride;
+  s.ragged = codes + rows_of_codes(job) * job.codes_stride;
   s.sums = reinterpret_cast<int32_t*>(s.ragged + ragged_bytes(job));
   auto* scale = reinterpret_cast<float*>(s.sums + sums_bytes(job) / 4);
-  s.rows = {codes, scale, reinterpret_cast<int32_t*>(scale + job.block_rows)};
+  s.rows = {codes, scale, reinterpret_cast<int32_t*>(scale + rows_of_codes(job))};
   return s;
 }
 

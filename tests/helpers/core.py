@@ -17,6 +17,7 @@ from helpers import ROOT
 
 CORE = ROOT / "csrc" / "gemm"
 ATTENTION = ROOT / "csrc" / "attention"
+CONV = ROOT / "csrc" / "conv"
 PROGRAM = ROOT / "tests" / "core"
 BUILD = ROOT / "build" / "core"
 
@@ -108,12 +109,12 @@ def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
     command, folder = compiler(), BUILD / name
     key = run([*command, "--version"])
     key += "".join(f"{source.name} {shlex.join([*command, *flags])}\n" for source, flags in sorted(work.items()))
-    made(folder, key, files_under(CORE, ATTENTION, PROGRAM), lambda: compile_all(work, folder, command))
+    made(folder, key, files_under(CORE, ATTENTION, CONV, PROGRAM), lambda: compile_all(work, folder, command))
     return [folder / object_name(source) for source in work]
 
 
 def core_sources() -> list[Path]:
-    return sorted([*CORE.rglob("*.cpp"), *ATTENTION.rglob("*.cpp")])
+    return sorted(path for folder in (CORE, ATTENTION, CONV) for path in folder.rglob("*.cpp"))
 
 
 def program_sources() -> list[Path]:

@@ -1,0 +1,21 @@
+// Outputs of a block that wait in the scratch -> y, with what the GEMM can't do: channels first, a residual.
+#pragma once
+
+#include "conv.h"
+
+namespace torchq {
+namespace conv {
+
+// A block of outputs: `count` pixels of a sample by the channels of a group.
+struct Outputs {
+  int64_t sample, pixel, count, group;
+};
+
+// The dtype of what waits: float32 where there is a residual, else that of y.
+DType waiting_dtype(const Problem& problem);
+
+// waiting (count, group_outputs).
+void write_outputs(const Kernel& kernel, const Problem& problem, const Outputs& outputs, void* waiting);
+
+}  // namespace conv
+}  // namespace torchq

@@ -1,0 +1,83 @@
+// How a problem is computed: what lies where, the bands and blocks, the parts, the scratch.
+
+#include <algorithm>
+
+#include "conv.h"
+#include "outputs.h"
+#include "patches.h"
+#include "scratch.h"
+
+namespace torchq {
+namespace conv {
+namespace {
+
+// Bytes of an image, and of the rows and outputs of a block, that stay in L2 beside the weights that stream past.
+constexpr int64_t kImageBudget = 384 << 10, kRowsBudget = 256 << 10, kOutputsBudget = 128 << 10;
+constexpr int64_t kMostRows = 1024;  // of a block
+
+// A GEMM of these rows of ready codes.
+torchq::Job product_of(const Kernel& kernel, const Problem& p, int64_t rows) {
+  static constexpr CodeRows kReady{};
+  torchq::Problem product{};
+  product.m = rows;
+  product.x.ready = &kReady;
+  product.weights = &p.weights_of(0);
+  torchq::Job job = torchq::schedule(kernel, product);
+  job.problem = nullptr;
+  return job;
+}
+
+// The output rows of a band: as many as there are, or whose image fits.
+int64_t rows_of_band(const Job& job) {
+  const Axis& outer = job.problem->geometry.axes[0];
+  const int64_t all = outer.outputs();
+  if (job.image_in_place) return all;
+  const int64_t fit = (kImageBudget / std::max<int64_t>(job.plane_bytes, 1) - outer.extent()) / outer.stride + 1;
+  return ceil_div(all, ceil_div(all, std::max<int64_t>(fit, 1)));
+}
+
+int64_t rows_of_block(const Job& job, int64_t tile_rows) {
+  const Geometry& g = job.problem->geometry;
+  int64_t fit = std::min(kRowsBudget / job.row_stride, kMostRows);
+  if (!job.y_in_place) fit = std::min(fit, kOutputsBudget / std::max<int64_t>(g.group_outputs() * 4, 1));
+  return std::min(round_up(g.out_pixels(), tile_rows), std::max<int64_t>(fit / tile_rows, 1) * tile_rows);
+}
+
+}  // namespace
+
+Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
+  const Geometry& g = problem.geometry;
+  const CodeFormat& format = kernel.codes;
+  Job job;
+  job.problem = &problem;
+  job.kernel = &kernel;
+  job.pixel_bytes = g.in_channels * format.bytes;
+  job.line_bytes = g.axes[2].padded() * job.pixel_bytes;
+  job.plane_bytes = g.axes[1].padded() * job.line_bytes;
+  bool is_padded = false;
+  for (const Axis& axis : g.axes) is_padded |= axis.padded() > axis.size;
+  job.image_in_place = problem.x.dtype == DType::u8 && !is_padded && format.bytes == 1 && format.shift == 0;
+  job.runs = runs_of(job);
+  job.y_in_place = !problem.residual && (problem.y.channels_last || g.out_pixels() == 1);
+
+  const torchq::Job sample = product_of(kernel, problem, g.out_pixels());
+  job.rows_in_place = rows_lie_in_image(job, job.row_stride);
+  if (job.rows_in_place && job.image_in_place && g.depth() % 8) job.rows_in_place = false;  // nothing lies behind x
+  if (!job.rows_in_place) job.row_stride = sample.codes_stride;
+  job.band_rows = rows_of_band(job);
+  job.block_rows = rows_of_block(job, sample.tile.m);
+
+  const torchq::Job all = product_of(kernel, problem, problem.batch * g.out_pixels());
+  job.by_columns = all.by_columns && g.groups == 1 && job.y_in_place;
+  job.parts = std::min(all.parts, most_parts);
+  job.product = product_of(kernel, problem, job.block_rows);
+  job.product.codes_stride = job.row_stride;
+  job.product.by_columns = job.by_columns;
+  job.image_bytes =
+      job.image_in_place ? 0 : ((job.band_rows - 1) * g.axes[0].stride + g.axes[0].extent()) * job.plane_bytes + kSlack;
+  job.scratch_bytes = scratch_bytes(job);
+  return job;
+}
+
+}  // namespace conv
+}  // namespace torchq

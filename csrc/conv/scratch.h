@@ -1,0 +1,71 @@
+// The buffers of one part, carved from the caller's scratch.
+#pragma once
+
+#include "../gemm/divide.h"
+#include "conv.h"
+
+namespace torchq {
+namespace conv {
+
+// Bytes behind the end of the image and of the rows that whole vectors may read and write.
+constexpr int64_t kSlack = 256;
+
+constexpr int64_t kPlanePixels = 128, kPlaneChannels = 32;  // of a tile of channels-first values, quantized at once
+
+// Bytes for the codes of such a tile, or for a piece of a row, as a kernel's quantize() writes them.
+constexpr int64_t kQuantizedBytes = kPlanePixels * kPlaneChannels * 2 + kSlack;
+
+struct Scratch {
+  uint8_t* image;        // of a band
+  CodeRows rows;         // of a block
+  uint8_t* patch;        // one row before it is interleaved
+  uint8_t* quantized;    // kQuantizedBytes
+  float* channel_scale;  // [in_channels], then kPlanePixels times the one of a channel
+  uint8_t* y;            // outputs of a block, where they wait
+  void* gemm;
+};
+
+class Carver {
+ public:
+  explicit Carver(void* memory) : at_(round_up(reinterpret_cast<intptr_t>(memory), 64)) {}
+  template <class T>
+  T* take(int64_t bytes) {
+    T* taken = reinterpret_cast<T*>(at_);
+    at_ += round_up(bytes, 64);
+    return taken;
+  }
+  int64_t at() const { return at_; }
+
+ private:
+  int64_t at_;
+};
+
+inline Scratch carve(const Job& job, Carver& from) {
+  const Geometry& g = job.problem->geometry;
+  const int64_t rows = job.block_rows + 64;  // a kernel may read whole tiles, and so rows that do not exist
+  Scratch s;
+  s.image = from.take<uint8_t>(job.image_bytes);
+  s.rows.codes = from.take<uint8_t>(job.rows_in_place ? 0 : rows * job.row_stride + kSlack);
+  s.rows.scale = from.take<float>(rows * 4);
+  s.rows.zero_point = from.take<int32_t>(rows * 4);
+  s.patch = from.take<uint8_t>(job.row_stride + kSlack);
+  s.quantized = from.take<uint8_t>(kQuantizedBytes);
+  s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
+  s.y = from.take<uint8_t>(job.y_in_place ? 0 : job.block_rows * g.group_outputs() * 4);
+  s.gemm = from.take<uint8_t>(job.product.scratch_bytes);
+  return s;
+}
+
+inline Scratch carve(const Job& job, void* memory) {
+  Carver from(memory);
+  return carve(job, from);
+}
+
+inline size_t scratch_bytes(const Job& job) {
+  Carver from(nullptr);
+  carve(job, from);
+  return from.at() + 64;
+}
+
+}  // namespace conv
+}  // namespace torchq

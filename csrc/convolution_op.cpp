@@ -1,0 +1,202 @@
+// torch.ops.torchq.convolution: its schema and argument checks. torch_ops.cpp says how torch is reached.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "linear.h"
+#include "run.h"
+#include "torch_checks.h"
+
+namespace {
+
+using namespace torchq::ops;
+using torchq::DType;
+using torchq::QParams;
+using torchq::conv::Axis;
+using torchq::conv::Geometry;
+using torchq::conv::kAxes;
+using torchq::conv::Problem;
+
+constexpr const char* op = "torchq::convolution";
+
+// The numbers of a geometry: dimensions, channels in and out, groups, and for each dimension the kernel, the stride,
+// the zeros before and after, and the dilation.
+constexpr int kHead = 4, kEach = 5;
+
+// The axes of 1, 2 or 3 dimensions among the three.
+constexpr int kPlace[3][3] = {{0}, {0, 2}, {0, 1, 2}};
+
+Geometry geometry_of(const std::vector<int64_t>& numbers, const Tensor& x, bool codes_in) {
+  const int64_t count = static_cast<int64_t>(numbers.size()), dims = count ? numbers[0] : 0;
+  CHECK(dims >= 1 && dims <= kAxes && count == kHead + kEach * dims, op,
+        ": geometry must hold the numbers of torchq.ops.convolution.Geometry for 1 to 3 dimensions, got ", count,
+        " numbers.");
+  Geometry g{};
+  g.in_channels = numbers[1], g.out_channels = numbers[2], g.groups = numbers[3];
+  CHECK(g.in_channels > 0 && g.out_channels >= 0 && g.groups > 0 && g.in_channels % g.groups == 0 &&
+            g.out_channels % g.groups == 0,
+        op, ": the channels in and out must be multiples of groups, got ", g.in_channels, ", ", g.out_channels, " and ",
+        g.groups, " groups.");
+  CHECK(x.dim() == dims + 2, op, ": x must have ", dims + 2, " dimensions (batch, ",
+        codes_in ? "size..., channels" : "channels, size...", "), got ", shape_of(x), '.');
+  const int64_t channels = x.size(codes_in ? dims + 1 : 1);
+  CHECK(channels == g.in_channels, op, ": the weight was packed for ", g.in_channels, " input channels, but x has ",
+        channels, " (x: ", shape_of(x), ").");
+  for (int64_t d = 0; d < dims; ++d) {
+    Axis& axis = g.axes[kPlace[dims - 1][d]];
+    const int64_t* of = numbers.data() + kHead + kEach * d;
+    axis = {x.size(d + (codes_in ? 1 : 2)), of[0], of[1], of[4], of[2], of[3]};
+    CHECK(axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 && axis.before >= 0 && axis.after >= 0, op,
+          ": kernel, stride and dilation must be positive, and padding not negative, got ", axis.kernel, ", ",
+          axis.stride, ", ", axis.dilation, ", ", axis.before, " and ", axis.after, '.');
+    constexpr int64_t kMost = int64_t{1} << 31;
+    CHECK(axis.kernel < kMost && axis.stride < kMost && axis.dilation < kMost && axis.before < kMost &&
+              axis.after < kMost,
+          op, ": kernel, stride, dilation and padding must be below 2^31.");
+    CHECK(axis.extent() <= axis.padded(), op, ": the kernel, ", axis.kernel, " with dilation ", axis.dilation,
+          ", is larger than the padded input, ", axis.padded(), " (x: ", shape_of(x), ").");
+  }
+  double values = static_cast<double>(g.in_channels);
+  for (const Axis& axis : g.axes) values *= static_cast<double>(axis.padded());
+  CHECK(values < 0x1p46, op, ": the padded input would have ", values, " values for each sample.");
+  return g;
+}
+
+// The packed weights: a vector, or for several groups a matrix with a row for each, padded to whole cache lines.
+void set_weights(Problem& p, const Tensor& packed) {
+  const Geometry& g = p.geometry;
+  check_cpu(op, "packed", packed);
+  const int64_t rows = packed.dim() == 2 ? packed.size(0) : 1;
+  CHECK(packed.scalar_type() == ScalarType::Byte && (packed.dim() == 1 || packed.dim() == 2) &&
+            packed.is_contiguous() && rows == g.groups,
+        op, ": packed must be what torchq.ops.convolution.pack() returned for ", g.groups, " groups, got ",
+        name_of(packed.scalar_type()), ' ', shape_of(packed), '.');
+  p.weights = static_cast<const uint8_t*>(packed.const_data_ptr());
+  p.weights_stride = packed.numel() / rows;
+  const int64_t n = g.group_outputs(), k = g.depth(), plain = torchq::packed_bytes(n, k, false);
+  const int64_t bytes = p.weights_stride < plain + 64 ? plain : torchq::packed_bytes(n, k, true);
+  const auto* first = p.weights_stride >= bytes ? torchq::packed_header(p.weights, bytes) : nullptr;
+  for (int64_t group = 0; group < rows; ++group) {
+    const auto* header = first ? torchq::packed_header(p.weights + group * p.weights_stride, bytes) : nullptr;
+    CHECK(header && header->k == k && header->n == n && header->layout == first->layout &&
+              header->has_channel_scale == first->has_channel_scale,
+          op, ": packed holds no packed weights of ", n, " x ", k, " (output channels of a group, taps x its input ",
+          "channels). Make it with torchq.ops.convolution.pack().");
+  }
+}
+
+// The strides of samples that lie one after the other, each (channels, size...) or (size..., channels).
+void dense_strides(const int64_t* sizes, int64_t dims, bool channels_last, int64_t* strides) {
+  const auto size = [&](int64_t i) { return std::max<int64_t>(sizes[i], 1); };  // as torch counts
+  int64_t stride = channels_last ? size(1) : 1;
+  for (int64_t i = dims; i-- > 2; stride *= size(i)) strides[i] = stride;
+  strides[1] = channels_last ? 1 : stride;
+  strides[0] = channels_last ? stride : stride * size(1);
+}
+
+// Whether floats are laid out so. Strides of dimensions of size 1 say nothing.
+bool is_dense(const Tensor& t, bool channels_last) {
+  int64_t strides[kMaxDims];
+  dense_strides(t.sizes().data(), t.dim(), channels_last, strides);
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) != 1 && t.stride(i) != strides[i]) return false;
+  return true;
+}
+
+Tensor empty_dense(const int64_t* sizes, int64_t dims, bool channels_last, ScalarType type) {
+  int64_t strides[kMaxDims];
+  dense_strides(sizes, dims, channels_last, strides);
+  return empty_strided(op, sizes, strides, dims, type);
+}
+
+// qparams: empty for dynamic; scale and zero point of x; and then those of y, for codes.
+void set_qparams(Problem& p, const std::vector<double>& qparams, bool codes_out) {
+  const size_t count = qparams.size();
+  CHECK(count == 0 || count == 2 || count == 4, op,
+        ": qparams must be empty (dynamic), or hold scale and zero point of x, or those of x and y, got ", count,
+        " numbers.");
+  CHECK(count > 0 || p.x.dtype != DType::u8, op, ": x holds codes (uint8), whose scale and zero point must be given.");
+  CHECK(count == 4 || !codes_out, op, ": out_dtype is uint8, so qparams must hold scale and zero point of x and of y.");
+  const auto pair = [&](const char* name, size_t at) {
+    const double scale = qparams[at], zero_point = qparams[at + 1];
+    CHECK(torchq::is_scale(scale), op, ": the scale of ", name, " must be a positive normal float32, got ", scale, '.');
+    CHECK(zero_point >= 0 && zero_point <= 255 && zero_point == static_cast<int>(zero_point), op,
+          ": the zero point of ", name, " must be an integer in [0, 255], got ", zero_point, '.');
+    return QParams{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  };
+  p.x.per_sample = count == 0;
+  p.x.qparams = count ? pair("x", 0) : QParams{1.0f, 0};
+  p.y.qparams = count == 4 ? pair("y", 2) : QParams{1.0f, 0};
+}
+
+// The residual, laid out as y. `held` keeps a copy alive.
+const void* residual_of(const Tensor& residual, const Tensor& y, bool channels_last, std::optional<Tensor>& held) {
+  check_cpu(op, "residual", residual);
+  bool same = residual.dim() == y.dim();
+  for (int64_t i = 0; same && i < y.dim(); ++i) same = residual.size(i) == y.size(i);
+  CHECK(same && residual.scalar_type() == y.scalar_type(), op, ": residual must be ", name_of(y.scalar_type()), ' ',
+        shape_of(y), " as y, got ", name_of(residual.scalar_type()), ' ', shape_of(residual), '.');
+  if (is_dense(residual, channels_last)) return residual.const_data_ptr();
+  held = empty_dense(y.sizes().data(), y.dim(), channels_last, y.scalar_type());
+  torch::stable::copy_(*held, residual);
+  return held->const_data_ptr();
+}
+
+Tensor convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& geometry,
+                   const std::vector<double>& qparams, ScalarType out_dtype, bool channels_last, int64_t activation,
+                   const std::optional<Tensor>& residual) {
+  const bool codes_in = x.scalar_type() == ScalarType::Byte, codes_out = out_dtype == ScalarType::Byte;
+  const auto x_dtype = codes_in ? std::optional(DType::u8) : float_dtype(x.scalar_type());
+  const auto y_dtype = codes_out ? std::optional(DType::u8) : float_dtype(out_dtype);
+  CHECK(x_dtype.has_value(), op, ": x must be float32, bfloat16, float16, or uint8 codes, got ",
+        name_of(x.scalar_type()), '.');
+  CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
+        '.');
+  CHECK(torchq::is_activation(activation), op, ": activation must be a torchq.ops.Activation, 0 (none) to ",
+        torchq::kActivations - 1, " (relu6), got ", activation, '.');
+  check_cpu(op, "x", x);
+  Problem p{};
+  p.geometry = geometry_of(geometry, x, codes_in);
+  const Geometry& g = p.geometry;
+  p.batch = x.size(0);
+  p.x.dtype = *x_dtype, p.y.dtype = *y_dtype;
+  p.activation = static_cast<torchq::Activation>(activation);
+  set_qparams(p, qparams, codes_out);
+  set_weights(p, packed);
+  CHECK(!codes_in || !p.weights_of(0).has_channel_scale, op,
+        ": the weight was packed with a channel_scale, which multiplies floats before they are quantized, but x holds ",
+        "codes (uint8). Pass floats, or pack the weight without channel_scale.");
+  CHECK(!codes_out || !residual, op, ": a residual is added to floats, but out_dtype is uint8.");
+
+  p.x.channels_last = codes_in || is_dense(x, true);
+  const bool as_it_is = codes_in ? x.is_contiguous() : p.x.channels_last || is_dense(x, false);
+  const Tensor held = as_it_is ? x : contiguous(op, x);
+  p.x.data = held.const_data_ptr();
+
+  int64_t sizes[kAxes + 2] = {p.batch, g.out_channels};
+  const int64_t dims = x.dim() - 2;
+  for (int64_t d = 0; d < dims; ++d) sizes[d + (codes_out ? 1 : 2)] = g.axes[kPlace[dims - 1][d]].outputs();
+  if (codes_out) sizes[dims + 1] = g.out_channels;
+  p.y.channels_last = channels_last || codes_out;
+  Tensor y = codes_out ? empty(op, sizes, dims + 2, out_dtype) : empty_dense(sizes, dims + 2, channels_last, out_dtype);
+  std::optional<Tensor> held_residual;
+  if (residual) p.residual = residual_of(*residual, y, channels_last, held_residual);
+  if (y.numel() == 0) return y;
+  p.y.data = y.mutable_data_ptr();
+  const torchq::Kernel& kernel = kernel_for(op, p.weights_of(0).layout);
+  with_scratch(op, [&] { torchq::run(kernel, p); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchq, m) {
+  m.def(
+      "convolution(Tensor x, Tensor packed, int[] geometry, float[] qparams, ScalarType out_dtype, "
+      "bool channels_last=False, int activation=0, Tensor? residual=None) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torchq, CPU, m) { m.impl("convolution", TORCH_BOX(&convolution)); }
