@@ -12,8 +12,8 @@ from helpers.compare import assert_close_to_float
 from helpers.models import Nested, with_and_without_data
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.numerics.metrics import sqnr_db
-from torchq.planning import apply
 from torchq.planning.apply import apply_plan
+from torchq.planning.making import FromFloat
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -77,12 +77,12 @@ def test_inplace_frees_each_float_layer_before_the_next(monkeypatch, loader):
     """So the peak memory is that of the float model and one more layer."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     floats, alive = [weakref.ref(layer) for layer in model], []
-    original = apply.quantize_layer
+    original = FromFloat.layer
 
     def counting(*arguments):
         alive.append(sum(layer() is not None for layer in floats))
         return original(*arguments)
 
-    monkeypatch.setattr(apply, "quantize_layer", counting)
+    monkeypatch.setattr(FromFloat, "layer", counting)
     convert(model, loader, inplace=True)
     assert alive == [3, 2, 1]

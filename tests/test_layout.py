@@ -22,7 +22,7 @@ LAYERS = [
     {"modules", "config"},
     {"calibration"},
     {"planning"},
-    {"conversion", "qat", "reporting", "compiling"},
+    {"conversion", "qat", "reporting", "compiling", "files"},
     {"__init__"},
 ]
 

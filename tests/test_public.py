@@ -19,7 +19,7 @@ def test_public_names():
     """Lists the whole interface, so that a new name is a deliberate decision. dir() shows exactly these names."""
     functions = {"apply_plan", "choose_qparams", "convert", "dequantize", "fake_quantize", "freeze_ranges", "plan_of"}
     functions |= {"prepare_qat", "profile_layers", "quantize", "report", "simulate", "sqnr_db", "watch_drift"}
-    functions |= {"compile_options", "verify"}
+    functions |= {"compile_options", "load", "save", "verify"}
     assert set(torchq.__all__) == functions | {"Plan", "QConfig", "QuantizedLinear", "kernels", "observers", "ops"}
     assert dir(torchq) == sorted([*torchq.__all__, "__version__"])
 

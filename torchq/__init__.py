@@ -6,6 +6,7 @@ from torchq import kernels, observers, ops
 from torchq.compiling import compile_options
 from torchq.config import QConfig
 from torchq.conversion import convert
+from torchq.files import load, save
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.simulation import simulate
 from torchq.numerics.metrics import sqnr_db
@@ -35,6 +36,7 @@ __all__ = [
     "fake_quantize",
     "freeze_ranges",
     "kernels",
+    "load",
     "observers",
     "ops",
     "plan_of",
@@ -42,6 +44,7 @@ __all__ = [
     "profile_layers",
     "quantize",
     "report",
+    "save",
     "simulate",
     "sqnr_db",
     "verify",

@@ -5,11 +5,13 @@ What falls short of a bar today stands below with the reason. The lists are exac
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import torchq
 from torchq import apply_plan
 from torchq.planning import tables
 
@@ -70,7 +72,7 @@ def of(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "MIN_BYTES", 4096)  # the tables of the tiny models stand for large ones
     architecture = of(name)
     models = both(architecture, QUICK)
@@ -81,10 +83,10 @@ def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(row.db) >= FLOOR_DB.get(name, LEAST_DB)
     model, *converted = models
     for qmodel in converted:
-        _use(architecture, model, qmodel)
+        _use(architecture, model, qmodel, tmp_path / "m.safetensors")
 
 
-def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module) -> None:
+def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module, path: Path) -> None:
     """What is done with models: they are run, copied, saved and loaded, and generate."""
     x = architecture.inputs(7)
     expected = run(qmodel, x)
@@ -95,6 +97,8 @@ def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module) -> Non
     loaded = apply_plan(model, qmodel.torchq_plan)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(run(loaded, x), expected)
+    torchq.save(qmodel, path)
+    assert torch.equal(run(torchq.load(path, copy.deepcopy(model).to("meta")), x), expected)
     if architecture.generates:
         prompt = {key: value for key, value in x.items() if key != "decoder_input_ids"}
         tokens = qmodel.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)

@@ -42,19 +42,30 @@ class QuantizedTable(PackedWeights):
 
         A subclass keeps its own forward and whatever else it has: its `super().forward` looks up in int8.
         """
-        source = type(module)
-        table = cast(QuantizedTable, _new(source))
+        table = cls.empty(module, owner)
+        if owner is None:
+            weight = cast(Tensor, module.weight).detach()
+            table._set_packed(pack_table(*quantize_weight(weight, per_channel=True)))
+        return table
+
+    @classmethod
+    def empty(cls, module: nn.Module, owner: PackedWeights | None = None) -> "QuantizedTable":
+        """The same on the meta device, without the table's values. A table that is its owner's has the owner's."""
+        table = cast(QuantizedTable, _new(type(module)))
         kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN}
         table.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
         table._modules.update(copy.deepcopy(module._modules))
         table._buffers.update(copy.deepcopy(module._buffers))
         table._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-        weight = cast(Tensor, module.weight).detach()
+        weight = cast(Tensor, module.weight)
         table.out_features, table.in_features = weight.shape
         table.dtype = weight.dtype
         table.training = module.training
         if owner is None:
-            table._set_packed(pack_table(*quantize_weight(weight, per_channel=True)))
+            shape = (table.out_features, table.in_features)
+            codes = torch.empty(shape, dtype=torch.int8, device="meta")
+            scale = torch.empty(shape[0], dtype=torch.float32, device="meta")
+            table._set_packed(pack_table(codes, scale))
         else:
             table._owner = (owner,)
             table._present()

@@ -4,30 +4,24 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from torchq import kernels
 from torchq.errors import BadTypeError, door
-from torchq.modules.activations import activation_named
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
-from torchq.modules.embedding import QuantizedTable
 from torchq.modules.encoder import Int8TransformerEncoder
-from torchq.modules.folding import Fold
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
-from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.registry import Layer, find_layers, layers_of, type_of
-from torchq.ops import Activation
+from torchq.modules.registry import find_layers, type_of
 from torchq.planning.check import check_plan
-from torchq.planning.plan import LayerPlan, Plan, attention_schemes
+from torchq.planning.making import FROM_FLOAT, FromFloat
+from torchq.planning.plan import Plan, attention_schemes
 from torchq.planning.references import attributes, held, replaced
-from torchq.planning.rounding import take_rounded, warn_of_missing
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,22 +51,25 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     return applied(model, plan, inplace=inplace)
 
 
-def applied(model: M, plan: Plan, *, inplace: bool = False) -> M:
-    """`apply_plan` without its name in front of the errors: the caller's `door` adds another one."""
-    warn_of_missing(plan)
+def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FROM_FLOAT) -> M:
+    """`apply_plan` without its name in front of the errors: the caller's `door` adds another one.
+
+    `make` gives the int8 modules.
+    """
+    make.check(plan)
     check_plan(model, plan, find_layers(model))
     if plan.int8_layers():
         kernels.warn_if_slow()
     try:
         if inplace:
-            _swap(model, plan)
+            _swap(model, plan, make)
         else:
-            swaps = {id(model.get_submodule(path)): _int8_module(model, plan, path) for path in _paths(model, plan)}
+            swaps = {id(model.get_submodule(path)): make.module(model, plan, path) for path in _paths(model, plan)}
             for name in plan.int8_tables():
                 owner = plan.tables[name].owner
                 held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
-                swaps[id(model.get_submodule(name))] = _int8_table(model, name, held_by)
-            model = _copy(model, swaps)
+                swaps[id(model.get_submodule(name))] = make.table(model, name, held_by)
+            model = _copy(model, swaps, make.kept(model))
         _make_curves(model, plan)
         for module in list(model.modules()):
             if isinstance(module, nn.Sequential):
@@ -103,55 +100,6 @@ def _paths(model: nn.Module, plan: Plan) -> list[str]:
     paths = [layers[name].path for name in plan.int8_layers()]
     paths += [layer.path for layer in layers.values() if layer.kind.attends and layer.path in schemes]
     return list(dict.fromkeys(paths))
-
-
-def _int8_module(model: nn.Module, plan: Plan, path: str) -> nn.Module:
-    """What the module at this path becomes."""
-    layers = layers_of(path, model.get_submodule(path))
-    parts: dict[str, nn.Module] = {}
-    for layer in layers:
-        planned = plan.layers.get(layer.name)
-        int8 = planned is not None and planned.is_int8
-        parts[layer.part] = quantize_layer(model, plan, layer) if int8 else _float_part(layer)
-    return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
-
-
-def _int8_table(model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
-    """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
-    assert owner is None or isinstance(owner, PackedWeights)
-    return QuantizedTable.from_float(model.get_submodule(name), owner)
-
-
-def _float_part(layer: Layer) -> nn.Linear:
-    """An nn.Linear for a matrix that stays in float while others of its module become int8."""
-    part = nn.Linear(
-        layer.in_features, layer.out_features, layer.matrix.bias is not None, device="meta", dtype=torch.float32
-    )
-    part.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    if layer.matrix.bias is not None:
-        part.bias = nn.Parameter(layer.matrix.bias.detach().clone(), requires_grad=False)
-    return part
-
-
-def quantize_layer(model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
-    """The QuantizedLinear that `plan` makes of this layer of the float model."""
-    planned = plan.layers[layer.name]
-    quantized = QuantizedLinear.from_float(
-        layer.matrix,
-        per_channel=planned.per_channel,
-        input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
-        fold=_fold(model, planned),
-        channel_scale=planned.scale_vector,
-    )
-    if planned.rounding == "gptq":
-        take_rounded(layer.name, quantized, planned.weights)
-    return quantized
-
-
-def _fold(model: nn.Module, planned: LayerPlan) -> Fold:
-    """What the plan lets this layer be fused with."""
-    activation = activation_named(model, planned.activation) if planned.activation else Activation.NONE
-    return Fold(activation, codes=planned.feeds is not None)
 
 
 def _make_curves(model: nn.Module, plan: Plan) -> None:
@@ -194,18 +142,18 @@ def _owner_of(model: nn.Module, one: str, other: str) -> str:
     return ".".join(path)
 
 
-def _swap(model: nn.Module, plan: Plan) -> None:
+def _swap(model: nn.Module, plan: Plan, make: FromFloat) -> None:
     """Swaps the modules in place, one after the other: each float weight is freed before the next int8 one is made.
 
     The model computes the right thing after every swap, even if memory runs out before the next one.
     """
     places, holders = _places(model), _holders(model)
     for path in reversed(_paths(model, plan)):
-        quantized = _int8_module(model, plan, path)
+        quantized = make.module(model, plan, path)
         _put(model.get_submodule(path), quantized, places, holders)
     for name in plan.int8_tables():  # after their heads, which then are int8
         owner = plan.tables[name].owner
-        table = _int8_table(model, name, None if owner is None else model.get_submodule(owner))
+        table = make.table(model, name, None if owner is None else model.get_submodule(owner))
         _put(model.get_submodule(name), table, places, holders)
 
 
@@ -244,12 +192,12 @@ def _follow(old: int, new: nn.Module, holders: Mapping[int, list[tuple[dict[str,
         values[key] = replaced(values[key], lambda module: new if id(module) == old else None)
 
 
-def _copy(model: M, swaps: Mapping[int, nn.Module]) -> M:
-    """A deep copy with the modules in `swaps` (by id) replaced.
+def _copy(model: M, swaps: Mapping[int, nn.Module], kept: Mapping[int, Any]) -> M:
+    """A deep copy with the modules in `swaps` (by id) replaced, and the tensors in `kept`.
 
     They go in as deepcopy's memo: it takes them for copies already made, and never copies the float weights.
     """
-    memo: dict[int, Any] = dict(swaps)
+    memo: dict[int, Any] = {**kept, **swaps}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:

@@ -11,7 +11,7 @@ from torchq.modules.attention import attention_modules
 from torchq.modules.folding import IDLE
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
-from torchq.ops import ATTENTION_SCHEMES, Activation
+from torchq.ops import ATTENTION_SCHEMES, MAX_DEPTH, Activation
 from torchq.planning.plan import Kind, LayerPlan, Plan
 from torchq.planning.tables import find_tables
 
@@ -23,6 +23,9 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         if name not in layers:
             raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")
         _check_scheme(plan, name, planned)
+        depth = layers[name].in_features
+        exact = not planned.is_int8 or depth <= MAX_DEPTH
+        _require(exact, name, f"has in_features = {depth}; int32 sums are exact up to {MAX_DEPTH}")
         _check_channel_scale(plan, name, planned, layers[name])
         _check_folded(model, modules, name, planned)
     _check_tables(find_tables(model, layers), plan)

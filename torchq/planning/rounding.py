@@ -157,7 +157,7 @@ def warn_of_missing(plan: Plan) -> None:
             "not hold: they are rounded to nearest now. Pass torchq.plan_of(qmodel), or load the converted model's "
             "state_dict.",
             UserWarning,
-            stacklevel=5,  # the caller of apply_plan()
+            stacklevel=6,  # the caller of apply_plan()
         )
 
 

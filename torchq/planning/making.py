@@ -1,0 +1,131 @@
+"""What the int8 modules of a plan are made of: the float model's weights; or nothing yet, for a file to fill them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchq.modules.activations import activation_named
+from torchq.modules.embedding import QuantizedTable
+from torchq.modules.folding import Fold
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.registry import Layer, layers_of
+from torchq.ops import Activation
+from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.rounding import take_rounded, warn_of_missing
+
+
+class FromFloat:
+    """Makes int8 modules of the weights of a float model."""
+
+    def check(self, plan: Plan) -> None:
+        """Warns of what the plan asks for and this can't give."""
+        warn_of_missing(plan)
+
+    def module(self, model: nn.Module, plan: Plan, path: str) -> nn.Module:
+        """What the module at this path becomes."""
+        layers = layers_of(path, model.get_submodule(path))
+        parts: dict[str, nn.Module] = {}
+        for layer in layers:
+            planned = plan.layers.get(layer.name)
+            int8 = planned is not None and planned.is_int8
+            parts[layer.part] = self.layer(model, plan, layer) if int8 else self.float_part(layer)
+        return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
+
+    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
+        """The QuantizedLinear that `plan` makes of this layer."""
+        planned = plan.layers[layer.name]
+        quantized = QuantizedLinear.from_float(
+            layer.matrix,
+            per_channel=planned.per_channel,
+            input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
+            fold=fold_of(model, planned),
+            channel_scale=planned.scale_vector,
+        )
+        if planned.rounding == "gptq":
+            take_rounded(layer.name, quantized, planned.weights)
+        return quantized
+
+    def float_part(self, layer: Layer) -> nn.Linear:
+        """An nn.Linear for a matrix that stays in float while others of its module become int8."""
+        part = empty_linear(layer)
+        part.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        if layer.matrix.bias is not None:
+            part.bias = nn.Parameter(layer.matrix.bias.detach().clone(), requires_grad=False)
+        return part
+
+    def table(self, model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
+        """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
+        assert owner is None or isinstance(owner, PackedWeights)
+        return QuantizedTable.from_float(model.get_submodule(name), owner)
+
+    def kept(self, model: nn.Module) -> dict[int, Any]:
+        """By the id of a tensor of the float model: what a copy has in its place. All others are copied."""
+        return {}
+
+
+class Empty(FromFloat):
+    """Makes int8 modules of the same kind and size without values: their tensors are on the meta device.
+
+    The float model may be there too. Of its weights only shapes and dtypes are read.
+    """
+
+    def check(self, plan: Plan) -> None:
+        """Rounded weights come with all the others."""
+
+    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
+        """A QuantizedLinear with the tensors that `plan` gives it; bias correction gives each layer a bias."""
+        planned, (n, k) = plan.layers[layer.name], (layer.out_features, layer.in_features)
+        had_bias = layer.matrix.bias is not None
+        empty = QuantizedLinear(
+            _nothing(n, k, dtype=torch.int8),
+            _nothing(n),
+            _nothing(n) if had_bias or planned.rounding == "gptq" else None,
+            input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
+            fold=fold_of(model, planned),
+            dtype=layer.dtype,
+            channel_scale=None if planned.channel_scale is None else _nothing(k),
+        )
+        empty.had_bias = had_bias
+        return empty
+
+    def float_part(self, layer: Layer) -> nn.Linear:
+        """An nn.Linear on the meta device, in the float model's dtype."""
+        return empty_linear(layer).to(layer.dtype).requires_grad_(False)
+
+    def table(self, model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
+        """A table with its number of rows, or the owner's."""
+        assert owner is None or isinstance(owner, PackedWeights)
+        return QuantizedTable.empty(model.get_submodule(name), owner)
+
+    def kept(self, model: nn.Module) -> dict[int, Any]:
+        """All parameters and buffers are on the meta device."""
+        tensors: Mapping[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        return {key: _without_values(tensor) for key, tensor in tensors.items() if not tensor.is_meta}
+
+
+def empty_linear(layer: Layer) -> nn.Linear:
+    """An nn.Linear of this layer's size on the meta device."""
+    has_bias = layer.matrix.bias is not None
+    return nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta", dtype=torch.float32)
+
+
+def fold_of(model: nn.Module, planned: LayerPlan) -> Fold:
+    """What the plan lets this layer be fused with."""
+    activation = activation_named(model, planned.activation) if planned.activation else Activation.NONE
+    return Fold(activation, codes=planned.feeds is not None)
+
+
+def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+FROM_FLOAT = FromFloat()
+"""What `apply_plan` takes."""
