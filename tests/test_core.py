@@ -1,28 +1,13 @@
 """The cores alone: they compile without torch and Python, they allocate nothing, and pass their own tests.
 
-The tests of the core are a C++ program, tests/core. Here it is built as shipped and under sanitizers, and run.
+The tests of the core are a C++ program, tests/core. Here it is built as shipped, and run.
 """
 
-import os
 import re
-from pathlib import Path
 
 import pytest
 
-from helpers.core import (
-    ATTENTION,
-    CORE,
-    PLAIN,
-    SANITIZERS,
-    WARNINGS,
-    built,
-    compiler,
-    core_as_shipped,
-    core_sources,
-    jobs,
-    program_sources,
-    run,
-)
+from helpers.core import ATTENTION, CORE, check_core, core_as_shipped, run
 
 pytestmark = pytest.mark.subprocess
 
@@ -85,36 +70,7 @@ def test_core_compiles_alone_and_calls_no_allocator():
     assert FORBIDDEN_SYMBOLS.findall(symbols) == []
 
 
-def required_kernels() -> list[str]:
-    """The kernels in TORCHQ_REQUIRED_KERNELS, separated by commas. CI sets it to the kernels it must test."""
-    names = os.environ.get("TORCHQ_REQUIRED_KERNELS", "")
-    return ["--require", names] if names else []
-
-
-def sanitized() -> list[Path]:
-    return built("sanitized", jobs(core_sources(), *PLAIN, "-O1", "-g1", *SANITIZERS))
-
-
-@pytest.mark.parametrize(
-    ("objects", "flags", "arguments"),
-    [
-        pytest.param(core_as_shipped, [], [], id="as shipped", marks=pytest.mark.slow(seconds=20)),
-        pytest.param(sanitized, SANITIZERS, ["--quick"], id="sanitizers", marks=pytest.mark.slow(seconds=40)),
-    ],
-)
-def test_core_passes_its_tests(tmp_path, objects, flags, arguments):
-    tests = built("tests", jobs(program_sources(), *PLAIN, "-O2", *WARNINGS))
-    program = tmp_path / "core_test"
-    run([*compiler(), *flags, *objects(), *tests, "-o", program, "-pthread"])
-
-    output = run([program, "--seed", "1", *arguments, *required_kernels()])
-
-    print(output)
-    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", output.splitlines()[-1])
-    *runnable, active = run([program, "--list"]).splitlines()
-    assert active == f"active: {runnable[0]}"
-    assert runnable[-1] == "reference"
-    for kernel in runnable:
-        assert re.search(rf"^{kernel}: [1-9]\d* checks passed$", output, re.MULTILINE), f"{kernel} was not tested"
-    with pytest.raises(pytest.fail.Exception, match="no kernel of this name"):
-        run([program, "--list", "--require", "avx1024"])
+@pytest.mark.slow(seconds=20)
+def test_core_passes_its_tests(tmp_path):
+    """Under sanitizers it does so in tests/sanitize."""
+    check_core(core_as_shipped(), [], [], tmp_path)

@@ -69,59 +69,6 @@ def test_the_check_above_can_fail():
         resolve("torchq.convert.apply_plan")  # a function has no such attribute
 
 
-USER = """
-import torch
-import torchq
-from torch import Tensor, nn
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(x)
-        return y
-
-    def embed(self, x: Tensor) -> Tensor:
-        return self.forward(x)
-
-
-data = [torch.randn(4, 8)]
-model: Net = torchq.prepare_qat(Net(), data)
-qmodel: Net = torchq.convert(model, data, config=torchq.QConfig(activation="dynamic"))
-qmodel.embed(data[0])
-again: Net = torchq.apply_plan(Net(), torchq.plan_of(qmodel))
-plan: torchq.Plan = torchq.Plan.from_dict(torchq.plan_of(qmodel).to_dict())
-db: float = torchq.sqnr_db(data[0], again.embed(data[0]))
-with torchq.simulate(), torchq.kernels.use("reference"):
-    print(torchq.report(qmodel), db, plan)
-with torchq.watch_drift(qmodel) as drift:
-    print(drift.recalibrate)
-ok: bool = torchq.verify(qmodel, data[0]).ok
-"""
-
-
-@pytest.mark.subprocess
-@pytest.mark.slow(seconds=30)
-def test_a_users_script_passes_mypy_strict(tmp_path):
-    """convert, prepare_qat and apply_plan return the type they are given, so mypy finds a wrong use of it."""
-    (tmp_path / "good.py").write_text(USER)
-    (tmp_path / "bad.py").write_text(USER.replace("qmodel.embed(", "qmodel.embeds("))
-    run = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", ROOT / ".mypy_cache", "good.py", "bad.py"],
-        cwd=tmp_path,
-        env={"MYPYPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = run.stdout.splitlines()
-    assert [line for line in lines if line.startswith("good.py")] == [], run.stdout + run.stderr
-    assert any(line.startswith("bad.py") and "not callable" in line for line in lines), run.stdout
-
-
 WITHOUT_NUMPY = """
 import sys, warnings
 sys.modules["numpy"] = None  # importing it is an ImportError

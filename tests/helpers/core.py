@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -126,3 +127,28 @@ def core_as_shipped() -> list[Path]:
     avx512 = [path for path in core_sources() if "avx512" in path.name or "amx" in path.name]
     flags = [*shipped_flags(), *WARNINGS]
     return built("shipped", jobs(core_sources(), *flags) | jobs(avx512, *flags, *AVX512_FALSE_ALARMS))
+
+
+def required_kernels() -> list[str]:
+    """The kernels in TORCHQ_REQUIRED_KERNELS, separated by commas. CI sets it to the kernels it must test."""
+    names = os.environ.get("TORCHQ_REQUIRED_KERNELS", "")
+    return ["--require", names] if names else []
+
+
+def check_core(objects: list[Path], flags: list[str], arguments: list[str], folder: Path) -> None:
+    """Links the core, compiled with these flags, with its tests in tests/core, and runs them with these arguments."""
+    tests = built("tests", jobs(program_sources(), *PLAIN, "-O2", *WARNINGS))
+    program = folder / "core_test"
+    run([*compiler(), *flags, *objects, *tests, "-o", program, "-pthread"])
+
+    output = run([program, "--seed", "1", *arguments, *required_kernels()])
+
+    print(output)
+    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", output.splitlines()[-1])
+    *runnable, active = run([program, "--list"]).splitlines()
+    assert active == f"active: {runnable[0]}"
+    assert runnable[-1] == "reference"
+    for kernel in runnable:
+        assert re.search(rf"^{kernel}: [1-9]\d* checks passed$", output, re.MULTILINE), f"{kernel} was not tested"
+    with pytest.raises(pytest.fail.Exception, match="no kernel of this name"):
+        run([program, "--list", "--require", "avx1024"])

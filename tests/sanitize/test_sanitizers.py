@@ -19,7 +19,19 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from helpers.core import PLAIN, built, compile_all, compiler, core_sources, files_under, jobs, made, run
+from helpers.core import (
+    PLAIN,
+    SANITIZERS,
+    built,
+    check_core,
+    compile_all,
+    compiler,
+    core_sources,
+    files_under,
+    jobs,
+    made,
+    run,
+)
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.slow(seconds=100)]
 
@@ -111,6 +123,13 @@ def test_it_is_this_extension_that_is_tested(name):
     assert str(SANITIZE / name / "lib") in sanitized_python(name, "-c", code)
     symbols = run(["nm", "-D", *(SANITIZE / name / "lib/torchq").glob("_C*.so")])
     assert {"address": "__asan_init", "thread": "__tsan_init"}[name] in symbols
+
+
+def test_core_under_address_and_undefined(tmp_path):
+    """The core alone, with its own tests."""
+    check_core(
+        built("sanitized", jobs(core_sources(), *PLAIN, "-O1", "-g1", *SANITIZERS)), SANITIZERS, ["--quick"], tmp_path
+    )
 
 
 @pytest.mark.parametrize("group", GROUPS)
