@@ -10,7 +10,10 @@ from torchq import ops
 from torchq.calibration.calibrate import Evidence
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
 from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize, weight_blocks, weight_scale
-from torchq.planning.plan import LayerPlan, LayerStats, Plan
+from torchq.planning.plan import InputHistogram, LayerPlan, LayerStats, Plan
+
+HISTOGRAM_BINS = 40
+"""What fits a phone's screen, and costs a plan a few hundred bytes a layer."""
 
 
 def describe(plan: Plan, evidence: Evidence) -> Plan:
@@ -60,4 +63,19 @@ def layer_stats(weight_db: float, sample: Tensor, qparams: QParams | None, rows:
         restored = fake_quantize(sample, *qparams, dtype=torch.uint8)
         below, above = count_clipped(sample, qparams)
     values = max(1, sample.numel())
-    return LayerStats(weight_db, sqnr_db(sample, restored), below / values, above / values, rows)
+    histogram = input_histogram(sample)
+    return LayerStats(weight_db, sqnr_db(sample, restored), below / values, above / values, rows, histogram)
+
+
+def input_histogram(sample: Tensor) -> InputHistogram | None:
+    """The values of a sample in `HISTOGRAM_BINS` bins; None of an empty one.
+
+    >>> histogram = input_histogram(torch.tensor([[-1.0, 0.0, 0.01, 3.0]]))
+    >>> histogram.lo, histogram.hi, sum(histogram.counts), histogram.counts[0], histogram.counts[-1]
+    (-1.0, 3.0, 4, 1, 1)
+    """
+    if sample.numel() == 0:
+        return None
+    lo, hi = float(sample.min()), float(sample.max())
+    counts = torch.histc(sample, HISTOGRAM_BINS, lo, hi)
+    return InputHistogram(lo, hi, tuple(map(int, counts.tolist())))

@@ -19,6 +19,20 @@ from torchq.planning.frontier import Frontier
 from torchq.text import to_json
 
 
+class InputHistogram(NamedTuple):
+    """Counts of the values of a layer's input, in equal bins.
+
+    Args:
+        lo: the lowest value.
+        hi: the highest value.
+        counts: of each bin from lo to hi.
+    """
+
+    lo: float
+    hi: float
+    counts: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class LayerStats:
     """What quantization did to one int8 layer, measured on the layer's calibration sample.
@@ -30,6 +44,7 @@ class LayerStats:
             layer.
         clipped_above: the share above it.
         rows: the mean number of rows (tokens) per call in calibration.
+        histogram: the sample's values, for the report page.
     """
 
     weight_db: float
@@ -37,6 +52,7 @@ class LayerStats:
     clipped_below: float
     clipped_above: float
     rows: int
+    histogram: InputHistogram | None = None
 
     @property
     def clipped(self) -> float:
@@ -46,7 +62,10 @@ class LayerStats:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerStats":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
-        return cls(rows=int(data["rows"]), **{key: float(data[key]) for key in data if key != "rows"})
+        numbers = {key: float(data[key]) for key in data if key not in ("rows", "histogram")}
+        lo, hi, counts = data.get("histogram") or (0.0, 0.0, ())
+        histogram = InputHistogram(float(lo), float(hi), tuple(map(int, counts))) if counts else None
+        return cls(rows=int(data["rows"]), histogram=histogram, **numbers)
 
 
 class Rounded(NamedTuple):

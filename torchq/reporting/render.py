@@ -71,7 +71,7 @@ _MEANINGS = {
 
 def render(report: Report) -> list[str]:
     """The lines of `str(report)`."""
-    layers = _rows(report.layers)
+    layers = one_row_each(report.layers)
     later = [column for title in _LATER if (column := _column(title, _LATER, layers)) is not None]
     choice = [column for title in _CHOICE if (column := _column(title, _CHOICE, layers)) is not None]
     columns = [column for title in _LAYER if (column := _column(title, _LAYER, layers)) is not None]
@@ -82,14 +82,22 @@ def render(report: Report) -> list[str]:
     lines = [] if report.model is None else _whole(report.model)
     lines += [*text.table(head, rows), _total(report)]
     lines += _wrapped(" ".join(meaning for title, meaning in _MEANINGS.items() if title in head))
-    lines += [line for entry in _remarks(report.layers) for line in _wrapped(entry)]
-    lines += [line for entry in _tables(report) for line in _wrapped(entry)]
-    lines += [line for entry in _attentions(report) for line in _wrapped(entry)]
+    lines += [line for note in _reasons(report) for line in _wrapped(note)]
     lines += [layer.advice for layer in report.layers if layer.advice is not None]
     return lines if report.frontier is None else [*lines, "", str(report.frontier)]
 
 
-def _rows(layers: tuple[LayerReport, ...]) -> tuple[LayerReport, ...]:
+def notes(report: Report) -> list[str]:
+    """What tables can't show: reasons, each with the layers it applies to, and advice."""
+    advice = [] if report.model is None else [_advised(each) for each in report.model.left if each.advice]
+    return [*advice, *_reasons(report), *(layer.advice for layer in report.layers if layer.advice is not None)]
+
+
+def _reasons(report: Report) -> list[str]:
+    return [*_remarks(report.layers), *_tables(report), *_attentions(report)]
+
+
+def one_row_each(layers: tuple[LayerReport, ...]) -> tuple[LayerReport, ...]:
     """One row for each layer, and one for each group: bytes and times of all together, the lowest SQNR."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:

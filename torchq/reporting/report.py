@@ -11,10 +11,12 @@ from torchq import kernels, text
 from torchq.errors import door
 from torchq.modules.base import Int8Module, float_size
 from torchq.modules.registry import type_of
+from torchq.numerics.qparams import QParams
 from torchq.planning.frontier import Frontier
-from torchq.planning.plan import AttentionPlan, Plan, attached_plan
+from torchq.planning.plan import AttentionPlan, InputHistogram, Plan, attached_plan
 from torchq.planning.tables import settled
 from torchq.reporting.drift import Drift
+from torchq.reporting.page import page
 from torchq.reporting.profile import LayerTime
 from torchq.reporting.render import render
 from torchq.reporting.whole import WholeModel, whole_model
@@ -47,6 +49,9 @@ class LayerReport:
         rounding: "nearest" or "gptq".
         no_gptq: why GPTQ was not tried.
         group: the name of the row that shows this layer together with others, such as one for all experts.
+        rows: the mean number of rows (tokens) per call in calibration.
+        histogram: the values of the calibration sample of its input.
+        input_range: the lowest and the highest value that a static layer's codes stand for.
     """
 
     name: str
@@ -71,6 +76,9 @@ class LayerReport:
     rounding: str = "nearest"
     no_gptq: str | None = None
     group: str | None = None
+    rows: int | None = None
+    histogram: InputHistogram | None = None
+    input_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,17 @@ class TableReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Prints as a table. `to_dict()` returns it as plain data, and `plot` draws the frontier of an accuracy budget."""
+    """Prints as a table, and is saved as a page. `to_dict()` returns it as plain data, `plot` draws the frontier.
+
+    `model_type` is the name of the model's class.
+    """
 
     layers: tuple[LayerReport, ...]
     frontier: Frontier | None = None
     model: WholeModel | None = None
     attentions: Mapping[str, AttentionPlan] = field(default_factory=dict)
     tables: Mapping[str, TableReport] = field(default_factory=dict)
+    model_type: str = "model"
 
     @property
     def bytes_before(self) -> int:
@@ -123,10 +135,22 @@ class Report:
             "layers": layers,
             **sizes,
             "frontier": frontier,
+            "model_type": self.model_type,
             "model": self.model and self.model.to_dict(),
             "attentions": {name: text.to_json(asdict(row)) for name, row in self.attentions.items()},
             "tables": {name: text.to_json(asdict(row)) for name, row in self.tables.items()},
         }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as one HTML page, which needs no other file and no network.
+
+        It has what the printed report has, as a tree of modules to open, with the input's histogram of each layer that
+        was calibrated; and the accuracy budget's frontier.
+
+        >>> from torchq import convert
+        >>> report(convert(nn.Linear(64, 64))).save("report.html")  # doctest: +SKIP
+        """
+        Path(path).write_text(page(self), encoding="utf-8")
 
     def plot(self, path: str | Path) -> None:
         """Draws the frontier: the metric against latency and bytes (see `Frontier.plot`).
@@ -172,7 +196,8 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     plan = attached_plan(qmodel)
     layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
     tables = {name: _table_report(qmodel, plan, name) for name in plan.tables}
-    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions, tables)
+    name = type(qmodel).__name__.removeprefix("Int8")  # an nn.Sequential has become an Int8Sequential
+    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions, tables, name)
 
 
 def _table_report(qmodel: nn.Module, plan: Plan, name: str) -> TableReport:
@@ -212,7 +237,15 @@ def _layer_report(
         rounding=layer.rounding,
         no_gptq=layer.no_gptq,
         group=_group(owner, part, name),
+        rows=None if stats is None else stats.rows,
+        histogram=None if stats is None else stats.histogram,
+        input_range=None if layer.input_qparams is None or not layer.is_int8 else _range(layer.input_qparams),
     )
+
+
+def _range(qparams: QParams) -> tuple[float, float]:
+    scale, zero_point = qparams
+    return -zero_point * scale, (255 - zero_point) * scale
 
 
 def _module_of(qmodel: nn.Module, name: str) -> nn.Module:
