@@ -133,7 +133,8 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
     if report.frontier is not None:
         taken = report.frontier.steps[report.frontier.chosen]
         drop = report.frontier.drop(taken)
-        found.append((f"{taken.metric:.4g}", "your metric", f"{drop:.3g} below float; {taken.speedup:.2f}× faster"))
+        lost = f"{abs(drop):.3g} {'above' if drop < 0 else 'below'} float"
+        found.append((f"{taken.metric:.4g}", "your metric", f"{lost}; {taken.speedup:.2f}× faster"))
     return found
 
 
