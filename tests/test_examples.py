@@ -1,0 +1,97 @@
+"""The examples run, small and offline, and what they print is right."""
+
+import re
+import runpy
+import socket
+import sys
+
+import pytest
+import torch
+
+from helpers import ROOT
+
+pytestmark = [pytest.mark.small_layers_stay_float]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs an example as `python examples/<name>.py` does, and gives what it prints."""
+
+    def run_one(name, *arguments):
+        script = ROOT / "examples" / f"{name}.py"
+        monkeypatch.syspath_prepend(str(script.parent))
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    before = torch.get_num_threads()
+    yield run_one
+    torch.set_num_threads(before)
+    sys.modules.pop("data", None)
+
+
+def numbers(pattern, text):
+    """The numbers that a pattern finds, one for each time."""
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_every_example_is_run_here():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"data"}
+    assert names == set(re.findall(r'run\("(\w+)"', (ROOT / "tests/test_examples.py").read_text()))
+
+
+@pytest.mark.slow(seconds=2)
+def test_digits(run):
+    printed = run("digits", "--width", 256, "--epochs", 2)
+    assert "100.0% of the weights of matrix products in int8" in printed
+    accurate, int8 = numbers(r"accuracy ([\d.]+) %", printed)
+    assert accurate > 80
+    assert abs(accurate - int8) < 1
+
+
+@pytest.mark.slow(seconds=2)
+def test_an_accuracy_budget(run):
+    printed = run("accuracy_budget")
+    accurate, everything, within = numbers(r"accuracy ([\d.]+) %", printed)
+    assert everything < accurate - 1 <= within
+    assert "left in float: 0\n" in printed
+
+
+@pytest.mark.slow(seconds=3)
+def test_quantization_aware_training(run):
+    printed = run("qat", "--steps", 200)
+    accurate, converted, trained = numbers(r": +([\d.]+) %", printed)
+    assert converted < trained <= accurate + 1
+    assert "what was trained is what runs: True" in printed
+
+
+@pytest.mark.slow(seconds=8)
+def test_a_text_classifier(run):
+    printed = run("text_classifier", "--texts", 120, "--epochs", 1)
+    accurate, int8 = numbers(r"accuracy ([\d.]+) %", printed)
+    assert abs(accurate - int8) <= 2
+    assert numbers(r"same answer: ([\d.]+) %", printed)[0] >= 97
+
+
+@pytest.mark.slow(seconds=8)
+def test_generation(run):
+    printed = run("generation", "--width", 64, "--steps", 12, "--characters", 200_000, "--length", 8)
+    accurate, int8 = numbers(r"([\d.]+) nats", printed)
+    assert abs(accurate - int8) < 0.01
+    assert printed.count("writes") == 2
+
+
+@pytest.mark.slow(seconds=3)
+@pytest.mark.parametrize("server", ["fastapi", "plain"])
+def test_serving_from_threads(run, server):
+    if server == "fastapi":
+        pytest.importorskip("fastapi")
+        pytest.importorskip("uvicorn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    printed = run("serving", "--check", "--requests", 50, "--port", port, *(["--plain"] if server == "plain" else []))
+    (same,) = numbers(r"50 answers to 8 threads: (\d+) the same", printed)
+    assert same == 50
+    assert numbers(r"(\d+) right", printed)[0] > 40
