@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from torchq.calibration.batches import Forward
 from torchq.calibration.calibrate import Evidence, calibrate, warn_of_few_rows
 from torchq.calibration.isolation import taking_turns
+from torchq.calibration.peers import Peers
 from torchq.config import QConfig
 from torchq.errors import BadValueError, door
 from torchq.planning.apply import applied
@@ -25,6 +26,9 @@ from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
 from torchq.planning.tables import keep_together
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -39,6 +43,7 @@ def convert(
     progress: bool | None = None,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> M:
     """Returns the model with its nn.Linear layers in int8: the same forward, weights 4 times smaller.
 
@@ -60,6 +65,9 @@ def convert(
             (docs/accuracy-budget.md). Its errors pass through.
         max_drop: the most the metric may fall below the float model's, in the metric's own unit; 0.01 if not given. If
             not even one int8 layer is within it, all layers stay in float, and a warning gives the numbers.
+        group: processes of torch.distributed that convert the same model together, each with its own part of the data,
+            which may be none. All of them call it, and all get the same plan and bits (docs/distributed.md). One of
+            them decides, so `evaluate` is called in that one only.
 
     Returns:
         The converted model. Its attribute `torchq_plan` says what every Linear became, and why.
@@ -68,7 +76,9 @@ def convert(
         TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
             that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
-            batches; NaN or infinity in a layer's input; `evaluate` without data, or that returns NaN.
+            batches; NaN or infinity in a layer's input; `evaluate` without data, or that returns NaN; models that
+            differ between the processes of `group`.
+        RuntimeError: another process of `group` failed, died, or did not answer in time.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -77,7 +87,7 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
-    with taking_turns(model):
+    with taking_turns(model), Peers(group, model) as peers:
         budget = make_budget(evaluate, max_drop, calib_loader)
         selection = select_layers(model, calib_loader, config)
         layers, barred, tables = selection
@@ -95,7 +105,14 @@ def convert(
         evidence = Evidence(model, free, config)
         if calib_loader is not None:
             owners = {name: row.owner for name, row in tables.items()}
-            evidence = calibrate(model, calib_loader, free, config, forward=forward, tables=owners, progress=progress)
+            evidence = calibrate(
+                model, calib_loader, free, config, forward=forward, tables=owners, progress=progress, shard=peers.shard
+            )
+        merged = peers.merged(evidence, data=calib_loader is not None)
+        if merged is None:
+            del layers, selection, free, evidence  # as below
+            return applied(model, peers.received(), inplace=inplace)
+        evidence = merged
         stages = (choose, keep_together, smooth, fuse, partial(round_weights, progress=progress), describe)
         plan = first_plan(model, selection)
         for stage in stages:
@@ -109,12 +126,13 @@ def convert(
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None
         warn_of_float(plan, layers)
-        del layers, selection, free, evidence  # they hold the float modules, which inplace frees one by one
+        del layers, selection, free, evidence, merged  # they hold the float modules, which inplace frees one by one
         if converted is None:
             converted = applied(model, plan, inplace=inplace)
             plan = check.final(converted, plan, inplace=inplace)
             if inplace:  # a budget has been kept without it, so then nothing is risked
                 exact = budget is not None and config.attention == "auto"
-                choose_attention(converted, plan, check, "float32" if exact else config.attention)
+                plan = choose_attention(converted, plan, check, "float32" if exact else config.attention)
+        peers.send(plan)
         log_plan(attached_plan(converted), type(converted).__name__)
         return converted

@@ -5,12 +5,13 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from torchq.calibration.batches import Forward
 from torchq.calibration.calibrate import Evidence, calibrate
+from torchq.calibration.peers import Peers
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError, door
@@ -22,6 +23,9 @@ from torchq.planning.choose import measure, plan_layer
 from torchq.planning.layers import select_layers, too_small
 from torchq.planning.plan import Kind, LayerPlan, Plan
 from torchq.planning.smoothing import smooth
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 M = TypeVar("M", bound=nn.Module)
 Ranges = Literal["auto", "learned", "observed"]
@@ -37,6 +41,7 @@ def prepare_qat(
     forward: Forward | None = None,
     inplace: bool = False,
     progress: bool | None = None,
+    group: "ProcessGroup | None" = None,
 ) -> M:
     """Returns the model with its nn.Linear layers ready to train on int8 values; `convert` then makes them int8.
 
@@ -57,12 +62,15 @@ def prepare_qat(
         forward: `forward(model, batch)`: how to run one batch of calib_loader.
         inplace: prepare `model` itself and return it. If anything fails, it is unchanged.
         progress: a progress bar over calib_loader; None shows it on a terminal only.
+        group: processes of torch.distributed that prepare the same model together, each with its own part of
+            `calib_loader`. All of them get the same initial ranges and smoothing (docs/distributed.md).
 
     Raises:
         TypeError: `model` is not a module or can't be copied, or a batch is of a type it can't be called with.
         ValueError: no Linear in the model, or none that can be quantized (a warning, where all are only too small);
             already prepared or converted; weights not on the CPU; "learned" without a calib_loader; or what `convert`
             raises for the loader and the config.
+        RuntimeError: another process of `group` failed, died, or did not answer in time.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -72,18 +80,22 @@ def prepare_qat(
     ['0.bias', '0.input_range.ends', '0.weight']
     """
     config = QConfig() if config is None else config
-    layers, barred = _check(model, calib_loader, config, ranges)
-    free = {name: layer for name, layer in layers.items() if name not in barred}
-    scales: dict[str, Tensor] = {}
-    if config.activation == "dynamic":
-        starts: dict[str, InputRange] = {name: PerToken() for name in free}
-    elif calib_loader is None:
-        starts = {name: ObservedRange() for name in free}
-    else:
-        static_config = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
-        evidence = calibrate(model, calib_loader, free, static_config, forward=forward, progress=progress)
-        scales = _channel_scales(evidence)
-        starts = _starts(evidence, scales, ranges)
+    with Peers(group, model) as peers:
+        layers, barred = _check(model, calib_loader, config, ranges)
+        free = {name: layer for name, layer in layers.items() if name not in barred}
+        evidence, calibrated = Evidence(model, free, config), False
+        if calib_loader is not None and config.activation != "dynamic":
+            static = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
+            evidence = calibrate(
+                model, calib_loader, free, static, forward=forward, progress=progress, shard=peers.shard
+            )
+            calibrated = True
+        merged = peers.merged(evidence, data=calibrated)
+        if merged is None:
+            scales, starts = peers.received()
+        else:
+            scales, starts = _beginnings(merged, ranges)
+            peers.send((scales, starts))
     reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
     if not starts:
         name, reason = next(iter(reasons.items()))
@@ -154,6 +166,16 @@ def _check(
         if reason is not None:
             barred.setdefault(name, reason)
     return layers, barred
+
+
+def _beginnings(evidence: Evidence, ranges: Ranges) -> tuple[dict[str, Tensor], dict[str, InputRange]]:
+    """What multiplies the channels of the input, by layer, and the input ranges to begin with."""
+    if evidence.config.activation == "dynamic":
+        return {}, {name: PerToken() for name in evidence.layers}
+    if not evidence.batches:
+        return {}, {name: ObservedRange() for name in evidence.layers}
+    scales = _channel_scales(evidence)
+    return scales, _starts(evidence, scales, ranges)
 
 
 def _channel_scales(evidence: Evidence) -> dict[str, Tensor]:

@@ -30,6 +30,11 @@ After n rows, the next one has a probability of 1 / (n + 1) of holding a new lar
 """
 
 
+NO_BATCH = (
+    "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at all for "
+    "dynamic quantization (with prepare_qat: for observed ranges)."
+)
+
 JUDGES = 2
 """How many batches the converted model is checked on."""
 
@@ -48,6 +53,7 @@ class Evidence:
             has one; without data, none has.
         activations: for each layer whose output an activation module alone reads, the name of that module.
         batches: how many batches were run.
+        batches_held_out: how many of them judge, and round no weight.
         run: runs the first batch through a model.
         judges: the same for the batches that judge the converted model: the last two that no weight is rounded by, or
             the only one there was.
@@ -61,6 +67,7 @@ class Evidence:
     records: dict[str, Record] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     batches: int = 0
+    batches_held_out: int = 0
     run: Callable[[nn.Module], object] | None = None
     judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
     tables_called: set[str] = field(default_factory=set)
@@ -69,7 +76,7 @@ class Evidence:
     @property
     def apart(self) -> bool:
         """Whether the batches that judge are others than those that weights are rounded by."""
-        return self.batches > 1
+        return self.batches_held_out > 0
 
 
 def calibrate(
@@ -81,6 +88,7 @@ def calibrate(
     forward: Forward | None = None,
     tables: Mapping[str, str | None] | None = None,
     progress: bool | None = None,
+    shard: int | None = None,
 ) -> Evidence:
     """Runs every batch of `loader` through `model`, in eval mode and without gradients, and records `layers`' inputs.
 
@@ -106,10 +114,12 @@ def calibrate(
         forward: `forward(model, batch)`, which then replaces this rule for calling the model.
         tables: the embeddings to watch, by name, with the layer or embedding that each shares its table with, or None.
         progress: a progress bar: None shows it on a terminal only.
+        shard: the number of this process among those that have a part of the data each (`Peers`), which may be empty;
+            None: there is this one only.
 
     Raises:
-        ValueError: the loader yields nothing, or a layer's input has NaN or infinity (the message names the layer and
-            the batch).
+        ValueError: the loader yields nothing though it has all the data, or a layer's input has NaN or infinity (the
+            message names the layer and the batch).
         TypeError: a batch is none of the above and there is no `forward`.
     """
     check_loader(loader)
@@ -118,7 +128,10 @@ def calibrate(
             f"this {type(model).__name__} has no forward(), so a batch of calib_loader can't be given to it. Pass "
             "forward=lambda model, batch: ... to say how to run one."
         )
-    evidence, recorder = Evidence(model, layers, config), Recorder(config, gram_bytes=_gram_bytes(layers))
+    # Each process holds every second batch out. Counting from its number, one batch each suffices for both kinds.
+    first = shard or 0
+    evidence = Evidence(model, layers, config)
+    recorder = Recorder(config, gram_bytes=_gram_bytes(layers), first_batch=first)
     call = forward or call_with_batch
     readers = Readers(model, layers if config.fuse else {})
     lookups = Lookups({name: model.get_submodule(name) for name in tables or ()}, _alone(tables or {}))
@@ -132,7 +145,8 @@ def calibrate(
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)
                 evidence.judges = [evidence.run]
-            if is_held_out(evidence.batches):
+            if is_held_out(first + evidence.batches):
+                evidence.batches_held_out += 1
                 others = [judge for judge in evidence.judges if judge is not evidence.run]
                 evidence.judges = [*others[1 - JUDGES :], partial(_run, call, batch)]
             recorder.begin(batch)
@@ -141,11 +155,8 @@ def calibrate(
             readers.end_batch()
     evidence.activations = readers.activations
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
-    if evidence.batches == 0:
-        raise BadValueError(
-            "calib_loader yielded no batch. Pass a loader with data (an iterator can be used up only once), or none at "
-            "all for dynamic quantization (with prepare_qat: for observed ranges)."
-        )
+    if evidence.batches == 0 and shard is None:
+        raise BadValueError(NO_BATCH)
     reached = recorder.records()
     for name, layer in layers.items():
         evidence.records[name] = reached[name] if name in reached else Record.empty(layer.in_features, config)

@@ -72,6 +72,41 @@ class Sample:
         self._positions[slots], self._held_out[slots] = index[chosen], is_held_out(batch)
         self.rows_seen += rows.shape[0]
 
+    def merge(self, other: "Sample", first: int = 0, others_first: int = 0) -> None:
+        """Makes this a uniform sample of both streams. `other` does not change.
+
+        The stream of both has, in this order, the `first` rows of this one, the `others_first` rows of the other, the
+        rest of this one, and the rest of the other.
+
+        >>> one, other = Sample(capacity=4), Sample(capacity=4)
+        >>> one.add(torch.ones(2, 1))
+        >>> other.add(torch.zeros(2, 1))
+        >>> one.merge(other, first=1)
+        >>> one.rows.flatten().tolist(), one.positions.tolist(), one.rows_seen
+        ([1.0, 1.0, 0.0, 0.0], [0, 1, 2, 3], 4)
+        """
+        seen, others_seen = self.rows_seen, other.rows_seen
+        if other._kept is None or others_seen == 0:
+            return
+        mine, size = 0, min(self.capacity, seen + others_seen)
+        draws = torch.rand(size, generator=self._generator, dtype=torch.float64, device="cpu")
+        for row, draw in enumerate(draws.tolist()):  # whose row is next, if all that are left are equally likely
+            mine += draw * (seen + others_seen - row) < seen - mine
+        chosen, others = self._some(mine), other._some(size - mine)
+        positions, others_positions = self.positions[chosen], other.positions[others]
+        positions = torch.where(positions < first, positions, positions + others_first)
+        others_positions += torch.where(others_positions < others_first, first, seen)
+        kept = other._kept.new_empty(self.capacity, other._kept.shape[1])
+        torch.cat([self.rows[chosen].reshape(mine, kept.shape[1]), other.rows[others]], out=kept[:size])
+        held_out = torch.cat([self.held_out[chosen], other.held_out[others]])
+        self._kept, self._last = kept, None
+        self._positions[:size], self._held_out[:size] = torch.cat([positions, others_positions]), held_out
+        self.rows_seen = seen + others_seen
+
+    def _some(self, count: int) -> Tensor:
+        """So many rows, drawn at random, in their order."""
+        return torch.randperm(len(self.rows), generator=self._generator, device="cpu")[:count].sort().values
+
     def before_last_add(self) -> "Sample":
         """A copy of the sample as it was before the latest `add`. This sample does not change.
 

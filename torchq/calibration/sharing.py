@@ -108,14 +108,14 @@ class Recorder:
     (True, 1)
     """
 
-    def __init__(self, config: QConfig, *, gram_bytes: float = math.inf) -> None:
-        """All XᵀX may take `gram_bytes`. Inputs that come too late for it have none."""
+    def __init__(self, config: QConfig, *, gram_bytes: float = math.inf, first_batch: int = 0) -> None:
+        """All XᵀX may take `gram_bytes`: inputs that come too late have none. Batches count from `first_batch`."""
         self._config = config
         self._room = gram_bytes
         self._streams: dict[str, _Stream] = {}
         self._new: list[_Stream] = []  # the streams with at most one call, which a layer may still join
         self._real: Tensor | None = None
-        self._batch = -1
+        self._batch = first_batch - 1
 
     def begin(self, batch: Any) -> None:
         """The calls that follow are of this batch, whose padding is not recorded."""

@@ -34,7 +34,7 @@ def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: 
 
     Raises:
         TypeError: model or config is of another type.
-        ValueError: nothing to convert, already converted, not initialized, not on the CPU, or K > 65793.
+        ValueError: nothing to convert, already converted, not initialized, sharded, not on the CPU, or K > 65793.
     """
     if not isinstance(model, nn.Module):
         raise BadTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
@@ -51,6 +51,12 @@ def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: 
         name, module = converted[0]
         raise BadValueError(
             f"the model is already converted ({name!r} is a {type(module).__name__}). Start from the float model."
+        )
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    if sharded:
+        raise BadValueError(
+            f"parameter {sharded[0]!r} is sharded over processes (a DTensor, as fully_shard makes them). Load the "
+            "whole state_dict into a model that is not sharded, and pass that one: docs/distributed.md shows how."
         )
     layers = find_layers(model)
     embeddings = find_tables(model, layers)
