@@ -21,34 +21,48 @@ namespace torchq {
 namespace conv {
 namespace {
 
-// A block's product for one group. `rows` are its codes.
-void multiply(const Job& job, const Outputs& o, const CodeRows& rows, int column_part, const Scratch& s) {
+// The product of a block of pixels for one group, whose rows of codes are ready.
+torchq::Problem product_of(const Job& job, int64_t count, int64_t group, const CodeRows& rows) {
+  const Problem& p = *job.problem;
+  torchq::Problem product{};
+  product.m = count;
+  product.x.ready = &rows;
+  product.weights = &p.weights_of(group);
+  product.y.dtype = job.y_in_place ? p.y.dtype : waiting_dtype(p);
+  product.y.qparams = p.y.qparams;
+  product.activation = p.residual ? Activation::none : p.activation;
+  return product;
+}
+
+// Computes it for some parts of the columns.
+void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int first_part, int end_part,
+              torchq::Problem& product, const Scratch& s) {
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
-  torchq::Problem block{};
-  block.m = o.count;
-  block.x.dtype = DType::u8;
-  block.x.ready = &rows;
-  block.weights = &p.weights_of(o.group);
-  const DType dtype = job.y_in_place ? p.y.dtype : waiting_dtype(p);
-  const int64_t bytes = element_bytes(dtype);
-  const int64_t row = o.sample * g.out_pixels() + o.pixel;
-  block.y.dtype = dtype;
-  block.y.qparams = p.y.qparams;
-  block.y.stride = (job.y_in_place ? g.out_channels : g.group_outputs()) * bytes;
-  block.y.data = job.y_in_place
-                     ? static_cast<uint8_t*>(p.y.data) + row * block.y.stride + o.group * g.group_outputs() * bytes
-                     : s.y;
-  block.activation = p.residual ? Activation::none : p.activation;
-  torchq::Job product = job.product;
-  product.problem = &block;
-  product.parts = job.by_columns ? job.parts : 1;
-  torchq::run(product, column_part, s.gemm);
-  if (!job.y_in_place) write_outputs(*product.kernel, p, o, s.y);
+  torchq::Job parts = job.product;
+  parts.problem = &product;
+  const int64_t bytes = element_bytes(product.y.dtype), first_channel = group * g.group_outputs();
+  if (job.y_in_place) {
+    product.y.stride = g.out_channels * bytes;
+    product.y.data =
+        static_cast<uint8_t*>(p.y.data) + (sample * g.out_pixels() + pixel) * product.y.stride + first_channel * bytes;
+    for (int part = first_part; part < end_part; ++part) torchq::run(parts, part, s.gemm);
+    return;
+  }
+  product.y.data = s.y;
+  for (int part = first_part; part < end_part; ++part) {
+    const Part columns = part_of(parts, part);
+    const int64_t channel = columns.panel_begin * kPanelColumns;
+    const int64_t channels = std::min(columns.panel_end * kPanelColumns, g.group_outputs()) - channel;
+    product.y.first_panel = columns.panel_begin;
+    product.y.stride = channels * bytes;
+    torchq::run(parts, part, s.gemm);
+    write_outputs(*parts.kernel, p, {sample, pixel, product.m, first_channel + channel, channels}, s.y);
+  }
 }
 
 // Pixels [begin, end) of a sample.
-void run_band(const Job& job, int64_t sample, int64_t begin, int64_t end, int column_part, const Scratch& s) {
+void run_band(const Job& job, int64_t sample, int64_t begin, int64_t end, int part, const Scratch& s) {
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
   const int64_t row = g.axes[1].outputs() * g.axes[2].outputs(), stride = g.axes[0].stride;
@@ -67,7 +81,9 @@ void run_band(const Job& job, int64_t sample, int64_t begin, int64_t end, int co
         rows.codes = const_cast<uint8_t*>(image) + patch_at(job, pixel, band.begin, group);  // the GEMM only reads it
       else
         load_patches(job, image, band.begin, group, pixel, count, s);
-      multiply(job, {sample, pixel, count, group}, rows, column_part, s);
+      torchq::Problem product = product_of(job, count, group, rows);
+      const int first_part = job.by_columns ? part : 0, end_part = job.by_columns ? part + 1 : job.column_parts;
+      multiply(job, sample, pixel, group, first_part, end_part, product, s);
     }
   }
 }
@@ -85,7 +101,7 @@ void run(const Job& job, int index, void* memory) {
   while (begin < end) {
     const int64_t sample = begin / pixels, first = begin % pixels;
     const int64_t last = std::min({pixels, first + end - begin, (first / row + job.band_rows) * row});
-    run_band(job, sample, first, last, job.by_columns ? index : 0, s);
+    run_band(job, sample, first, last, index, s);
     begin += last - first;
   }
 }

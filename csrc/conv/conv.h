@@ -94,6 +94,7 @@ struct Job {
   const Kernel* kernel;
   int parts;            // 1, or as many as there are threads that pay
   bool by_columns;      // a part is a range of output channels, else of output pixels
+  int column_parts;     // into which the output channels of a group are divided
   bool image_in_place;  // x is the image
   bool rows_in_place;   // a patch is one run, and patches follow one another at equal distances: nothing is gathered
   bool y_in_place;      // the GEMM writes to y; else a block of outputs waits in the scratch

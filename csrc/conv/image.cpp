@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "transpose.h"
+
 namespace torchq {
 namespace conv {
 namespace {
@@ -87,62 +89,79 @@ void load_channels_last(const Quantizer& q, const Places& places, const uint8_t*
 
 // ---- Channels first: quantized in tiles, which are then transposed ------------------------------------------------
 
-// 8 x 8 bytes, in three steps that swap blocks of 4, 2 and 1.
-void transpose_eight(uint64_t (&v)[8]) {
-  const auto swap = [&](int i, int j, int shift, uint64_t mask) {
-    const uint64_t moved = ((v[i] >> shift) ^ v[j]) & mask;
-    v[j] ^= moved, v[i] ^= moved << shift;
-  };
-  for (int i = 0; i < 4; ++i) swap(i, i + 4, 32, 0x00000000FFFFFFFF);
-  for (int i = 0; i < 8; i += i % 4 == 1 ? 3 : 1) swap(i, i + 2, 16, 0x0000FFFF0000FFFF);
-  for (int i = 0; i < 8; i += 2) swap(i, i + 1, 8, 0x00FF00FF00FF00FF);
+// A tile of codes, channels x pixels, as quantize() wrote it.
+struct Tile {
+  const CodeFormat& format;
+  const uint8_t* codes;
+  int64_t stride, channels, pixels;
+};
+
+// Codes [pixel, pixel + kBlock) of a row of the tile.
+template <class Code>
+Vec<Code> load_block(const CodeFormat& format, const uint8_t* row, int64_t pixel) {
+  Vec<Code> v;
+  for (int64_t i = 0; i < kBlock<Code>; i += 8)
+    std::memcpy(reinterpret_cast<Code*>(&v) + i, eight(format, row, (pixel + i) / 8), 8 * sizeof(Code));
+  return v;
 }
 
-// A tile of channels x pixels codes, rows of 8-code groups, to pixels whose places `place` tells.
-template <class Place>
-void transpose_bytes(const CodeFormat& format, const uint8_t* tile, int64_t tile_stride, int64_t channels,
-                     int64_t pixels, const Place& place) {
-  for (int64_t p = 0; p < pixels; p += 8) {
-    uint8_t* to[8];
-    const int64_t count = std::min<int64_t>(8, pixels - p);
-    for (int64_t i = 0; i < count; ++i) to[i] = place(p + i);
-    for (int64_t c = 0; c < channels; c += 8) {
-      uint64_t v[8] = {};
-      const int64_t rows = std::min<int64_t>(8, channels - c);
-      for (int64_t i = 0; i < rows; ++i) std::memcpy(&v[i], eight(format, tile + (c + i) * tile_stride, p / 8), 8);
-      transpose_eight(v);
-      for (int64_t i = 0; i < count; ++i) std::memcpy(to[i] + c, &v[i], rows);
+// Writes a tile, which has room for whole blocks, to its pixels' places. beyond: a block may be written that is wider
+// than there are channels, for the pixels that follow overwrite it.
+template <class Code>
+void scatter(const Tile& tile, uint8_t* const* places, int64_t first_channel, bool beyond) {
+  constexpr int64_t kSide = kBlock<Code>;
+  for (int64_t c = 0; c < tile.channels; c += kSide) {
+    const int64_t rows = std::min(kSide, tile.channels - c);
+    const int64_t bytes = (beyond ? kSide : rows) * sizeof(Code), at = (first_channel + c) * sizeof(Code);
+    for (int64_t p = 0; p < tile.pixels; p += kSide) {
+      Vec<Code> v[kSide];
+      TORCHQ_UNROLL
+      for (int i = 0; i < kSide; ++i) v[i] = load_block<Code>(tile.format, tile.codes + (c + i) * tile.stride, p);
+      transpose_block<Code>(v);
+      const int64_t count = std::min(kSide, tile.pixels - p);
+      if (bytes == sizeof(v[0]) && count == kSide) {
+        TORCHQ_UNROLL
+        for (int i = 0; i < kSide; ++i) std::memcpy(places[p + i] + at, &v[i], sizeof(v[0]));
+      } else {
+        Vec<Code> columns[kSide];
+        std::memcpy(columns, v, sizeof(v));
+        for (int64_t i = 0; i < count; ++i) std::memcpy(places[p + i] + at, &columns[i], bytes);
+      }
     }
   }
 }
 
-template <class Place>
-void transpose_words(const int16_t* tile, int64_t tile_stride, int64_t channels, int64_t pixels, const Place& place) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    auto* to = reinterpret_cast<int16_t*>(place(p));
-    for (int64_t c = 0; c < channels; ++c) to[c] = tile[c * tile_stride + p];
+// The places of pixels [begin, begin + count).
+void find_places(const Places& places, int64_t begin, int64_t count, uint8_t** found) {
+  const int64_t together = places.together();
+  uint8_t* place = places.of(begin);
+  for (int64_t i = 0, left = together - begin % together; i < count; ++i, place += places.job.pixel_bytes) {
+    if (left-- == 0) place = places.of(begin + i), left = together - 1;
+    found[i] = place;
   }
 }
+
+constexpr int64_t kAhead = 4;
 
 void load_channels_first(const Quantizer& q, const Places& places, const uint8_t* x, int64_t begin, int64_t end) {
   const Geometry& g = places.job.problem->geometry;
   const CodeFormat& format = q.kernel.codes;
-  const int64_t bytes = element_bytes(q.dtype), tile_stride = kPlanePixels * format.bytes * format.interleaved_rows;
+  const int64_t bytes = element_bytes(q.dtype), stride = kPlanePixels * format.bytes * format.interleaved_rows;
+  const bool beyond = g.in_channels <= (format.bytes == 1 ? kBlock<uint8_t> : kBlock<uint16_t>);
   float* one_scale = q.s.channel_scale + g.in_channels;
+  uint8_t* found[kPlanePixels];
   for (int64_t p = begin; p < end; p += kPlanePixels) {
     const int64_t pixels = std::min(kPlanePixels, end - p);
+    find_places(places, p, pixels, found);
     for (int64_t c = 0; c < g.in_channels; c += kPlaneChannels) {
-      const int64_t channels = std::min(kPlaneChannels, g.in_channels - c);
-      for (int64_t i = 0; i < channels; ++i) {
+      const Tile tile{format, q.s.quantized, stride, std::min(kPlaneChannels, g.in_channels - c), pixels};
+      for (int64_t i = 0; i < tile.channels; ++i) {
+        const uint8_t* values = x + ((c + i) * g.pixels() + p) * bytes;
+        for (int64_t j = 0; j < pixels * bytes; j += 64) __builtin_prefetch(values + kAhead * g.pixels() * bytes + j);
         if (q.channel_scale) std::fill_n(one_scale, pixels, q.channel_scale[c + i]);
-        q.quantize(x + ((c + i) * g.pixels() + p) * bytes, pixels, q.channel_scale ? one_scale : nullptr,
-                   q.s.quantized + i * tile_stride);
+        q.quantize(values, pixels, q.channel_scale ? one_scale : nullptr, q.s.quantized + i * stride);
       }
-      const auto place = [&](int64_t i) { return places.of(p + i) + c * format.bytes; };
-      if (format.bytes == 1)
-        transpose_bytes(format, q.s.quantized, tile_stride, channels, pixels, place);
-      else
-        transpose_words(reinterpret_cast<const int16_t*>(q.s.quantized), tile_stride / 2, channels, pixels, place);
+      format.bytes == 1 ? scatter<uint8_t>(tile, found, c, beyond) : scatter<uint16_t>(tile, found, c, beyond);
     }
   }
 }

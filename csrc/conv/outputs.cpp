@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../gemm/scalar.h"
+#include "transpose.h"
 
 namespace torchq {
 namespace conv {
@@ -15,51 +16,68 @@ struct Layout {
 
   Layout(const Problem& p, const Outputs& o) {
     const Geometry& g = p.geometry;
-    const int64_t pixels = g.out_pixels(), channel = o.group * g.group_outputs();
+    const int64_t pixels = g.out_pixels();
     pixel_step = p.y.channels_last ? g.out_channels : 1;
     channel_step = p.y.channels_last ? 1 : pixels;
-    first = o.sample * pixels * g.out_channels + o.pixel * pixel_step + channel * channel_step;
+    first = o.sample * pixels * g.out_channels + o.pixel * pixel_step + o.channel * channel_step;
   }
 };
 
 void convert(float x, float& y) { y = x; }
 void convert(float x, Bf16& y) { y = to_bf16(x); }
 void convert(float x, F16& y) { y = to_f16(x); }
-template <class T>
-void convert(T x, T& y) {
-  y = x;
-}
 
-// y in tiles that are read and written in runs of a cache line or so.
-template <class From, class To>
-void write(const Layout& to, const Outputs& o, int64_t channels, const From* waiting, To* y) {
-  constexpr int64_t kTile = 16;
-  for (int64_t p = 0; p < o.count; p += kTile)
-    for (int64_t c = 0; c < channels; c += kTile)
-      for (int64_t j = c; j < std::min(c + kTile, channels); ++j)
-        for (int64_t i = p; i < std::min(p + kTile, o.count); ++i)
-          convert(waiting[i * channels + j], y[to.first + i * to.pixel_step + j * to.channel_step]);
-}
+// Rows of pixels to rows of channels.
+constexpr int64_t kTilePixels = 32, kTileBytes = 64;  // read from kTileBytes of each pixel
 
 template <class T>
-void add(const Layout& from, const Outputs& o, int64_t channels, const T* residual, float* waiting) {
+void transpose(const Layout& to, const Outputs& o, const T* waiting, T* y) {
+  constexpr int64_t kSide = kBlock<T>, kTileChannels = kTileBytes / sizeof(T);
+  const int64_t whole_channels = o.channels / kSide * kSide;
+  const auto one_by_one = [&](int64_t p, int64_t end, int64_t c, int64_t end_channel) {
+    for (int64_t j = c; j < end_channel; ++j)
+      for (int64_t i = p; i < end; ++i) y[to.first + i + j * to.channel_step] = waiting[i * o.channels + j];
+  };
+  for (int64_t p = 0; p < o.count; p += kTilePixels) {
+    const int64_t end = std::min(p + kTilePixels, o.count), whole = p + (end - p) / kSide * kSide;
+    for (int64_t tile = 0; tile < whole_channels; tile += kTileChannels)
+      for (int64_t c = tile; c < std::min(tile + kTileChannels, whole_channels); c += kSide) {
+        for (int64_t i = p; i < whole; i += kSide) {
+          Vec<T> v[kSide];
+          TORCHQ_UNROLL
+          for (int k = 0; k < kSide; ++k) std::memcpy(&v[k], waiting + (i + k) * o.channels + c, sizeof(v[k]));
+          transpose_block<T>(v);
+          TORCHQ_UNROLL
+          for (int k = 0; k < kSide; ++k)
+            std::memcpy(y + to.first + i + (c + k) * to.channel_step, &v[k], sizeof(v[k]));
+        }
+        one_by_one(whole, end, c, c + kSide);
+      }
+    one_by_one(p, end, whole_channels, o.channels);
+  }
+}
+
+template <class T>
+void write(const Layout& to, const Outputs& o, const float* waiting, T* y) {
   for (int64_t i = 0; i < o.count; ++i)
-    for (int64_t j = 0; j < channels; ++j)
-      waiting[i * channels + j] += to_float(residual[from.first + i * from.pixel_step + j * from.channel_step]);
+    for (int64_t j = 0; j < o.channels; ++j)
+      convert(waiting[i * o.channels + j], y[to.first + i * to.pixel_step + j * to.channel_step]);
+}
+
+template <class T>
+void add(const Layout& from, const Outputs& o, const T* residual, float* waiting) {
+  for (int64_t i = 0; i < o.count; ++i)
+    for (int64_t j = 0; j < o.channels; ++j)
+      waiting[i * o.channels + j] += to_float(residual[from.first + i * from.pixel_step + j * from.channel_step]);
 }
 
 template <class T>
 void write_with_residual(const Kernel& kernel, const Problem& p, const Outputs& o, float* waiting) {
   const Layout layout(p, o);
-  const int64_t channels = p.geometry.group_outputs();
-  add(layout, o, channels, static_cast<const T*>(p.residual), waiting);
-  if (p.activation != Activation::none) kernel.activate(p.activation, DType::f32, waiting, waiting, o.count * channels);
-  write(layout, o, channels, waiting, static_cast<T*>(p.y.data));
-}
-
-template <class T>
-void write_as_it_is(const Problem& p, const Outputs& o, const void* waiting) {
-  write(Layout(p, o), o, p.geometry.group_outputs(), static_cast<const T*>(waiting), static_cast<T*>(p.y.data));
+  add(layout, o, static_cast<const T*>(p.residual), waiting);
+  if (p.activation != Activation::none)
+    kernel.activate(p.activation, DType::f32, waiting, waiting, o.count * o.channels);
+  write(layout, o, waiting, static_cast<T*>(p.y.data));
 }
 
 }  // namespace
@@ -73,9 +91,10 @@ void write_outputs(const Kernel& kernel, const Problem& p, const Outputs& o, voi
     if (p.y.dtype == DType::f16) return write_with_residual<F16>(kernel, p, o, floats);
     return write_with_residual<float>(kernel, p, o, floats);
   }
-  if (p.y.dtype == DType::f32) return write_as_it_is<float>(p, o, waiting);
-  if (p.y.dtype == DType::u8) return write_as_it_is<uint8_t>(p, o, waiting);
-  write_as_it_is<uint16_t>(p, o, waiting);
+  const Layout layout(p, o);
+  if (p.y.dtype == DType::f32)
+    return transpose(layout, o, static_cast<const uint32_t*>(waiting), static_cast<uint32_t*>(p.y.data));
+  transpose(layout, o, static_cast<const uint16_t*>(waiting), static_cast<uint16_t*>(p.y.data));
 }
 
 }  // namespace conv

@@ -6,15 +6,15 @@
 namespace torchq {
 namespace conv {
 
-// A block of outputs: `count` pixels of a sample by the channels of a group.
+// A block of outputs: pixels of a sample by channels, counted over all groups.
 struct Outputs {
-  int64_t sample, pixel, count, group;
+  int64_t sample, pixel, count, channel, channels;
 };
 
 // The dtype of what waits: float32 where there is a residual, else that of y.
 DType waiting_dtype(const Problem& problem);
 
-// waiting (count, group_outputs).
+// waiting (count, channels).
 void write_outputs(const Kernel& kernel, const Problem& problem, const Outputs& outputs, void* waiting);
 
 }  // namespace conv

@@ -12,8 +12,9 @@ namespace conv {
 namespace {
 
 // Bytes of an image, and of the rows and outputs of a block, that stay in L2 beside the weights that stream past.
-constexpr int64_t kImageBudget = 384 << 10, kRowsBudget = 256 << 10, kOutputsBudget = 128 << 10;
-constexpr int64_t kMostRows = 1024;  // of a block
+constexpr int64_t kImageBudget = 384 << 10, kRowsBudget = 256 << 10;
+constexpr int64_t kMostRows = 1024;                           // of a block
+constexpr int64_t kWaitingRows = 192, kWaitingColumns = 192;  // of a block whose outputs wait
 
 // A GEMM of these rows of ready codes.
 torchq::Job product_of(const Kernel& kernel, const Problem& p, int64_t rows) {
@@ -39,7 +40,7 @@ int64_t rows_of_band(const Job& job) {
 int64_t rows_of_block(const Job& job, int64_t tile_rows) {
   const Geometry& g = job.problem->geometry;
   int64_t fit = std::min(kRowsBudget / job.row_stride, kMostRows);
-  if (!job.y_in_place) fit = std::min(fit, kOutputsBudget / std::max<int64_t>(g.group_outputs() * 4, 1));
+  if (!job.y_in_place) fit = std::min(fit, kWaitingRows);
   return std::min(round_up(g.out_pixels(), tile_rows), std::max<int64_t>(fit / tile_rows, 1) * tile_rows);
 }
 
@@ -72,7 +73,9 @@ Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   job.parts = std::min(all.parts, most_parts);
   job.product = product_of(kernel, problem, job.block_rows);
   job.product.codes_stride = job.row_stride;
-  job.product.by_columns = job.by_columns;
+  job.product.by_columns = true;
+  job.column_parts = job.by_columns ? job.parts : job.y_in_place ? 1 : ceil_div(g.group_outputs(), kWaitingColumns);
+  job.product.parts = job.column_parts;
   job.image_bytes =
       job.image_in_place ? 0 : ((job.band_rows - 1) * g.axes[0].stride + g.axes[0].extent()) * job.plane_bytes + kSlack;
   job.scratch_bytes = scratch_bytes(job);

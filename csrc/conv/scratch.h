@@ -1,6 +1,8 @@
 // The buffers of one part, carved from the caller's scratch.
 #pragma once
 
+#include <algorithm>
+
 #include "../gemm/divide.h"
 #include "conv.h"
 
@@ -10,7 +12,7 @@ namespace conv {
 // Bytes behind the end of the image and of the rows that whole vectors may read and write.
 constexpr int64_t kSlack = 256;
 
-constexpr int64_t kPlanePixels = 128, kPlaneChannels = 32;  // of a tile of channels-first values, quantized at once
+constexpr int64_t kPlanePixels = 128, kPlaneChannels = 64;  // of a tile of channels-first values, quantized at once
 
 // Bytes for the codes of such a tile, or for a piece of a row, as a kernel's quantize() writes them.
 constexpr int64_t kQuantizedBytes = kPlanePixels * kPlaneChannels * 2 + kSlack;
@@ -40,6 +42,12 @@ class Carver {
   int64_t at_;
 };
 
+// Output channels of a block, where it waits.
+inline int64_t most_channels(const Job& job) {
+  const int64_t n = job.problem->geometry.group_outputs(), groups = ceil_div(n, job.product.tile.n);
+  return std::min(ceil_div(groups, job.column_parts) * job.product.tile.n, n);
+}
+
 inline Scratch carve(const Job& job, Carver& from) {
   const Geometry& g = job.problem->geometry;
   const int64_t rows = job.block_rows + 64;  // a kernel may read whole tiles, and so rows that do not exist
@@ -51,7 +59,7 @@ inline Scratch carve(const Job& job, Carver& from) {
   s.patch = from.take<uint8_t>(job.row_stride + kSlack);
   s.quantized = from.take<uint8_t>(kQuantizedBytes);
   s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
-  s.y = from.take<uint8_t>(job.y_in_place ? 0 : job.block_rows * g.group_outputs() * 4);
+  s.y = from.take<uint8_t>(job.y_in_place ? 0 : job.block_rows * most_channels(job) * 4);
   s.gemm = from.take<uint8_t>(job.product.scratch_bytes);
   return s;
 }

@@ -64,7 +64,8 @@ const uint8_t* panel_at(const Problem& p, int64_t panel, int64_t stride) {
 }
 
 uint8_t* output_at(const Problem& p, int64_t row, int64_t panel) {
-  return static_cast<uint8_t*>(p.y.data) + row * p.y.stride + panel * kPanelColumns * element_bytes(p.y.dtype);
+  const int64_t column = (panel - p.y.first_panel) * kPanelColumns;
+  return static_cast<uint8_t*>(p.y.data) + row * p.y.stride + column * element_bytes(p.y.dtype);
 }
 
 // Runs a block whose last panel y only partly fills: into the ragged buffer, and from there the columns that exist.

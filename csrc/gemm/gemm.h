@@ -133,7 +133,8 @@ struct Output {
   void* data;      // (m, N)
   int64_t stride;  // bytes between rows
   DType dtype;
-  QParams qparams;  // u8 only
+  QParams qparams;          // u8 only
+  int64_t first_panel = 0;  // the one that data begins with, if only some of them are computed
 };
 
 struct Problem {
