@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "conv/depthwise.h"
 #include "linear.h"
 #include "run.h"
 #include "torch_checks.h"
@@ -69,15 +70,16 @@ Geometry geometry_of(const std::vector<int64_t>& numbers, const Tensor& x, bool 
 void set_weights(Problem& p, const Tensor& packed) {
   const Geometry& g = p.geometry;
   check_cpu(op, "packed", packed);
-  const int64_t rows = packed.dim() == 2 ? packed.size(0) : 1;
+  p.is_depthwise = packed.dim() == 1 && g.groups > 1 && torchq::conv::can_be_depthwise(g);
+  const int64_t groups = p.is_depthwise ? 1 : g.groups, rows = packed.dim() == 2 ? packed.size(0) : 1;
   CHECK(packed.scalar_type() == ScalarType::Byte && (packed.dim() == 1 || packed.dim() == 2) &&
-            packed.is_contiguous() && rows == g.groups,
-        op, ": packed must be what torchq.ops.convolution.pack() returned for ", g.groups, " groups, got ",
+            packed.is_contiguous() && rows == groups,
+        op, ": packed must be what torchq.ops.convolution.pack() returned for ", groups, " groups, got ",
         name_of(packed.scalar_type()), ' ', shape_of(packed), '.');
   p.weights = static_cast<const uint8_t*>(packed.const_data_ptr());
   p.weights_stride = packed.numel() / rows;
-  const int64_t n = g.group_outputs(), k = g.depth(), plain = torchq::packed_bytes(n, k, false);
-  const int64_t bytes = p.weights_stride < plain + 64 ? plain : torchq::packed_bytes(n, k, true);
+  const int64_t n = g.out_channels / groups, k = g.depth(), plain = torchq::packed_bytes(n, k, false);
+  const int64_t bytes = p.is_depthwise || p.weights_stride < plain + 64 ? plain : torchq::packed_bytes(n, k, true);
   const auto* first = p.weights_stride >= bytes ? torchq::packed_header(p.weights, bytes) : nullptr;
   for (int64_t group = 0; group < rows; ++group) {
     const auto* header = first ? torchq::packed_header(p.weights + group * p.weights_stride, bytes) : nullptr;

@@ -7,11 +7,14 @@
 //         load_patches(): rows of codes
 //         the GEMM
 //         write_outputs(), where the GEMM can't write to y itself
+//
+// or run_depthwise() on the whole band.
 
 #include "conv.h"
 
 #include <algorithm>
 
+#include "depthwise.h"
 #include "image.h"
 #include "outputs.h"
 #include "patches.h"
@@ -57,7 +60,7 @@ void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int 
     product.y.first_panel = columns.panel_begin;
     product.y.stride = channels * bytes;
     torchq::run(parts, part, s.gemm);
-    write_outputs(*parts.kernel, p, {sample, pixel, product.m, first_channel + channel, channels}, s.y);
+    write_outputs(*parts.kernel, p, {sample, pixel, product.m, first_channel + channel, channels, channels}, s.y);
   }
 }
 
@@ -69,6 +72,7 @@ void run_band(const Job& job, int64_t sample, int64_t begin, int64_t end, int pa
   const Band band{sample, begin / row * stride, (end - 1) / row * stride + g.axes[0].extent()};
   const QParams qparams = p.x.per_sample ? p.x.samples[sample] : p.x.qparams;
   const uint8_t* image = load_image(job, band, qparams, s);
+  if (p.is_depthwise) return run_depthwise(job, band, image, qparams, begin, end, s);
   const int64_t blocks = ceil_div(end - begin, job.block_rows);
   std::fill_n(s.rows.scale, job.block_rows + 64, qparams.scale);
   std::fill_n(s.rows.zero_point, job.block_rows + 64, qparams.zero_point - job.kernel->codes.shift);

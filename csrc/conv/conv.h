@@ -70,8 +70,11 @@ struct Problem {
   Input x;
   // Packed weights (group_outputs, depth) of each group; the depth is (taps, group_inputs). Of a channel scale only the
   // first group_inputs numbers count.
+  // Or, if is_depthwise, those of all channels as a matrix (channels, taps), without a channel scale: then channels do
+  // not mix, each has a group of its own and one output, and the kernel's depthwise() computes it, not a GEMM.
   const uint8_t* weights;
   int64_t weights_stride;  // bytes between groups
+  bool is_depthwise;
   Output y;
   // Added to y before the activation: laid out as y, of its dtype. Null for none; y is not u8 then.
   const void* residual;
@@ -105,6 +108,11 @@ struct Job {
   int64_t block_rows;   // output pixels multiplied at once
   torchq::Job product;  // of such a block for one group; it has no problem yet
   size_t image_bytes, scratch_bytes;
+
+  int64_t image_rows() const {  // of a band: steps of the outer axis
+    const Axis& outer = problem->geometry.axes[0];
+    return (band_rows - 1) * outer.stride + outer.extent();
+  }
 };
 
 // The problem must outlive the job.

@@ -27,6 +27,12 @@ void convert(float x, float& y) { y = x; }
 void convert(float x, Bf16& y) { y = to_bf16(x); }
 void convert(float x, F16& y) { y = to_f16(x); }
 
+template <class T>
+void copy(const Layout& to, const Outputs& o, const T* waiting, T* y) {
+  for (int64_t i = 0; i < o.count; ++i)
+    std::memcpy(y + to.first + i * to.pixel_step, waiting + i * o.stride, o.channels * sizeof(T));
+}
+
 // Rows of pixels to rows of channels.
 constexpr int64_t kTilePixels = 32, kTileBytes = 64;  // read from kTileBytes of each pixel
 
@@ -36,7 +42,7 @@ void transpose(const Layout& to, const Outputs& o, const T* waiting, T* y) {
   const int64_t whole_channels = o.channels / kSide * kSide;
   const auto one_by_one = [&](int64_t p, int64_t end, int64_t c, int64_t end_channel) {
     for (int64_t j = c; j < end_channel; ++j)
-      for (int64_t i = p; i < end; ++i) y[to.first + i + j * to.channel_step] = waiting[i * o.channels + j];
+      for (int64_t i = p; i < end; ++i) y[to.first + i + j * to.channel_step] = waiting[i * o.stride + j];
   };
   for (int64_t p = 0; p < o.count; p += kTilePixels) {
     const int64_t end = std::min(p + kTilePixels, o.count), whole = p + (end - p) / kSide * kSide;
@@ -45,7 +51,7 @@ void transpose(const Layout& to, const Outputs& o, const T* waiting, T* y) {
         for (int64_t i = p; i < whole; i += kSide) {
           Vec<T> v[kSide];
           TORCHQ_UNROLL
-          for (int k = 0; k < kSide; ++k) std::memcpy(&v[k], waiting + (i + k) * o.channels + c, sizeof(v[k]));
+          for (int k = 0; k < kSide; ++k) std::memcpy(&v[k], waiting + (i + k) * o.stride + c, sizeof(v[k]));
           transpose_block<T>(v);
           TORCHQ_UNROLL
           for (int k = 0; k < kSide; ++k)
@@ -61,22 +67,21 @@ template <class T>
 void write(const Layout& to, const Outputs& o, const float* waiting, T* y) {
   for (int64_t i = 0; i < o.count; ++i)
     for (int64_t j = 0; j < o.channels; ++j)
-      convert(waiting[i * o.channels + j], y[to.first + i * to.pixel_step + j * to.channel_step]);
+      convert(waiting[i * o.stride + j], y[to.first + i * to.pixel_step + j * to.channel_step]);
 }
 
 template <class T>
 void add(const Layout& from, const Outputs& o, const T* residual, float* waiting) {
   for (int64_t i = 0; i < o.count; ++i)
     for (int64_t j = 0; j < o.channels; ++j)
-      waiting[i * o.channels + j] += to_float(residual[from.first + i * from.pixel_step + j * from.channel_step]);
+      waiting[i * o.stride + j] += to_float(residual[from.first + i * from.pixel_step + j * from.channel_step]);
 }
 
 template <class T>
 void write_with_residual(const Kernel& kernel, const Problem& p, const Outputs& o, float* waiting) {
   const Layout layout(p, o);
   add(layout, o, static_cast<const T*>(p.residual), waiting);
-  if (p.activation != Activation::none)
-    kernel.activate(p.activation, DType::f32, waiting, waiting, o.count * o.channels);
+  if (p.activation != Activation::none) kernel.activate(p.activation, DType::f32, waiting, waiting, o.count * o.stride);
   write(layout, o, waiting, static_cast<T*>(p.y.data));
 }
 
@@ -91,10 +96,16 @@ void write_outputs(const Kernel& kernel, const Problem& p, const Outputs& o, voi
     if (p.y.dtype == DType::f16) return write_with_residual<F16>(kernel, p, o, floats);
     return write_with_residual<float>(kernel, p, o, floats);
   }
-  const Layout layout(p, o);
-  if (p.y.dtype == DType::f32)
-    return transpose(layout, o, static_cast<const uint32_t*>(waiting), static_cast<uint32_t*>(p.y.data));
-  transpose(layout, o, static_cast<const uint16_t*>(waiting), static_cast<uint16_t*>(p.y.data));
+  const auto write_as = [&](auto element) {
+    using T = decltype(element);
+    const auto* from = static_cast<const T*>(waiting);
+    (p.y.channels_last ? copy<T> : transpose<T>)(Layout(p, o), o, from, static_cast<T*>(p.y.data));
+  };
+  switch (element_bytes(p.y.dtype)) {
+    case 4: return write_as(uint32_t{});
+    case 2: return write_as(uint16_t{});
+    default: return write_as(uint8_t{});
+  }
 }
 
 }  // namespace conv

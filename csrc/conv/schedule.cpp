@@ -13,6 +13,8 @@ namespace {
 
 // Bytes of an image, and of the rows and outputs of a block, that stay in L2 beside the weights that stream past.
 constexpr int64_t kImageBudget = 384 << 10, kRowsBudget = 256 << 10;
+constexpr int64_t kFloatsBudget = 128 << 10;                  // of 16 channels of a depthwise image
+constexpr int64_t kOutputsPerThread = 64 << 10;               // of a depthwise convolution, that pay for a thread
 constexpr int64_t kMostRows = 1024;                           // of a block
 constexpr int64_t kWaitingRows = 192, kWaitingColumns = 192;  // of a block whose outputs wait
 
@@ -32,8 +34,11 @@ torchq::Job product_of(const Kernel& kernel, const Problem& p, int64_t rows) {
 int64_t rows_of_band(const Job& job) {
   const Axis& outer = job.problem->geometry.axes[0];
   const int64_t all = outer.outputs();
-  if (job.image_in_place) return all;
-  const int64_t fit = (kImageBudget / std::max<int64_t>(job.plane_bytes, 1) - outer.extent()) / outer.stride + 1;
+  const bool is_depthwise = job.problem->is_depthwise;
+  if (job.image_in_place && !is_depthwise) return all;
+  int64_t rows = kImageBudget / job.plane_bytes;
+  if (is_depthwise) rows = std::min(rows, kFloatsBudget * job.pixel_bytes / (job.plane_bytes * kPanelColumns * 4));
+  const int64_t fit = (rows - outer.extent()) / outer.stride + 1;
   return ceil_div(all, ceil_div(all, std::max<int64_t>(fit, 1)));
 }
 
@@ -44,12 +49,43 @@ int64_t rows_of_block(const Job& job, int64_t tile_rows) {
   return std::min(round_up(g.out_pixels(), tile_rows), std::max<int64_t>(fit / tile_rows, 1) * tile_rows);
 }
 
+// What a GEMM needs to be scheduled: rows, blocks, columns.
+void schedule_product(Job& job, int most_parts) {
+  const Problem& p = *job.problem;
+  const Geometry& g = p.geometry;
+  const torchq::Job sample = product_of(*job.kernel, p, g.out_pixels());
+  job.rows_in_place = rows_lie_in_image(job, job.row_stride);
+  if (job.rows_in_place && job.image_in_place && g.depth() % 8) job.rows_in_place = false;  // nothing lies behind x
+  if (!job.rows_in_place) job.row_stride = sample.codes_stride;
+  job.band_rows = rows_of_band(job);
+  job.block_rows = rows_of_block(job, sample.tile.m);
+
+  const torchq::Job all = product_of(*job.kernel, p, p.batch * g.out_pixels());
+  job.by_columns = all.by_columns && g.groups == 1 && job.y_in_place;
+  job.parts = std::min(all.parts, most_parts);
+  job.column_parts = job.by_columns ? job.parts : job.y_in_place ? 1 : ceil_div(g.group_outputs(), kWaitingColumns);
+  job.product = product_of(*job.kernel, p, job.block_rows);
+  job.product.codes_stride = job.row_stride;
+  job.product.by_columns = true;
+  job.product.parts = job.column_parts;
+}
+
+void schedule_depthwise(Job& job, int most_parts) {
+  const Geometry& g = job.problem->geometry;
+  job.image_in_place = job.image_in_place && g.in_channels % kPanelColumns == 0;  // 16 codes are read at once
+  job.rows_in_place = true;                                                       // there are none
+  job.row_stride = job.block_rows = 0;
+  job.band_rows = rows_of_band(job);
+  const int64_t outputs = job.problem->batch * g.out_pixels() * g.out_channels;
+  job.parts = static_cast<int>(std::clamp<int64_t>(outputs / kOutputsPerThread, 1, most_parts));
+}
+
 }  // namespace
 
 Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   const Geometry& g = problem.geometry;
   const CodeFormat& format = kernel.codes;
-  Job job;
+  Job job{};
   job.problem = &problem;
   job.kernel = &kernel;
   job.pixel_bytes = g.in_channels * format.bytes;
@@ -60,24 +96,8 @@ Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   job.image_in_place = problem.x.dtype == DType::u8 && !is_padded && format.bytes == 1 && format.shift == 0;
   job.runs = runs_of(job);
   job.y_in_place = !problem.residual && (problem.y.channels_last || g.out_pixels() == 1);
-
-  const torchq::Job sample = product_of(kernel, problem, g.out_pixels());
-  job.rows_in_place = rows_lie_in_image(job, job.row_stride);
-  if (job.rows_in_place && job.image_in_place && g.depth() % 8) job.rows_in_place = false;  // nothing lies behind x
-  if (!job.rows_in_place) job.row_stride = sample.codes_stride;
-  job.band_rows = rows_of_band(job);
-  job.block_rows = rows_of_block(job, sample.tile.m);
-
-  const torchq::Job all = product_of(kernel, problem, problem.batch * g.out_pixels());
-  job.by_columns = all.by_columns && g.groups == 1 && job.y_in_place;
-  job.parts = std::min(all.parts, most_parts);
-  job.product = product_of(kernel, problem, job.block_rows);
-  job.product.codes_stride = job.row_stride;
-  job.product.by_columns = true;
-  job.column_parts = job.by_columns ? job.parts : job.y_in_place ? 1 : ceil_div(g.group_outputs(), kWaitingColumns);
-  job.product.parts = job.column_parts;
-  job.image_bytes =
-      job.image_in_place ? 0 : ((job.band_rows - 1) * g.axes[0].stride + g.axes[0].extent()) * job.plane_bytes + kSlack;
+  problem.is_depthwise ? schedule_depthwise(job, most_parts) : schedule_product(job, most_parts);
+  if (!job.image_in_place) job.image_bytes = job.image_rows() * job.plane_bytes + kSlack;
   job.scratch_bytes = scratch_bytes(job);
   return job;
 }

@@ -25,6 +25,9 @@ struct Scratch {
   float* channel_scale;  // [in_channels], then kPlanePixels times the one of a channel
   uint8_t* y;            // outputs of a block, where they wait
   void* gemm;
+  // Of depthwise convolutions: 16 channels of the image, those of the weights, and from the first tap to each.
+  float *floats, *weights;
+  int64_t* offsets;
 };
 
 class Carver {
@@ -50,15 +53,22 @@ inline int64_t most_channels(const Job& job) {
 
 inline Scratch carve(const Job& job, Carver& from) {
   const Geometry& g = job.problem->geometry;
-  const int64_t rows = job.block_rows + 64;  // a kernel may read whole tiles, and so rows that do not exist
-  Scratch s;
+  Scratch s{};
   s.image = from.take<uint8_t>(job.image_bytes);
+  s.quantized = from.take<uint8_t>(kQuantizedBytes);
+  s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
+  if (job.problem->is_depthwise) {
+    s.y = from.take<uint8_t>(job.band_rows * g.axes[1].outputs() * g.axes[2].outputs() * kPanelColumns * 4);
+    s.floats = from.take<float>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns * 4);
+    s.weights = from.take<float>(g.taps() * kPanelColumns * 4);
+    s.offsets = from.take<int64_t>(g.taps() * 8);
+    return s;
+  }
+  const int64_t rows = job.block_rows + 64;  // a kernel may read whole tiles, and so rows that do not exist
   s.rows.codes = from.take<uint8_t>(job.rows_in_place ? 0 : rows * job.row_stride + kSlack);
   s.rows.scale = from.take<float>(rows * 4);
   s.rows.zero_point = from.take<int32_t>(rows * 4);
   s.patch = from.take<uint8_t>(job.row_stride + kSlack);
-  s.quantized = from.take<uint8_t>(kQuantizedBytes);
-  s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
   s.y = from.take<uint8_t>(job.y_in_place ? 0 : job.block_rows * most_channels(job) * 4);
   s.gemm = from.take<uint8_t>(job.product.scratch_bytes);
   return s;

@@ -85,6 +85,29 @@ struct CellRow {
   float* h;                // the hidden values [size], old and then new
 };
 
+// Some pixels of a depthwise convolution, for 16 channels.
+//
+//   sum[p, c] = Σ_t image[p * step + offsets[t] + c] * weights[t * 16 + c]        integers, exact
+//   y[p, c]   = act(sum[p, c] * (scale * panel.scale[c]) + panel.bias[c])         as a Block's, and written so
+struct Depthwise {
+  const float* image;  // codes less their zero point
+  int64_t taps;
+  const int64_t* offsets;
+  int64_t pixels, step;
+  const float* weights;
+  const uint8_t* panel;  // its scales and biases
+  float scale;           // of the input
+  void* out;
+  int64_t out_stride;  // bytes between pixels; each has room for 16 channels
+  DType out_dtype;     // not i32
+  Activation activation;
+  float out_inv_scale;     // u8 out only
+  int32_t out_zero_point;  // u8 out only
+};
+
+// The most taps whose sums float32 holds: 255 * 128 * 514 < 2^24.
+constexpr int64_t kMaxTaps = 514;
+
 // ---- What sets a kernel apart, by concept -----------------------------------------------------------------------
 
 // How the codes of a row lie in the scratch.
@@ -163,6 +186,11 @@ struct Kernel {
   void (*run)(const Block& block) = nullptr;
   // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
   void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;
+  // out[p * 16 + c] = float((code ^ flip) - zero_point) for the 16 codes, in this kernel's bytes, at each of some
+  // pixels that lie stride bytes apart.
+  void (*widen)(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int32_t zero_point,
+                float* out) = nullptr;
+  void (*depthwise)(const Depthwise& depthwise) = nullptr;
   // A step of a recurrent cell.
   void (*cell)(Cell cell, const CellRow& row) = nullptr;
 

@@ -41,6 +41,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -76,6 +77,8 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.run = avx512_vnni::run;
   k.activate = avx512_vnni::activate;
   k.cell = avx512_vnni::cell;
+  k.widen = avx512_vnni::widen;
+  k.depthwise = avx512_vnni::depthwise;
   k.tiling.next_lines = avx512_vnni::kNextLines;
   k.tiling.tall = {8, 48, 4};
   return k;

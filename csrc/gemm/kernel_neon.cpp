@@ -52,6 +52,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -78,6 +79,8 @@ constexpr Kernel kernel_neon = [] {
   k.run = neon::run;
   k.activate = neon::activate;
   k.cell = neon::cell;
+  k.widen = neon::widen;
+  k.depthwise = neon::depthwise;
   k.codes.shift = 128;
   return k;
 }();

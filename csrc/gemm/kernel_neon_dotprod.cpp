@@ -47,6 +47,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "multiply_lanes.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -68,6 +69,8 @@ constexpr Kernel kernel_neon_dotprod = [] {
   k.run = neon_dotprod::run;
   k.activate = neon_dotprod::activate;
   k.cell = neon_dotprod::cell;
+  k.widen = neon_dotprod::widen;
+  k.depthwise = neon_dotprod::depthwise;
   k.codes.shift = 128;
   return k;
 }();

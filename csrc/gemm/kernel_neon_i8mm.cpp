@@ -53,6 +53,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "multiply_pairs.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -75,6 +76,8 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.run = neon_i8mm::run;
   k.activate = neon_i8mm::activate;
   k.cell = neon_i8mm::cell;
+  k.widen = neon_i8mm::widen;
+  k.depthwise = neon_i8mm::depthwise;
   k.codes.interleaved_rows = 2;
   return k;
 }();

@@ -87,15 +87,40 @@ void activate(Activation activation, DType dtype, const void* x, void* y, int64_
   return activate(activation, dtype, static_cast<const float*>(x), y, count);
 }
 
+// y[c] of a Block or a Depthwise, in a row of its output.
+template <class Work>
+void write(const Work& work, void* row, int c, float y) {
+  y = pick<Activated>(work.activation)(y);
+  if (work.out_dtype == DType::u8)
+    static_cast<uint8_t*>(row)[c] = to_code(y * work.out_inv_scale, work.out_zero_point);
+  else
+    store(work.out_dtype, row, c, y);
+}
+
 void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
   void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
-  float y = static_cast<float>(acc) * (b.scale[r] * scale);
-  y = pick<Activated>(b.activation)(y + bias);
-  switch (b.out_dtype) {
-    case DType::u8: static_cast<uint8_t*>(row)[c] = to_code(y * b.out_inv_scale, b.out_zero_point); break;
-    case DType::i32: static_cast<int32_t*>(row)[c] = acc; break;
-    default: store(b.out_dtype, row, c, y);
-  }
+  if (b.out_dtype == DType::i32)
+    static_cast<int32_t*>(row)[c] = acc;
+  else
+    write(b, row, c, static_cast<float>(acc) * (b.scale[r] * scale) + bias);
+}
+
+void widen(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int32_t zero_point, float* out) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int c = 0; c < kPanelColumns; ++c)
+      out[p * kPanelColumns + c] =
+          static_cast<float>((static_cast<const uint8_t*>(codes)[p * stride + c] ^ flip) - zero_point);
+}
+
+void depthwise(const Depthwise& d) {
+  const auto* meta = reinterpret_cast<const float*>(d.panel);
+  for (int64_t p = 0; p < d.pixels; ++p)
+    for (int c = 0; c < kPanelColumns; ++c) {
+      float sum = 0.0f;
+      for (int64_t t = 0; t < d.taps; ++t)
+        sum += d.image[p * d.step + d.offsets[t] + c] * d.weights[t * kPanelColumns + c];
+      write(d, static_cast<uint8_t*>(d.out) + p * d.out_stride, c, sum * (d.scale * meta[16 + c]) + meta[32 + c]);
+    }
 }
 
 void run(const Block& b) {
@@ -124,6 +149,8 @@ constexpr Kernel kernel_reference = [] {
   k.run = reference::run;
   k.activate = reference::activate;
   k.cell = reference::cell;
+  k.widen = reference::widen;
+  k.depthwise = reference::depthwise;
   return k;
 }();
 

@@ -17,6 +17,7 @@ __all__ = ["Geometry", "convolve", "pack", "unpack"]
 
 _convolution = torch.ops.torchq.convolution.default
 _LINE = 64  # bytes
+_MOST_TAPS = 514  # of a depthwise convolution, whose sums are exact in float32: 255 * 128 * 514 < 2^24
 
 
 class Geometry(NamedTuple):
@@ -66,6 +67,9 @@ def pack(
 ) -> Tensor:
     """Arranges an int8 weight for `convolve`: a uint8 vector, or for several groups a matrix with a row for each.
 
+    Where each channel is a group with one output (depthwise), it is a vector, too, unless there is a channel_scale:
+    that takes a product for each group, which is much slower.
+
     Args:
         weight: int8 (out, in / groups, *kernel).
         scale: float32 (out,).
@@ -81,6 +85,8 @@ def pack(
     (1, 2)
     """
     taps = weight[0, 0].numel() if weight.numel() else 1
+    if channel_scale is None and 1 < groups == weight.shape[0] and weight.shape[1] == 1 and taps <= _MOST_TAPS:
+        return ops.pack(weight.flatten(1), scale, bias)
     matrix = weight.movedim(1, -1).flatten(1)
     scales = [None] * groups if channel_scale is None else [part.repeat(taps) for part in channel_scale.chunk(groups)]
     biases = [None] * groups if bias is None else bias.chunk(groups)
@@ -98,7 +104,8 @@ def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor |
     >>> unpack(pack(torch.ones(4, 1, 3, dtype=torch.int8), torch.ones(4)), geometry)[0].shape
     torch.Size([4, 1, 3])
     """
-    groups, inputs = geometry.groups, geometry.in_channels // geometry.groups
+    groups = geometry.groups if packed.dim() > 1 else 1
+    inputs = geometry.in_channels // geometry.groups
     rows = [packed] if groups == 1 else list(packed)
     n, k = geometry.out_channels // groups, geometry.depth
     sizes = [ops.packed_bytes(n, k, channel_scale) for channel_scale in (False, True)]
