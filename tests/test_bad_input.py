@@ -180,10 +180,10 @@ TABLE = {
         r"the model is already converted \('body.0' is a QuantizedLinear\)",
     ),
     "a model with no Linear": (
-        lambda: nn.Sequential(nn.Conv1d(2, 2, 1), nn.Sequential(nn.ReLU())),
+        lambda: nn.Sequential(nn.ConvTranspose1d(2, 2, 1), nn.Sequential(nn.ReLU())),
         lambda: {"calib_loader": [X]},
         ValueError,
-        "the model has no nn.Linear, .* to convert. Its modules are: Conv1d, ReLU, Sequential",
+        "the model has no nn.Linear, .* to convert. Its modules are: ConvTranspose1d, ReLU, Sequential",
     ),
     "a config that is none": (
         Model,

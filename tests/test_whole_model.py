@@ -155,7 +155,7 @@ def test_few_rows_are_a_warning_where_they_choose(changes, warned):
 class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.rnn = nn.Conv1d(64, 64, 3), nn.LSTM(64, 64, batch_first=True)
+        self.conv, self.rnn = nn.ConvTranspose1d(64, 64, 3), nn.LSTM(64, 64, batch_first=True)
         self.attention = nn.MultiheadAttention(64, 4)
         self.norm, self.head = nn.BatchNorm1d(64), nn.Linear(64, 32)
         self.raw, self.scale = nn.Parameter(normal(64, 48)), nn.Parameter(torch.ones(1, 64))
@@ -166,7 +166,7 @@ def test_what_is_left_in_float():
     whole = report(convert(model, config=QConfig(exclude=("attention", "rnn")))).model
     sizes = {
         "Mixed's own parameters": (1, 4 * (64 * 48 + 64)),
-        "Conv1d": (1, 4 * (64 * 64 * 3 + 64)),
+        "ConvTranspose1d": (1, 4 * (64 * 64 * 3 + 64)),
         "LSTM": (1, 4 * 4 * (2 * 64 * 64 + 2 * 64)),
         "MultiheadAttention's own parameters": (1, 4 * (3 * 64 * 64 + 3 * 64)),
         "NonDynamicallyQuantizableLinear": (1, 4 * (64 * 64 + 64)),
@@ -195,8 +195,8 @@ class Inner(nn.Module):
 
 
 def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps():
-    model = nn.ModuleDict({"pair": nn.Bilinear(8, 8, 64), "body": Inner(), "conv": nn.Conv1d(4, 4, 3)})
-    model["normed"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+    model = nn.ModuleDict({"pair": nn.Bilinear(8, 8, 64), "body": Inner(), "conv": nn.ConvTranspose1d(4, 4, 3)})
+    model["normed"] = nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 4, 3))
     model["raw"] = nn.ParameterList([nn.Parameter(normal(64, 32)), nn.Parameter(normal(64))])
     result = report(convert(model))
     left = {each.kind: each for each in result.model.left}
@@ -208,7 +208,7 @@ def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps(
     assert left["ParameterList"].matrices == ("raw.0",)
     for kind in ("Inner's own parameters", "ParameterList"):
         assert left[kind].advice.endswith("what it multiplies by becomes int8 if an nn.Linear holds it and is called")
-    assert left["Conv1d"].advice.startswith("convolutions stay in float")
+    assert left["ConvTranspose1d"].advice.startswith("transposed convolutions stay in float")
     computed = left["ParametrizationList's own parameters"]
     assert computed.matrices == ("normed.parametrizations.weight.original1",)
     assert computed.advice == "a weight is computed of them, for a module that stays in float"

@@ -20,6 +20,7 @@ from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
 from torchq.planning.logged import log_plan
+from torchq.planning.norms import include_norms
 from torchq.planning.plan import attached_plan
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
@@ -112,7 +113,7 @@ def convert(
         if merged is None:
             del layers, selection, free, evidence  # as below
             return applied(model, peers.received(), inplace=inplace)
-        evidence = merged
+        evidence = include_norms(merged)
         stages = (choose, keep_together, smooth, fuse, partial(round_weights, progress=progress), describe)
         plan = first_plan(model, selection)
         for stage in stages:

@@ -52,6 +52,8 @@ class Evidence:
         records: what calibration recorded, by layer. Layers that read the same tensors share a record. Each of `layers`
             has one; without data, none has.
         activations: for each layer whose output an activation module alone reads, the name of that module.
+        norms: for each convolution that includes the norm behind it, the name of that norm.
+        chains: for each convolution, what follows it as the only reader each time (`Readers`).
         batches: how many batches were run.
         batches_held_out: how many of them judge, and round no weight.
         run: runs the first batch through a model.
@@ -66,6 +68,8 @@ class Evidence:
     config: QConfig
     records: dict[str, Record] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
     run: Callable[[nn.Module], object] | None = None
@@ -153,13 +157,14 @@ def calibrate(
             run_batch(model, batch, evidence.batches, forward)
             evidence.batches += 1
             readers.end_batch()
-    evidence.activations = readers.activations
+    evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
     if evidence.batches == 0 and shard is None:
         raise BadValueError(NO_BATCH)
     reached = recorder.records()
     for name, layer in layers.items():
-        evidence.records[name] = reached[name] if name in reached else Record.empty(layer.in_features, config)
+        unreached = Record.empty(layer.in_features, config, patches=layer.patches)
+        evidence.records[name] = reached.get(name, unreached)
     return evidence
 
 
@@ -222,7 +227,7 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
             if not isinstance(x, Tensor) or not _fits(layer, x):
                 continue  # the module's own forward will raise the error
             try:
-                recorder.observe(layer.name, x)
+                recorder.observe(layer.name, x, layer.patches)
             except ValueError as error:
                 raise BadValueError(
                     f"layer {layer.name!r} got an input that is not finite in batch {evidence.batches} of "
@@ -241,4 +246,6 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
 
 
 def _fits(layer: Layer, x: Tensor) -> bool:
-    return x.is_floating_point() and x.device.type == "cpu" and x.shape[-1:] == (layer.in_features,)
+    if not x.is_floating_point() or x.device.type != "cpu":
+        return False
+    return x.shape[-1:] == (layer.in_features,) if layer.patches is None else layer.patches.fits(x)

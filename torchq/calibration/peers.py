@@ -15,7 +15,7 @@ import copy
 import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 _CPU = torch.device("cpu")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,6 +50,8 @@ class _Status:
     same: dict[str, Any] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
     tables_called: set[str] = field(default_factory=set)
@@ -127,6 +131,8 @@ class Peers:
                 same=_what_must_be_the_same(evidence, data),
                 records={name: index[id(record)] for name, record in evidence.records.items() if record.calls},
                 activations=evidence.activations,
+                norms=evidence.norms,
+                chains=evidence.chains,
                 batches=evidence.batches,
                 batches_held_out=evidence.batches_held_out,
                 tables_called=evidence.tables_called,
@@ -305,18 +311,28 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
     """The evidence of all. Layers share a record if they do so in every process that reached one of them."""
     reached = {name: joined.get(_sources(name, statuses)) for name in evidence.layers}
     records = {name: record or evidence.records[name] for name, record in reached.items() if evidence.records}
-    activations = {}
-    for name in evidence.layers:
-        found = {status.activations.get(name) for status in statuses if name in status.records}
-        reader = found.pop() if len(found) == 1 else None
-        if reader is not None:
-            activations[name] = reader
+    reachers = {name: [status for status in statuses if name in status.records] for name in evidence.layers}
+    activations = {name: _common([status.activations.get(name) for status in reachers[name]]) for name in reachers}
+    chains = {name: _common([status.chains.get(name) for status in reachers[name]]) for name in reachers}
+    # A norm that one process saw read something else is no part of a layer.
+    norms = {name: _common([each.norms.get(name) for each in statuses if each.batches]) for name in reachers}
     return dataclasses.replace(
         evidence,
         records=records,
-        activations=activations,
+        activations=_known(activations),
+        norms=_known(norms),
+        chains=_known(chains),
         batches=sum(status.batches for status in statuses),
         batches_held_out=sum(status.batches_held_out for status in statuses),
         tables_called=set().union(*(status.tables_called for status in statuses)),
         tables_read=set().union(*(status.tables_read for status in statuses)),
     )
+
+
+def _common(found: list[T | None]) -> T | None:
+    """What all of them found; None if they differ."""
+    return found[0] if found and all(each == found[0] for each in found) else None
+
+
+def _known(found: dict[str, T | None]) -> dict[str, T]:
+    return {name: value for name, value in found.items() if value is not None}

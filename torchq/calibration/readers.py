@@ -1,16 +1,18 @@
-"""Readers: finds the layers whose output nothing reads but one activation module, wherever in the model the two are.
+"""Readers: finds the layers whose output nothing reads but one module, and what reads the output of that in its turn.
 
-It watches the calibration runs, as a TorchDispatchMode, and tells tensors by their storage. A wrong value can't come
-of what it finds: a layer that is told to wait for its activation gives its output to whoever else asks (`Pending`).
-What it finds decides whether waiting pays.
+It watches the calibration runs, as a TorchDispatchMode, and tells tensors by their storage. A wrong value can't come of
+most of what it finds: a layer that is told to wait for its activation gives its output to whoever else asks
+(`Pending`). So it decides whether waiting pays. Only a norm that becomes a part of the layer before it must always be
+called as it was seen here.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,44 +20,89 @@ from torch.utils._pytree import tree_leaves
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
 from torchq.modules.activations import activation_of
+from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
 
+ADDITION = "+"
+"""In a chain: the output is one of two summands of the same shape."""
+
+_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+Chain = tuple[str, ...]
+"""A layer, and the modules and additions behind it that each alone read the output of what stands before."""
+
+
+class _Output(NamedTuple):
+    """An output that exists now: of which chain, and its storage."""
+
+    chain: Chain
+    storage: StorageWeakRef
+
 
 class Readers(TorchDispatchMode):
-    """Watches runs of a model, and finds for a layer the activation module that alone reads its output.
+    """Watches runs of a model, and finds for a layer what alone reads its output: an activation, a norm, a convolution.
 
     In every call of the layer, the module took the whole output as its input, and no operation outside of the module's
-    call touched it; inside, none that writes.
+    call touched it; inside, none that writes, unless both are parts of a convolution's chain.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
         super().__init__()
         self._layers = {name: layer.module for name, layer in layers.items() if not layer.part}
+        self._convolutions = {name for name in self._layers if layers[name].kind.absorbs}
         modules = dict(model.named_modules())
         self._activations = {name: m for name, m in modules.items() if activation_of(m) != Activation.NONE}
-        self._outputs: dict[int, tuple[str, StorageWeakRef]] = {}  # that exist now, by storage
-        self._taken: set[int] = set()  # those of them that an activation took
-        self._inside: list[int | None] = []  # a stack: the output that each running activation took
-        self._found: dict[str, set[str | None]] = {}  # by layer: who took its outputs; None for anything else
+        self._norms = {name: m for name, m in modules.items() if self._convolutions and is_foldable(m)}
+        self._outputs: dict[int, _Output] = {}  # that exist now, by storage
+        self._taken: set[int] = set()  # those of them that a module took
+        self._inside: list[int | None] = []  # a stack: the output that each running module took
+        self._found: dict[Chain, set[str | None]] = {}  # who took the outputs of a chain; None for anything else
+        self._takers: dict[str, set[Chain | None]] = {}  # by norm: whose outputs it took
 
     @property
     def activations(self) -> dict[str, str]:
         """For each layer with a single reader that is an activation module: the name of that module."""
-        return {name: reader for name, found in self._found.items() for reader in found if len(found) == 1 and reader}
+        found = {name: self.only_reader((name,)) for name in self._layers}
+        return {name: reader for name, reader in found.items() if reader in self._activations and reader is not None}
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """For each convolution whose only reader is a norm that reads nothing else: the name of that norm."""
+        found = {name: self.only_reader((name,)) for name in self._convolutions}
+        return {
+            name: reader
+            for name, reader in found.items()
+            if reader is not None and self._takers.get(reader) == {(name,)}
+        }
+
+    @property
+    def chains(self) -> dict[str, Chain]:
+        """For each convolution, what follows it as the only reader each time, up to another convolution."""
+        return {name: self._chain((name,))[1:] for name in self._convolutions}
+
+    def _chain(self, chain: Chain) -> Chain:
+        reader = self.only_reader(chain)
+        if reader is None:
+            return chain
+        return (*chain, reader) if reader in self._layers else self._chain((*chain, reader))
+
+    def only_reader(self, chain: Chain) -> str | None:
+        """What alone reads the outputs of this chain."""
+        found = self._found.get(chain, set())
+        return next(iter(found)) if len(found) == 1 else None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Installs the hooks and the mode, if the model has layers and activation modules."""
-        if not (self._layers and self._activations):
+        """Installs the hooks and the mode, if the model has layers and something that may read them alone."""
+        if not (self._layers and (self._activations or self._convolutions)):
             yield
             return
-        handles = [
-            module.register_forward_hook(own_thread(partial(self._gave, name))) for name, module in self._layers.items()
-        ]
-        for name, module in self._activations.items():
-            handles.append(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
-            handles.append(module.register_forward_hook(own_thread(self._took)))
+        handles = []
+        for name, module in {**self._activations, **self._norms, **self._layers}.items():
+            take = partial(self._takes, name)
+            handles.append(module.register_forward_pre_hook(own_thread(take)))
+            handles.append(module.register_forward_hook(own_thread(partial(self._gave, name))))
         try:
             with self:
                 yield
@@ -70,35 +117,74 @@ class Readers(TorchDispatchMode):
         self._inside.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, and notes which outputs it touches outside of an activation."""
-        if self._outputs:
-            allowed = self._inside[-1] if self._inside else None
-            for tensor in tree_leaves((args, kwargs)):
-                key = storage_key(tensor)
-                fits = key == allowed and not func._schema.is_mutable
-                if key in self._outputs and not fits and not self._outputs[key][1].expired():
-                    self._found[self._outputs[key][0]].add(None)
-        return func(*args, **(kwargs or {}))
+        """Runs the operation, and notes which outputs it touches outside of a module that takes them."""
+        if not self._outputs:
+            return func(*args, **(kwargs or {}))
+        summand = self._summand(func, args, kwargs)
+        allowed = self._inside[-1] if self._inside else None
+        for tensor in tree_leaves((args, kwargs)):
+            key = storage_key(tensor)
+            output = self._alive(key)
+            if output is None or key == summand:
+                continue
+            writes = func._schema.is_mutable and output.chain[0] not in self._convolutions
+            if key != allowed or writes:
+                self._found[output.chain].add(None)
+        y = func(*args, **(kwargs or {}))
+        if summand is not None:
+            self._add((*self._outputs[summand].chain, ADDITION), summand, y)
+        return y
 
-    def _gave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+    def _summand(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> int | None:
+        """The output of a convolution that this operation adds another tensor of the same shape to."""
+        if func not in _ADD or kwargs or len(args) != 2 or not all(isinstance(each, Tensor) for each in args):
+            return None
+        if args[0].shape != args[1].shape or args[0].dtype != args[1].dtype or args[0] is args[1]:
+            return None
+        for x in args if func is _ADD[0] else args[:1]:
+            key = storage_key(x)
+            output = self._alive(key)
+            if output is not None and output.chain[0] in self._convolutions and ADDITION not in output.chain:
+                return key
+        return None
+
+    def _alive(self, key: int | None) -> _Output | None:
+        output = None if key is None else self._outputs.get(key)
+        return None if output is None or output.storage.expired() else output
+
+    def _add(self, chain: Chain, key: int, y: Any) -> None:
+        """An output of a chain was taken by what stands at the end of this longer one, which gave y."""
+        self._found[chain[:-1]].add(chain[-1])
+        self._taken.add(key)
+        self._register(chain, y)
+
+    def _register(self, chain: Chain, y: Any) -> None:
         key = storage_key(y)
         if key is not None:
-            self._found.setdefault(name, set())
+            self._found.setdefault(chain, set())
             self._forget(key)
-            self._outputs[key] = (name, StorageWeakRef(y.untyped_storage()))
+            self._outputs[key] = _Output(chain, StorageWeakRef(y.untyped_storage()))
 
     def _forget(self, key: int) -> None:
-        name, _ = self._outputs.pop(key, (None, None))
-        if name is not None and key not in self._taken:
-            self._found[name].add(None)
+        output = self._outputs.pop(key, None)
+        if output is not None and key not in self._taken:
+            self._found[output.chain].add(None)
         self._taken.discard(key)
 
     def _takes(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         key = storage_key(args[0]) if args else None
-        if key in self._outputs and not self._outputs[key][1].expired():
-            self._found[self._outputs[key][0]].add(name)
+        output = self._alive(key)
+        takes = output is not None and (name not in self._layers or name in self._convolutions)
+        if takes and output is not None and key is not None:
+            self._found[output.chain].add(name)
             self._taken.add(key)
-        self._inside.append(key)
+        if name in self._norms:
+            self._takers.setdefault(name, set()).add(None if output is None else output.chain)
+        self._inside.append(key if takes else None)
 
-    def _took(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        self._inside.pop()
+    def _gave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        key = self._inside.pop()
+        if name in self._layers:
+            self._register((name,), y)
+        elif key is not None and (output := self._alive(key)) is not None and output.chain[0] in self._convolutions:
+            self._register((*output.chain, name), y)

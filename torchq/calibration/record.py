@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchq.calibration.sample import Sample, is_held_out
 from torchq.config import QConfig
+from torchq.modules.patches import Patches
 from torchq.numerics.qparams import QParams
 from torchq.observers import Histogram, Observer, make_observer, share
 
@@ -35,6 +36,9 @@ others, 64 have one with probability 0.86, and 16 with 0.39."""
 GRAM_ROWS, DEEP_ROWS = 4, 3072
 """XᵀX is summed over the first 4 K rows, but no more than 3072: more gain little, and cost K² each."""
 
+PATCHES = 1024
+"""How many patches of a convolution's input one call adds. They overlap: all would be many times the input."""
+
 _GRAM_COLUMNS = 256  # computed at a time
 
 
@@ -45,6 +49,7 @@ class Trial:
     Args:
         observers: the observers that propose the ranges, by name.
         rows: float32 (R, K), the rows to measure on, as the layer gets them.
+            (Of a convolution: as `Patches` gives them.)
         peak: max|x_j| of each input channel over the values that the ranges cover, (K,).
     """
 
@@ -76,6 +81,7 @@ class Record:
         gram: XᵀX of the first `gram_rows` rows, float32 (K, K), on and above its diagonal; None if no weights will be
             rounded with it. If `config.rounding` is "auto", only rows of batches that are not held out count.
         held_rows: how many rows were held out of it.
+        patches: how rows are made of the input of a convolution; None where its last dimension is a row already.
     """
 
     observer: Observer
@@ -86,14 +92,19 @@ class Record:
     gram: Tensor | None = None
     gram_rows: int = 0
     held_rows: int = 0
+    patches: Patches | None = None
 
     @classmethod
-    def empty(cls, in_features: int, config: QConfig, *, room: float = math.inf) -> "Record":
+    def empty(
+        cls, in_features: int, config: QConfig, *, room: float = math.inf, patches: Patches | None = None
+    ) -> "Record":
         """A record without data, for the observers `config` asks for. `room`: the bytes that XᵀX may take."""
-        rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, in_features))))
+        width = in_features if patches is None else patches.width
+        rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, width))))
         wanted = in_features <= MAX_GRAM_DEPTH[config.rounding] and 4 * in_features**2 <= room
+        wanted &= patches is None or patches.geometry.groups == 1
         gram = torch.zeros(in_features, in_features, dtype=torch.float32, device="cpu") if wanted else None
-        return cls(_new_observer(config), Sample(rows), config, gram=gram)
+        return cls(_new_observer(config), Sample(rows), config, gram=gram, patches=patches)
 
     @property
     def has_data(self) -> bool:
@@ -101,17 +112,22 @@ class Record:
         return self.observer.count > 0
 
     def observe(self, x: Tensor, batch: int = 0) -> None:
-        """Records the input of one call in this batch, (..., K)."""
-        rows = x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        self.observer.observe(rows)
+        """Records the input of one call in this batch, (..., K) or, of a convolution, (N, C, *spatial)."""
+        if self.patches is None:
+            values = rows = x.detach().float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        else:
+            values = x.detach().float().movedim(1, -1).reshape(-1, x.shape[1])
+            random = torch.Generator(device="cpu").manual_seed(self.calls)
+            rows = self.patches.rows(x, PATCHES, random)
+        self.observer.observe(values)
         self.sample.add(rows, batch)
         self.calls += 1
         if self.config.rounding == "auto" and is_held_out(batch):
             self.held_rows += len(rows)
         else:
-            self._sum_products(rows)
-        if len(rows) > 0:
-            extremes = _extremes(rows)
+            self._sum_products(self.values(rows))
+        if len(values) > 0:
+            extremes = _extremes(values)
             if self.extremes is not None:
                 extremes = _joined(self.extremes, extremes)
             self.extremes = extremes
@@ -170,7 +186,22 @@ class Record:
     def _part_trials(self, channel_scale: Tensor | None) -> list[Trial]:
         rows, judge = self.sample.rows, self.judge
         parts = ((rows[~judge], rows[judge]), (rows[judge], rows[~judge]))
-        return [self._trial(some, others, _extremes(some), channel_scale) for some, others in parts]
+        return [self._trial(some, others, self._extremes_of(some), channel_scale) for some, others in parts]
+
+    def _extremes_of(self, rows: Tensor) -> Tensor:
+        values = self.values(rows)
+        return _extremes(values if self.patches is None else values.reshape(-1, self.patches.channels))
+
+    def values(self, rows: Tensor) -> Tensor:
+        """What the weight multiplies of rows of the sample, (R, K)."""
+        return rows if self.patches is None else self.patches.values(rows)
+
+    def scaled(self, rows: Tensor, channel_scale: Tensor | None) -> Tensor:
+        """The same, times `channel_scale`: one for each channel of the input."""
+        values = self.values(rows)
+        if self.patches is not None:
+            channel_scale = self.patches.tiled(channel_scale)
+        return values if channel_scale is None else values * channel_scale
 
     @property
     def judge(self) -> Tensor:
@@ -192,7 +223,8 @@ class Record:
     def is_few(self) -> bool:
         """Whether new rows are likely to lie outside the ranges of some channels."""
         rows = self.sample.rows
-        return self.sample.rows_seen < ROWS_PER_CHANNEL * rows.shape[1] and len(rows) >= 2
+        channels = rows.shape[1] if self.patches is None else self.patches.channels
+        return self.sample.rows_seen < ROWS_PER_CHANNEL * channels and len(rows) >= 2
 
     def products(self) -> Tensor:
         """XᵀX as a new, whole matrix."""
@@ -219,7 +251,7 @@ class Record:
         The ranges are those of both times `channel_scale` (K,).
         """
         observer = _new_observer(self.config)
-        observer.observe(range_rows if channel_scale is None else range_rows * channel_scale)
+        observer.observe(self.scaled(range_rows, channel_scale))
         if channel_scale is not None and self.config.observer in ("auto", "minmax"):
             observer.observe(extremes * channel_scale)
         return Trial(self._observers(observer), rows, _peak(extremes))

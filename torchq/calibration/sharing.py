@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchq.calibration.padding import real_rows, without_padding
 from torchq.calibration.record import Record
 from torchq.config import QConfig
+from torchq.modules.patches import Patches
 
 
 class _Identity:
@@ -75,7 +76,8 @@ class _Stream:
         shared = len(self.calls_made) > 1
         if shared:  # a shallow copy of an observer is a snapshot, since observers never change their tensors in place
             self.before = dataclasses.replace(self.record, observer=copy.copy(self.record.observer))
-        self.record.observe(without_padding(x, real), batch)
+        rows = self.record.patches is None  # patches of a convolution overlap with padding wherever they end
+        self.record.observe(without_padding(x, real) if rows else x, batch)
         self.latest = _Identity(x)
         if not shared:  # no layer can split off, so the sample from before this call is not needed
             self.record.sample.forget()
@@ -122,9 +124,9 @@ class Recorder:
         self._real = real_rows(batch)
         self._batch += 1
 
-    def observe(self, name: str, x: Tensor) -> None:
-        """Records the input x (..., K) of one call of the layer `name`."""
-        stream = self._streams.get(name) or self._join(name, x)
+    def observe(self, name: str, x: Tensor, patches: Patches | None = None) -> None:
+        """Records the input x (..., K) of one call of the layer `name`; or (N, C, *spatial), with its `patches`."""
+        stream = self._streams.get(name) or self._join(name, x, patches)
         if stream.calls_made[name] < stream.record.calls:
             if stream.is_latest(x):
                 stream.calls_made[name] += 1
@@ -145,11 +147,13 @@ class Recorder:
             stream.record.sample.forget()
         return {name: stream.record for name, stream in self._streams.items()}
 
-    def _join(self, name: str, x: Tensor) -> _Stream:
+    def _join(self, name: str, x: Tensor, patches: Patches | None) -> _Stream:
         """The stream that a layer joins when it is called for the first time."""
-        stream = next((each for each in self._new if each.is_latest(x)), None)
+        alike = (each for each in self._new if each.record.patches == patches)
+        stream = next((each for each in alike if each.is_latest(x)), None)
         if stream is None:
-            stream = _Stream(Record.empty(x.shape[-1], self._config, room=self._room))
+            depth = x.shape[-1] if patches is None else patches.depth
+            stream = _Stream(Record.empty(depth, self._config, room=self._room, patches=patches))
             self._room -= 0 if stream.record.gram is None else stream.record.gram.nbytes
             self._new.append(stream)
         self._streams[name] = stream

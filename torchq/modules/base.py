@@ -23,6 +23,8 @@ from torchq.modules.float_view import FloatView
 from torchq.numerics.qparams import QParams
 
 if TYPE_CHECKING:
+    from torchq.modules.packed_weights import PackedWeights
+    from torchq.modules.patches import Patches
     from torchq.modules.ranges import InputRange
 
 
@@ -78,6 +80,9 @@ class ModuleType(ABC):
     """Whether a matrix that calibration data never reached is dynamic. If not, it stays in float: code that never calls
     a layer may still read its weight."""
 
+    absorbs: bool = False
+    """Whether its int8 layer may include the norm behind it, and hand codes to another one wherever in the model."""
+
     attends: bool = False
     """Whether its int8 module computes attention itself, by a scheme of the plan (`OwnAttention`)."""
 
@@ -93,6 +98,10 @@ class ModuleType(ABC):
         """One of them."""
         return self.matrices(module)[part]
 
+    def weight(self, module: nn.Module, part: str) -> Tensor:
+        """The weight of one of them, (N, ...) with K values for each output, in whatever order costs least."""
+        return self.matrix(module, part).weight
+
     def group(self, part: str) -> str | None:
         """The name under which a report shows this part together with others: "*.down_proj" of all experts, or None."""
         return None
@@ -101,6 +110,10 @@ class ModuleType(ABC):
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """For each part, the input that a call with these arguments multiplies its weight by, as far as is known."""
 
+    def patches(self, module: nn.Module) -> "Patches | None":
+        """How rows are made of the input of a convolution; None where its last dimension is one."""
+        return None
+
     @abstractmethod
     def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
         """The int8 module made of `parts`. Each is a QuantizedLinear, or an nn.Linear if it stays in float."""
@@ -108,6 +121,16 @@ class ModuleType(ABC):
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
         """Why this module must stay in float, whatever the data; None if it need not."""
         return None
+
+    def with_codes(
+        self, module: nn.Module, codes: Tensor, scale: Tensor, bias: Tensor | None, **settings: Any
+    ) -> "PackedWeights | None":
+        """The int8 layer of int8 codes (N, K), with the settings of QuantizedLinear; None: it is a QuantizedLinear."""
+        return None
+
+    def takes_codes(self, module: nn.Module) -> bool:
+        """Of a kind that `absorbs`: whether its int8 layer could be handed u8 codes, were it static."""
+        return False
 
     def is_first_input(self, part: str) -> bool:
         """Whether this matrix multiplies the input of a module that feeds its output back, step after step."""

@@ -126,14 +126,14 @@ def _rows(packed: Tensor, k: int, dtype: torch.dtype, indices: Tensor) -> Tensor
     return embedding(packed, indices, k, dtype)
 
 
-def bias_view(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> FloatView:
-    """The bias (N,) of a packed matrix, as float."""
+def bias_view(unpack: Callable[[], Any], n: int, dtype: torch.dtype, device: torch.device) -> FloatView:
+    """The bias (N,) of a packed matrix, the third of what `unpack()` gives, as float."""
 
     def make() -> Tensor:
-        bias: Tensor = torch.ops.torchq.unpack(packed, k)[2]
+        bias: Tensor = unpack()[2]
         return bias.to(dtype)
 
-    return FloatView(make, torch.empty(n, dtype=dtype, device="meta"), packed.device)
+    return FloatView(make, torch.empty(n, dtype=dtype, device="meta"), device)
 
 
 class FloatViews(dict[str, Any]):

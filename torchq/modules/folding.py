@@ -19,6 +19,7 @@ class Fold(NamedTuple):
     Args:
         activation: the `Activation` that follows, and may be computed in the layer's epilogue.
         codes: whether the output may reach a static layer as u8 codes, in that layer's `input_qparams`.
+        adds: whether another tensor is added to the output before the activation (of a convolution).
 
     >>> Fold() == Fold(Activation.NONE, codes=False)
     True
@@ -26,6 +27,7 @@ class Fold(NamedTuple):
 
     activation: int = Activation.NONE
     codes: bool = False
+    adds: bool = False
 
 
 NOTHING = Fold()

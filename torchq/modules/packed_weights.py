@@ -6,6 +6,7 @@ the same on every CPU; the packed form is made of them wherever they arrive. The
 foreign code the layer has `weight` and `bias` in float (`FloatView`).
 """
 
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -40,8 +41,40 @@ class PackedWeights(Int8Module):
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
-        packed = ops.pack(weight_int8, weight_scale, bias, self.channel_scale)
+        packed = self._pack(weight_int8, weight_scale, bias, self.channel_scale)
         self._set_packed(packed, has_bias=bias is not None)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Codes (N, K), scales (N,), bias (N,), zeros if there is none, and the channel_scale or None."""
+        weight, scale, bias, channel_scale = self._unpacked()
+        return weight, scale, bias, channel_scale if channel_scale.numel() else None
+
+    # ---- How they are packed: a layer of another kind has its own ----------------------------------------------------
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    @property
+    def _channels(self) -> int:
+        """How many numbers a channel_scale has."""
+        return self.in_features
+
+    def _pack(self, weight_int8: Tensor, scale: Tensor, bias: Tensor | None, channel_scale: Tensor | None) -> Tensor:
+        return ops.pack(weight_int8, scale, bias, channel_scale)
+
+    def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        packed = self.packed if packed is None else packed
+        return torch.ops.torchq.unpack(packed, self.in_features)  # type: ignore[no-any-return]
+
+    def _scales_channels(self, packed: Tensor) -> bool:
+        return ops.has_channel_scale(packed, self.in_features)
+
+    def _float_weight(self, packed: Tensor) -> Tensor:
+        return float_weight(packed, self.in_features)
+
+    def _weight_view(self, packed: Tensor) -> FloatView:
+        return weight_view(packed, self.out_features, self.in_features, self.dtype)
 
     def _set_packed(self, packed: Tensor, **others: Any) -> None:
         """Takes a packed weight, and other attributes that belong to it, all at once.
@@ -51,17 +84,13 @@ class PackedWeights(Int8Module):
         """
         if "packed" not in self._buffers:
             self.register_buffer("packed", packed, persistent=False)
-        shape = (self.out_features, self.in_features)
         weight = self._weight_view(packed)
         views = FloatViews(weight=weight.t() if self.transposed else weight)
         if others.get("has_bias", self.has_bias):
-            views["bias"] = bias_view(packed, *shape, self.dtype)
+            views["bias"] = bias_view(partial(self._unpacked, packed), self.out_features, self.dtype, packed.device)
         replaced = dict(self.__dict__)
         self.__dict__.update(others, _buffers={**self._buffers, "packed": packed}, _parameters=views)
         del replaced
-
-    def _weight_view(self, packed: Tensor) -> FloatView:
-        return weight_view(packed, self.out_features, self.in_features, self.dtype)
 
     def _moment(self) -> tuple[Tensor, QParams | None]:
         """The packed weight and the qparams of the input, of one moment between two `_set_packed`."""
@@ -85,7 +114,7 @@ class PackedWeights(Int8Module):
         the float module stored its weight transposed, so is this.
         """
         if is_dynamo_compiling():  # which can't trace a tensor subclass: it gets the values
-            weight = float_weight(self.packed, self.in_features).to(self.dtype)
+            weight = self._float_weight(self.packed).to(self.dtype)
             return weight.t() if self.transposed else weight
         return self._parameters["weight"]  # type: ignore[return-value]
 
@@ -109,16 +138,12 @@ class PackedWeights(Int8Module):
     @property
     def channel_scale(self) -> Tensor | None:
         """float32 (in_features,): what every row of the input is multiplied by before it is quantized, or None."""
-        return self._unpacked()[3] if ops.has_channel_scale(self.packed, self.in_features) else None
+        return self._unpacked()[3] if self._scales_channels(self.packed) else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _READ_ONLY:
             raise read_only(name)
         super().__setattr__(name, value)
-
-    def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        packed = self.packed if packed is None else packed
-        return torch.ops.torchq.unpack(packed, self.in_features)  # type: ignore[no-any-return]
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
@@ -137,13 +162,13 @@ class PackedWeights(Int8Module):
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a checkpoint."""
-        n, k = self.out_features, self.in_features
-        tensors = {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
+        n = self.out_features
+        tensors = {"weight_int8": (torch.int8, self._weight_shape), "weight_scale": (torch.float32, (n,))}
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(tensors)
         if self.has_bias:
             expected["bias"] = (torch.float32, (n,))
-        if ops.has_channel_scale(self.packed, k):
-            expected["channel_scale"] = (torch.float32, (k,))
+        if self._scales_channels(self.packed):
+            expected["channel_scale"] = (torch.float32, (self._channels,))
         if self.input_qparams is not None:
             expected |= {"input_scale": (torch.float32, ()), "input_zero_point": (torch.int32, ())}
         return expected
@@ -154,7 +179,7 @@ class PackedWeights(Int8Module):
         if "input_scale" in tensors:
             others["input_qparams"] = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
-        self._set_packed(ops.pack(tensors["weight_int8"], tensors["weight_scale"], *vectors), **others)
+        self._set_packed(self._pack(tensors["weight_int8"], tensors["weight_scale"], *vectors), **others)
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""

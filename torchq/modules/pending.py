@@ -32,7 +32,15 @@ MIN_VALUES = 1 << 15
 _aten = torch.ops.aten
 
 
-class Pending(MadeTensor):
+class Deferred(MadeTensor):
+    """A tensor that is made when it is read, or when the call of the module that it belongs to ends."""
+
+    def end(self) -> None:
+        """That call ends."""
+        self.make()
+
+
+class Pending(Deferred):
     """The output `layer(x)`, computed when it is read; or `act(layer(x))` at once, if that is what it is read for."""
 
     @staticmethod
@@ -106,8 +114,8 @@ class Scope:
             scope, deferred = _calls.entered.pop()
         alive = [pending for pending in (reference() for reference in deferred) if pending is not None]
         for pending in alive:
-            pending.make()
-        return tree_map_only(Pending, lambda pending: pending.make(), output) if alive else None
+            pending.end()
+        return tree_map_only(Deferred, lambda pending: pending.make(), output) if alive else None
 
     @contextmanager
     def entered(self, module: nn.Module) -> Iterator[None]:
@@ -118,11 +126,15 @@ class Scope:
         finally:
             self.leave(module, (), None)
 
+    def deferred(self) -> list[weakref.ref[Any]] | None:
+        """What is deferred in the innermost call of the module that this thread is inside of; None outside."""
+        return next((deferred for scope, deferred in reversed(_calls.entered) if scope is self), None)
+
     def defer(self, layer: Any, x: Any) -> Tensor | None:
         """The Pending of a plain call with enough work, if this thread is inside the module's call. Else None."""
         if type(x) is not Tensor or x.numel() * layer.out_features < MIN_VALUES * layer.in_features:
             return None
-        deferred = next((deferred for scope, deferred in reversed(_calls.entered) if scope is self), None)
+        deferred = self.deferred()
         if deferred is None or (begun := _C.begin_linear(layer, type(layer), x)) is NotImplemented:
             return None
         pending: Tensor = Pending(layer, x, begun)

@@ -200,7 +200,7 @@ class QuantizedLinear(PackedWeights):
             y_qparams: if given, y is u8 codes in them. Only if the layer is static.
             codes: what the codes x stand for; y is floats of the same dtype. None if x is floats.
         """
-        dtype = _autocast_dtype()
+        dtype = autocast_dtype()
         if simulation.anywhere:
             simulated = self._where_some_simulate(x, activation, y_qparams, codes, dtype)
             if simulated is not None:
@@ -303,7 +303,7 @@ def _stood_for(x: Tensor, codes: Codes | None) -> torch.dtype:
     return _float_dtype(x) if codes is None else codes.dtype
 
 
-def _autocast_dtype() -> torch.dtype | None:
+def autocast_dtype() -> torch.dtype | None:
     """The dtype that autocast gives y; None without autocast."""
     enabled = torch.is_autocast_enabled("cpu") if is_dynamo_compiling() else _C.is_autocast_enabled()
     return torch.get_autocast_dtype("cpu") if enabled else None

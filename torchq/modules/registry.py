@@ -1,20 +1,29 @@
 """The registry of module types that can become int8: the only place where the stages of a conversion look them up."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchq import ops
 from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.conv import ConvType
 from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
 from torchq.modules.multihead_attention import MultiheadAttentionType
+from torchq.modules.norms import folded
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.patches import Patches
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.recurrent_types import CellType, RecurrentType
+from torchq.numerics.qparams import quantize_weight
 
 TYPES: list[ModuleType] = [
     QATLinearType(),
     LinearType(),
+    *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     MultiheadAttentionType(),
     *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
     *map(CellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
@@ -33,6 +42,7 @@ class Layer:
         part: the name of the matrix in the module; "" if the module becomes a single QuantizedLinear.
         module: the float module.
         kind: its type.
+        norm: a norm behind it that its matrix includes, or None.
 
     >>> layers = find_layers(nn.Sequential(nn.Linear(8, 4), nn.ReLU()))
     >>> layers["0"].kind.name, layers["0"].in_features, layers["0"].out_features
@@ -43,6 +53,7 @@ class Layer:
     part: str
     module: nn.Module
     kind: ModuleType
+    norm: nn.Module | None = None
 
     @property
     def name(self) -> str:
@@ -51,13 +62,58 @@ class Layer:
 
     @property
     def matrix(self) -> Matrix:
-        """Weight (N, K) and bias (N,), in the model's dtype."""
-        return self.kind.matrix(self.module, self.part)
+        """Weight (N, K) and bias (N,), in the model's dtype; together with a norm, in float32."""
+        matrix = self.kind.matrix(self.module, self.part)
+        return matrix if self.norm is None else folded(matrix, self.norm)
 
     @property
     def weight(self) -> Tensor:
         """The weight (N, K)."""
         return self.matrix.weight
+
+    @property
+    def patches(self) -> Patches | None:
+        """How rows are made of its input, if it is a convolution that takes more than one place at a time."""
+        return self.kind.patches(self.module)
+
+    @property
+    def channels(self) -> int:
+        """How many channels its input has: K, or fewer in a convolution."""
+        return self.in_features if self.patches is None else self.patches.channels
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the channels of its input may have a scale each."""
+        return self.patches is None or self.patches.geometry.groups == 1
+
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes that its int8 weight takes."""
+        groups = 1 if self.patches is None else self.patches.geometry.groups
+        return groups * ops.packed_bytes(self.out_features // groups, self.in_features)
+
+    @property
+    def channel_rows(self) -> Tensor:
+        """The weight as rows of one number for each channel of the input."""
+        return self.weight.reshape(-1, self.channels)
+
+    def quantized(
+        self, *, per_channel: bool = True, channel_scale: Tensor | None = None, **settings: Any
+    ) -> PackedWeights:
+        """The int8 layer, with the settings of `QuantizedLinear.from_float`."""
+        if self.patches is None and not self.kind.absorbs:
+            settings |= {"per_channel": per_channel, "channel_scale": channel_scale}
+            return QuantizedLinear.from_float(self.matrix, **settings)
+        tiled = channel_scale if self.patches is None else self.patches.tiled(channel_scale)
+        weight, bias = self.matrix
+        codes, scale = quantize_weight(weight.detach(), per_channel=per_channel, channel_scale=tiled)
+        bias = None if bias is None else bias.detach().float()
+        return self.with_codes(codes, scale, bias, dtype=self.dtype, channel_scale=channel_scale, **settings)
+
+    def with_codes(self, codes: Tensor, scale: Tensor, bias: Tensor | None, **settings: Any) -> PackedWeights:
+        """The int8 layer of these codes (N, K), with the settings of a QuantizedLinear."""
+        own = self.kind.with_codes(self.module, codes, scale, bias, **settings)
+        return QuantizedLinear(codes, scale, bias, **settings) if own is None else own
 
     @property
     def trained(self) -> Trained | None:
@@ -67,17 +123,17 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weight."""
-        return self.weight.dtype
+        return self.kind.weight(self.module, self.part).dtype
 
     @property
     def out_features(self) -> int:
         """N."""
-        return self.weight.shape[0]
+        return self.kind.weight(self.module, self.part).shape[0]
 
     @property
     def in_features(self) -> int:
         """K."""
-        return self.weight.shape[1]
+        return self.kind.weight(self.module, self.part).shape[1:].numel()
 
 
 def type_of(module: nn.Module) -> ModuleType | None:

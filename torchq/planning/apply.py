@@ -15,7 +15,9 @@ from torchq.modules.curve import faster
 from torchq.modules.encoder import Int8TransformerEncoder
 from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
+from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
 from torchq.planning.check import check_plan
@@ -40,8 +42,7 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
             weights of another layer or channel_scale.
         TypeError: the model can't be copied.
 
-    >>> import dataclasses
-    >>> from torchq import convert, plan_of
+    >>>     >>> from torchq import convert, plan_of
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> plan = plan_of(convert(model))
     >>> plan.layers["2"] = dataclasses.replace(plan.layers["2"], kind="float", reason="my choice")
@@ -69,6 +70,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 owner = plan.tables[name].owner
                 held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
                 swaps[id(model.get_submodule(name))] = make.table(model, name, held_by)
+            swaps |= {id(model.get_submodule(name)): IncludedNorm() for name in plan.norms()}
             model = _copy(model, swaps, make.kept(model))
         _make_curves(model, plan)
         for module in list(model.modules()):
@@ -116,10 +118,11 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
     """Lets layers wait for an activation that is not behind them in an Int8Sequential, in the calls of both's owner."""
     scopes: dict[int, Scope] = {}
     for name, planned in plan.layers.items():
-        layer = model.get_submodule(name) if planned.is_int8 and planned.activation else None
-        if planned.activation is None or not isinstance(layer, QuantizedLinear):
+        layer = model.get_submodule(name) if planned.is_int8 else None
+        last = planned.activation if isinstance(layer, QuantizedLinear) else planned.feeds or planned.activation
+        if last is None or not isinstance(layer, (QuantizedLinear, QuantizedConv)):
             continue
-        owner = model.get_submodule(_owner_of(model, name, planned.activation))
+        owner = model.get_submodule(_owner_of(model, name, last))
         if isinstance(owner, Int8Sequential) and any(
             step.module is layer and step.activation for step in owner._steps()
         ):
@@ -150,6 +153,9 @@ def _swap(model: nn.Module, plan: Plan, make: FromFloat) -> None:
     places, holders = _places(model), _holders(model)
     for path in reversed(_paths(model, plan)):
         quantized = make.module(model, plan, path)
+        norm = plan.layers[path].norm if path in plan.layers else None
+        if norm is not None:
+            _put(model.get_submodule(norm), IncludedNorm(), places, holders)
         _put(model.get_submodule(path), quantized, places, holders)
     for name in plan.int8_tables():  # after their heads, which then are int8
         owner = plan.tables[name].owner

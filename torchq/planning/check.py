@@ -9,6 +9,7 @@ from torchq.errors import BadValueError
 from torchq.modules.activations import activation_named
 from torchq.modules.attention import attention_modules
 from torchq.modules.folding import IDLE
+from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
 from torchq.ops import ATTENTION_SCHEMES, MAX_DEPTH, Activation
@@ -23,8 +24,8 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         if name not in layers:
             raise BadValueError(f"the plan names layer {name!r}, which is no {type_names()} of the model.")
         _check_scheme(plan, name, planned)
-        depth = layers[name].in_features
-        exact = not planned.is_int8 or depth <= MAX_DEPTH
+        depth = layers[name].in_features if planned.is_int8 else 0
+        exact = depth <= MAX_DEPTH
         _require(exact, name, f"has in_features = {depth}; int32 sums are exact up to {MAX_DEPTH}")
         _check_channel_scale(plan, name, planned, layers[name])
         _check_folded(model, modules, name, planned)
@@ -58,6 +59,9 @@ def _is_static(plan: Plan, name: str) -> bool:
 
 
 def _check_folded(model: nn.Module, modules: Mapping[str, nn.Module], name: str, planned: LayerPlan) -> None:
+    if planned.norm is not None:
+        norm = modules.get(planned.norm)
+        _require(is_foldable(norm), name, f"includes {planned.norm!r}, which is no batch norm with fixed statistics")
     for folded in planned.folded:
         module = modules.get(folded)
         idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)
@@ -94,7 +98,8 @@ def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer
         _require(not scaled, name, f"feeds {planned.feeds!r}, which has a channel_scale and so takes no codes")
     if planned.channel_scale is None:
         return
-    count, expected = len(planned.channel_scale), layer.in_features
+    count, expected = len(planned.channel_scale), layer.channels
+    _require(layer.takes_scale, name, "has a channel_scale, which a convolution with groups can't have")
     _require(count == expected, name, f"has a channel_scale of {count} numbers, expected {expected}")
     positive = all(FLT_MIN <= scale <= FLT_MAX for scale in planned.channel_scale)
     _require(positive, name, "has a channel_scale with a number that is not a positive normal float32")

@@ -12,10 +12,11 @@ from torchq.calibration.record import MIN_STATIC_ROWS, Trial
 from torchq.config import QConfig
 from torchq.errors import BadValueError
 from torchq.modules.base import Matrix, Trained
+from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
-from torchq.numerics.qparams import QParams, weight_rows
+from torchq.numerics.qparams import QParams, dequantize, quantize_weight, weight_rows
 from torchq.planning.plan import LayerPlan, Plan
 
 _ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scale of its inputs from another
@@ -93,7 +94,14 @@ def plan_layer(
     range unless asked for.
     """
     per_channel = config.weight == "per_channel"
-    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, channel_scale=channel_scale)
+    measured = measure(
+        layer.matrix,
+        trial.rows,
+        trial.ranges,
+        per_channel=per_channel,
+        channel_scale=channel_scale,
+        patches=layer.patches,
+    )
     observer = max(trial.ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     if config.activation == "auto":
@@ -118,7 +126,12 @@ def _plan_trained(layer: Layer, trained: Trained, trial: Trial | None) -> LayerP
     if trial is not None:
         ranges = {} if qparams is None else {"trained": qparams}
         measured = measure(
-            layer.matrix, trial.rows, ranges, per_channel=trained.per_channel, channel_scale=trained.channel_scale
+            layer.matrix,
+            trial.rows,
+            ranges,
+            per_channel=trained.per_channel,
+            channel_scale=trained.channel_scale,
+            patches=layer.patches,
         )
     scale = None if trained.channel_scale is None else tuple(trained.channel_scale.tolist())
     if qparams is None:
@@ -134,10 +147,12 @@ def measure(
     *,
     per_channel: bool = True,
     channel_scale: Tensor | None = None,
+    patches: Patches | None = None,
 ) -> dict[str, float]:
     """Output SQNR in dB of each scheme, computed with the real integer ops, against the float matrix on `rows` (R, K).
 
-    The layer has this `channel_scale` (K,), for which the ranges were made.
+    The layer has this `channel_scale` (K,), for which the ranges were made. Of a convolution, rows are as `patches`
+    gives them, the scale is one for each channel, and the products are those of the simulated path.
 
     >>> _ = torch.manual_seed(0)
     >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
@@ -145,6 +160,12 @@ def measure(
     ['dynamic', 'minmax']
     """
     sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
+    if patches is not None:
+        exact, weight, bias = _patches_parts(matrix, rows, per_channel, channel_scale, patches)
+        for name in sums:
+            values = patches.quantized(rows, channel_scale, ranges.get(name))
+            sums[name] += energies(exact, patches.multiplied(values, weight, bias))
+        return {name: decibels(both) for name, both in sums.items()}
     for part, exact in _parts(matrix, rows, per_channel):
         packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=channel_scale).packed
         sums["dynamic"] += energies(exact, ops.linear_dynamic(rows, packed))
@@ -155,7 +176,12 @@ def measure(
 
 @torch.no_grad()
 def measure_scales(
-    matrix: Matrix, rows: Tensor, scales: Sequence[Tensor | None], *, per_channel: bool = True
+    matrix: Matrix,
+    rows: Tensor,
+    scales: Sequence[Tensor | None],
+    *,
+    per_channel: bool = True,
+    patches: Patches | None = None,
 ) -> list[float]:
     """Output SQNR in dB under the dynamic scheme with each of these channel scales (K,), as `measure`.
 
@@ -166,6 +192,11 @@ def measure_scales(
     >>> measure_scales(matrix, rows, [None]) == [measure(matrix, rows, {})["dynamic"]]
     True
     """
+    if patches is not None:
+        return [
+            measure(matrix, rows, {}, per_channel=per_channel, channel_scale=scale, patches=patches)["dynamic"]
+            for scale in scales
+        ]
     if per_channel:
         some = slice(None, None, max(1, len(matrix.weight) // _ENOUGH_CHANNELS))
         matrix = Matrix(matrix.weight[some], None if matrix.bias is None else matrix.bias[some])
@@ -175,6 +206,16 @@ def measure_scales(
             packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=scale).packed
             both += energies(exact, ops.linear_dynamic(rows, packed))
     return [decibels(both) for both in sums]
+
+
+def _patches_parts(
+    matrix: Matrix, rows: Tensor, per_channel: bool, channel_scale: Tensor | None, patches: Patches
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a convolution gives for rows of patches, and its int8 weight and bias as floats."""
+    weight, bias = matrix.weight.float(), None if matrix.bias is None else matrix.bias.float()
+    exact = patches.multiplied(patches.values(rows), weight, bias)
+    codes, scale = quantize_weight(weight, per_channel=per_channel, channel_scale=patches.tiled(channel_scale))
+    return exact, dequantize(codes, scale.contiguous(), axis=0), bias
 
 
 def _parts(matrix: Matrix, rows: Tensor, per_channel: bool) -> Iterator[tuple[Matrix, Tensor]]:

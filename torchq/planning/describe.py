@@ -27,10 +27,15 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         if not layer.is_int8 or record is None or not record.has_data:
             continue
         scale, both = layer.scale_vector, torch.zeros(2, dtype=torch.float64, device="cpu")
-        rows = record.sample.rows if scale is None else record.sample.rows * scale
-        pairs = _weights(evidence.layers[name].weight.detach(), layer, scale)
+        rows = record.scaled(record.sample.rows, scale)
+        patches = record.patches
+        pairs = _weights(
+            evidence.layers[name].weight.detach(), layer, scale if patches is None else patches.tiled(scale)
+        )
         error = decibels(sum((energies(*pair) for pair in pairs), both))
-        stats = layer_stats(error, rows, layer.input_qparams, max(1, round(record.sample.rows_seen / record.calls)))
+        count = max(1, round(record.sample.rows_seen / record.calls))
+        dynamic = None if patches is None else patches.sample_qparams(record.sample.rows, scale)
+        stats = layer_stats(error, rows, layer.input_qparams, count, dynamic)
         layers[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=layers)
 
@@ -48,15 +53,25 @@ def _weights(weight: Tensor, layer: LayerPlan, channel_scale: Tensor | None) -> 
 
 
 @torch.no_grad()
-def layer_stats(weight_db: float, sample: Tensor, qparams: QParams | None, rows: int) -> LayerStats:
+def layer_stats(
+    weight_db: float,
+    sample: Tensor,
+    qparams: QParams | None,
+    rows: int,
+    row_qparams: tuple[Tensor, Tensor] | None = None,
+) -> LayerStats:
     """The stats of a layer, from sample rows (R, K) of its input in float32 and its static range, or None.
+
+    `row_qparams`: scale and zero point of each row (R,), if they are others than those that cover the row.
 
     >>> _ = torch.manual_seed(0)
     >>> stats = layer_stats(44.0, torch.randn(32, 64), None, rows=8)
     >>> stats.input_db > 40, stats.clipped, stats.rows
     (True, 0.0, 8)
     """
-    if qparams is None:
+    if qparams is None and row_qparams is not None:
+        restored, below, above = fake_quantize(sample, *row_qparams, axis=0, dtype=torch.uint8), 0, 0
+    elif qparams is None:
         codes, scale, zero_point = ops.quantize_per_token(sample)
         restored, below, above = (codes.int() - zero_point).float() * scale, 0, 0
     else:

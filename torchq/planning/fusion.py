@@ -5,6 +5,7 @@ import dataclasses
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
+from torchq.calibration.readers import ADDITION
 from torchq.modules.activations import activation_named
 from torchq.modules.folding import followers
 from torchq.ops import Activation
@@ -21,11 +22,17 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     """
     if not evidence.config.fuse:
         return plan
-    plans = dict(plan.layers)
+    plans = {
+        name: dataclasses.replace(planned, norm=evidence.norms.get(name)) if planned.is_int8 else planned
+        for name, planned in plan.layers.items()
+    }
+    for name, chain in evidence.chains.items():
+        if name in plans and plans[name].is_int8:
+            plans[name] = _of_chain(name, list(chain), plans, evidence)
     names = {id(layer.module): name for name, layer in evidence.layers.items() if not layer.part}
     for path, sequential in evidence.model.named_modules():
         if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
-            _fuse_children(path, sequential, names, plans)
+            _fuse_children(path, sequential, names, plans, evidence)
     for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
@@ -40,7 +47,32 @@ def _feed_forwards(model: nn.Module) -> dict[str, str]:
     return {layer: name for layer, name in pairs.items() if activation_named(model, name) != Activation.NONE}
 
 
-def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], plans: dict[str, LayerPlan]) -> None:
+def _of_chain(name: str, chain: list[str], plans: dict[str, LayerPlan], evidence: Evidence) -> LayerPlan:
+    """The plan of a convolution with what follows it as its only reader: a norm, a sum, an activation, another one."""
+    planned = plans[name]
+    if chain and chain[0] == planned.norm:
+        del chain[0]
+    adds = chain[:1] == [ADDITION]
+    del chain[: int(adds)]
+    activation = None
+    if chain and activation_named(evidence.model, chain[0]) != Activation.NONE:
+        activation = chain.pop(0)
+    feeds = chain[0] if chain and not adds and _takes_codes(chain[0], plans, evidence) else None
+    feeds = feeds if planned.kind == "int8 static" else None
+    return dataclasses.replace(planned, adds=adds, activation=activation, feeds=feeds)
+
+
+def _takes_codes(name: str, plans: dict[str, LayerPlan], evidence: Evidence) -> bool:
+    """Whether this layer may be handed codes by a convolution."""
+    if name not in plans or plans[name].kind != "int8 static" or plans[name].channel_scale is not None:
+        return False
+    layer = evidence.layers[name]
+    return layer.kind.absorbs and layer.kind.takes_codes(layer.module)
+
+
+def _fuse_children(
+    path: str, sequential: nn.Sequential, names: dict[int, str], plans: dict[str, LayerPlan], evidence: Evidence
+) -> None:
     def is_int8(module: nn.Module) -> bool:
         name = names.get(id(module))
         return name is not None and plans[name].is_int8
@@ -48,9 +80,12 @@ def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], 
     keys = [f"{path}.{key}" if path else key for key in sequential._modules]
     children = [None if child is None or has_hooks(child) else child for child in sequential._modules.values()]
     for i, layer in enumerate(children):
-        if layer is None or not is_int8(layer):
+        if layer is None or not is_int8(layer) or names[id(layer)] in evidence.chains:
             continue
         name, behind = names[id(layer)], children[i + 1 :]
+        absorbs = evidence.layers[name].kind.absorbs
+        if plans[name].norm is not None:
+            behind = [nn.Identity() if keys[i + 1 + j] == plans[name].norm else b for j, b in enumerate(behind)]
         planned, found = plans[name], followers(behind, is_int8)
         if planned.activation or planned.feeds:  # the layer has another place, which was first
             continue
@@ -61,7 +96,10 @@ def _fuse_children(path: str, sequential: nn.Sequential, names: dict[int, str], 
             activation = keys[i + 1 + found.activation]
         if found.reader is not None:
             reader = names[id(behind[found.reader])]
-            if planned.kind == plans[reader].kind == "int8 static" and plans[reader].channel_scale is None:
+            static = planned.kind == plans[reader].kind == "int8 static" and plans[reader].channel_scale is None
+            alike = absorbs == evidence.layers[reader].kind.absorbs
+            if static and alike and (not absorbs or _takes_codes(reader, plans, evidence)):
                 feeds = reader
-                skipped = tuple(key for key in keys[i + 1 : i + 1 + found.reader] if key != activation)
+                between = keys[i + 1 : i + 1 + found.reader]
+                skipped = tuple(key for key in between if key not in (activation, planned.norm))
         plans[name] = dataclasses.replace(planned, activation=activation, skipped=skipped, feeds=feeds)

@@ -62,9 +62,7 @@ def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: 
     embeddings = find_tables(model, layers)
     if not layers and (not embeddings or config.embeddings is False):
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        raise BadValueError(
-            f"the model has no {type_names()} to convert. Its modules are: {kinds}. Convolutions are not supported."
-        )
+        raise BadValueError(f"the model has no {type_names()} to convert. Its modules are: {kinds}.")
     hits = excluded([*layers, *embeddings], config.exclude)
     barred = {name: f"excluded by {pattern!r}" for name, pattern in hits.items()}
     for name, layer in layers.items():
@@ -136,7 +134,7 @@ def too_small(layer: Layer) -> str | None:
     1 to 15 outputs of 32 to 2048 inputs, 1 and 32 rows).
     """
     before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
-    after = ops.packed_bytes(layer.out_features, layer.in_features)
+    after = layer.packed_bytes
     if after < before:
         return None
     n = layer.out_features
@@ -211,7 +209,7 @@ def _check_layer(layer: Layer) -> None:
             f"layer {layer.name!r} is on device {layer.weight.device}, expected cpu. Move the model there with "
             "model.cpu(), or, if its weights are not loaded yet (meta), load them first."
         )
-    if not _is_lazy(layer.module) and layer.in_features > ops.MAX_DEPTH:
+    if not _is_lazy(layer.module) and layer.patches is None and layer.in_features > ops.MAX_DEPTH:
         raise BadValueError(
             f"layer {layer.name!r} has in_features = {layer.in_features}; int32 sums are exact up to "
             f"{ops.MAX_DEPTH}. Leave it in float with QConfig(exclude=({layer.name!r},))."

@@ -1,5 +1,6 @@
 """What the int8 modules of a plan are made of: the float model's weights; or nothing yet, for a file to fill them."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ from torchq.modules.activations import activation_named
 from torchq.modules.embedding import QuantizedTable
 from torchq.modules.folding import Fold
 from torchq.modules.packed_weights import PackedWeights
-from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer, layers_of
 from torchq.ops import Activation
 from torchq.planning.plan import LayerPlan, Plan
@@ -34,11 +34,10 @@ class FromFloat:
             parts[layer.part] = self.layer(model, plan, layer) if int8 else self.float_part(layer)
         return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
 
-    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
-        """The QuantizedLinear that `plan` makes of this layer."""
+    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
+        """The int8 layer that `plan` makes of this one."""
         planned = plan.layers[layer.name]
-        quantized = QuantizedLinear.from_float(
-            layer.matrix,
+        quantized = with_norm(model, planned, layer).quantized(
             per_channel=planned.per_channel,
             input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
             fold=fold_of(model, planned),
@@ -75,18 +74,19 @@ class Empty(FromFloat):
     def check(self, plan: Plan) -> None:
         """Rounded weights come with all the others."""
 
-    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> QuantizedLinear:
-        """A QuantizedLinear with the tensors that `plan` gives it; bias correction gives each layer a bias."""
-        planned, (n, k) = plan.layers[layer.name], (layer.out_features, layer.in_features)
+    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
+        """An int8 layer with the tensors that `plan` gives it; bias correction and a norm give each layer a bias."""
+        planned, n = plan.layers[layer.name], layer.out_features
         had_bias = layer.matrix.bias is not None
-        empty = QuantizedLinear(
-            _nothing(n, k, dtype=torch.int8),
+        given = had_bias or planned.rounding == "gptq" or planned.norm is not None
+        empty = layer.with_codes(
+            _nothing(n, layer.in_features, dtype=torch.int8),
             _nothing(n),
-            _nothing(n) if had_bias or planned.rounding == "gptq" else None,
+            _nothing(n) if given else None,
             input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
             fold=fold_of(model, planned),
             dtype=layer.dtype,
-            channel_scale=None if planned.channel_scale is None else _nothing(k),
+            channel_scale=None if planned.channel_scale is None else _nothing(layer.channels),
         )
         empty.had_bias = had_bias
         return empty
@@ -115,7 +115,12 @@ def empty_linear(layer: Layer) -> nn.Linear:
 def fold_of(model: nn.Module, planned: LayerPlan) -> Fold:
     """What the plan lets this layer be fused with."""
     activation = activation_named(model, planned.activation) if planned.activation else Activation.NONE
-    return Fold(activation, codes=planned.feeds is not None)
+    return Fold(activation, codes=planned.feeds is not None, adds=planned.adds)
+
+
+def with_norm(model: nn.Module, planned: LayerPlan, layer: Layer) -> Layer:
+    """The layer together with the norm that its weight is to include, if any."""
+    return layer if planned.norm is None else dataclasses.replace(layer, norm=model.get_submodule(planned.norm))
 
 
 def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

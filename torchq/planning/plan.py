@@ -95,7 +95,9 @@ class LayerPlan:
         observer: the name of the observer that gave the static range.
         sqnr_db: output SQNR of each candidate, measured on the layer's input sample, in dB. "gptq" is the chosen scheme
             with weights rounded by GPTQ, measured on the held-out rows.
+        norm: the name of the norm behind it that its weight and bias include.
         activation: the name of the activation's module, computed in this layer's epilogue.
+        adds: whether a sum with another tensor lies before the activation, and is computed with it.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
@@ -116,7 +118,9 @@ class LayerPlan:
     input_qparams: QParams | None = None
     observer: str | None = None
     sqnr_db: dict[str, float] = field(default_factory=dict)
+    norm: str | None = None
     activation: str | None = None
+    adds: bool = False
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
@@ -285,6 +289,10 @@ class Plan:
     def int8_layers(self) -> list[str]:
         """The names of the layers in int8."""
         return [name for name, layer in self.layers.items() if layer.is_int8]
+
+    def norms(self) -> list[str]:
+        """The names of the norms that int8 layers include."""
+        return [layer.norm for layer in self.layers.values() if layer.is_int8 and layer.norm is not None]
 
     def int8_tables(self) -> list[str]:
         """The names of the embeddings in int8, an owner before the tables that are its own."""

@@ -11,8 +11,8 @@ from torchq import ops
 from torchq.calibration.calibrate import MIN_ROWS, Evidence
 from torchq.calibration.record import GRAM_SHARE, MAX_GRAM_DEPTH, Record
 from torchq.errors import BadValueError, door
-from torchq.modules.base import Matrix
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.registry import Layer
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import dequantize, quantize_weight
 from torchq.planning.gptq import gptq, mean_error
@@ -74,7 +74,7 @@ def _rounded(name: str, layer: LayerPlan, evidence: Evidence, tied: set[str]) ->
     why_not = "its rows are an embedding's too" if name in tied else _why_not(record)
     if why_not is not None:
         return dataclasses.replace(layer, no_gptq=why_not)
-    rounded, before, after = _round_layer(evidence.layers[name].matrix, layer, record)
+    rounded, before, after = _round_layer(evidence.layers[name], layer, record)
     layer = dataclasses.replace(layer, gptq_db=(before, after))
     if evidence.config.rounding == "auto" and not after >= before + MIN_GAIN_DB:
         return layer
@@ -102,18 +102,16 @@ def plan_of(qmodel: nn.Module) -> Plan:
     layers = dict(plan.layers)
     for name, layer in plan.layers.items():
         quantized = qmodel.get_submodule(name) if layer.rounding == "gptq" else None
-        if isinstance(quantized, QuantizedLinear):
+        if isinstance(quantized, PackedWeights):
             layers[name] = dataclasses.replace(layer, weights=_weights_of(quantized))
     return dataclasses.replace(plan, layers=layers)
 
 
-def _weights_of(quantized: QuantizedLinear) -> Rounded:
-    weight, scale, bias, channel_scale = ops.unpack(quantized.packed)
-    bias = torch.zeros(len(scale), dtype=torch.float32, device="cpu") if bias is None else bias
-    return Rounded(weight, scale, bias, channel_scale)
+def _weights_of(quantized: PackedWeights) -> Rounded:
+    return Rounded(*quantized.rows())
 
 
-def take_rounded(name: str, quantized: QuantizedLinear, rounded: Rounded | None) -> None:
+def take_rounded(name: str, quantized: PackedWeights, rounded: Rounded | None) -> None:
     """Replaces a layer's nearest-rounded weights by those of its plan.
 
     If the plan holds none, the layer keeps its weights and gets a bias of zeros if it had no bias. GPTQ's bias
@@ -163,8 +161,10 @@ def warn_of_missing(plan: Plan) -> None:
 
 def _why_not(record: Record) -> str | None:
     """Why GPTQ is not tried: it would cost too much, or there is too little data for H. None if it is."""
-    depth, judge = record.sample.rows.shape[1], _judge(record)
+    depth, judge = record.values(record.sample.rows).shape[1], _judge(record)
     rows = record.sample.rows_seen - (record.held_rows or int(judge.sum()))
+    if record.patches is not None and record.patches.geometry.groups > 1:
+        return "a convolution with groups, which gptq is not written for"
     if record.gram is None:
         rounding = record.config.rounding
         if depth > MAX_GRAM_DEPTH[rounding]:
@@ -193,39 +193,44 @@ def _judge(record: Record) -> Tensor:
 
 def _held_out_of_gram(record: Record) -> Tensor:
     """The held-out rows that are part of XᵀX, (R, K)."""
-    if record.held_rows:
-        return record.sample.rows[:0]
-    return record.sample.rows[_judge(record) & (record.sample.positions < record.gram_rows)]
+    rows = record.values(record.sample.rows)
+    return rows[:0] if record.held_rows else rows[_judge(record) & (record.sample.positions < record.gram_rows)]
 
 
 @torch.no_grad()
-def _round_layer(matrix: Matrix, plan: LayerPlan, record: Record) -> tuple[Rounded, float, float]:
+def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded, float, float]:
     """The matrix rounded by GPTQ, and the output SQNR on held-out rows: rounded to nearest, and by GPTQ."""
-    rows, counted = record.sample.rows, _held_out_of_gram(record)
+    matrix, patches, counted = layer.matrix, layer.patches, _held_out_of_gram(record)
     gram, channel_scale = record.products(), plan.scale_vector
     gram.addmm_(counted.T, counted, alpha=-1)
-    judge = _judge(record)
+    judge, rows = _judge(record), record.sample.rows
     held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
-    nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=channel_scale)
+    tiled = channel_scale if patches is None else patches.tiled(channel_scale)
+    nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=tiled)
     scale = scale.contiguous()
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
 
     def run(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+        if patches is not None:
+            qparams = plan.input_qparams if plan.kind == "int8 static" else None
+            return patches.multiplied(
+                patches.quantized(x, channel_scale, qparams), dequantize(codes, scale, axis=0), bias
+            )
         packed = ops.pack(codes, scale, bias, channel_scale)
         if plan.kind == "int8 static" and plan.input_qparams is not None:
             return ops.linear_static(x, packed, *plan.input_qparams, torch.float32)
         return ops.linear_dynamic(x, packed)
 
-    exact = nn.functional.linear(held_out, weight, bias)
+    exact = nn.functional.linear(record.values(held_out), weight, bias)
     before = sqnr_db(exact, run(held_out, nearest, bias))
-    if channel_scale is None:
+    if tiled is None:
         codes = gptq(weight, scale, gram)
     else:
-        gram = gram.mul_(channel_scale).mul_(channel_scale.unsqueeze(1))
-        codes = gptq(weight / channel_scale, scale, gram)
+        gram = gram.mul_(tiled).mul_(tiled.unsqueeze(1))
+        codes = gptq(weight / tiled, scale, gram)
     corrected = bias + mean_error(
-        nn.functional.linear(correction_rows, weight, bias), run(correction_rows, codes, bias)
+        nn.functional.linear(record.values(correction_rows), weight, bias), run(correction_rows, codes, bias)
     )
     after = run(held_out, codes, corrected)
     return Rounded(codes, scale, corrected, channel_scale), before, sqnr_db(exact, after)

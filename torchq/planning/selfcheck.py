@@ -179,6 +179,8 @@ class SelfCheck:
                         if layer.is_int8
                         else layer,
                         activation=layer.activation,
+                        norm=layer.norm,
+                        adds=layer.adds,
                     )
                     for name, layer in plan.layers.items()
                 },

@@ -45,7 +45,7 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
         layer = evidence.layers.get(name)
         if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
             continue
-        if not _would_not_shrink(layer):
+        if layer.takes_scale and not _would_not_shrink(layer):
             layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config)
     return dataclasses.replace(plan, layers=layers)
 
@@ -54,7 +54,7 @@ def _would_not_shrink(layer: Layer) -> bool:
     """Whether the layer takes less memory than in float, and would not with a scale: it has few outputs."""
     n, k = layer.out_features, layer.in_features
     before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
-    return ops.packed_bytes(n, k) < before <= ops.packed_bytes(n, k, channel_scale=True)
+    return layer.packed_bytes < before <= ops.packed_bytes(n, k, channel_scale=True)
 
 
 def channel_scale(x_peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -103,7 +103,7 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig)
     after = options[alpha]
     if not all(_is_better(new, old, config.margin_db) for new in after for old in before):
         return planned
-    scale, ranges = channel_scale(record.whole.peak, layer.weight, alpha), None
+    scale, ranges = channel_scale(record.whole.peak, layer.channel_rows, alpha), None
     if after[0].observer is not None:  # a range from all data, where the trial may have used a part of the sample
         ranges = record.trial(scale).ranges[after[0].observer]
     return dataclasses.replace(
@@ -117,9 +117,11 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig)
 
 def _promising(layer: Layer, trial: Trial, config: QConfig) -> dict[float, Tensor]:
     """The alphas worth a closer look, with their scales: none if the best gains too little with a range per row."""
-    scales = {alpha: channel_scale(trial.peak, layer.weight, alpha) for alpha in ALPHAS}
+    scales = {alpha: channel_scale(trial.peak, layer.channel_rows, alpha) for alpha in ALPHAS}
     tried, per_channel = [None, *scales.values()], config.weight == "per_channel"
-    unscaled_db, *scaled_db = measure_scales(layer.matrix, trial.rows, tried, per_channel=per_channel)
+    unscaled_db, *scaled_db = measure_scales(
+        layer.matrix, trial.rows, tried, per_channel=per_channel, patches=layer.patches
+    )
     alpha, top_db = max(zip(scales, scaled_db, strict=True), key=lambda each: each[1])
     if not top_db > unscaled_db + MIN_GAIN_DB:
         return {}

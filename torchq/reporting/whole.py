@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from torchq.modules.base import own_tensors
 from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import type_of
 from torchq.planning.plan import Plan
@@ -16,8 +17,8 @@ from torchq.text import to_json
 _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 
 _ADVICE: dict[type, str] = {
-    nn.modules.conv._ConvNd: "convolutions stay in float; one whose kernel is 1, or as wide as its stride, is an "
-    "nn.Linear over rearranged input, which becomes int8",
+    nn.modules.conv._ConvNd: "transposed convolutions stay in float; one whose kernel is as wide as its stride is an "
+    "nn.Linear and a rearranged output, which becomes int8",
     nn.Bilinear: "as an nn.Linear(in2_features, in1_features * out_features), and a sum over products of its output "
     "with the first input, it becomes int8",
     parametrize.ParametrizationList: "a weight is computed of them, for a module that stays in float",
@@ -89,7 +90,8 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
     for module, tensor in own_tensors(qmodel):
         after += tensor.nbytes
         if isinstance(module, PackedWeights):
-            int8 += module.out_features * module.in_features if isinstance(module, QuantizedLinear) else 0
+            multiplies = isinstance(module, (QuantizedLinear, QuantizedConv))
+            int8 += module.out_features * module.in_features if multiplies else 0
             grown += module.int8_bytes - module.float_bytes if tensor is module._buffers["packed"] else 0
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")

@@ -1,0 +1,72 @@
+"""Convolutions as torch has them: the geometry of a float module, its padding, and memory formats."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchq.ops.convolution import Geometry
+
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def geometry_of(conv: Any) -> Geometry:
+    """What the op must know of a float convolution. Padding of another mode than zeros is added before (`padded`)."""
+    if conv.padding_mode != "zeros" or conv.padding == "valid":
+        padding = [(0, 0)] * len(conv.kernel_size)
+    elif conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        padding = [(total // 2, total - total // 2) for total in totals]
+    else:
+        padding = [(each, each) for each in conv.padding]
+    channels = conv.in_channels, conv.out_channels
+    return Geometry(*channels, conv.kernel_size, conv.stride, tuple(padding), conv.dilation, conv.groups)
+
+
+def padded(x: Tensor, conv: Any) -> Tensor:
+    """X with the padding of a convolution whose mode is another than zeros."""
+    if conv.padding_mode == "zeros":
+        return x
+    return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+
+
+def is_pointwise(conv: Any) -> bool:
+    """Whether each place of the output is a linear function of one place of the input, the same place."""
+    ones = all(each == 1 for each in (*conv.kernel_size, *conv.stride))
+    return ones and conv.groups == 1 and not any(map(any, geometry_of(conv).padding))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch takes it for channels last: as its own operations tell it by the strides.
+
+    >>> x = torch.zeros(2, 3, 4, 5)
+    >>> is_channels_last(x), is_channels_last(x.contiguous(memory_format=torch.channels_last))
+    (False, True)
+    """
+    if x.dim() not in (4, 5):
+        return False
+    sizes, strides, least = x.shape, x.stride(), 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        if strides[1] == 0 or sizes[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(1, sizes[axis])
+    return True
+
+
+def in_format(y: Tensor, last: bool) -> Tensor:
+    """The output in the memory format that is asked for."""
+    return y.contiguous(memory_format=format_of(y.dim(), last))
+
+
+def format_of(dimensions: int, last: bool) -> torch.memory_format:
+    """Contiguous, or channels last of 4 or 5 dimensions."""
+    return _CHANNELS_LAST[dimensions - 2] if last else torch.contiguous_format
+
+
+def as_rows(weight: Tensor) -> Tensor:
+    """A weight (out, in / groups, *kernel) as rows (out, K) in the order of a patch: taps, then channels.
+
+    >>> as_rows(torch.tensor([[[1, 2], [3, 4]]]))
+    tensor([[1, 3, 2, 4]])
+    """
+    return weight.movedim(1, -1).reshape(len(weight), -1)

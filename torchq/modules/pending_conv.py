@@ -1,0 +1,181 @@
+"""PendingConv: the output of an int8 convolution that waits for what follows it, wherever that is in the model.
+
+    conv ─► norm, which the weight includes ─► (+ residual) ─► activation ─► conv, which takes u8 codes
+
+In a block of a network these are called by name, and nothing tells a convolution what will be done with its output.
+Where calibration has seen it, the convolution returns a tensor without memory. Operations that its plan names (`Fold`)
+become a part of it. An activation that nothing but a convolution reads does not run before that one asks for codes.
+Whatever else reads the tensor gets its values, which are then computed. So no control flow gives a wrong value.
+
+As a `Pending`, it lives no longer than the call of the innermost module that holds all of them. It refers to its input
+and to the other summand; where somebody has written to one of them before it was computed, it raises an error.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from torchq.modules.pending import Deferred
+from torchq.numerics.qparams import QParams
+from torchq.ops import Activation
+
+MIN_VALUES = 1 << 12
+"""A convolution waits if it gives at least so many values: what follows costs no more than waiting on fewer."""
+
+_aten = torch.ops.aten
+
+
+class Unwritten(NamedTuple):
+    """A tensor, and its version when it was taken."""
+
+    tensor: Tensor
+    version: int
+
+    @staticmethod
+    def now(tensor: Tensor) -> "Unwritten":
+        """The tensor as it is."""
+        return Unwritten(tensor, tensor._version)
+
+    def is_unwritten(self) -> bool:
+        """Whether it is as it was."""
+        return self.tensor._version == self.version
+
+    def values(self) -> Tensor:
+        """The tensor, if it is as it was."""
+        if not self.is_unwritten():
+            raise RuntimeError(
+                "torchq: a convolution waited for its activation, and its input or the other summand was written "
+                "before it came. Calibration saw no such write. Convert with QConfig(fuse=False)."
+            )
+        return self.tensor
+
+
+class PendingConv(Deferred):
+    """`act(conv(x) + residual)`, computed when it is read."""
+
+    @staticmethod
+    def __new__(cls, layer: Any, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+        """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=x.device, storage_size=0
+        )
+
+    def __init__(self, layer: Any, x: Tensor, shape: Any, strides: Any, dtype: Any) -> None:
+        self.layer, self._x = layer, Unwritten.now(x)
+        self._activation: int = Activation.NONE
+        self._residual: Unwritten | None = None
+        self._value: Tensor | None = None
+
+    def make(self) -> Tensor:
+        """The values. Every call gives the same tensor, so a write into it is seen by all later readers."""
+        if self._value is None:
+            self._value = self._run(None)
+            del self._x, self._residual
+        return self._value
+
+    def end(self) -> None:
+        """That call ends, or fails. If something was written to what it needs, only who reads it gets the error."""
+        if self._value is None and self._x.is_unwritten() and (self._residual is None or self._residual.is_unwritten()):
+            self.make()
+
+    def codes(self, qparams: QParams) -> Tensor | None:
+        """u8 codes (N, *spatial, C) of the values; None if they are there as floats."""
+        return None if self._value is not None or self._residual is not None else self._run(qparams)
+
+    def _run(self, y_qparams: QParams | None) -> Tensor:
+        residual = None if self._residual is None else self._residual.values()
+        y: Tensor = self.layer.computed(self, self._x.values(), self._activation, residual, y_qparams)
+        return y
+
+    def _copy(self) -> "PendingConv":
+        other = PendingConv(self.layer, self._x.values(), tuple(self.shape), self.stride(), self.dtype)
+        other._activation, other._residual = self._activation, self._residual
+        return other.held()
+
+    def held(self) -> "PendingConv":
+        """Itself, to be made at the end of the call that it belongs to."""
+        self.layer.scope.deferred().append(weakref.ref(self))
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Makes the operation a part of it, if the layer's plan names it; any other operation gets the values."""
+        first = next((arg for arg in args[:2] if isinstance(arg, PendingConv) and arg._value is None), None)
+        if first is not None:
+            taken = first._sum(func, args, kwargs or {})
+            taken = first._activated(func, args, kwargs or {}) if taken is None else taken
+            if taken is not None:
+                return taken
+        args, kwargs = tree_map_only(PendingConv, lambda pending: pending.make(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _sum(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The sum with another tensor, as one pending; None if this is no such operation."""
+        fold = self.layer.fold
+        if func not in (_aten.add.Tensor, _aten.add_.Tensor) or kwargs or len(args) != 2:
+            return None
+        if not fold.adds or self._residual is not None or self._activation != Activation.NONE:
+            return None
+        if func is _aten.add_.Tensor and args[0] is not self:
+            return None
+        other = args[1] if args[0] is self else args[0]
+        if other is self or not isinstance(other, Tensor) or (other.shape, other.dtype) != (self.shape, self.dtype):
+            return None
+        other = other.make() if isinstance(other, PendingConv) else other
+        if type(other) is not Tensor or other.is_inference():
+            return None
+        result = self if func is _aten.add_.Tensor else self._copy()
+        result._residual = Unwritten.now(other)
+        return result._settled(in_place=result is self)
+
+    def _activated(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The activation of it; None if this is not the one that the plan names."""
+        fold = self.layer.fold
+        found = _activation_of(func, args, kwargs)
+        expected = fold.adds == (self._residual is not None) and self._activation == Activation.NONE
+        if found is None or found.kind != fold.activation or found.kind == Activation.NONE or not expected:
+            return None
+        if args[0] is not self:
+            return None
+        result: PendingConv = self if found.in_place else self._copy()
+        result._activation = found.kind
+        return result._settled(in_place=found.in_place)
+
+    def _settled(self, *, in_place: bool) -> Tensor:
+        """Itself, if more is to come; else its values, so that it need not refer to other tensors any longer."""
+        fold = self.layer.fold
+        if fold.activation != self._activation or (fold.codes and self._residual is None):
+            return self
+        y = self.make()
+        return self if in_place else y
+
+
+class _Found(NamedTuple):
+    """An activation, and whether it writes over its input."""
+
+    kind: int
+    in_place: bool = False
+
+
+_ACTIVATIONS = {
+    _aten.relu.default: _Found(Activation.RELU),
+    _aten.relu_.default: _Found(Activation.RELU, True),
+    _aten.silu.default: _Found(Activation.SILU),
+    _aten.silu_.default: _Found(Activation.SILU, True),
+    _aten.hardswish.default: _Found(Activation.HARDSWISH),
+    _aten.hardswish_.default: _Found(Activation.HARDSWISH, True),
+}
+
+
+def _activation_of(func: Any, args: Any, kwargs: Any) -> _Found | None:
+    """The activation that an operation computes, if it is one."""
+    if func is torch.ops.torchq.activate.default:
+        return _Found(int(args[1]))
+    if func is _aten.gelu.default:
+        return _Found(Activation.GELU_TANH if kwargs.get("approximate") == "tanh" else Activation.GELU)
+    if func in (_aten.hardtanh.default, _aten.hardtanh_.default) and tuple(args[1:]) == (0.0, 6.0) and not kwargs:
+        return _Found(Activation.RELU6, func is _aten.hardtanh_.default)
+    return _ACTIVATIONS.get(func)

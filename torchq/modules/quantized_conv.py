@@ -1,0 +1,342 @@
+"""QuantizedConv1d, QuantizedConv2d, QuantizedConv3d: nn.Conv1d, nn.Conv2d and nn.Conv3d in int8."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.modules.module import _has_any_global_hook
+
+from torchq import _C, kernels, ops
+from torchq.modules import gradients, simulation
+from torchq.modules.activations import FUNCTIONS
+from torchq.modules.convolving import as_rows, format_of, geometry_of, in_format, is_channels_last, is_pointwise, padded
+from torchq.modules.float_view import FloatView
+from torchq.modules.folding import NOTHING, Fold
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.pending import Scope
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv
+from torchq.modules.quantized_linear import autocast_dtype
+from torchq.modules.refusals import explained, not_codes, refuse_layout
+from torchq.modules.tracing import Leaf
+from torchq.numerics.qparams import (
+    QParams,
+    dequantize,
+    fake_quantize,
+    float32_qparams,
+    qparams_from_range,
+)
+from torchq.ops import Activation, activate, linear_dynamic
+from torchq.ops.convolution import Geometry, pack, unpack
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_convolution = torch.ops.torchq.convolution.default
+_CONVOLVE = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
+
+
+class QuantizedConv(PackedWeights, Leaf):
+    """`y = conv(dequantize(codes(x · c)), w) + bias`: int8 weights, u8 activations, exact int32 sums.
+
+    Takes (N, in_channels, *spatial), or without N, in float32, bfloat16 or float16, and returns what the float module
+    does: the same shape, dtype (or autocast's) and memory format. Without `input_qparams` each sample has a scale and
+    zero point of its own; a convolution of single places (kernel 1, stride 1) has a pair for each place, as a linear
+    layer has for each row. c is the `channel_scale`: 1 without one, and else the weight is the float layer's by c.
+
+    Args:
+        weight_int8: int8 (out_channels, in_channels / groups, *kernel).
+        weight_scale: float32 (out_channels,).
+        bias: float32 (out_channels,), or None.
+        like: an nn.Conv1d, nn.Conv2d or nn.Conv3d, for its geometry, padding mode and memory format.
+        input_qparams: static scale and zero point of the input. None is dynamic.
+        fold: what may be computed together with this layer.
+        dtype: of `weight` and `bias`, as other code reads them.
+        channel_scale: float32 (in_channels,), positive; only without groups.
+        includes: the name of the norm behind it whose part is in the weight and the bias, or None.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    geometry: Geometry
+    dimensions: ClassVar[int]
+    scope: Scope | None = None  # in whose calls the output may wait for what follows
+
+    def __init__(
+        self,
+        weight_int8: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        like: nn.Module,
+        input_qparams: QParams | None = None,
+        fold: Fold = NOTHING,
+        dtype: torch.dtype = torch.float32,
+        channel_scale: Tensor | None = None,
+        includes: str | None = None,
+    ) -> None:
+        super().__init__()
+        conv = cast(Any, like)
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, conv.padding_mode
+        self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+        self.geometry = geometry_of(conv)
+        self._numbers = self.geometry.numbers()
+        self.out_features, self.in_features = weight_int8.shape[0], weight_int8[0].numel()
+        self.has_bias = self.had_bias = bias is not None
+        self.input_qparams = float32_qparams(input_qparams)
+        self.fold, self.dtype, self.includes = fold, dtype, includes
+        self._weight_last = is_channels_last(conv.weight)
+        self.pointwise = is_pointwise(conv)
+        self._set_packed(self._pack(weight_int8, weight_scale, bias, channel_scale))
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether codes could be handed to it: it is static, pads with zeros and has no channel_scale."""
+        return (
+            self.input_qparams is not None and self.padding_mode == "zeros" and not self._scales_channels(self.packed)
+        )
+
+    @property
+    def float_bytes(self) -> int:
+        """The bytes of weight and bias in `dtype`, as the float layer had them."""
+        return self.out_features * (self.in_features + self.had_bias) * self.dtype.itemsize
+
+    @property
+    def int8_bytes(self) -> int:
+        """The bytes of the packed weight: codes, scales, bias and padding."""
+        return int(self.packed.numel())
+
+    # ---- What PackedWeights asks for ---------------------------------------------------------------------------------
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.geometry.kernel
+
+    @property
+    def _channels(self) -> int:
+        return self.in_channels
+
+    def _pack(self, weight_int8: Tensor, scale: Tensor, bias: Tensor | None, channel_scale: Tensor | None) -> Tensor:
+        return pack(weight_int8, scale, bias, channel_scale, self.groups)
+
+    def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight, scale, bias, channel_scale = unpack(self.packed if packed is None else packed, self.geometry)
+        bias = torch.zeros_like(scale) if bias is None else bias
+        return weight, scale, bias, scale[:0] if channel_scale is None else channel_scale
+
+    def _scales_channels(self, packed: Tensor) -> bool:
+        group, n = packed[0] if self.groups > 1 else packed, self.out_channels // self.groups
+        return int(group.numel()) >= ops.packed_bytes(n, self.geometry.depth, channel_scale=True)
+
+    def _float_weight(self, packed: Tensor) -> Tensor:
+        weight, scale, _, channel_scale = self._unpacked(packed)
+        values = dequantize(weight, scale, axis=0)
+        return values * _along(channel_scale, self.dimensions) if channel_scale.numel() else values
+
+    def _weight_view(self, packed: Tensor) -> FloatView:
+        like = torch.empty(self._weight_shape, dtype=self.dtype, device="meta")
+        return FloatView(lambda: self._float_weight(packed).to(self.dtype), like, packed.device)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Codes (N, K) in the order of a patch, scales (N,), bias (N,), and the channel_scale (C,) or None."""
+        weight, *others = super().rows()
+        return as_rows(weight), *others  # type: ignore[return-value]
+
+    def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        """Takes other codes (N, K), in the order of a patch, scales (N,) and bias (N,), for the same channel_scale."""
+        shape = self._weight_shape
+        weight_int8 = weight_int8.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        super().replace_weight(weight_int8, weight_scale, bias)
+
+    # ---- The call ----------------------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in_channels, *spatial), or without N, -> (N, out_channels, *out).
+
+        Raises:
+            TypeError: a dtype or layout that is none of those above.
+            RuntimeError: another number of channels or dimensions, or an image smaller than the kernel.
+        """
+        if input.dim() == self.dimensions + 1:
+            return self.fused(input.unsqueeze(0)).squeeze(0).contiguous()
+        return self.fused(input)
+
+    def fused(self, x: Tensor, activation: int = Activation.NONE) -> Tensor:
+        """`act(forward(x))` of a batch; or what computes it later, where the plan says what follows."""
+        if type(x) is PendingConv:
+            codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
+            if codes is not None:
+                return self._int8_or_later(codes, x.dtype, self._last(x), x.shape[2:], activation)
+            x = x.make()
+        if x.dtype not in _FLOATS:
+            raise (
+                not_codes()
+                if x.dtype == torch.uint8
+                else TypeError(f"{type(self).__name__}: x must be float32, bfloat16 or float16, got {x.dtype}.")
+            )
+        refuse_layout(x)
+        self._check_shape(x)
+        dtype, last = autocast_dtype() or x.dtype, self._last(x)
+        x = padded(x, self)
+        try:
+            if simulation.anywhere and simulation.simulating.get():
+                with torch.autocast("cpu", enabled=False):
+                    return in_format(FUNCTIONS[Activation(activation)](self._simulated(x)).to(dtype), last)
+            if gradients.wanted(x):
+                with torch.autocast("cpu", enabled=False):
+                    return in_format(self._differentiable(x, activation).to(dtype), last)
+            return self._int8_or_later(x, dtype, last, x.shape[2:], activation)
+        except RuntimeError as error:
+            known = explained(error, x)
+            if known is error:
+                raise
+            raise known from None
+
+    def _last(self, x: Tensor) -> bool:
+        """Whether torch would give the output channels last."""
+        return self.dimensions > 1 and (self._weight_last or is_channels_last(x))
+
+    def _takes_codes_of(self, layer: "QuantizedConv") -> bool:
+        return layer.fold.codes and self.takes_codes and _has_no_hooks(self)
+
+    def _int8_or_later(
+        self, x: Tensor, dtype: torch.dtype, last: bool, sizes: Sequence[int], activation: int
+    ) -> Tensor:
+        """The output for x: floats, or codes in the layer's qparams, channels last."""
+        if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
+            fold, deferred = self.fold, self.scope.deferred()
+            shape = (len(x), self.out_channels, *self.geometry.out_sizes(sizes))
+            waits = fold.codes or fold.adds or fold.activation != Activation.NONE
+            if waits and deferred is not None and math.prod(shape) >= MIN_VALUES and _is_eager(x):
+                strides = torch.empty(shape, device="meta", memory_format=format_of(len(shape), last)).stride()
+                return PendingConv(self, x, shape, strides, dtype).held()
+        return self._int8(x, activation, dtype, last)
+
+    def computed(
+        self, like: Tensor, x: Tensor, activation: int, residual: Tensor | None, y_qparams: QParams | None
+    ) -> Tensor:
+        """`act(conv(x) + residual)` in the dtype and memory format of `like`, or as codes, channels last."""
+        return self._int8(x, activation, like.dtype, is_channels_last(like), residual, y_qparams)
+
+    def _int8(
+        self,
+        x: Tensor,
+        activation: int,
+        dtype: torch.dtype,
+        last: bool,
+        residual: Tensor | None = None,
+        y_qparams: QParams | None = None,
+    ) -> Tensor:
+        packed, pair = self._moment()
+        if self.pointwise and pair is None:
+            return self._by_places(x, activation, dtype, last, residual)
+        qparams = [] if pair is None else list(map(float, pair))
+        if y_qparams is not None:
+            qparams += map(float, y_qparams)
+            dtype = torch.uint8
+        return _convolution(x, packed, self._numbers, qparams, dtype, last, activation, residual)  # type: ignore[no-any-return]
+
+    def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:
+        """With a scale and zero point for each place, as a linear layer has for each row."""
+        rows = x.movedim(1, -1)
+        if residual is None:
+            y = linear_dynamic(rows if x.dtype is dtype else rows.float(), self.packed, activation).to(dtype)
+            return in_format(y.movedim(-1, 1), last)
+        y = linear_dynamic(rows.float(), self.packed).movedim(-1, 1) + residual.float()
+        return in_format(activate(y, activation).to(dtype), last)
+
+    def _simulated(self, x: Tensor) -> Tensor:
+        """Before the activation, in float32."""
+        packed, pair = self._moment()
+        weight, scale, bias, channel_scale = self._unpacked(packed)
+        values = x.float()
+        if channel_scale.numel():
+            values = values * _along(channel_scale, self.dimensions)
+        rounded = _rounded(values.detach(), pair, per_place=self.pointwise)
+        values = gradients.straight_through(values, rounded) if gradients.wanted(values) else rounded
+        return self._convolve(values, dequantize(weight, scale, axis=0), bias)
+
+    def _differentiable(self, x: Tensor, activation: int) -> Tensor:
+        """The values of int8, with the gradient of a float convolution by the weights that int8 has."""
+        exact = self._convolve(x.float(), self._float_weight(self.packed), None)
+        z = gradients.straight_through(exact, self._int8(x.detach().float(), Activation.NONE, torch.float32, False))
+        return z if activation == Activation.NONE else activate(z, activation)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        x = nn.functional.pad(x, [each for pair in reversed(g.padding) for each in pair])
+        y: Tensor = _CONVOLVE[self.dimensions - 1](x, weight, bias, g.stride, 0, g.dilation, g.groups)
+        return y
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.dim() != self.dimensions + 2 or x.shape[1] != self.in_channels:
+            places = ", ".join(("depth", "height", "width")[3 - self.dimensions :]) if self.dimensions > 1 else "length"
+            raise RuntimeError(
+                f"{type(self).__name__}: x must be (N, {self.in_channels}, {places}) or without N, got {list(x.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and kernel, for `repr`."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if self.padding else []
+        parts += [f"dilation={self.dilation}"] if any(each != 1 for each in self.dilation) else []
+        parts += [f"groups={self.groups}"] if self.groups != 1 else []
+        parts += [f"bias={self.has_bias}", f"scheme={'dynamic' if self.input_qparams is None else 'static'}"]
+        parts += [f"kernel={kernels.active()}"]
+        parts += [f"includes={self.includes}"] if self.includes is not None else []
+        if self.fold.activation != Activation.NONE:
+            parts.append(f"fuses={Activation(self.fold.activation).name.lower()}")
+        return ", ".join(parts)
+
+
+class QuantizedConv1d(QuantizedConv):
+    """nn.Conv1d in int8: see `QuantizedConv`."""
+
+    dimensions = 1
+
+
+class QuantizedConv2d(QuantizedConv):
+    """nn.Conv2d in int8: see `QuantizedConv`."""
+
+    dimensions = 2
+
+
+class QuantizedConv3d(QuantizedConv):
+    """nn.Conv3d in int8: see `QuantizedConv`."""
+
+    dimensions = 3
+
+
+OF_DIMENSIONS: tuple[type[QuantizedConv], ...] = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether x is a plain tensor in a plain call, in which operations can be watched, and writes be told."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    plain = type(x) is Tensor and not x.is_inference() and not modes and not torch._C._get_tracing_state()
+    return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+
+
+def _along(channel_scale: Tensor, dimensions: int) -> Tensor:
+    return channel_scale.reshape(-1, *[1] * dimensions)
+
+
+def _rounded(x: Tensor, pair: QParams | None, *, per_place: bool) -> Tensor:
+    """What int8 has of x (N, C, *spatial): by this pair, or by one for each sample or place."""
+    if pair is not None:
+        return fake_quantize(x, *pair, dtype=torch.uint8)
+    if x.numel() == 0:
+        return x
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if per_place else x.reshape(len(x), -1)
+    qparams = qparams_from_range(rows.amin(dim=1), rows.amax(dim=1), dtype=torch.uint8, symmetric=False)
+    rows = fake_quantize(rows, *qparams, axis=0, dtype=torch.uint8)
+    if not per_place:
+        return rows.reshape(x.shape)
+    return rows.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
