@@ -3,6 +3,7 @@
 #   make demo        train, convert, and measure a small network
 #   make test        the whole suite
 #   make docs        the site, into build/site; a broken link or an unknown name is an error
+#   make dist        the source distribution and a wheel, checked and tried in an empty folder, into dist
 #   make lint        ruff, mypy, clang-format
 #   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python
 #   make test-arm-full  the same with every test
@@ -25,7 +26,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* csrc/conv/* te
 MINUTES ?= 1
 SECONDS ?= 60
 
-.PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance docs lint guard bench-core clean
+.PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance docs dist lint guard bench-core clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
@@ -53,6 +54,9 @@ endurance: $(VENV)/built
 
 docs: $(VENV)/installed
 	$(BIN)/zensical build --strict --clean
+
+dist: $(VENV)/installed
+	$(BIN)/python -m tools.packages dist
 
 lint: $(VENV)/built
 	$(BIN)/ruff check

@@ -114,3 +114,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
   torchq::add_direct_calls(m);
 }
+
+// libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.
+// Ours says no, so that what is built on a newer Linux loads on an older one too: wheels are manylinux_2_28.
+#if defined(__GLIBC__)
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif

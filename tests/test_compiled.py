@@ -17,7 +17,7 @@ CIRCULAR = ImportError("cannot import name '_C' from partially initialized modul
 @pytest.mark.parametrize(
     ("files", "error", "words"),
     [
-        ([], CIRCULAR, ["compiled part is missing", "pip install torchq", "C++17 compiler", "apt-get install g++"]),
+        ([], CIRCULAR, ["compiled part is missing", "Install a wheel", "C++17 compiler", "apt-get install g++"]),
         (["_C.cpython-27-x86_64-linux-gnu.so"], CIRCULAR, ["another Python", "_C.cpython-27-x86_64", f"loads {OWN}"]),
         ([OWN], ImportError("libc.so.6: version `GLIBC_2.39' not found"), ["GLIBC_2.39", "built on a newer Linux"]),
         ([OWN], ImportError("undefined symbol: aoti_torch_x"), ["undefined symbol: aoti_torch_x", "torch >= 2.10"]),

@@ -1,5 +1,6 @@
 """How the library is linked: one exported symbol, read-only tables of addresses, a guarded stack."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def test_one_symbol_is_exported():
 def test_addresses_are_read_only_once_loaded():
     assert "GNU_RELRO" in readelf("-l")
     assert "NOW" in readelf("-d")
+
+
+def test_it_loads_on_every_linux_with_glibc_2_28():
+    """Also where it was built on a newer one: so a wheel is manylinux_2_28, as torch's own are."""
+    versions = set(re.findall(r"Name: GLIBC_([\d.]+)", readelf("-V")))
+    assert versions
+    assert [version for version in versions if tuple(map(int, version.split("."))) > (2, 28)] == []
 
 
 def test_a_smashed_stack_is_noticed():

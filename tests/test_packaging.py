@@ -1,6 +1,7 @@
 """The build says what is missing, and the package contains all its files."""
 
 import ast
+import email
 import os
 import shutil
 import subprocess
@@ -85,6 +86,41 @@ def test_versions_agree():
     assert f'version = "{torchq.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def metadata_in(folder):
+    """What the package says of itself, as `email` reads it."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return email.message_from_string((folder / "torchq.egg-info/PKG-INFO").read_text())
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=3)
+def test_the_metadata_are_complete(tmp_path):
+    metadata = metadata_in(tmp_path)
+    urls = {url.partition(",")[0] for url in metadata.get_all("Project-URL")}
+    assert urls == {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
+    assert {"bench", "docs", "plot", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=4)
+def test_wheels_are_described_for_every_python_and_architecture(tmp_path):
+    """By cibuildwheel; the classifiers name the same Pythons."""
+    command = shutil.which("cibuildwheel", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if command is None:
+        pytest.skip("cibuildwheel is not installed")
+    pythons = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    for machine in ("x86_64", "aarch64"):
+        asked = [command, "--print-build-identifiers", "--platform", "linux", "--archs", machine]
+        printed = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert printed.split() == [f"cp{python.replace('.', '')}-manylinux_{machine}" for python in pythons]
+    classifiers = metadata_in(tmp_path).get_all("Classifier")
+    versions = [line.removeprefix("Programming Language :: Python :: ") for line in classifiers]
+    assert [version for version in versions if version[:2] == "3."] == pythons
+
+
 @pytest.mark.slow(seconds=4)
 def test_a_source_distribution_has_what_the_build_reads(tmp_path):
     copy = tmp_path / "copy"
@@ -109,8 +145,7 @@ def test_an_exported_program_loads_where_nobody_imports_torchq(tmp_path):
     x = torch.linspace(-1, 1, 4 * 64).reshape(4, 64)
     program, numbers = tmp_path / "model.pt2", tmp_path / "y.pt"
     torch.export.save(torch.export.export(model, (x,)), program)
-    metadata = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
-    subprocess.run(metadata, cwd=ROOT, check=True, capture_output=True)
+    metadata_in(tmp_path)
     code = (
         "import sys, torch; assert 'torchq' not in sys.modules\n"
         f"y = torch.export.load({str(program)!r}).module()(torch.linspace(-1, 1, 256).reshape(4, 64))\n"

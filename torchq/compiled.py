@@ -22,9 +22,9 @@ def why_missing(error: ImportError, folder: Path) -> str:
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     if not files:
         return (
-            f"torchq's compiled part is missing: {folder} holds the sources only. Install a wheel (pip install "
-            "torchq), or build it where the sources are: pip install --no-build-isolation . That takes a C++17 "
-            "compiler (on Debian and Ubuntu: apt-get install g++), torch, pybind11 and ninja."
+            f"torchq's compiled part is missing: {folder} holds the sources only. Install a wheel (docs/install.md), "
+            "or build it where the sources are: pip install --no-build-isolation . That takes a C++17 compiler (on "
+            "Debian and Ubuntu: apt-get install g++), torch, pybind11 and ninja."
         )
     if not ours:
         return (
@@ -36,7 +36,7 @@ def why_missing(error: ImportError, folder: Path) -> str:
 
 def _advice(message: str) -> str:
     if re.search(r"GLIBC(XX)?_", message):
-        return "It was built on a newer Linux. Install a wheel (pip install torchq), or build it on this machine."
+        return "It was built on a newer Linux. Install a wheel (docs/install.md), or build it on this machine."
     version = _version_of_torch()
     needed = "torch >= 2.10 (the stable ABI)"
     return f"It needs {needed}, and finds torch {version}. Update torch, or build torchq again beside this one."
