@@ -52,6 +52,7 @@ def name(page: Path) -> str:
 @pytest.mark.small_layers_stay_float
 @pytest.mark.slow(seconds=10)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     module = ModuleType("docs_page")  # found by pickle, which looks classes up in their module

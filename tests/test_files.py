@@ -65,6 +65,18 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Convolutions(nn.Module):
+    """Rows as channels of one dimension: a norm that a convolution includes, groups, and a stride."""
+
+    def __init__(self):
+        super().__init__()
+        first = (nn.Conv1d(24, 32, 3, padding=1), nn.BatchNorm1d(32), nn.ReLU(), nn.Conv1d(32, 32, 1))
+        self.body = nn.Sequential(*first, nn.ReLU(), nn.Conv1d(32, 32, 3, stride=2, groups=2), nn.Conv1d(32, 8, 1))
+
+    def forward(self, x):
+        return self.body(x.transpose(1, 2))
+
+
 class Cells(nn.Module):
     def __init__(self):
         super().__init__()
@@ -121,6 +133,8 @@ CASES = {
     "attention": (Attention, SEQUENCES, QConfig(attention="int8")),
     "attention in part": (Attention, SEQUENCES, QConfig(exclude=("attention.k_proj",))),
     "encoder": (lambda: nn.TransformerEncoder(LAYER(24, 4, 32, batch_first=True), 2), SEQUENCES, QConfig()),
+    "convolutions": (Convolutions, SEQUENCES, STATIC),
+    "convolutions with channel scales": (Convolutions, SEQUENCES, GPTQ),
     "recurrent": (Cells, SEQUENCES, QConfig()),
     "recurrent in part": (Cells, SEQUENCES, QConfig(exclude=("layer.hh_l0",))),
     "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(24, 32)), nn.GELU(), nn.Linear(32, 8)), DATA, GPTQ),

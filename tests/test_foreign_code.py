@@ -285,6 +285,22 @@ def test_a_checkpoint_of_another_scheme_says_how_to_load_it(strict):
     assert torch.equal(dynamic(DATA[0]), before)
 
 
+def test_who_is_not_strict_loads_what_there_is():
+    """As adapters do, within the model or around it."""
+    qmodel, other = convert(chain()), convert(nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16)).eval())
+    state = {key: tensor for key, tensor in saved(other).items() if key[0] == "0"}
+    before = qmodel[2].weight_int8
+    for outer, prefix in ((qmodel, ""), (nn.ModuleDict({"inner": qmodel}), "inner.")):
+        given = {f"{prefix}{key}": tensor for key, tensor in state.items()} | {"more": torch.ones(1)}
+        result = outer.load_state_dict(given, strict=False)
+        assert set(result.missing_keys) == {f"{prefix}2.{key}" for key in ("weight_int8", "weight_scale", "bias")}
+        assert result.unexpected_keys == ["more"]
+        assert torch.equal(qmodel[0].weight_int8, other[0].weight_int8)
+        assert torch.equal(qmodel[2].weight_int8, before)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            outer.load_state_dict(given)
+
+
 BAD = {
     "weight_scale": [float("nan"), float("inf"), -1.0, 0.0, 1e-45],
     "input_scale": [float("nan"), float("inf"), -0.5, 0.0],

@@ -23,6 +23,7 @@ LAYERS = [
     {"calibration"},
     {"planning"},
     {"conversion", "qat", "reporting", "compiling", "files"},
+    {"hf"},
     {"__init__"},
 ]
 

@@ -1,5 +1,6 @@
 """A checkpoint on its way into a converted model: it is checked as a whole before anything of it is loaded."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,8 @@ def check_state(
     other keys than it seems; it and what is in it are left to torch, but for the values of int8 layers.
 
     Raises:
-        RuntimeError: with every key that is missing or unexpected, if strict, or whose value, shape or dtype the model
-            can't take.
+        RuntimeError: with every key that is missing or unexpected, if the caller is strict, or whose value, shape or
+            dtype the model can't take.
     """
     found, expected, private = [], set(), []
     for name, part in _parts(module, prefix):
@@ -37,12 +38,22 @@ def check_state(
             found += part.problems(state_dict, name)
         elif not loads_alone:
             found += _misfits(part, state_dict, name, metadata)
-    if strict:
+    if strict and _caller_is_strict():
         ours = {key for key in state_dict if not any(key.startswith(name) for name in private)}
         named = {text.split(": ")[0] for text in found}
         found += _listed("Missing", expected - ours) + _listed("Unexpected", ours - expected - named)
     if found:
         raise RuntimeError("torchq: this checkpoint can't be loaded, and nothing of it was:\n\t" + "\n\t".join(found))
+
+
+def _caller_is_strict() -> bool:
+    """What the caller of load_state_dict said. torch tells hooks True in any case, so its frame is looked at."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is nn.Module.load_state_dict.__code__:
+            return bool(frame.f_locals["strict"])
+    return True
 
 
 def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

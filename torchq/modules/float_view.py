@@ -39,6 +39,7 @@ class FloatView(MadeTensor):
     make: Callable[[], Tensor]
     look_up: Callable[[Tensor], Tensor] | None = None  # rows by their indices, without the rest of the table
     _like: Tensor
+    _is_hf_initialized = True  # to transformers, which initializes the weights that no checkpoint had
 
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> Any:

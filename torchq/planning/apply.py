@@ -13,13 +13,13 @@ from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
 from torchq.modules.encoder import Int8TransformerEncoder
-from torchq.modules.hugging_face import refuse_save_pretrained
 from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
+from torchq.planning.attach import attach_plan, offer_save_pretrained
 from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
 from torchq.planning.plan import Plan, attention_schemes
@@ -42,7 +42,8 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
             weights of another layer or channel_scale.
         TypeError: the model can't be copied.
 
-    >>>     >>> from torchq import convert, plan_of
+    >>> import dataclasses
+    >>> from torchq import convert, plan_of
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> plan = plan_of(convert(model))
     >>> plan.layers["2"] = dataclasses.replace(plan.layers["2"], kind="float", reason="my choice")
@@ -86,10 +87,10 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
         leave_fast_path(model)
     if plan.attentions:
         offer_attention(model, attention_schemes(plan.attentions))
-    model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
     if plan.int8_layers() or plan.int8_tables():
         model.register_load_state_dict_pre_hook(check_state)
-        refuse_save_pretrained(model)
+        offer_save_pretrained(model)
+    attach_plan(model, plan)
     return model
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchq.modules.attention import AttentionErrors, attention_modules, measuring, offer_attention
 from torchq.numerics.metrics import decibels
+from torchq.planning.attach import attach_plan
 from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
 from torchq.planning.selfcheck import MARGIN_DB, SelfCheck
 
@@ -81,5 +82,5 @@ def _applied(converted: nn.Module, plan: Plan, rows: dict[str, AttentionPlan], d
     if checked is not None and db is not None:
         checked = dataclasses.replace(checked, output_db={**checked.output_db, checked.chosen: db})
     plan = dataclasses.replace(plan, attentions=rows, checked=checked)
-    converted.torchq_plan = plan.without_weights()  # type: ignore[assignment]
+    attach_plan(converted, plan)
     return plan

@@ -25,6 +25,7 @@ from torchq.modules.base import Int8Module
 from torchq.modules.registry import find_layers, type_of
 from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
+from torchq.planning.attach import attach_plan
 from torchq.planning.budget import floats
 from torchq.planning.plan import Checked, LayerPlan, Plan
 from torchq.planning.tables import LOSS_DB, small_ones, tables_in_float, tables_of_their_own
@@ -199,7 +200,7 @@ class SelfCheck:
     def _noted(self, converted: nn.Module, plan: Plan, measured: dict[str, float], chosen: str) -> Plan:
         """The plan with these figures, as the converted model carries it too."""
         plan = dataclasses.replace(plan, checked=Checked(measured, chosen, len(self._exact), self._apart))
-        converted.torchq_plan = plan.without_weights()  # type: ignore[assignment]
+        attach_plan(converted, plan)
         return plan
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from torchq import ops
 from torchq.errors import BadValueError
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.packed_weights import PackedWeights
 from torchq.planning.apply import applied
+from torchq.planning.attach import attach_plan
 from torchq.planning.making import Empty
 from torchq.planning.plan import Plan
 
@@ -66,6 +67,6 @@ def complete_plan(model: nn.Module) -> None:
     layers = dict(plan.layers)
     for name, planned in plan.layers.items():
         layer = model.get_submodule(name) if planned.is_int8 and planned.channel_scale is not None else None
-        if isinstance(layer, QuantizedLinear) and layer.channel_scale is not None:
+        if isinstance(layer, PackedWeights) and layer.channel_scale is not None:
             layers[name] = dataclasses.replace(planned, channel_scale=tuple(layer.channel_scale.tolist()))
-    model.torchq_plan = dataclasses.replace(plan, layers=layers)
+    attach_plan(model, dataclasses.replace(plan, layers=layers))

@@ -1,0 +1,273 @@
+"""transformers: what save_pretrained writes, from_pretrained brings back bit for bit, and float models become int8."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import torchq
+from helpers import ROOT
+from helpers.compare import assert_identical
+from helpers.texts import SIZES
+from torchq import QConfig, convert
+from torchq.modules.base import Int8Module
+from torchq.planning import tables
+
+transformers = pytest.importorskip("transformers", "5", reason="transformers 5 is not installed")
+
+from torchq import hf  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+MORE = {"intermediate_size": 48}
+GQA = {**MORE, "num_key_value_heads": 2, "pad_token_id": 0}
+STATIC = QConfig(activation="static", rounding="gptq", attention="int8", embeddings=True)
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+MODELS = {
+    "BertForMaskedLM": {**SIZES, **MORE},
+    "LlamaForCausalLM": {**SIZES, **GQA, "tie_word_embeddings": True},
+    "MixtralForCausalLM": {**SIZES, **GQA, "num_local_experts": 4},
+    "GPT2LMHeadModel": GPT2,
+    "T5ForConditionalGeneration": T5,
+    "SiglipVisionModel": {**VISION, **MORE},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    monkeypatch.setattr(tables, "MIN_BYTES", 1)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.disable_progress_bar()
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+def made(name, **more):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**{**MODELS[name], **more})).eval()
+
+
+def bert(**more):
+    return made("BertForMaskedLM", **more)
+
+
+def inputs(name, ids):
+    if name == "SiglipVisionModel":
+        return {"pixel_values": ids.float().reshape(8, 12).repeat(1, 64).reshape(8, 3, 16, 16) / 90}
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if name[0] == "T" else {"input_ids": ids}
+
+
+def assert_same(loaded, qmodel, given):
+    assert_identical(loaded(**given)[0], qmodel(**given)[0])
+    assert str(loaded) == str(qmodel)
+    assert loaded.torchq_plan == qmodel.torchq_plan
+    states = loaded.state_dict(), qmodel.state_dict()
+    assert list(states[0]) == list(states[1])
+    for key, tensor in states[0].items():
+        assert_identical(tensor, states[1][key], key)
+
+
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize("config", [STATIC, QConfig()], ids=["static", "auto"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_calibrated_model_comes_back_bit_for_bit(name, config, tmp_path):
+    """In shards, without a word about missing or unexpected tensors; and it can be saved again."""
+    model = made(name)
+    qmodel = convert(model, [inputs(name, ids) for ids in IDS], config=config, progress=False)
+    qmodel.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()), said
+    assert_same(loaded, qmodel, inputs(name, IDS[0]))
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(type(model).from_pretrained(tmp_path / "again"), qmodel, inputs(name, IDS[0]))
+
+
+def test_what_is_saved_holds_no_float_weight(tmp_path):
+    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, module in qmodel.named_modules():
+        if isinstance(module, Int8Module):
+            mine = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+            assert all(tensor.dim() < 2 or tensor.dtype == torch.int8 for tensor in mine.values()), name
+    about = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (about["quant_method"], about["format_version"]) == ("torchq", 1)
+    assert len(about["plan"]["layers"]) == len(qmodel.torchq_plan.layers)
+
+
+def test_in_bfloat16(tmp_path):
+    qmodel = convert(bert().bfloat16(), [{"input_ids": IDS[0]}], progress=False)
+    qmodel.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert_same(loaded, qmodel, {"input_ids": IDS[1]})
+
+
+def test_other_heads(tmp_path):
+    """A base model out of a model with a head, the other way round, and a part that is saved alone."""
+    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=QConfig(rounding="gptq"), progress=False)
+    expected = qmodel.bert(IDS[1])[0]
+    qmodel.save_pretrained(tmp_path / "whole")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    assert_identical(base(IDS[1])[0], expected)
+    qmodel.bert.save_pretrained(tmp_path / "part")
+    assert_identical(transformers.AutoModel.from_pretrained(tmp_path / "part")(IDS[1])[0], expected)
+    classifier = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "part")
+    assert_identical(classifier.bert(IDS[1])[0], expected)
+    assert type(classifier.classifier) is nn.Linear
+    other = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert_identical(other.bert(IDS[1])[0], expected)
+
+
+def test_a_table_whose_head_is_left_out_is_named(tmp_path):
+    qmodel = convert(made("LlamaForCausalLM"), config=QConfig(embeddings=True))
+    qmodel.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' is the weight of 'lm_head', which is left out"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"can't be saved alone: the table 'model.embed_tokens' is the weight"):
+        qmodel.model.save_pretrained(tmp_path / "part")
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "MixtralForCausalLM", "LlamaForCausalLM"])
+def test_a_float_checkpoint_is_converted_as_it_is_loaded(name, tmp_path):
+    model = made(name)
+    model.save_pretrained(tmp_path)
+    config = hf.TorchqConfig(attention="int8", embeddings=True)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
+    expected = convert(model, config=QConfig(attention="int8", embeddings=True))
+    assert_same(loaded, expected, {"input_ids": IDS[0]})
+    loaded.save_pretrained(tmp_path / "int8")
+    assert_same(type(model).from_pretrained(tmp_path / "int8"), expected, {"input_ids": IDS[0]})
+
+
+def test_modules_to_not_convert(tmp_path):
+    model = bert()
+    model.save_pretrained(tmp_path)
+    config = hf.TorchqConfig(modules_to_not_convert=["cls", "attention.self.query", r"bert\.encoder\.layer\.1\.output"])
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, quantization_config=config)
+    left = [name for name, row in loaded.torchq_plan.layers.items() if row.reason.startswith("excluded")]
+    expected = {f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)}
+    expected |= {"bert.encoder.layer.1.output.dense", "cls.predictions.transform.dense", "cls.predictions.decoder"}
+    assert set(left) == expected
+    config = hf.TorchqConfig(modules_to_not_convert=["lm_haed"])
+    with pytest.warns(UserWarning, match="'lm_haed', which is no layer of BertForMaskedLM"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+WITHOUT = "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1]); print('loaded')"
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=8)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_without_torchq_it_fails(name, tmp_path):
+    """Not with random weights, as transformers would go on with an unknown quantization."""
+    qmodel = convert(made(name), config=QConfig(embeddings=False))
+    qmodel.save_pretrained(tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert "Unknown quantization type, got torchq" in run.stderr
+
+
+def test_a_missing_and_a_bad_tensor_are_named(tmp_path):
+    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel.save_pretrained(tmp_path)
+    path, layer = tmp_path / "model.safetensors", "bert.encoder.layer.0.output.dense"
+    whole = load_file(path)
+    for tensors, words in (
+        ({key: t for key, t in whole.items() if key != f"{layer}.weight_scale"}, f"{layer}.weight_scale: is missing"),
+        (whole | {f"{layer}.input_scale": torch.tensor(torch.nan)}, f"{layer}.input_scale: scales must be positive"),
+    ):
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    save_file(whole | {f"{layer}.weight_int8": torch.zeros(3, 3, dtype=torch.int8)}, path, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_config_of_another_kind(tmp_path):
+    qmodel = convert(bert())
+    qmodel.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    about = json.loads(path.read_text())
+    for change, words in (
+        ({"format_version": 2}, "has format 2, and this torchq reads 1. Update torchq"),
+        ({"plan": None}, "has no plan of it"),
+        ({"plan": {"layers": {}}}, "does not fit BertForMaskedLM: its plan is not one of this version"),
+    ):
+        path.write_text(json.dumps({**about, "quantization_config": {**about["quantization_config"], **change}}))
+        with pytest.raises(ValueError, match=words):
+            transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="attention must be one of"):
+        hf.TorchqConfig(attention="fast")
+    with pytest.raises(ValueError, match="modules_to_not_convert must be a list, got 'lm_head'"):
+        hf.TorchqConfig(modules_to_not_convert="lm_head")
+    with pytest.raises(ValueError, match="run on the CPU, but device_map says 'cuda'"):
+        hf.TorchqHfQuantizer(hf.TorchqConfig()).validate_environment(device_map="cuda")
+
+
+def test_the_float_model_is_left_alone(tmp_path):
+    model = bert()
+    before = str(model.config)
+    qmodel = convert(model)
+    qmodel.save_pretrained(tmp_path / "int8")
+    assert str(model.config) == before
+    assert getattr(model, "hf_quantizer", None) is None
+    model.save_pretrained(tmp_path / "float")
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "float")
+    assert_identical(again(IDS[0])[0], model(IDS[0])[0])
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled])
+def test_a_copy_can_be_saved(way, tmp_path):
+    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    way(qmodel).save_pretrained(tmp_path)
+    assert_same(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path), qmodel, {"input_ids": IDS[0]})
+
+
+def test_torchq_save_takes_a_loaded_model(tmp_path):
+    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    torchq.save(loaded, tmp_path / "m")
+    assert_same(torchq.load(tmp_path / "m", bert()), qmodel, {"input_ids": IDS[0]})
+
+
+def test_other_libraries_are_told_of_torchq_save():
+    class Mixin(nn.Sequential):
+        hf_quantizer = None
+
+        def save_pretrained(self):
+            return self.hf_quantizer.quantization_config
+
+    qmodel = convert(Mixin(nn.Linear(32, 32)))
+    assert not qmodel.hf_quantizer.is_serializable()
+    with pytest.raises(RuntimeError, match=r"Save the converted model by torchq\.save"):
+        qmodel.save_pretrained()

@@ -1,0 +1,166 @@
+"""How transformers loads int8 models: it converts a float checkpoint, or fills a skeleton from an int8 one.
+
+transformers fills parameters and buffers by their names, and no `_load_from_state_dict` is asked. So while it loads,
+an `Awaiting` stands in the place of each int8 layer of the skeleton: plain buffers with the names and shapes of the
+checkpoint's tensors. Then the layers return, and take them.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from torchq.conversion import convert
+from torchq.errors import BadValueError
+from torchq.modules.base import Int8Module
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.registry import find_layers
+from torchq.planning.names import renamed
+from torchq.planning.plan import Plan
+from torchq.planning.pretrained import METHOD, Int8Quantizer, TorchqConfig, guard
+from torchq.planning.skeleton import complete_plan, from_stored, skeleton
+from torchq.planning.tables import find_tables
+
+register_quantization_config(METHOD)(TorchqConfig)
+
+
+@register_quantizer(METHOD)
+class TorchqHfQuantizer(Int8Quantizer):
+    """What transformers asks while it loads a model. Users pass a `TorchqConfig`."""
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Raises ValueError for a device other than the CPU."""
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        other = [device for device in devices if device not in (None, "auto") and torch.device(device).type != "cpu"]
+        if other:
+            raise ValueError(f"torchq: int8 layers run on the CPU, but device_map says {other[0]!r}. Pass 'cpu'.")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The CPU, whatever other devices there are."""
+        return None if device_map is None else {"": "cpu"}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """None for an int8 checkpoint: its tensors have the model's names."""
+        if self.pre_quantized:
+            return []
+        return cast(list[Any], super().update_weight_conversions(weight_conversions, model))
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        if not self.pre_quantized:
+            return
+        if self.quantization_config.plan is None:
+            raise ValueError("torchq: config.json says that the model is in int8, but has no plan of it.")
+        try:
+            skeleton(model, fitted(from_stored(self.quantization_config.plan), model), inplace=True)
+        except BadValueError as error:
+            raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        ours = [f"{re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}$" for name in guard(model)]
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *ours}
+        put_placeholders(model)
+        floats = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        model.all_tied_weights_keys = {
+            target: source for target, source in model.all_tied_weights_keys.items() if {target, source} <= floats
+        }
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.pre_quantized:
+            take_placeholders(model)
+            complete_plan(model)
+        else:
+            convert(model, config=self.quantization_config.qconfig(self._excluded(model)), inplace=True)
+        return model
+
+    def _excluded(self, model: nn.Module) -> tuple[str, ...]:
+        """The layers and tables that `modules_to_not_convert` names."""
+        layers = find_layers(model)
+        names, patterns = [*layers, *find_tables(model, layers)], self.quantization_config.modules_to_not_convert or []
+        for pattern in patterns:
+            if all(should_convert_module(name, [pattern]) for name in names):
+                warnings.warn(
+                    f"torchq: modules_to_not_convert has {pattern!r}, which is no layer of {type(model).__name__}.",
+                    stacklevel=2,
+                )
+        return tuple(name for name in names if not should_convert_module(name, patterns))
+
+
+# ---- A plan that was saved with another class's head -----------------------------------------------------------------
+
+
+def fitted(plan: Plan, model: Any) -> Plan:
+    """The plan under the names of this model, with the base model's prefix or without, as transformers matches tensors.
+
+    Layers of a head that this class lacks are left out.
+    """
+    layers = find_layers(model)
+    known, start = {*layers, *find_tables(model, layers)}, f"{model.base_model_prefix}."
+    ways = (lambda name: name, lambda name: start + name, lambda name: name.removeprefix(start))
+    best = max(ways, key=lambda way: sum(way(name) in known for name in plan.layers))
+    heads = [name for name in plan.layers if best(name) not in known and not name.startswith(start)]
+    whole = best is not ways[1] and any(name.startswith(start) for name in plan.layers)
+    return renamed(plan, lambda name: None if whole and name in heads else best(name))
+
+
+# ---- Placeholders ----------------------------------------------------------------------------------------------------
+
+
+class Awaiting(nn.Module):
+    """Stands for an int8 layer while transformers loads: a buffer for each tensor of its checkpoint.
+
+    All else is the layer's, for code that initializes float weights: `in_features`, and a `weight` without values.
+    """
+
+    def __init__(self, layer: PackedWeights) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # as no child
+        for name, (dtype, shape) in layer.expected().items():
+            self._buffers[name] = torch.empty(shape, dtype=dtype, device="meta")
+        self._is_hf_initialized = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def loaded(self) -> dict[str, Tensor]:
+        """The tensors that transformers put here."""
+        found = {name: buffer for name, buffer in self._buffers.items() if getattr(buffer, "_is_hf_initialized", False)}
+        return cast(dict[str, Tensor], found)
+
+
+def put_placeholders(model: nn.Module) -> None:
+    """Puts one in the place of each int8 layer."""
+    made: dict[int, Awaiting] = {}
+    for module in list(model.modules()):
+        if isinstance(module, Int8Module):
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        for name, child in module._modules.items():
+            if isinstance(child, PackedWeights):
+                module._modules[name] = made.setdefault(id(child), Awaiting(child))
+
+
+def take_placeholders(model: nn.Module) -> None:
+    """Puts the layers back, with what was loaded.
+
+    Raises:
+        ValueError: a tensor is missing, or has values that it can't have.
+    """
+    problems = []
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Awaiting):
+            tensors, prefix = module.loaded(), f"{path}." if path else ""
+            problems += [f"{prefix}{name}: is missing." for name in module._buffers if name not in tensors]
+            problems += module.layer.problems({prefix + name: tensor for name, tensor in tensors.items()}, prefix)
+    if problems:
+        raise ValueError("torchq: this checkpoint can't be loaded:\n\t" + "\n\t".join(problems))
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, Awaiting):
+                module._modules[name] = child.layer
+                child.layer._adopt(child.loaded())
