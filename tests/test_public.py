@@ -84,7 +84,7 @@ assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
 
 @pytest.mark.subprocess
 @pytest.mark.slow(seconds=5)
-def test_numpy_is_not_needed():
+def test_numpy_is_needed_to_save_only():
     run = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
@@ -97,5 +97,6 @@ def test_run_time_dependencies_are_imported():
         for path in PACKAGE.rglob("*.py")
         for match in re.finditer(r"^(?:from|import) (\w+)", path.read_text(), re.M)
     }
-    for name in re.findall(r'"(\w+)', listed):
+    of_others = {"numpy"}  # safetensors needs it to write tensors, and does not install it
+    for name in set(re.findall(r'"(\w+)', listed)) - of_others:
         assert name in imported, f"{name} is a run-time dependency that nothing imports"
