@@ -29,10 +29,10 @@ def sources(package: str) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py")))
 
 
-def snippets(words: int = 32, of_each: int = 1500) -> tuple[list[str], Tensor]:
-    """Gives pieces of four packages, `words` long, and for each the number of its package, in a random order."""
+def snippets(words: int = 32, of_each: int = 1500, packages: tuple[str, ...] = PACKAGES) -> tuple[list[str], Tensor]:
+    """Gives pieces of packages, `words` long, and for each the number of its package, in a random order."""
     texts, labels = [], []
-    for label, package in enumerate(PACKAGES):
+    for label, package in enumerate(packages):
         found = WORD.findall(sources(package))
         pieces = [" ".join(found[i : i + words]) for i in range(0, len(found) - words, words)][:of_each]
         texts += pieces

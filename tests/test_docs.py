@@ -98,6 +98,22 @@ def test_every_make_target_that_is_named_exists():
     assert [(page, target) for page, target in named if target not in MAKE_TARGETS] == []
 
 
+FIGURE = re.compile(r"\d (?:dB|ms|us|s|GB/s|Gop/s|%|MiB)|\d[.]\d+x")
+COMMAND = re.compile(r"python (?:-m|examples/|tools/)|make [a-z]|tests?/|test_\w+|by hand")
+
+
+def test_every_table_of_figures_names_the_command_that_prints_it():
+    """In its section, or, for pages that are not as long as the README, at the beginning of the page."""
+    silent = []
+    for page in PAGES:
+        intro, *sections = re.split(r"(?m)^(?=## )", page.read_text())
+        for section in sections:
+            rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+            if FIGURE.search(rows) and not COMMAND.search(section if page.stem == "README" else intro + section):
+                silent.append((name(page), section.splitlines()[0]))
+    assert silent == []
+
+
 def in_nav(entry: object) -> Iterator[str]:
     if isinstance(entry, str):
         yield entry

@@ -1,8 +1,10 @@
 """The examples run, small and offline, and what they print is right."""
 
+import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -38,7 +40,8 @@ def numbers(pattern, text):
 
 def test_every_example_is_run_here():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"data"}
-    assert names == set(re.findall(r'run\("(\w+)"', (ROOT / "tests/test_examples.py").read_text()))
+    here = (ROOT / "tests/test_examples.py").read_text()
+    assert names == set(re.findall(r'run(?:_processes)?\("(\w+)"', here))
 
 
 @pytest.mark.slow(seconds=2)
@@ -95,3 +98,21 @@ def test_serving_from_threads(run, server):
     (same,) = numbers(r"50 answers to 8 threads: (\d+) the same", printed)
     assert same == 50
     assert numbers(r"(\d+) right", printed)[0] > 40
+
+
+def run_processes(name, *arguments):
+    """Runs an example that starts processes of its own, and gives what they print."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow(seconds=12)
+@pytest.mark.subprocess
+def test_distributed_calibration():
+    printed = run_processes("distributed_calibration", "--steps", 40)
+    accurate, int8 = numbers(r"accuracy ([\d.]+) %", printed)
+    assert abs(accurate - int8) < 1
+    assert "2 processes, 650 images in this one; the same int8 model in all: True" in printed
