@@ -33,6 +33,18 @@ def run(monkeypatch, capsys, tmp_path):
     sys.modules.pop("data", None)
 
 
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=30)
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_batch_inference_on_ray(run, monkeypatch):
+    pytest.importorskip("ray", reason="Ray, with pyarrow and pandas, takes half a gigabyte: CI does without it")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for its workers
+    printed = run("batch_inference", "--rows", 1000, "--workers", 2)
+    assert numbers(r"(\d+) texts in (?:1|2) processes", printed) == [1000]
+    assert "every worker maps the file: True" in printed
+    assert "the topics of one process: True" in printed
+
+
 def numbers(pattern, text):
     """The numbers that a pattern finds, one for each time."""
     return [float(found) for found in re.findall(pattern, text)]
