@@ -30,7 +30,8 @@ def run(monkeypatch, capsys, tmp_path):
     before = torch.get_num_threads()
     yield run_one
     torch.set_num_threads(before)
-    sys.modules.pop("data", None)
+    for module in ("data", "text_classifier"):
+        sys.modules.pop(module, None)
 
 
 @pytest.mark.subprocess
@@ -87,6 +88,29 @@ def test_a_text_classifier(run):
     accurate, int8 = numbers(r"accuracy ([\d.]+) %", printed)
     assert abs(accurate - int8) <= 2
     assert numbers(r"same answer: ([\d.]+) %", printed)[0] >= 97
+
+
+@pytest.mark.slow(seconds=8)
+def test_sentence_embeddings(run):
+    pytest.importorskip("sentence_transformers")
+    printed = run("sentence_embeddings", "--texts", 60, "--epochs", 1)
+    assert "saved and loaded: the same embeddings, bit for bit: True" in printed
+    accurate, int8 = numbers(r"([\d.]+) % of 30 new halves found", printed)
+    assert abs(accurate - int8) <= 7
+    assert numbers(r"same answer: ([\d.]+) %", printed)[0] >= 90
+
+
+@pytest.mark.slow(seconds=8)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
+def test_lora_on_int8(run):
+    pytest.importorskip("peft")
+    printed = run("lora", "--texts", 80, "--epochs", 2)
+    before, after = numbers(r"accuracy ([\d.]+) %", printed)
+    assert after > before
+    trained, everything = numbers(r"(\d+) of \d+ parameters", printed) + numbers(r"of (\d+) parameters", printed)
+    assert trained < everything / 10
+    assert "int8 weights unchanged: True" in printed
+    assert "adapter saved and loaded: the same answers: True" in printed
 
 
 @pytest.mark.slow(seconds=8)
