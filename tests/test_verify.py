@@ -11,7 +11,7 @@ from helpers.numbers import normal
 from torchq import QConfig, convert, kernels, ops, simulate, verify
 from torchq.ops import Activation
 from torchq.reporting import verification
-from torchq.reporting.exact import Given, attention_allowance, share_of_allowed, simulated
+from torchq.reporting.exact import Given, attention_allowance, convolved, share_of_allowed, simulated
 from torchq.reporting.verified import First, first_difference
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -225,6 +225,59 @@ def test_other_ops_that_are_wrong(op):
     assert [each.kernel for each in found] == [name for name in kernels.runnable() if name != "reference"]
     assert {each.count for each in found} == {1}
     assert found[0].index == ((0, 1, 7, 15) if op == "attention" else (5, 47))
+
+
+class Convolutions(nn.Module):
+    """With groups, depthwise, pointwise, strides, dilation, a residual and one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, stride=2, padding=1)
+        self.wide = nn.Conv2d(32, 32, 3, padding=2, dilation=2)
+        self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+        self.point = nn.Conv2d(32, 32, 1)
+        self.line = nn.Conv1d(32, 16, 5, padding="same")
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.wide(x))
+        x = self.point(torch.relu(self.depthwise(torch.relu(self.grouped(x)))))
+        return self.line(x.flatten(2))
+
+
+@pytest.mark.parametrize("activation", ["static", "dynamic"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions(activation, channels_last):
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3, 20, 18) for _ in range(3)]
+    config = QConfig(activation=activation, rounding="nearest", smoothing="none")
+    qmodel = convert(Convolutions().eval(), data, config=config)
+    x = data[0].to(memory_format=torch.channels_last) if channels_last else data[0]
+    result = verify(qmodel, x)
+    assert result.ok, str(result)
+    assert result.unreached == ()
+    found = {call.layer: call for call in result.calls}
+    assert list(found) == qmodel.torchq_plan.int8_layers()
+    assert set(found) >= {"stem", "wide", "grouped", "point", "line"}
+    assert found["stem"].shape == (4 * 10 * 9, 27, 32)
+    assert found["grouped"].shape == (4 * 90, 16 * 9, 32)
+    assert all(0 < call.share <= 1 for call in found.values())
+    assert all(call.seconds["float"] > 0 for call in found.values())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_wrong_convolution_is_found(static, monkeypatch):
+    def off(given, geometry):
+        exact, allowed = convolved(given, geometry)
+        return exact + 1e-4, allowed
+
+    config = QConfig(activation="static" if static else "dynamic", rounding="nearest")
+    qmodel = convert(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), [normal(2, 16, 9, 9)], config=config)
+    assert verify(qmodel, normal(2, 16, 9, 9)).ok
+    monkeypatch.setattr(verification, "convolved", off)
+    (found,) = verify(qmodel, normal(2, 16, 9, 9)).differences
+    assert (found.layer, found.against, found.count) == ("0", "simulated", 2 * 16 * 81)
 
 
 def test_what_attention_is_allowed():

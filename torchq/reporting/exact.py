@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from torchq import ops
 from torchq.numerics.qparams import quantize, row_qparams
+from torchq.ops import convolution
+from torchq.ops.convolution import Geometry
 
 U = 2.0**-24
 """Half a step of float32: how far one operation is from its exact result, relatively."""
@@ -49,6 +52,33 @@ def simulated(given: Given) -> tuple[Tensor, Tensor]:
     shape = (*given.x.shape[:-1], len(weight))
     empty = torch.empty((0, len(weight)), dtype=torch.float64, device="cpu")
     return torch.cat([empty, *exact]).reshape(shape), torch.cat([empty, *allowed]).reshape(shape)
+
+
+def convolved(given: Given, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The same of a convolution, whose input is (N, in, *size), or codes (N, *size, in): y, and what int8 may be off.
+
+    Without a range in `given`, each sample has one.
+    """
+    weight, weight_scale, bias, channel_scale = convolution.unpack(given.packed, geometry)
+    x = given.x.movedim(-1, 1) if given.x.dtype == torch.uint8 else given.x
+    if channel_scale is not None:
+        x = x.float() * _by_channel(channel_scale, x)
+    codes, scale = _codes(x.flatten(1), given, None)
+    padding = [each for pair in reversed(geometry.padding) for each in pair]
+    padded = functional.pad(codes.view(x.shape), padding)
+    conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[
+        len(geometry.kernel) - 1
+    ]
+    sums = conv(padded, weight.double(), None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    y = sums * (scale.view(-1, *[1] * (x.dim() - 1)) if isinstance(scale, Tensor) else scale)
+    y = y * _by_channel(weight_scale.double(), y)
+    b = torch.zeros_like(weight_scale.double()) if bias is None else bias.double()
+    b = _by_channel(b, y)
+    return y + b, 4 * U * (y.abs() + b.abs()) + _TINY
+
+
+def _by_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 2))
 
 
 def _codes(rows: Tensor, given: Given, channel_scale: Tensor | None) -> tuple[Tensor, Tensor | float]:

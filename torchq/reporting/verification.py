@@ -5,6 +5,7 @@ kernel, on the same arguments, and compared with `reference`. Weights are packed
 that is loaded where this kernel is active.
 
     linear      the same bits as `reference`; and as the simulated path within the rounding of float32 (`exact.py`)
+    convolution the same of both
     recurrent   the same bits
     attention   the same bits in "int8"; otherwise within the rounding of its scheme, for sums of floats have an order
 
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ from torchq import kernels, ops
 from torchq.calibration.batches import Forward, call_with_batch
 from torchq.errors import BadValueError, door
 from torchq.modules.attention import attention_modules
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.ops import ATTENTION_SCHEMES, Activation
+from torchq.ops import convolution as conv_ops
 from torchq.planning.plan import attached_plan
-from torchq.reporting.exact import Given, attention_allowance, share_of_allowed, simulated
+from torchq.reporting.exact import Given, attention_allowance, convolved, share_of_allowed, simulated
 from torchq.reporting.verified import Call, Difference, First, Verification, first_difference
 from torchq.timing import interleaved
 
@@ -39,6 +42,7 @@ _SLOW = 0.01  # seconds; a reference that takes longer is timed by the one call 
 
 _DYNAMIC = torch.ops.torchq.linear_dynamic.default
 _STATIC = torch.ops.torchq.linear_static.default
+_CONVOLUTION = torch.ops.torchq.convolution.default
 _RECURRENT = torch.ops.torchq.recurrent.default
 _ATTENTION = torch.ops.torchq.attention.default
 
@@ -90,7 +94,7 @@ class _Checks(TorchDispatchMode):
     def __init__(self, qmodel: nn.Module) -> None:
         super().__init__()
         modules = qmodel.named_modules()
-        self.layers = {name or "(root)": module for name, module in modules if isinstance(module, QuantizedLinear)}
+        self.layers = {name or "(root)": module for name, module in modules if isinstance(module, PackedWeights)}
         self.reached: set[str] = set()
         self.calls: list[Call] = []
         self._names = {layer.packed.data_ptr(): name for name, layer in self.layers.items()}
@@ -103,6 +107,8 @@ class _Checks(TorchDispatchMode):
         y = func(*args, **(kwargs or {}))
         if func in (_DYNAMIC, _STATIC):
             self._linear(func, *args)
+        elif func is _CONVOLUTION:
+            self._convolution(func, *args)
         elif func is _RECURRENT:
             self._recurrent(func, *args)
         elif func is _ATTENTION:
@@ -140,12 +146,36 @@ class _Checks(TorchDispatchMode):
         found = first_difference(y, exact, allowed)
         differences = [] if found is None else [_difference(found, name, kernels.last_used() or "", "simulated")]
         floats = torch.zeros(x.shape, dtype=layer.dtype, device="cpu")
-        weight = (layer.weight.t() if layer.transposed else layer.weight).contiguous().clone()
+        weight = (layer.weight.t() if layer.transposed else layer.weight.flatten(1)).contiguous().clone()
         bias = None if layer.bias is None else layer.bias.clone()
         kind = "int8 dynamic" if func is _DYNAMIC else "int8 static"
         shape = (x.numel() // max(layer.in_features, 1), layer.in_features, layer.out_features)
         key = (kind, shape, x.dtype, *rest[2:3], *rest[5:])
         others = {"float": lambda: linear(floats, weight, bias)}
+        self._compare(name, kind, shape, contestants, key, others, differences, share_of_allowed(y, exact, allowed))
+
+    def _convolution(self, func: Any, x: Tensor, packed: Tensor, numbers: Any, qparams: Any, *rest: Any) -> None:
+        name = self._names.get(packed.data_ptr())
+        if name is None or not self._is_new(func, name, x, *rest):
+            return
+        layer = cast(QuantizedConv, self.layers[name])
+
+        def by(kernel: str) -> Callable[[], Tensor]:
+            with kernels.use(kernel):
+                own = conv_ops.pack(*conv_ops.unpack(packed, layer.geometry), layer.groups)
+            return lambda: func(x, own, numbers, qparams, *rest)
+
+        contestants = {kernel: by(kernel) for kernel in kernels.runnable()}
+        exact, allowed = convolved(Given(x, packed, *qparams[:2]), layer.geometry)
+        y = func(x, packed, numbers, qparams[:2], torch.float32)
+        found = first_difference(y, exact, allowed)
+        differences = [] if found is None else [_difference(found, name, kernels.last_used() or "", "simulated")]
+        floats = torch.zeros_like(x.movedim(-1, 1) if x.dtype == torch.uint8 else x, dtype=layer.dtype)
+        weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
+        shape = (y.numel() // layer.out_channels, layer.geometry.depth, layer.out_channels)
+        kind = "conv static" if qparams else "conv dynamic"
+        others = {"float": lambda: layer._convolve(floats, weight, bias)}
+        key = (kind, shape, x.shape, x.dtype, *numbers, *rest[:3])
         self._compare(name, kind, shape, contestants, key, others, differences, share_of_allowed(y, exact, allowed))
 
     def _recurrent(self, func: Any, cell: int, gates: Any, hh: Any, hr: Any, *rest: Any) -> None:
@@ -218,11 +248,11 @@ def _difference(first: First, layer: str, kernel: str, against: str) -> Differen
     return Difference(**asdict(first), layer=layer, kernel=kernel, against=against)
 
 
-def _as_planned(func: Any, layer: QuantizedLinear, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_planned(func: Any, layer: PackedWeights, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments behind the weight, with the activation of the plan: a watched layer does not wait for it."""
     defaults = (Activation.NONE,) if func is _DYNAMIC else (None, None, None, 1.0, 0, Activation.NONE)
     complete = (*given, *defaults[len(given) :])
-    return (*complete[:-1], int(complete[-1]) or int(layer.fold.activation))
+    return (*complete[:-1], int(complete[-1]) or int(layer.fold.activation))  # type: ignore[arg-type, union-attr]
 
 
 def _multiplied_by(func: Any, x: Tensor, packed: Tensor, rest: tuple[Any, ...], kernel: str) -> Callable[[], Tensor]:
