@@ -25,6 +25,8 @@ LAYERS = [
     {"conversion", "qat", "reporting", "compiling", "files"},
     {"hf"},
     {"__init__"},
+    {"command_line"},
+    {"__main__"},
 ]
 
 

@@ -323,6 +323,14 @@ def test_layers_the_example_does_not_reach():
     assert verify(qmodel, X, forward=lambda model, x: (model(x), model(x, other=True))).unreached == ()
 
 
+def test_tables_are_no_layers_to_verify():
+    qmodel = convert(nn.Sequential(nn.Embedding(4000, 64), nn.Linear(64, 8)))
+    assert type(qmodel[0]).__name__ == "QuantizedEmbedding"
+    result = verify(qmodel, torch.arange(40).view(4, 10))
+    assert [call.layer for call in result.calls] == ["1"]
+    assert result.unreached == ()
+
+
 def test_the_forms_of_an_example():
     qmodel = convert(Waiting())
     for example in (X, (X, torch.zeros(6)), {"x": X, "labels": 1}):

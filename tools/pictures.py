@@ -4,17 +4,24 @@ They are of one network: a transformer encoder that reads the rows of handwritte
 The page is photographed by a headless Chromium.
 """
 
+import io
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import torchq
+from torchq.command_line.app import app
+from torchq.command_line.console import out
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "img"
+COLUMNS = 126
 SHOTS = {"report-wide": (1100, 1180, False), "report-phone": (390, 1180, True)}
 
 
@@ -69,11 +76,37 @@ def photograph(page: Path, name: str, width: int, height: int, dark: bool) -> No
     subprocess.run([browser, "--headless", *flags, picture, page.as_uri()], check=True, capture_output=True)
 
 
+def record_terminal(commands: list[list[str]], name: str) -> None:
+    """Saves docs/img/<name>.svg: what these commands print on a terminal."""
+    out.record, out.width, out.file, out._force_terminal = True, COLUMNS, io.StringIO(), True
+    for command in commands:
+        out.print(f"[bold]$ torchq {' '.join(command)}[/bold]")
+        app(command, standalone_mode=False)
+        out.print()
+    svg = out.export_svg(title="torchq")
+    (IMAGES / f"{name}.svg").write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))  # no network
+
+
+def small_bert(folder: Path) -> None:
+    """A directory with a BERT of four layers, its weights random."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    torch.manual_seed(0)
+    BertModel(BertConfig(num_hidden_layers=4, vocab_size=8000, **sizes)).save_pretrained(folder)
+
+
 def main() -> None:
     """Makes all of them."""
-    qmodel = converted()
     page = Path("build/report.html").resolve()
     page.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        small_bert(Path("bert"))
+        commands = [["env"], ["convert", "bert", "bert-int8"], ["verify", "bert-int8"], ["bench", "bert-int8"]]
+        record_terminal(commands, "terminal")
+        os.chdir(page.parent)
+    qmodel = converted()
     torchq.report(qmodel, profile=torchq.profile_layers(qmodel)).save(page)
     for name, (width, height, dark) in SHOTS.items():
         photograph(page, name, width, height, dark)

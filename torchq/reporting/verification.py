@@ -27,8 +27,8 @@ from torchq import kernels, ops
 from torchq.calibration.batches import Forward, call_with_batch
 from torchq.errors import BadValueError, door
 from torchq.modules.attention import attention_modules
-from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.quantized_conv import QuantizedConv
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.ops import ATTENTION_SCHEMES, Activation
 from torchq.ops import convolution as conv_ops
 from torchq.planning.plan import attached_plan
@@ -94,7 +94,8 @@ class _Checks(TorchDispatchMode):
     def __init__(self, qmodel: nn.Module) -> None:
         super().__init__()
         modules = qmodel.named_modules()
-        self.layers = {name or "(root)": module for name, module in modules if isinstance(module, PackedWeights)}
+        kinds = (QuantizedLinear, QuantizedConv)
+        self.layers = {name or "(root)": module for name, module in modules if isinstance(module, kinds)}
         self.reached: set[str] = set()
         self.calls: list[Call] = []
         self._names = {layer.packed.data_ptr(): name for name, layer in self.layers.items()}
@@ -248,11 +249,11 @@ def _difference(first: First, layer: str, kernel: str, against: str) -> Differen
     return Difference(**asdict(first), layer=layer, kernel=kernel, against=against)
 
 
-def _as_planned(func: Any, layer: PackedWeights, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _as_planned(func: Any, layer: QuantizedLinear | QuantizedConv, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments behind the weight, with the activation of the plan: a watched layer does not wait for it."""
     defaults = (Activation.NONE,) if func is _DYNAMIC else (None, None, None, 1.0, 0, Activation.NONE)
     complete = (*given, *defaults[len(given) :])
-    return (*complete[:-1], int(complete[-1]) or int(layer.fold.activation))  # type: ignore[arg-type, union-attr]
+    return (*complete[:-1], int(complete[-1]) or int(layer.fold.activation))
 
 
 def _multiplied_by(func: Any, x: Tensor, packed: Tensor, rest: tuple[Any, ...], kernel: str) -> Callable[[], Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchq import text
 
 _BITS = {2: torch.int16, 4: torch.int32}
-_NAME = 36  # columns for a layer's name
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,17 @@ class Verification:
         columns = [*self.kernels, "float"]
         rows = [
             (
-                _shortened(call.layer),
+                shortened(call.layer),
                 call.kind,
                 " x ".join(map(str, call.shape)),
                 *(text.duration(call.seconds[name]) if name in call.seconds else "-" for name in columns),
             )
             for call in self.calls
         ]
-        return "\n".join([*text.table(("layer", "kind", "shape", *columns), rows), *self._words()])
+        return "\n".join([*text.table(("layer", "kind", "shape", *columns), rows), *self.words()])
 
-    def _words(self) -> list[str]:
+    def words(self) -> list[str]:
+        """What stands below the table: each difference, or that there is none; and what was not looked at."""
         lines = [f"WRONG: {each}" for each in self.differences]
         shares = [call.share for call in self.calls if call.share is not None]
         if self.ok:
@@ -139,8 +139,9 @@ def _is_other(call: Call, asked: str, ran: str) -> bool:
     return asked != ran and not call.kind.startswith("attention")
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME else "..." + name[3 - _NAME :]
+def shortened(name: str, room: int = 32) -> str:
+    """A layer's name in few columns. Its end is kept, where layers differ."""
+    return name if len(name) <= room else "..." + name[3 - room :]
 
 
 def first_difference(got: Tensor, expected: Tensor, allowed: Tensor | float = 0.0) -> First | None:

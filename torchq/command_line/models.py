@@ -1,0 +1,218 @@
+"""Directories of Hugging Face models: opened in float or in int8, and inputs for them.
+
+A SentenceTransformer's directory holds such a model too, in the folder that its modules.json names first. torchq reads
+and writes that one, and leaves the rest of the directory as it is.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchq.command_line.console import UserError, err, note
+
+Batch = dict[str, Tensor]
+
+_IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model out of a directory.
+
+    Args:
+        model: in eval mode.
+        folder: where its config.json is.
+        config: of transformers.
+    """
+
+    model: Any
+    folder: Path
+    config: Any
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether its input are tokens."""
+        return str(self.model.main_input_name) == "input_ids"
+
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model.
+
+        Raises:
+            UserError: there is none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:
+            raise UserError(f"{self.folder} has no tokenizer that can be loaded; texts need one: {error}") from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        return tokenizer
+
+    def longest(self) -> int:
+        """How many tokens a text may have: by the SentenceTransformer's settings, or the positions of the model."""
+        settings = self.folder / "sentence_bert_config.json"
+        known = json.loads(settings.read_text()).get("max_seq_length") if settings.exists() else None
+        return min(int(known or 512), int(getattr(self.config, "max_position_embeddings", None) or 512))
+
+
+def model_folder(directory: Path) -> Path:
+    """Where in a directory the model's config.json is.
+
+    Raises:
+        UserError: nowhere.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory. Download a model: hf download NAME --local-dir {directory}")
+    modules = directory / "modules.json"
+    folder = directory / json.loads(modules.read_text())[0]["path"] if modules.exists() else directory
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no config.json. Pass a directory that save_pretrained wrote.")
+    return folder
+
+
+def open_float(directory: Path) -> Opened:
+    """A float model.
+
+    Raises:
+        UserError: there is none, or it is quantized already.
+    """
+    folder = model_folder(directory)
+    method = _method(folder)
+    if method is not None:
+        raise UserError(f"{directory} is quantized already, by {method}. Pass the float model.")
+    return _opened(folder)
+
+
+def open_int8(directory: Path) -> Opened:
+    """A model that torchq converted.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = model_folder(directory)
+    method = _method(folder)
+    if method != "torchq":
+        is_ = "in float" if method is None else f"quantized by {method}"
+        raise UserError(f"{directory} is {is_}. Convert it first: torchq convert {directory} OUT")
+    return _opened(folder)
+
+
+def is_int8(directory: Path) -> bool:
+    """Whether torchq converted what this directory holds."""
+    return _method(model_folder(directory)) == "torchq"
+
+
+def float_twin(opened: Opened) -> nn.Module:
+    """A float model of the same class and shape. Its weights are random, which takes the same time."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(opened.folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    twin: nn.Module = type(opened.model)._from_config(config, dtype=opened.model.dtype)
+    return twin.eval()
+
+
+def _method(folder: Path) -> str | None:
+    config = json.loads((folder / "config.json").read_text())
+    quantized = config.get("quantization_config")
+    return None if quantized is None else str(quantized.get("quant_method", "another tool"))
+
+
+def _opened(folder: Path) -> Opened:
+    _require_transformers()
+    import transformers
+    from transformers.utils import logging
+
+    import torchq.hf  # noqa: F401  (registers quant_method "torchq")
+
+    if not err.is_terminal:
+        logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    note(f"loading {folder}")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = [getattr(transformers, name, None) for name in config.architectures or ()]
+    cls = next((each for each in known if each is not None), transformers.AutoModel)
+    model = cls.from_pretrained(folder, local_files_only=True)
+    return Opened(model.eval(), folder, config)
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"models need transformers ({error}). Install it: pip install 'torchq[hf]'") from error
+
+
+# ---- Inputs ---------------------------------------------------------------------------------------------------------
+
+
+def read_texts(path: Path, limit: int) -> list[str]:
+    """The lines of a file that are not empty, up to `limit`.
+
+    Raises:
+        UserError: there is no such file, or it has no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as text: {error}") from error
+    texts = [line for line in lines if line.strip()][:limit]
+    if not texts:
+        raise UserError(f"{path} has no texts. Write one in each line, a hundred or more.")
+    return texts
+
+
+def tokenized(opened: Opened, texts: Sequence[str], batch_size: int, max_length: int | None) -> Iterator[Batch]:
+    """Batches of texts as the model takes them.
+
+    Raises:
+        UserError: the model takes no tokens, or has no tokenizer.
+    """
+    if not opened.takes_ids:
+        raise UserError(f"{type(opened.model).__name__} takes {opened.model.main_input_name}, and no texts.")
+    tokenizer, longest = opened.tokenizer(), max_length or opened.longest()
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        batch = dict(tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+        yield _for_decoder(opened, batch)
+
+
+def random_batch(opened: Opened, size: int, tokens: int) -> Batch:
+    """An input of this shape, the same at each call; of an image model, `size` images.
+
+    Raises:
+        UserError: the model takes something else.
+    """
+    generator, config = torch.Generator().manual_seed(0), opened.config
+    if opened.takes_ids:
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            raise UserError(f"{type(opened.model).__name__} takes {longest} tokens at most, got {tokens}.")
+        vocabulary = config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (size, tokens), generator=generator, device="cpu")
+        return _for_decoder(opened, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    if opened.model.main_input_name == "pixel_values":
+        sides = getattr(config, "image_size", _IMAGE_SIZE)
+        height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
+        shape = (size, getattr(config, "num_channels", 3), height, width)
+        pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return {"pixel_values": pixels.to(opened.model.dtype)}
+    raise UserError(
+        f"{type(opened.model).__name__} takes {opened.model.main_input_name}, of which torchq makes no example. "
+        "Use torchq.verify and torchq.profile_layers in Python."
+    )
+
+
+def _for_decoder(opened: Opened, batch: Batch) -> Batch:
+    """With an input for the decoder, where there is one that does not make its own."""
+    if getattr(opened.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch
