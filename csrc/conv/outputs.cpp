@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../gemm/scalar.h"
 #include "transpose.h"
@@ -70,6 +71,18 @@ void write(const Layout& to, const Outputs& o, const float* waiting, T* y) {
       convert(waiting[i * o.stride + j], y[to.first + i * to.pixel_step + j * to.channel_step]);
 }
 
+// float32 with the channels last, the commonest: rows as they lie, which are summed and activated while they are in L1.
+void add_rows(const Kernel& kernel, const Problem& p, const Layout& at, const Outputs& o, const float* waiting) {
+  const auto* residual = static_cast<const float*>(p.residual) + at.first;
+  auto* y = static_cast<float*>(p.y.data) + at.first;
+  for (int64_t i = 0; i < o.count; ++i) {
+    const float *a = waiting + i * o.stride, *b = residual + i * at.pixel_step;
+    float* sum = y + i * at.pixel_step;
+    for (int64_t j = 0; j < o.channels; ++j) sum[j] = a[j] + b[j];
+    if (p.activation != Activation::none) kernel.activate(p.activation, DType::f32, sum, sum, o.channels);
+  }
+}
+
 template <class T>
 void add(const Layout& from, const Outputs& o, const T* residual, float* waiting) {
   for (int64_t i = 0; i < o.count; ++i)
@@ -80,6 +93,7 @@ void add(const Layout& from, const Outputs& o, const T* residual, float* waiting
 template <class T>
 void write_with_residual(const Kernel& kernel, const Problem& p, const Outputs& o, float* waiting) {
   const Layout layout(p, o);
+  if (std::is_same_v<T, float> && p.y.channels_last) return add_rows(kernel, p, layout, o, waiting);
   add(layout, o, static_cast<const T*>(p.residual), waiting);
   if (p.activation != Activation::none) kernel.activate(p.activation, DType::f32, waiting, waiting, o.count * o.stride);
   write(layout, o, waiting, static_cast<T*>(p.y.data));
