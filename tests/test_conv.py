@@ -32,8 +32,12 @@ CASES = {
     "2d": (lambda: nn.Conv2d(3, 24, 3, padding=1), (3, 9, 11)),
     "2d, each dimension its own": (lambda: nn.Conv2d(8, 16, (1, 5), (2, 1), (0, 2), (1, 2)), (8, 7, 12)),
     "2d, groups": (lambda: nn.Conv2d(32, 64, 3, groups=4, padding=1, bias=False), (32, 6, 6)),
+    "2d, depthwise": (lambda: nn.Conv2d(40, 40, 3, 2, 1, groups=40), (40, 9, 8)),
+    "1d, depthwise": (lambda: nn.Conv1d(24, 24, 31, padding="same", groups=24), (24, 50)),
     "2d, pointwise": (lambda: nn.Conv2d(24, 32, 1), (24, 5, 4)),
     "2d, pointwise with a stride": (lambda: nn.Conv2d(24, 32, 1, stride=2), (24, 5, 4)),
+    "1d, tiles": (lambda: nn.Conv1d(6, 16, 4, stride=4), (6, 21)),
+    "2d, tiles": (lambda: nn.Conv2d(3, 32, (4, 2), stride=(4, 2)), (3, 13, 9)),
     "2d, valid": (lambda: nn.Conv2d(8, 16, 2, padding="valid"), (8, 5, 5)),
     "2d, of the image's size": (lambda: nn.Conv2d(8, 32, 5), (8, 5, 5)),
     "3d": (lambda: nn.Conv3d(4, 16, 3, padding=(0, 1, 1)), (4, 4, 5, 6)),
@@ -91,6 +95,16 @@ def test_a_pointwise_one_is_a_linear_layer(config):
     linear.weight.data, linear.bias.data = conv.weight.data.flatten(1), conv.bias.data
     twin = QuantizedLinear.from_float(linear, input_qparams=layer.input_qparams)
     assert_identical(layer(x), twin(x.movedim(1, -1)).movedim(-1, 1).contiguous())
+
+
+def test_tiles_are_rows_of_a_linear_layer():
+    """Each has a scale of its own, as no two of them have a value in common."""
+    conv, layer, x = layers("2d, tiles", DYNAMIC)
+    linear = nn.Linear(24, 32)
+    linear.weight.data, linear.bias.data = conv.weight.data.movedim(1, -1).flatten(1), conv.bias.data
+    rows = x[:, :, :12, :8].reshape(3, 3, 3, 4, 4, 2).permute(0, 2, 4, 3, 5, 1).flatten(3)
+    twin = QuantizedLinear.from_float(linear)
+    assert_identical(layer(x), twin(rows).movedim(-1, 1).contiguous())
 
 
 @pytest.mark.parametrize("weight_last", [False, True])
@@ -182,7 +196,9 @@ def test_what_foreign_code_reads():
         layer.weight.mul_(2)
 
 
-@pytest.mark.parametrize("case", ["1d, even and same", "2d", "2d, groups", "2d, pointwise", "3d", "circular"])
+@pytest.mark.parametrize(
+    "case", ["1d, even and same", "2d", "2d, groups", "2d, tiles", "2d, depthwise", "3d", "circular"]
+)
 @both_schemes
 def test_gradients(case, config):
     """Those of a float convolution by the weights that int8 has; the values are int8's own."""
@@ -199,7 +215,7 @@ def test_gradients(case, config):
 
 
 @pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("case", ["1d", "2d, groups", "2d, pointwise", "reflect"])
+@pytest.mark.parametrize("case", ["1d", "2d, groups", "2d, tiles", "reflect"])
 @both_schemes
 def test_compiled(case, config):
     _, layer, x = layers(case, config)
@@ -250,7 +266,7 @@ def watched():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: nn.Conv2d(16, 16, 3, groups=16), "16 groups of 1 to 1 channels"),
+        (lambda: nn.Conv2d(16, 32, 3, groups=16), "16 groups of 1 to 2 channels"),
         (lambda: Own(16, 16, 3), "Own has a forward of its own"),
         (watched, "it has forward hooks, which a swap would drop"),
         (lambda: nn.Conv2d(16, 1, 1), "1 output, fewer than a panel of 16: int8 would save nothing, "),

@@ -27,6 +27,8 @@ GEOMETRIES = {
     "1d": (nn.Conv1d(6, 16, 3, stride=2, padding=1), (6, 11)),
     "2d": (nn.Conv2d(6, 16, (3, 2), (1, 2), (1, 0), (1, 2)), (6, 7, 8)),
     "groups": (nn.Conv2d(12, 24, 3, groups=3, padding=1), (12, 5, 6)),
+    "tiles": (nn.Conv2d(6, 16, 2, stride=2), (6, 8, 8)),
+    "depthwise": (nn.Conv2d(20, 20, 3, padding=1, groups=20), (20, 8, 8)),
     "3d": (nn.Conv3d(2, 16, 2, padding=1), (2, 3, 4, 3)),
 }
 

@@ -27,13 +27,6 @@ LEAST_DB = 30
 LEFT: dict[str, tuple[str, ...]] = {
     "Mixtral": ("MixtralTopKRouter",),
     "Qwen3-MoE": ("Qwen3MoeTopKRouter",),
-    "Mamba": ("Conv1d",),
-    "Mamba2": ("Conv1d",),
-    "Whisper": ("Conv1d",),
-    **dict.fromkeys(("wav2vec2", "HuBERT", "WavLM"), ("Conv1d", "ParametrizationList")),
-    **dict.fromkeys(
-        ("ViT", "Swin", "BEiT", "CLIP", "SigLIP", "DINOv2", "ConvNeXt", "DETR", "YOLOS", "CNN"), ("Conv2d",)
-    ),
     "Bilinear and EmbeddingBag": ("Bilinear",),
     "fused QKV parameter": ("FusedQKV",),
 }
@@ -41,8 +34,6 @@ LEFT: dict[str, tuple[str, ...]] = {
 
 LARGE: dict[str, str] = {
     "Bilinear and EmbeddingBag": "most of it is nn.Bilinear",
-    "DETR": "its backbone is convolutions",
-    "CNN": "it is convolutions",
     "YOLOS": "position embeddings of a table for each layer",
     "fused QKV parameter": "most of it is one parameter that no module holds",
 }

@@ -200,7 +200,7 @@ class Record:
         """The same, times `channel_scale`: one for each channel of the input."""
         values = self.values(rows)
         if self.patches is not None:
-            channel_scale = self.patches.tiled(channel_scale)
+            channel_scale = self.patches.tiled_scale(channel_scale)
         return values if channel_scale is None else values * channel_scale
 
     @property

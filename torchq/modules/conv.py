@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torchq import ops
 from torchq.modules.base import Matrix, ModuleType
 from torchq.modules.computed_weights import is_computed, sources, weight_of
-from torchq.modules.convolving import as_rows, geometry_of, is_pointwise, padded
+from torchq.modules.convolving import as_rows, geometry_of, is_pointwise, is_tiled, padded
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
 from torchq.modules.quantized_conv import OF_DIMENSIONS, QuantizedConv
+from torchq.ops.convolution import packs_as_one
 
 MIN_CHANNELS = 4
 """Of a group's inputs and outputs, with more than one group: fewer fill too little of a panel."""
@@ -37,7 +38,11 @@ class ConvType(ModuleType):
 
     def patches(self, module: nn.Module) -> Patches | None:
         outputs = 0  # which patches do not depend on: layers that read the same ones share a record
-        return None if is_pointwise(module) else Patches(geometry_of(module)._replace(out_channels=outputs))
+        return (
+            None
+            if is_pointwise(module)
+            else Patches(geometry_of(module)._replace(out_channels=outputs), tiled=is_tiled(module))
+        )
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         x = args[0] if args else next(iter(kwargs.values()), None)
@@ -78,9 +83,17 @@ class ConvType(ModuleType):
         out, depth = weight_of(module).shape[0], weight_of(module)[0].numel()
         if depth > ops.MAX_DEPTH:
             return f"a patch has {depth} values; int32 sums are exact up to {ops.MAX_DEPTH}"
-        if conv.groups > 1 and min(out, conv.in_channels) < MIN_CHANNELS * conv.groups:
+        if not self._is_fast(module):
             return f"{conv.groups} groups of {conv.in_channels // conv.groups} to {out // conv.groups} channels"
         return None
+
+    @staticmethod
+    def _is_fast(module: nn.Module) -> bool:
+        """Whether groups fill panels well, or the convolution is depthwise."""
+        groups, shape = cast(nn.Conv2d, module).groups, weight_of(module).shape
+        if packs_as_one(shape, groups):
+            return True
+        return groups == 1 or min(shape[0] // groups, shape[1]) >= MIN_CHANNELS
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         if is_computed(module):

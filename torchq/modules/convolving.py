@@ -36,6 +36,32 @@ def is_pointwise(conv: Any) -> bool:
     return ones and conv.groups == 1 and not any(map(any, geometry_of(conv).padding))
 
 
+def is_tiled(conv: Any) -> bool:
+    """Whether each value of the input is in one patch at most: the kernel is as wide as the stride, nothing is added.
+
+    So it is as a pointwise one, of tiles of the input.
+    """
+    alone = conv.kernel_size == conv.stride and all(each == 1 for each in conv.dilation)
+    return alone and conv.groups == 1 and not any(map(any, geometry_of(conv).padding)) and conv.padding_mode == "zeros"
+
+
+def tiles(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """The patches of a tiled convolution, (N, C, *spatial) -> (N, *out, K): taps, then channels.
+
+    >>> tiles(torch.arange(10.0).reshape(1, 2, 5), (2,))
+    tensor([[[0., 5., 1., 6.],
+             [2., 7., 3., 8.]]])
+    """
+    if all(each == 1 for each in kernel):
+        return x.movedim(1, -1)
+    count, shape = len(kernel), list(x.shape[:2])
+    for axis, size in enumerate(kernel):
+        x = x.narrow(axis + 2, 0, x.shape[axis + 2] // size * size)
+        shape += [x.shape[axis + 2] // size, size]
+    places, taps = range(2, 2 * count + 2, 2), range(3, 2 * count + 2, 2)
+    return x.reshape(shape).permute(0, *places, *taps, 1).flatten(count + 1)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether torch takes it for channels last: as its own operations tell it by the strides.
 

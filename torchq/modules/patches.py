@@ -7,8 +7,9 @@ in). With groups, a patch has a part for each group, which only the outputs of t
 
 All patches of an input would take `taps` times its memory. So only some are gathered, at random places.
 
-Beside its values a row carries the smallest and the largest value of each channel in the sample that it comes from: the
-dynamic scheme has a range for each sample, and not for each row as a linear layer has.
+Beside its values a row carries the smallest and the largest value of each channel in the sample that it comes from. For
+the dynamic scheme has a range for each sample, and not for each row as a linear layer has. Only where patches do not
+overlap (`convolving.is_tiled`) each row has its own.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from torchq.numerics.qparams import QParams, fake_quantize, qparams_from_range
+from torchq.numerics.qparams import QParams, fake_quantize, qparams_from_range, row_qparams
 from torchq.ops.convolution import Geometry
 
 
@@ -30,6 +31,7 @@ class Patches(NamedTuple):
     """
 
     geometry: Geometry
+    tiled: bool = False
 
     @property
     def channels(self) -> int:
@@ -88,12 +90,15 @@ class Patches(NamedTuple):
         """The values of the patches, (R, depth)."""
         return rows[:, : self.depth]
 
-    def tiled(self, channel_scale: Tensor | None) -> Tensor | None:
+    def tiled_scale(self, channel_scale: Tensor | None) -> Tensor | None:
         """A scale for each channel (C,) as one for each value of a patch (depth,). Only without groups."""
         return None if channel_scale is None else channel_scale.repeat(math.prod(self.geometry.kernel))
 
     def sample_qparams(self, rows: Tensor, channel_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the sample that each row comes from, (R,) each."""
+        """Scale and zero point of the sample that each row comes from, (R,) each; of tiles, those of each itself."""
+        if self.tiled:
+            values, scales = self.values(rows), self.tiled_scale(channel_scale)
+            return row_qparams(values if scales is None else values * scales)
         ends = rows[:, self.depth :].reshape(len(rows), 2, self.channels)
         if channel_scale is not None:
             ends = ends * channel_scale
@@ -102,7 +107,7 @@ class Patches(NamedTuple):
 
     def quantized(self, rows: Tensor, channel_scale: Tensor | None, qparams: QParams | None) -> Tensor:
         """The values of the patches, times the scale of each channel, that int8 has of them."""
-        values, tiled = self.values(rows), self.tiled(channel_scale)
+        values, tiled = self.values(rows), self.tiled_scale(channel_scale)
         values = values if tiled is None else values * tiled
         if qparams is not None:
             return fake_quantize(values, *qparams, dtype=torch.uint8)

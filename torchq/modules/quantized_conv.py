@@ -12,7 +12,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchq import _C, kernels, ops
 from torchq.modules import gradients, simulation
 from torchq.modules.activations import FUNCTIONS
-from torchq.modules.convolving import as_rows, format_of, geometry_of, in_format, is_channels_last, is_pointwise, padded
+from torchq.modules.convolving import (
+    as_rows,
+    format_of,
+    geometry_of,
+    in_format,
+    is_channels_last,
+    is_tiled,
+    padded,
+    tiles,
+)
 from torchq.modules.float_view import FloatView
 from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
@@ -26,7 +35,7 @@ from torchq.numerics.qparams import (
     dequantize,
     fake_quantize,
     float32_qparams,
-    qparams_from_range,
+    row_qparams,
 )
 from torchq.ops import Activation, activate, linear_dynamic
 from torchq.ops.convolution import Geometry, pack, unpack
@@ -41,8 +50,8 @@ class QuantizedConv(PackedWeights, Leaf):
 
     Takes (N, in_channels, *spatial), or without N, in float32, bfloat16 or float16, and returns what the float module
     does: the same shape, dtype (or autocast's) and memory format. Without `input_qparams` each sample has a scale and
-    zero point of its own; a convolution of single places (kernel 1, stride 1) has a pair for each place, as a linear
-    layer has for each row. c is the `channel_scale`: 1 without one, and else the weight is the float layer's by c.
+    zero point of its own; where patches do not overlap (kernel 1, or as wide as the stride), each patch has, as a row
+    of a linear layer. c is the `channel_scale`: 1 without one, and else the weight is the float layer's by c.
 
     Args:
         weight_int8: int8 (out_channels, in_channels / groups, *kernel).
@@ -89,7 +98,7 @@ class QuantizedConv(PackedWeights, Leaf):
         self.input_qparams = float32_qparams(input_qparams)
         self.fold, self.dtype, self.includes = fold, dtype, includes
         self._weight_last = is_channels_last(conv.weight)
-        self.pointwise = is_pointwise(conv)
+        self.tiled = is_tiled(conv)
         self._set_packed(self._pack(weight_int8, weight_scale, bias, channel_scale))
 
     @property
@@ -128,8 +137,9 @@ class QuantizedConv(PackedWeights, Leaf):
         return weight, scale, bias, scale[:0] if channel_scale is None else channel_scale
 
     def _scales_channels(self, packed: Tensor) -> bool:
-        group, n = packed[0] if self.groups > 1 else packed, self.out_channels // self.groups
-        return int(group.numel()) >= ops.packed_bytes(n, self.geometry.depth, channel_scale=True)
+        if self.groups > 1:  # the packed form may have a place for one, but no plan gives one
+            return False
+        return int(packed.numel()) >= ops.packed_bytes(self.out_channels, self.in_features, channel_scale=True)
 
     def _float_weight(self, packed: Tensor) -> Tensor:
         weight, scale, _, channel_scale = self._unpacked(packed)
@@ -231,7 +241,7 @@ class QuantizedConv(PackedWeights, Leaf):
         y_qparams: QParams | None = None,
     ) -> Tensor:
         packed, pair = self._moment()
-        if self.pointwise and pair is None:
+        if self.tiled and pair is None:
             return self._by_places(x, activation, dtype, last, residual)
         qparams = [] if pair is None else list(map(float, pair))
         if y_qparams is not None:
@@ -240,8 +250,8 @@ class QuantizedConv(PackedWeights, Leaf):
         return _convolution(x, packed, self._numbers, qparams, dtype, last, activation, residual)  # type: ignore[no-any-return]
 
     def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:
-        """With a scale and zero point for each place, as a linear layer has for each row."""
-        rows = x.movedim(1, -1)
+        """With a scale and zero point for each tile, as a linear layer has for each row."""
+        rows = tiles(x, self.geometry.kernel)
         if residual is None:
             y = linear_dynamic(rows if x.dtype is dtype else rows.float(), self.packed, activation).to(dtype)
             return in_format(y.movedim(-1, 1), last)
@@ -255,9 +265,14 @@ class QuantizedConv(PackedWeights, Leaf):
         values = x.float()
         if channel_scale.numel():
             values = values * _along(channel_scale, self.dimensions)
-        rounded = _rounded(values.detach(), pair, per_place=self.pointwise)
+        by_tiles = self.tiled and pair is None
+        values = tiles(values, self.geometry.kernel) if by_tiles else values
+        rounded = _rounded(values.detach(), pair, by_rows=by_tiles)
         values = gradients.straight_through(values, rounded) if gradients.wanted(values) else rounded
-        return self._convolve(values, dequantize(weight, scale, axis=0), bias)
+        exact = dequantize(weight, scale, axis=0)
+        if by_tiles:
+            return nn.functional.linear(values, as_rows(exact), bias).movedim(-1, 1)
+        return self._convolve(values, exact, bias)
 
     def _differentiable(self, x: Tensor, activation: int) -> Tensor:
         """The values of int8, with the gradient of a float convolution by the weights that int8 has."""
@@ -328,15 +343,11 @@ def _along(channel_scale: Tensor, dimensions: int) -> Tensor:
     return channel_scale.reshape(-1, *[1] * dimensions)
 
 
-def _rounded(x: Tensor, pair: QParams | None, *, per_place: bool) -> Tensor:
-    """What int8 has of x (N, C, *spatial): by this pair, or by one for each sample or place."""
+def _rounded(x: Tensor, pair: QParams | None, *, by_rows: bool) -> Tensor:
+    """What int8 has of x: by this pair, or by one for each sample (N, C, *spatial), or for each row (..., K)."""
     if pair is not None:
         return fake_quantize(x, *pair, dtype=torch.uint8)
     if x.numel() == 0:
         return x
-    rows = x.movedim(1, -1).reshape(-1, x.shape[1]) if per_place else x.reshape(len(x), -1)
-    qparams = qparams_from_range(rows.amin(dim=1), rows.amax(dim=1), dtype=torch.uint8, symmetric=False)
-    rows = fake_quantize(rows, *qparams, axis=0, dtype=torch.uint8)
-    if not per_place:
-        return rows.reshape(x.shape)
-    return rows.reshape(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    rows = x.reshape(-1, x.shape[-1]) if by_rows else x.reshape(len(x), -1)
+    return fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8).reshape(x.shape)

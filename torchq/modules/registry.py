@@ -19,6 +19,7 @@ from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.recurrent_types import CellType, RecurrentType
 from torchq.numerics.qparams import quantize_weight
+from torchq.ops.convolution import packs_as_one
 
 TYPES: list[ModuleType] = [
     QATLinearType(),
@@ -89,7 +90,9 @@ class Layer:
     @property
     def packed_bytes(self) -> int:
         """The bytes that its int8 weight takes."""
-        groups = 1 if self.patches is None else self.patches.geometry.groups
+        shape, groups = self.kind.weight(self.module, self.part).shape, 1
+        if self.patches is not None and not packs_as_one(shape, self.patches.geometry.groups):
+            groups = self.patches.geometry.groups
         return groups * ops.packed_bytes(self.out_features // groups, self.in_features)
 
     @property
@@ -104,7 +107,7 @@ class Layer:
         if self.patches is None and not self.kind.absorbs:
             settings |= {"per_channel": per_channel, "channel_scale": channel_scale}
             return QuantizedLinear.from_float(self.matrix, **settings)
-        tiled = channel_scale if self.patches is None else self.patches.tiled(channel_scale)
+        tiled = channel_scale if self.patches is None else self.patches.tiled_scale(channel_scale)
         weight, bias = self.matrix
         codes, scale = quantize_weight(weight.detach(), per_channel=per_channel, channel_scale=tiled)
         bias = None if bias is None else bias.detach().float()

@@ -4,6 +4,7 @@ The weight of a convolution is that of a linear layer whose rows are patches: (o
 order (*kernel, in). Each group is packed on its own by `ops.pack`. A scale per input channel is stored for every tap.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def pack(
     (1, 2)
     """
     taps = weight[0, 0].numel() if weight.numel() else 1
-    if channel_scale is None and 1 < groups == weight.shape[0] and weight.shape[1] == 1 and taps <= _MOST_TAPS:
+    if channel_scale is None and groups > 1 and packs_as_one(weight.shape, groups):
         return ops.pack(weight.flatten(1), scale, bias)
     matrix = weight.movedim(1, -1).flatten(1)
     scales = [None] * groups if channel_scale is None else [part.repeat(taps) for part in channel_scale.chunk(groups)]
@@ -95,6 +96,15 @@ def pack(
     if groups == 1:
         return packed[0]
     return torch.stack([torch.nn.functional.pad(part, (0, -part.numel() % _LINE)) for part in packed])
+
+
+def packs_as_one(shape: Sequence[int], groups: int) -> bool:
+    """Whether a weight (out, in / groups, *kernel) is packed as one matrix: without groups, or depthwise.
+
+    >>> packs_as_one((8, 1, 3, 3), 8), packs_as_one((8, 2, 3, 3), 4)
+    (True, False)
+    """
+    return groups == 1 or (groups == shape[0] and shape[1] == 1 and math.prod(shape[2:]) <= _MOST_TAPS)
 
 
 def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -214,7 +214,7 @@ def _patches_parts(
     """What a convolution gives for rows of patches, and its int8 weight and bias as floats."""
     weight, bias = matrix.weight.float(), None if matrix.bias is None else matrix.bias.float()
     exact = patches.multiplied(patches.values(rows), weight, bias)
-    codes, scale = quantize_weight(weight, per_channel=per_channel, channel_scale=patches.tiled(channel_scale))
+    codes, scale = quantize_weight(weight, per_channel=per_channel, channel_scale=patches.tiled_scale(channel_scale))
     return exact, dequantize(codes, scale.contiguous(), axis=0), bias
 
 

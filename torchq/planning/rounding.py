@@ -206,7 +206,7 @@ def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded
     judge, rows = _judge(record), record.sample.rows
     held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
-    tiled = channel_scale if patches is None else patches.tiled(channel_scale)
+    tiled = channel_scale if patches is None else patches.tiled_scale(channel_scale)
     nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=tiled)
     scale = scale.contiguous()
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
