@@ -6,11 +6,19 @@ model = AutoModel.from_pretrained(name, quantization_config=torchq.hf.TorchqConf
 
 from typing import Any
 
+from torchq.hf.compressed import from_compressed_tensors, save_compressed_tensors
 from torchq.hf.quantizer import TorchqHfQuantizer
 from torchq.hf.sentences import convert_sentence_transformer
 from torchq.planning.pretrained import TorchqConfig
 
-__all__ = ["TorchqConfig", "TorchqHfQuantizer", "convert_sentence_transformer", "int8_lora"]
+__all__ = [
+    "TorchqConfig",
+    "TorchqHfQuantizer",
+    "convert_sentence_transformer",
+    "from_compressed_tensors",
+    "int8_lora",
+    "save_compressed_tensors",
+]
 
 
 def int8_lora(config: Any) -> Any:

@@ -7,7 +7,7 @@ checkpoint's tensors. Then the layers return, and take them.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -53,16 +53,14 @@ class TorchqHfQuantizer(Int8Quantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         if not self.pre_quantized:
             return
-        if self.quantization_config.plan is None:
-            raise ValueError("torchq: config.json says that the model is in int8, but has no plan of it.")
         try:
-            skeleton(model, fitted(from_stored(self.quantization_config.plan), model), inplace=True)
+            skeleton(model, self.plan_for(model), inplace=True)
         except BadValueError as error:
             raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         ours = [f"{re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}$" for name in guard(model)]
         model._keys_to_ignore_on_load_unexpected = {*ignored, *ours}
-        put_placeholders(model)
+        put_placeholders(model, self.placeholder)
         floats = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {
             target: source for target, source in model.all_tied_weights_keys.items() if {target, source} <= floats
@@ -75,6 +73,16 @@ class TorchqHfQuantizer(Int8Quantizer):
         else:
             convert(model, config=self.quantization_config.qconfig(self._excluded(model)), inplace=True)
         return model
+
+    def plan_for(self, model: Any) -> Plan:
+        """What the int8 checkpoint holds, under the names of this model."""
+        if self.quantization_config.plan is None:
+            raise BadValueError("config.json says that it is in int8, but has no plan of it.")
+        return fitted(from_stored(self.quantization_config.plan), model)
+
+    def placeholder(self, name: str, layer: PackedWeights) -> "Awaiting":
+        """What stands for the layer of this name while its tensors are loaded."""
+        return Awaiting(layer, layer.expected())
 
     def _excluded(self, model: nn.Module) -> tuple[str, ...]:
         """The layers and tables that `modules_to_not_convert` names."""
@@ -109,16 +117,19 @@ def fitted(plan: Plan, model: Any) -> Plan:
 # ---- Placeholders ----------------------------------------------------------------------------------------------------
 
 
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
 class Awaiting(nn.Module):
     """Stands for an int8 layer while transformers loads: a buffer for each tensor of its checkpoint.
 
     All else is the layer's, for code that initializes float weights: `in_features`, and a `weight` without values.
     """
 
-    def __init__(self, layer: PackedWeights) -> None:
+    def __init__(self, layer: PackedWeights, expected: Expected) -> None:
         super().__init__()
         self.__dict__["layer"] = layer  # as no child
-        for name, (dtype, shape) in layer.expected().items():
+        for name, (dtype, shape) in expected.items():
             self._buffers[name] = torch.empty(shape, dtype=dtype, device="meta")
         self._is_hf_initialized = True
 
@@ -133,16 +144,22 @@ class Awaiting(nn.Module):
         found = {name: buffer for name, buffer in self._buffers.items() if getattr(buffer, "_is_hf_initialized", False)}
         return cast(dict[str, Tensor], found)
 
+    def canonical(self) -> dict[str, Tensor]:
+        """What the layer takes."""
+        return self.loaded()
 
-def put_placeholders(model: nn.Module) -> None:
+
+def put_placeholders(model: nn.Module, make: Callable[[str, PackedWeights], Awaiting]) -> None:
     """Puts one in the place of each int8 layer."""
     made: dict[int, Awaiting] = {}
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         if isinstance(module, Int8Module):
             module._is_hf_initialized = True  # type: ignore[assignment]
         for name, child in module._modules.items():
             if isinstance(child, PackedWeights):
-                module._modules[name] = made.setdefault(id(child), Awaiting(child))
+                if id(child) not in made:
+                    made[id(child)] = make(f"{path}.{name}" if path else name, child)
+                module._modules[name] = made[id(child)]
 
 
 def take_placeholders(model: nn.Module) -> None:
@@ -154,8 +171,10 @@ def take_placeholders(model: nn.Module) -> None:
     problems = []
     for path, module in list(model.named_modules()):
         if isinstance(module, Awaiting):
-            tensors, prefix = module.loaded(), f"{path}." if path else ""
-            problems += [f"{prefix}{name}: is missing." for name in module._buffers if name not in tensors]
+            prefix = f"{path}." if path else ""
+            missing = module._buffers.keys() - module.loaded()
+            tensors = {} if missing else module.canonical()
+            problems += [f"{prefix}{name}: is missing." for name in sorted(missing)]
             problems += module.layer.problems({prefix + name: tensor for name, tensor in tensors.items()}, prefix)
     if problems:
         raise ValueError("torchq: this checkpoint can't be loaded:\n\t" + "\n\t".join(problems))
@@ -163,4 +182,4 @@ def take_placeholders(model: nn.Module) -> None:
         for name, child in module._modules.items():
             if isinstance(child, Awaiting):
                 module._modules[name] = child.layer
-                child.layer._adopt(child.loaded())
+                child.layer._adopt(child.canonical())
