@@ -85,12 +85,6 @@ struct Problem {
   }
 };
 
-// A patch in an image of codes: counts[0] x counts[1] x counts[2] runs of bytes.
-struct Runs {
-  int64_t bytes;
-  int64_t counts[kAxes], steps[kAxes];  // from run to run, along each axis
-};
-
 // How a problem is computed. schedule() derives it once; every part reads it.
 struct Job {
   const Problem* problem;
@@ -102,11 +96,11 @@ struct Job {
   bool rows_in_place;   // a patch is one run, and patches follow one another at equal distances: nothing is gathered
   bool y_in_place;      // the GEMM writes to y; else a block of outputs waits in the scratch
   int64_t pixel_bytes, line_bytes, plane_bytes;  // in the image: of all channels, of an inner line, of an outer step
-  Runs runs;
-  int64_t row_stride;   // bytes between rows of codes
-  int64_t band_rows;    // steps of the outer output axis whose image is in the scratch at once
-  int64_t block_rows;   // output pixels multiplied at once
-  torchq::Job product;  // of such a block for one group; it has no problem yet
+  Runs runs;                                     // of a patch in the image
+  int64_t row_stride;                            // bytes between rows of codes
+  int64_t band_rows;                             // steps of the outer output axis whose image is in the scratch at once
+  int64_t block_rows;                            // output pixels multiplied at once
+  torchq::Job product;                           // of such a block for one group; it has no problem yet
   size_t image_bytes, scratch_bytes;
 
   int64_t image_rows() const {  // of a band: steps of the outer axis

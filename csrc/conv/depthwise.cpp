@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "outputs.h"
+#include "patches.h"
 
 namespace torchq {
 namespace conv {
@@ -29,18 +30,16 @@ void find_offsets(const Job& job, int64_t* offsets) {
             kPanelColumns * (o * g.axes[0].dilation * plane + m * g.axes[1].dilation * line + i * g.axes[2].dilation);
 }
 
-// Pixels [begin, end), run by run: along the inner axis, or where that has one output along the outer one.
+// Pixels [begin, end), line by line.
 void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depthwise d, const Scratch& s) {
   const Geometry& g = job.problem->geometry;
-  const int64_t inner = g.axes[2].outputs(), middle = g.axes[1].outputs();
-  const bool by_outer = inner * middle == 1;
-  const int64_t line = g.axes[2].padded(), plane = g.axes[1].padded() * line;
-  d.step = kPanelColumns * g.axes[by_outer ? 0 : 2].stride * (by_outer ? plane : 1);
+  const int64_t line_pixels = g.axes[2].padded(), plane_pixels = g.axes[1].padded() * line_pixels;
   for (int64_t pixel = begin; pixel < end; pixel += d.pixels) {
-    d.pixels = by_outer ? end - pixel : std::min(end, (pixel / inner + 1) * inner) - pixel;
-    const int64_t outer = pixel / (inner * middle) * g.axes[0].stride - band.begin;
-    d.image = s.floats + kPanelColumns * (outer * plane + pixel / inner % middle * g.axes[1].stride * line +
-                                          pixel % inner * g.axes[2].stride);
+    const Line line = line_of(g, pixel, end);
+    d.pixels = line.count;
+    d.step = kPanelColumns * g.axes[line.axis].stride * (line.axis == 0 ? plane_pixels : 1);
+    d.image =
+        s.floats + kPanelColumns * ((line.outer - band.begin) * plane_pixels + line.middle * line_pixels + line.inner);
     job.kernel->depthwise(d);
     d.out = static_cast<uint8_t*>(d.out) + d.pixels * d.out_stride;
   }

@@ -7,21 +7,45 @@ namespace torchq {
 namespace conv {
 namespace {
 
-constexpr int64_t kVector = 16;  // bytes that are copied at once
-
-// In whole vectors: it reads and writes up to kVector - 1 bytes beyond the end.
-inline void copy_beyond(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kVector) std::memcpy(to + i, from + i, kVector);
-}
-
-// Copies a patch. Runs go in order, so that what one wrote too far is overwritten by the next.
-void copy_patch(const Runs& runs, const uint8_t* from, bool to_the_byte, uint8_t* to) {
+// Copies a patch to the byte, and zeros up to `whole` bytes.
+void copy_patch(const Runs& runs, const uint8_t* from, int64_t whole, uint8_t* to) {
+  uint8_t* end = to + whole;
   for (int64_t o = 0; o < runs.counts[0]; ++o)
     for (int64_t m = 0; m < runs.counts[1]; ++m)
-      for (int64_t i = 0; i < runs.counts[2]; ++i, to += runs.bytes) {
-        const uint8_t* run = from + o * runs.steps[0] + m * runs.steps[1] + i * runs.steps[2];
-        to_the_byte ? void(std::memcpy(to, run, runs.bytes)) : copy_beyond(to, run, runs.bytes);
-      }
+      for (int64_t i = 0; i < runs.counts[2]; ++i, to += runs.bytes)
+        std::memcpy(to, from + o * runs.steps[0] + m * runs.steps[1] + i * runs.steps[2], runs.bytes);
+  std::memset(to, 0, end - to);
+}
+
+// Of these patches, so many may be gathered, which reads beyond their runs. The image of a band has slack behind it,
+// and x has none.
+int64_t count_inside(const Job& job, const uint8_t* patch, int64_t step, int64_t count) {
+  const Problem& p = *job.problem;
+  if (!job.image_in_place || step == 0) return job.image_in_place ? 0 : count;
+  const uint8_t* end = static_cast<const uint8_t*>(p.x.data) + p.batch * p.geometry.axes[0].size * job.plane_bytes;
+  int64_t read = job.runs.bytes + kGatherBeyond;
+  for (int a = 0; a < kAxes; ++a) read += (job.runs.counts[a] - 1) * job.runs.steps[a];
+  const int64_t left = end - patch - read;
+  return left < 0 ? 0 : std::min(count, left / step + 1);
+}
+
+// Rows one after the other: copied to s.patch, and from there to every other 8 bytes.
+void load_interleaved(const Job& job, const uint8_t* patch, int64_t step, int64_t row, int64_t count, int64_t whole,
+                      const Scratch& s) {
+  for (int64_t end = row + count; row < end; ++row, patch += step) {
+    copy_patch(job.runs, patch, whole, s.patch);
+    uint8_t* to = s.rows.codes + row / 2 * 2 * job.row_stride + row % 2 * 8;
+    for (int64_t i = 0; i < whole; i += 8) std::memcpy(to + 2 * i, s.patch + i, 8);
+  }
+}
+
+void load_line(const Job& job, const uint8_t* patch, int64_t step, int64_t row, int64_t count, int64_t whole,
+               const Scratch& s) {
+  if (job.kernel->codes.interleaved_rows > 1) return load_interleaved(job, patch, step, row, count, whole, s);
+  const int64_t inside = count_inside(job, patch, step, count);
+  uint8_t* to = s.rows.codes + row * job.row_stride;
+  job.kernel->gather({patch, inside, step, job.runs, to, job.row_stride});
+  for (int64_t i = inside; i < count; ++i) copy_patch(job.runs, patch + i * step, whole, to + i * job.row_stride);
 }
 
 }  // namespace
@@ -65,27 +89,32 @@ bool rows_lie_in_image(const Job& job, int64_t& row_stride) {
   return true;
 }
 
+Line line_of(const Geometry& g, int64_t pixel, int64_t end) {
+  const int64_t inner = g.axes[2].outputs(), middle = g.axes[1].outputs();
+  const bool by_outer = inner * middle == 1;
+  return {by_outer ? end - pixel : std::min(end, (pixel / inner + 1) * inner) - pixel,
+          pixel / (inner * middle) * g.axes[0].stride, pixel / inner % middle * g.axes[1].stride,
+          pixel % inner * g.axes[2].stride, by_outer ? 0 : 2};
+}
+
 int64_t patch_at(const Job& job, int64_t pixel, int64_t first_outer, int64_t group) {
   const Geometry& g = job.problem->geometry;
-  const int64_t inner = g.axes[2].outputs(), middle = g.axes[1].outputs();
-  return (pixel / (inner * middle) * g.axes[0].stride - first_outer) * job.plane_bytes +
-         pixel / inner % middle * g.axes[1].stride * job.line_bytes +
-         pixel % inner * g.axes[2].stride * job.pixel_bytes + group * g.group_inputs() * job.kernel->codes.bytes;
+  const Line line = line_of(g, pixel, pixel + 1);
+  return (line.outer - first_outer) * job.plane_bytes + line.middle * job.line_bytes + line.inner * job.pixel_bytes +
+         group * g.group_inputs() * job.kernel->codes.bytes;
 }
 
 void load_patches(const Job& job, const uint8_t* image, int64_t first_outer, int64_t group, int64_t pixel,
                   int64_t count, const Scratch& s) {
+  const Geometry& g = job.problem->geometry;
   const CodeFormat& format = job.kernel->codes;
-  const int64_t depth = job.problem->geometry.depth();
-  const int64_t whole = round_up(depth, std::max<int64_t>(8, format.depth_multiple));
-  for (int64_t r = 0; r < count; ++r) {
-    uint8_t* row = s.rows.codes + r * job.row_stride;
-    uint8_t* to = format.interleaved_rows == 1 ? row : s.patch;
-    copy_patch(job.runs, image + patch_at(job, pixel + r, first_outer, group), job.image_in_place, to);
-    std::memset(to + depth * format.bytes, 0, (whole - depth) * format.bytes);
-    if (format.interleaved_rows == 1) continue;
-    row = s.rows.codes + r / 2 * 2 * job.row_stride + r % 2 * 8;
-    for (int64_t i = 0; i < whole; i += 8) std::memcpy(row + 2 * i, to + i, 8);
+  const int64_t whole = round_up(g.depth(), std::max<int64_t>(8, format.depth_multiple)) * format.bytes;
+  int64_t row = 0;
+  while (row < count) {
+    const Line line = line_of(g, pixel + row, pixel + count);
+    const int64_t step = g.axes[line.axis].stride * (line.axis == 0 ? job.plane_bytes : job.pixel_bytes);
+    load_line(job, image + patch_at(job, pixel + row, first_outer, group), step, row, line.count, whole, s);
+    row += line.count;
   }
 }
 

@@ -85,6 +85,24 @@ struct CellRow {
   float* h;                // the hidden values [size], old and then new
 };
 
+// Runs of bytes, counts[0] x counts[1] x counts[2] of them, steps[] apart.
+struct Runs {
+  int64_t bytes;
+  int64_t counts[3], steps[3];
+};
+
+// Rows of codes from an image: row r has the runs from image + r * step on, and zeros behind them.
+struct Gather {
+  const uint8_t* image;
+  int64_t count, step;
+  Runs runs;
+  uint8_t* rows;
+  int64_t row_stride;
+};
+
+// So many bytes behind each run are read, and so many behind each row overwritten: those of the last with zeros.
+constexpr int64_t kGatherBeyond = 64;
+
 // Some pixels of a depthwise convolution, for 16 channels.
 //
 //   sum[p, c] = Σ_t image[p * step + offsets[t] + c] * weights[t * 16 + c]        integers, exact
@@ -186,6 +204,7 @@ struct Kernel {
   void (*run)(const Block& block) = nullptr;
   // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
   void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;
+  void (*gather)(const Gather& gather) = nullptr;
   // out[p * 16 + c] = float((code ^ flip) - zero_point) for the 16 codes, in this kernel's bytes, at each of some
   // pixels that lie stride bytes apart.
   void (*widen)(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int32_t zero_point,

@@ -45,6 +45,7 @@ constexpr bool kZeroPointFirst = false;
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 
 constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGroups = kTileDepth / 4;
 // A step is 64 k. A pair of panels and two tiles of codes of kStepsInL1 steps fit in L1, 48 KiB. Deeper problems are
@@ -358,6 +359,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.run = amx_int8::run;
   k.activate = amx_int8::activate;
   k.cell = amx_int8::cell;
+  k.gather = amx_int8::gather;
   k.widen = amx_int8::widen;
   k.depthwise = amx_int8::depthwise;
   k.tiling.own_loops = true;

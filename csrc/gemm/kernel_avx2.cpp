@@ -45,6 +45,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -72,6 +73,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.run = avx2::run;
   k.activate = avx2::activate;
   k.cell = avx2::cell;
+  k.gather = avx2::gather;
   k.widen = avx2::widen;
   k.depthwise = avx2::depthwise;
   return k;

@@ -42,6 +42,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -77,6 +78,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.run = avx512_vnni::run;
   k.activate = avx512_vnni::activate;
   k.cell = avx512_vnni::cell;
+  k.gather = avx512_vnni::gather;
   k.widen = avx512_vnni::widen;
   k.depthwise = avx512_vnni::depthwise;
   k.tiling.next_lines = avx512_vnni::kNextLines;

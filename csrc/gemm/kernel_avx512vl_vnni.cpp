@@ -30,6 +30,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.run = avx512vl_vnni::run;
   k.activate = avx512vl_vnni::activate;
   k.cell = avx512vl_vnni::cell;
+  k.gather = avx512vl_vnni::gather;
   k.widen = avx512vl_vnni::widen;
   k.depthwise = avx512vl_vnni::depthwise;
   k.tiling.full_tiles = true;  // as in avx_vnni

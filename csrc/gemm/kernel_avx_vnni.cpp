@@ -28,6 +28,7 @@ constexpr Kernel kernel_avx_vnni = [] {
   k.run = avx_vnni::run;
   k.activate = avx_vnni::activate;
   k.cell = avx_vnni::cell;
+  k.gather = avx_vnni::gather;
   k.widen = avx_vnni::widen;
   k.depthwise = avx_vnni::depthwise;
   k.tiling.full_tiles = true;  // the 10 accumulators of 5 rows barely cover the latency: any delay stalls them

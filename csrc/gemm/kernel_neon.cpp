@@ -53,6 +53,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -79,6 +80,7 @@ constexpr Kernel kernel_neon = [] {
   k.run = neon::run;
   k.activate = neon::activate;
   k.cell = neon::cell;
+  k.gather = neon::gather;
   k.widen = neon::widen;
   k.depthwise = neon::depthwise;
   k.codes.shift = 128;

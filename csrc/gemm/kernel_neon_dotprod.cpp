@@ -48,6 +48,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -69,6 +70,7 @@ constexpr Kernel kernel_neon_dotprod = [] {
   k.run = neon_dotprod::run;
   k.activate = neon_dotprod::activate;
   k.cell = neon_dotprod::cell;
+  k.gather = neon_dotprod::gather;
   k.widen = neon_dotprod::widen;
   k.depthwise = neon_dotprod::depthwise;
   k.codes.shift = 128;

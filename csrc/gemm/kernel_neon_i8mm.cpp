@@ -54,6 +54,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "epilogue.inc"
 #include "cell.inc"
 #include "depthwise.inc"
+#include "gather.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -76,6 +77,7 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.run = neon_i8mm::run;
   k.activate = neon_i8mm::activate;
   k.cell = neon_i8mm::cell;
+  k.gather = neon_i8mm::gather;
   k.widen = neon_i8mm::widen;
   k.depthwise = neon_i8mm::depthwise;
   k.codes.interleaved_rows = 2;

@@ -17,6 +17,7 @@ constexpr int kLanes = 1;
 float load(const float* p) { return *p; }
 void store(float* p, float x) { *p = x; }
 #include "cell.inc"
+#include "gather.inc"
 
 template <class T>
 float value(const FloatRow& row, int64_t i) {
@@ -149,6 +150,7 @@ constexpr Kernel kernel_reference = [] {
   k.run = reference::run;
   k.activate = reference::activate;
   k.cell = reference::cell;
+  k.gather = reference::gather;
   k.widen = reference::widen;
   k.depthwise = reference::depthwise;
   return k;
