@@ -33,7 +33,7 @@ torchq::Problem product_of(const Job& job, int64_t count, int64_t group, const C
   product.weights = &p.weights_of(group);
   product.y.dtype = job.y_in_place ? p.y.dtype : waiting_dtype(p);
   product.y.qparams = p.y.qparams;
-  product.activation = p.residual ? Activation::none : p.activation;
+  product.activation = p.residual && !job.y_in_place ? Activation::none : p.activation;
   return product;
 }
 
@@ -47,8 +47,9 @@ void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int 
   const int64_t bytes = element_bytes(product.y.dtype), first_channel = group * g.group_outputs();
   if (job.y_in_place) {
     product.y.stride = g.out_channels * bytes;
-    product.y.data =
-        static_cast<uint8_t*>(p.y.data) + (sample * g.out_pixels() + pixel) * product.y.stride + first_channel * bytes;
+    const int64_t at = (sample * g.out_pixels() + pixel) * product.y.stride + first_channel * bytes;
+    product.y.data = static_cast<uint8_t*>(p.y.data) + at;
+    if (p.residual) product.y.residual = static_cast<const uint8_t*>(p.residual) + at;
     for (int part = first_part; part < end_part; ++part) torchq::run(parts, part, s.gemm);
     return;
   }

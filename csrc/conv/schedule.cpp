@@ -25,6 +25,7 @@ torchq::Job product_of(const Kernel& kernel, const Problem& p, int64_t rows) {
   product.m = rows;
   product.x.ready = &kReady;
   product.weights = &p.weights_of(0);
+  product.y.residual = p.residual;
   torchq::Job job = torchq::schedule(kernel, product);
   job.problem = nullptr;
   return job;
@@ -95,7 +96,7 @@ Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   for (const Axis& axis : g.axes) is_padded |= axis.padded() > axis.size;
   job.image_in_place = problem.x.dtype == DType::u8 && !is_padded && format.bytes == 1 && format.shift == 0;
   job.runs = runs_of(job);
-  job.y_in_place = !problem.residual && (problem.y.channels_last || g.out_pixels() == 1);
+  job.y_in_place = (problem.y.channels_last || g.out_pixels() == 1) && !(problem.residual && problem.is_depthwise);
   problem.is_depthwise ? schedule_depthwise(job, most_parts) : schedule_product(job, most_parts);
   if (!job.image_in_place) job.image_bytes = job.image_rows() * job.plane_bytes + kSlack;
   job.scratch_bytes = scratch_bytes(job);

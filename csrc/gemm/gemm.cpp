@@ -56,6 +56,7 @@ Block common_block(const Job& job) {
   b.activation = p.activation;
   b.out_inv_scale = 1.0f / p.y.qparams.scale;
   b.out_zero_point = p.y.qparams.zero_point;
+  if (p.y.residual) b.residual = static_cast<const uint8_t*>(p.y.residual) - static_cast<uint8_t*>(p.y.data);
   return b;
 }
 
@@ -68,14 +69,20 @@ uint8_t* output_at(const Problem& p, int64_t row, int64_t panel) {
   return static_cast<uint8_t*>(p.y.data) + row * p.y.stride + column * element_bytes(p.y.dtype);
 }
 
-// Runs a block whose last panel y only partly fills: into the ragged buffer, and from there the columns that exist.
-__attribute__((noinline)) void run_ragged(const Kernel& kernel, Block b, int64_t columns, uint8_t* ragged) {
+// Runs a block whose last panel y only partly fills: into the ragged buffer, and from there the columns that exist. The
+// residual goes the other way, into the buffer's second half.
+__attribute__((noinline)) void run_ragged(const Job& job, Block b, int64_t columns, uint8_t* ragged) {
   uint8_t* y = static_cast<uint8_t*>(b.out);
-  const int64_t y_stride = b.out_stride, bytes = element_bytes(b.out_dtype);
+  const int64_t y_stride = b.out_stride, bytes = columns * element_bytes(b.out_dtype);
   b.out = ragged;
-  b.out_stride = b.panels * kPanelColumns * bytes;
-  kernel.run(b);
-  for (int r = 0; r < b.m; ++r) std::memcpy(y + r * y_stride, ragged + r * b.out_stride, columns * bytes);
+  b.out_stride = b.panels * kPanelColumns * element_bytes(b.out_dtype);
+  if (b.residual) {
+    const uint8_t* residual = y + b.residual;
+    b.residual = ragged_bytes(job) / 2;
+    for (int r = 0; r < b.m; ++r) std::memcpy(ragged + b.residual + r * b.out_stride, residual + r * y_stride, bytes);
+  }
+  job.kernel->run(b);
+  for (int r = 0; r < b.m; ++r) std::memcpy(y + r * y_stride, ragged + r * b.out_stride, bytes);
 }
 
 // A block of rows by a kernel with own_loops: all whole panels at once, then the ragged one.
@@ -94,7 +101,7 @@ void run_at_once(const Job& job, const Part& part, int64_t row, int64_t rows, Bl
     if (end * kPanelColumns <= n)
       job.kernel->run(b);
     else
-      run_ragged(*job.kernel, b, n - begin * kPanelColumns, s.ragged);
+      run_ragged(job, b, n - begin * kPanelColumns, s.ragged);
   };
   if (part.panel_begin < whole) run_panels(part.panel_begin, whole);
   if (whole < part.panel_end) run_panels(whole, part.panel_end);
@@ -137,7 +144,7 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
         b.next = next < next_end ? next : nullptr;
         next += next_bytes;
       }
-      whole ? kernel.run(b) : run_ragged(kernel, b, columns, s.ragged);
+      whole ? kernel.run(b) : run_ragged(job, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
     }
   }

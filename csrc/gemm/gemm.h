@@ -133,8 +133,9 @@ struct Output {
   void* data;      // (m, N)
   int64_t stride;  // bytes between rows
   DType dtype;
-  QParams qparams;          // u8 only
-  int64_t first_panel = 0;  // the one that data begins with, if only some of them are computed
+  QParams qparams;                 // u8 only
+  const void* residual = nullptr;  // added before the activation: laid out as data, whose dtype it has, floats
+  int64_t first_panel = 0;         // the one that data begins with, if only some of them are computed
 };
 
 struct Problem {

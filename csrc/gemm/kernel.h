@@ -45,7 +45,8 @@ struct RowRange {
 // One block of y = x · wᵀ, full depth. Codes and panels are what codes.cpp and pack.cpp prepared.
 //
 //   acc[r, c] = Σ_k codes[r, k]·w[c, k] - zero_point[r]·colsum[c]                      exact, int32
-//   y[r, c]   = act(float(acc[r, c]) * (scale[r] * panel.scale[c]) + panel.bias[c])    float32, each operation rounded
+//   y[r, c]   = act(float(acc[r, c]) * (scale[r] * panel.scale[c]) + panel.bias[c])    float32, each operation rounded;
+//               with a residual act(... + residual[r, c])
 //   out       = y as float32 / bfloat16 / float16 (rounded half to even), or
 //               u8: clamp(rne(y * out_inv_scale) + out_zero_point, 0, 255), NaN gives 0, or
 //               i32: acc itself
@@ -70,6 +71,7 @@ struct Block {
   int32_t out_zero_point;  // u8 out only
   Layout layout;           // of the panels. It must not follow `panels`: g++ would store both at once and load them
                            // one by one, and the CPU cannot forward such a store
+  int64_t residual;        // bytes from each output to what is added to it, of the same dtype (floats); 0 for nothing
   int32_t* sums;           // with own_loops: room for m x kSumColumns sums of a part of the depth
 };
 

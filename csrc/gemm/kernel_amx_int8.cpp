@@ -331,8 +331,12 @@ void sweep(const Epilogue& e, const Block& b, int first_panel, int end_panel) {
 
 void run(const Block& b) {
   alignas(64) float curved[4 * kLanes];  // of one row
-  const Epilogue e{b.out_dtype, b.activation, splat(b.out_inv_scale), code_map(b.out_zero_point),
-                   b.activation > Activation::relu ? curved : nullptr};
+  const Epilogue e{b.out_dtype,
+                   b.activation,
+                   splat(b.out_inv_scale),
+                   code_map(b.out_zero_point),
+                   b.activation > Activation::relu ? curved : nullptr,
+                   b.residual};
   const bool three = b.m > 2 * kTileRows && b.m <= kThreeTilesUpTo && b.k_groups <= kStepsInL1 * kGroups;
   if (three) return sweep<3, 1>(e, b, 0, b.panels);
   if (b.m > kTileRows) {

@@ -88,6 +88,14 @@ void activate(Activation activation, DType dtype, const void* x, void* y, int64_
   return activate(activation, dtype, static_cast<const float*>(x), y, count);
 }
 
+float value_at(DType dtype, const void* row, int c) {
+  switch (dtype) {
+    case DType::f32: return static_cast<const float*>(row)[c];
+    case DType::bf16: return to_float(static_cast<const Bf16*>(row)[c]);
+    default: return to_float(static_cast<const F16*>(row)[c]);
+  }
+}
+
 // y[c] of a Block or a Depthwise, in a row of its output.
 template <class Work>
 void write(const Work& work, void* row, int c, float y) {
@@ -100,10 +108,10 @@ void write(const Work& work, void* row, int c, float y) {
 
 void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
   void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
-  if (b.out_dtype == DType::i32)
-    static_cast<int32_t*>(row)[c] = acc;
-  else
-    write(b, row, c, static_cast<float>(acc) * (b.scale[r] * scale) + bias);
+  if (b.out_dtype == DType::i32) return void(static_cast<int32_t*>(row)[c] = acc);
+  float y = static_cast<float>(acc) * (b.scale[r] * scale) + bias;
+  if (b.residual) y += value_at(b.out_dtype, static_cast<uint8_t*>(row) + b.residual, c);
+  write(b, row, c, y);
 }
 
 void widen(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int32_t zero_point, float* out) {

@@ -9,12 +9,14 @@ namespace torchq {
 
 struct Scratch {
   CodeRows rows;    // of a block; none where rows are ready
-  uint8_t* ragged;  // output for panels that y only partly fills: of one tile, or with own_loops one panel of all rows
+  uint8_t* ragged;  // outputs of panels that y only partly fills: of one tile, or with own_loops one panel of all rows;
+                    // and as much for a residual
   int32_t* sums;    // Block::sums
 };
 
 inline int64_t ragged_bytes(const Job& job) {
-  return job.kernel->tiling.own_loops ? job.block_rows * kPanelColumns * 4 : int64_t{job.tile.m} * job.tile.n * 4;
+  const int64_t values = job.kernel->tiling.own_loops ? job.block_rows * kPanelColumns : job.tile.m * job.tile.n;
+  return values * 4 * (job.problem->y.residual ? 2 : 1);
 }
 
 inline int64_t sums_bytes(const Job& job) {
