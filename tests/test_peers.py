@@ -27,6 +27,7 @@ pytestmark = [
 ]
 SIZE = 3
 STATIC = QConfig(activation="static", rounding="nearest", smoothing="none")
+MINMAX = dataclasses.replace(STATIC, observer="minmax")
 OBSERVERS = [name for name in observers.OBSERVERS if name != "moving_average"]  # its merge is another mean
 
 
@@ -48,6 +49,16 @@ class Net(nn.Module):
 def net():
     torch.manual_seed(7)
     return Net().eval()
+
+
+def images():
+    torch.manual_seed(8)
+    layers = [nn.Conv2d(4, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 8)]
+    return nn.Sequential(*layers).eval()
+
+
+def pictures(rank):
+    return [] if rank == 1 else [normal(24, 4, 8, 8, seed=10 * rank + i) + rank for i in range(2)]
 
 
 def shard(rank):
@@ -89,6 +100,8 @@ def scenarios(rank):
     found["auto"] = state_of(convert(net(), shard(rank), group=group))
     found["gptq"] = state_of(convert(net(), shard(rank), config=QConfig(rounding="gptq"), group=group))
     found["inplace"] = state_of(convert(net(), shard(rank), inplace=True, group=group))
+    found["convolutions"] = state_of(convert(images(), pictures(rank), group=group))
+    found["static convolutions"] = state_of(convert(images(), pictures(rank), config=MINMAX, group=group))
     found["no data"] = state_of(convert(net(), group=group))
     found["one batch each"] = state_of(convert(net(), [normal(64, 24, seed=rank)], group=group))
     part = distributed.new_group([0, 1])
@@ -126,7 +139,7 @@ def assert_same(one, other):
     assert all(torch.equal(value, other_state[key]) for key, value in state.items() if isinstance(value, torch.Tensor))
 
 
-NAMES = [*OBSERVERS, "auto", "gptq", "inplace", "no data", "one batch each", "budget"]
+NAMES = [*OBSERVERS, "auto", "gptq", "inplace", "convolutions", "no data", "one batch each", "budget"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,6 +159,14 @@ def test_static_ranges_are_those_of_one_process_on_all_the_data(found, name):
     }
     assert layers["left"]["input_qparams"] is not None
     assert_same(({}, found[0][name][1]), ({}, state))
+
+
+def test_static_convolutions_are_those_of_one_process(found):
+    """Each with the norm behind it, which every process folds."""
+    one = convert(images(), [each for rank in range(SIZE) for each in pictures(rank)], config=MINMAX)
+    layers = found[0]["static convolutions"][0]["layers"]
+    assert {layer["kind"] for layer in layers.values()} == {"int8 static"}
+    assert_same(({}, found[0]["static convolutions"][1]), ({}, one.state_dict()))
 
 
 def test_what_is_measured_is_what_one_process_measures(found):
