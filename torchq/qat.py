@@ -224,7 +224,9 @@ def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) ->
 def _best_range(layer: Layer, record: Record, scale: Tensor | None, config: QConfig) -> tuple[float, float]:
     """The range of the observer with the highest output SQNR for this layer, as in `choose`."""
     trial, per_channel = record.trial(scale), config.weight == "per_channel"
-    measured = measure(layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, channel_scale=scale)
+    measured = measure(
+        layer.matrix, trial.rows, trial.ranges, per_channel=per_channel, channel_scale=scale, patches=layer.patches
+    )
     lo, hi = trial.observers[max(trial.ranges, key=lambda name: measured[name])].range()
     return float(lo), float(hi)
 

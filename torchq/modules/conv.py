@@ -6,12 +6,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.modules.base import Matrix, ModuleType
+from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.convolving import as_rows, geometry_of, is_pointwise, is_tiled, padded
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
+from torchq.modules.qat_conv import QAT_OF_DIMENSIONS, QATConv
+from torchq.modules.qat_linear import trained_form
 from torchq.modules.quantized_conv import OF_DIMENSIONS, QuantizedConv
+from torchq.modules.ranges import InputRange
 from torchq.ops.convolution import packs_as_one
 
 MIN_CHANNELS = 4
@@ -96,6 +99,33 @@ class ConvType(ModuleType):
         return groups == 1 or min(shape[0] // groups, shape[1]) >= MIN_CHANNELS
 
     def why_untrainable(self, module: nn.Module) -> str | None:
-        if is_computed(module):
-            return "its weight is computed, not trained"
-        return f"{self.name} has no training form"
+        return "its weight is computed, not trained" if is_computed(module) else None
+
+    def prepare(
+        self, module: nn.Module, input_range: InputRange, *, per_channel: bool, channel_scale: Tensor | None = None
+    ) -> None:
+        form = QAT_OF_DIMENSIONS[weight_of(module).dim() - 3]
+        form.adopt(module, input_range, per_channel=per_channel, channel_scale=channel_scale)
+
+
+class QATConvType(ConvType):
+    """What `prepare_qat` made of a convolution."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, QATConv) and isinstance(module, self._float_class)
+
+    def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
+        if type(module).forward is not QATConv.forward or "forward" in vars(module):
+            return f"{type(module).__name__} has a forward of its own"
+        if not cast(QATConv, module).input_range.is_ready():
+            return "its trained range is not finite: no training batch reached it, or training diverged"
+        return None
+
+    def trained(self, module: nn.Module) -> Trained:
+        return trained_form(cast(QATConv, module))
+
+    def why_untrainable(self, module: nn.Module) -> str | None:
+        return "it is prepared already"
+
+    def release(self, module: nn.Module) -> None:
+        cast(QATConv, module).release()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from torchq.ops.convolution import Geometry
 
+_CONVOLVE = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -21,6 +22,14 @@ def geometry_of(conv: Any) -> Geometry:
         padding = [(each, each) for each in conv.padding]
     channels = conv.in_channels, conv.out_channels
     return Geometry(*channels, conv.kernel_size, conv.stride, tuple(padding), conv.dilation, conv.groups)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The convolution of floats, with the padding that the geometry has."""
+    x = nn.functional.pad(x, [each for pair in reversed(geometry.padding) for each in pair])
+    convolve = _CONVOLVE[len(geometry.kernel) - 1]
+    y: Tensor = convolve(x, weight, bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+    return y
 
 
 def padded(x: Tensor, conv: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.linear_proof import proof_of
 from torchq.modules.plain_code import is_plain_value
-from torchq.modules.qat_linear import QATLayer, QATLinear
+from torchq.modules.qat_linear import QATLayer, QATLinear, trained_form
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.ranges import InputRange
 
@@ -84,8 +84,7 @@ class QATLinearType(LinearType):
         return None
 
     def trained(self, module: nn.Module) -> Trained:
-        layer = cast(QATLayer, module)
-        return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin, layer.channel_scale)
+        return trained_form(cast(QATLayer, module))
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         return "it is prepared already"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchq.modules.base import Trained
 from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 
 
@@ -95,6 +96,11 @@ class QATLayer(nn.Module):
         n, k = self.matrix.shape
         sizes = f"in_features={k}, out_features={n}, bias={self.bias is not None}"
         return f"{sizes}, weight={'per_channel' if self.per_channel else 'per_tensor'}"
+
+
+def trained_form(layer: QATLayer) -> Trained:
+    """How it was trained to be quantized."""
+    return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin, layer.channel_scale)
 
 
 class QATLinearLike(QATLayer):

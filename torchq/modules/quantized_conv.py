@@ -14,6 +14,7 @@ from torchq.modules import gradients, simulation
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.convolving import (
     as_rows,
+    convolved,
     format_of,
     geometry_of,
     in_format,
@@ -42,7 +43,6 @@ from torchq.ops.convolution import Geometry, pack, unpack
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _convolution = torch.ops.torchq.convolution.default
-_CONVOLVE = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 
 
 class QuantizedConv(PackedWeights, Leaf):
@@ -281,10 +281,7 @@ class QuantizedConv(PackedWeights, Leaf):
         return z if activation == Activation.NONE else activate(z, activation)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        g = self.geometry
-        x = nn.functional.pad(x, [each for pair in reversed(g.padding) for each in pair])
-        y: Tensor = _CONVOLVE[self.dimensions - 1](x, weight, bias, g.stride, 0, g.dilation, g.groups)
-        return y
+        return convolved(x, weight, bias, self.geometry)
 
     def _check_shape(self, x: Tensor) -> None:
         if x.dim() != self.dimensions + 2 or x.shape[1] != self.in_channels:

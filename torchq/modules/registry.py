@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchq import ops
 from torchq.modules.base import Matrix, ModuleType, Trained
-from torchq.modules.conv import ConvType
+from torchq.modules.conv import ConvType, QATConvType
 from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
@@ -22,6 +22,7 @@ from torchq.numerics.qparams import quantize_weight
 from torchq.ops.convolution import packs_as_one
 
 TYPES: list[ModuleType] = [
+    *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     QATLinearType(),
     LinearType(),
     *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),

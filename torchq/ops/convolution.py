@@ -121,7 +121,8 @@ def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor |
     sizes = [ops.packed_bytes(n, k, channel_scale) for channel_scale in (False, True)]
     size = next(size for size in reversed(sizes) if size <= rows[0].numel())
     weights, scales, biases, channels = zip(*(ops.unpack(row[:size].clone()) for row in rows), strict=True)
-    weight = torch.cat(weights).view(geometry.out_channels, *geometry.kernel, inputs).movedim(-1, 1).contiguous()
+    weight = torch.cat(weights).view(geometry.out_channels, *geometry.kernel, inputs).movedim(-1, 1)
+    weight = weight.clone(memory_format=torch.contiguous_format)  # contiguous() would keep strides of size 1
     bias = None if biases[0] is None else torch.cat(biases)
     return weight, torch.cat(scales), bias, None if channels[0] is None else torch.cat([c[:inputs] for c in channels])
 
