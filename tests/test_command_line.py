@@ -1,5 +1,6 @@
 """The command `torchq` as a user meets it: what it prints where, exit codes, errors without a traceback."""
 
+import importlib
 import json
 import os
 import pty
@@ -200,6 +201,27 @@ def test_bench_of_a_model(converted, bert, torchq_command, which, monkeypatch):
     assert line.split() == ["2", "x", "8", "2.0", "ms", "2.0", "ms", "1.00x", "8,000"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sentence_transformer_keeps_all_its_files(bert, torchq_command, tmp_path):
+    """Its pooling, its limit of tokens and its prompts; the model inside becomes int8, calibrated up to that limit."""
+    package = pytest.importorskip("sentence_transformers")
+    kinds = importlib.import_module("sentence_transformers.models")
+    parts = kinds.Transformer(str(bert / "bert"), max_seq_length=10), kinds.Pooling(64, "max")
+    before = package.SentenceTransformer(modules=parts, prompts={"query": "word1 "}, device="cpu")
+    before.save_pretrained(str(tmp_path / "float"))
+    opened = models.open_float(tmp_path / "float")
+    limit = opened.longest(opened.tokenizer())
+    code, _, err = torchq_command("convert", tmp_path / "float", tmp_path / "int8", "--calib", bert / "texts.txt")
+    assert (code, limit) == (0, 10), err
+    after = package.SentenceTransformer(str(tmp_path / "int8"), device="cpu")
+    assert isinstance(after[0].auto_model.encoder.layer[0].output.dense, torchq.QuantizedLinear)
+    assert (after.max_seq_length, after[1].pooling_mode, after.prompts["query"]) == (10, "max", "word1 ")
+    texts = models.read_texts(bert / "texts.txt", 8)
+    embeddings = [torch.from_numpy(model.encode(texts, prompt_name="query")) for model in (before, after)]
+    assert 20 < torchq.sqnr_db(*embeddings) < 100
+    assert torchq_command("verify", tmp_path / "int8", "--tokens", "8")[0] == 0
+
+
 def test_bench_of_layers(torchq_command):
     code, out, _ = torchq_command("bench", "--shape", "3x64x32", "--rounds", "1", "--threads", "1")
     title, head, _, line = out.splitlines()
@@ -298,6 +320,16 @@ def test_warnings_are_a_line_each_said_once(capsys):
 
     assert guarded(command, show_traceback=False) == 0
     assert capsys.readouterr().err == "warning: few rows\n"
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=3)
+def test_the_command_is_installed():
+    """As `torchq`, by pyproject.toml, and as `python -m torchq`."""
+    assert '\n[project.scripts]\ntorchq = "torchq.command_line:main"\n' in (ROOT / "pyproject.toml").read_text()
+    command, variables = [sys.executable, "-m", "torchq", "--version"], environment_here()
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert run.stdout == f"torchq {torchq.__version__}\n"
 
 
 def test_what_is_missing_is_said(monkeypatch):

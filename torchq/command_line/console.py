@@ -44,6 +44,17 @@ def note(message: str) -> None:
     err.print(f"[dim]{escape(message)}[/dim]")
 
 
+@contextmanager
+def working(message: str) -> Iterator[None]:
+    """Says what is being done, with a sign of life on a terminal while it lasts."""
+    if not err.is_terminal:
+        note(message)
+        yield
+        return
+    with err.status(escape(message)):
+        yield
+
+
 def verdict(line: str, style: str) -> None:
     """A line of the result, in a colour."""
     out.print(Text(line, style=style))

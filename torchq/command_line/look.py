@@ -5,7 +5,7 @@ from typing import Any
 
 import torchq
 from torchq import text
-from torchq.command_line.console import note, out, print_json, print_table, verdict
+from torchq.command_line.console import note, out, print_json, print_table, verdict, working
 from torchq.command_line.models import Opened, open_int8, random_batch, read_texts, tokenized
 from torchq.reporting.verified import Verification, shortened
 
@@ -15,8 +15,8 @@ def report(directory: Path, *, html: Path | None, times: bool, as_json: bool) ->
     opened = open_int8(directory)
     profile = None
     if times:
-        note("timing each layer")
-        profile = torchq.profile_layers(opened.model)
+        with working("timing each layer"):
+            profile = torchq.profile_layers(opened.model)
     found = torchq.report(opened.model, profile=profile)
     if html is not None:
         found.save(html)
@@ -31,8 +31,8 @@ def verify(directory: Path, texts: Path | None, *, batch: int, tokens: int, as_j
     """Verifies the model on texts, or on random tokens, and prints the result. Returns whether all is right."""
     opened = open_int8(directory)
     example = example_of(opened, texts, batch, tokens)
-    note("computing each layer by every kernel")
-    result = torchq.verify(opened.model, example)
+    with working("computing each layer by every kernel"):
+        result = torchq.verify(opened.model, example)
     if as_json:
         print_json(result.to_dict())
     else:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.command_line.console import UserError, err, note
+from torchq.command_line.console import UserError, working
 
 Batch = dict[str, Tensor]
 
 _IMAGE_SIZE = 224
+_LONGEST = 512  # tokens of a text, for models that know no limit
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class Opened:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         return tokenizer
 
-    def longest(self) -> int:
-        """How many tokens a text may have: by the SentenceTransformer's settings, or the positions of the model."""
+    def longest(self, tokenizer: Any) -> int:
+        """How many tokens a text may have: by a SentenceTransformer's settings, the tokenizer, and the positions."""
         settings = self.folder / "sentence_bert_config.json"
-        known = json.loads(settings.read_text()).get("max_seq_length") if settings.exists() else None
-        return min(int(known or 512), int(getattr(self.config, "max_position_embeddings", None) or 512))
+        known = [json.loads(settings.read_text()).get("max_seq_length") if settings.exists() else None]
+        known += [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None), _LONGEST]
+        return min(int(length) for length in known if length)
 
 
 def model_folder(directory: Path) -> Path:
@@ -133,14 +135,13 @@ def _opened(folder: Path) -> Opened:
 
     import torchq.hf  # noqa: F401  (registers quant_method "torchq")
 
-    if not err.is_terminal:
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()
-    note(f"loading {folder}")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    known = [getattr(transformers, name, None) for name in config.architectures or ()]
-    cls = next((each for each in known if each is not None), transformers.AutoModel)
-    model = cls.from_pretrained(folder, local_files_only=True)
+    with working(f"loading {folder}"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        known = [getattr(transformers, name, None) for name in config.architectures or ()]
+        cls = next((each for each in known if each is not None), transformers.AutoModel)
+        model = cls.from_pretrained(folder, local_files_only=True)
     return Opened(model.eval(), folder, config)
 
 
@@ -178,7 +179,8 @@ def tokenized(opened: Opened, texts: Sequence[str], batch_size: int, max_length:
     """
     if not opened.takes_ids:
         raise UserError(f"{type(opened.model).__name__} takes {opened.model.main_input_name}, and no texts.")
-    tokenizer, longest = opened.tokenizer(), max_length or opened.longest()
+    tokenizer = opened.tokenizer()
+    longest = max_length or opened.longest(tokenizer)
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
         batch = dict(tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
