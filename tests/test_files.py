@@ -1,6 +1,7 @@
 """save() and load(): every kind of converted model comes back bit for bit, from a model without values too."""
 
 import copy
+import hashlib
 import os
 import pathlib
 import signal
@@ -117,6 +118,7 @@ class Logits(nn.Module):
         return self.model(ids)[0]
 
 
+GOLDEN = "b15a36eb48476ff63650d2db83b095014e4e15e2186d2df5147dedd77ecaf1b5"
 STATIC, GPTQ = QConfig(activation="static"), QConfig(rounding="gptq")
 LAYER = nn.TransformerEncoderLayer
 CASES = {
@@ -307,6 +309,30 @@ def test_others_read_the_tensors(path):
         assert set(file.keys()) == set(qmodel.state_dict())
         assert_identical(file.get_tensor("0.weight_int8"), qmodel[0].weight_int8)
         assert file.metadata()["torchq"].startswith("1 ")
+
+
+class Golden(nn.Module):
+    """What tests/format-1.safetensors holds: every step of it is bit exact on every CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(64, 24), mlp(24, 32, 24)
+        self.conv, self.head = nn.Conv1d(24, 16, 3), nn.Linear(16, 8, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.conv(self.body(self.table(ids)).transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_file_of_the_first_release_gives_its_bits(kernel):
+    """On every kernel: layers static and dynamic, with a bias by correction, with a channel scale; and a table."""
+    loaded = torchq.load(ROOT / "tests" / "format-1.safetensors", without_values(Golden))
+    kinds = {name: row.kind for name, row in loaded.torchq_plan.layers.items()}
+    assert set(kinds.values()) == {"int8 static", "int8 dynamic"}
+    assert loaded.head.has_bias
+    assert not loaded.head.had_bias
+    assert loaded.body[2].channel_scale is not None
+    y = loaded(torch.arange(120).reshape(6, 20) * 7 % 64)
+    assert hashlib.sha256(y.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest() == GOLDEN
 
 
 # ---- Whatever happens ------------------------------------------------------------------------------------------------

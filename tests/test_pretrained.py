@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torchq.planning import tables
 transformers = pytest.importorskip("transformers", "5", reason="transformers 5 is not installed")
 
 from torchq import hf  # noqa: E402
+from torchq.hf import availability  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -83,8 +85,7 @@ def assert_same(loaded, qmodel, given):
 
 
 @pytest.mark.slow(seconds=8)
-@pytest.mark.parametrize("config", [STATIC, QConfig()], ids=["static", "auto"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "config"), [*((name, STATIC) for name in MODELS), ("BertForMaskedLM", QConfig())])
 def test_a_calibrated_model_comes_back_bit_for_bit(name, config, tmp_path):
     """In shards, without a word about missing or unexpected tensors; and it can be saved again."""
     model = made(name)
@@ -218,6 +219,14 @@ def test_a_config_of_another_kind(tmp_path):
         path.write_text(json.dumps({**about, "quantization_config": {**about["quantization_config"], **change}}))
         with pytest.raises(ValueError, match=words):
             transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", None])
+def test_transformers_that_is_old_or_missing(version, monkeypatch):
+    fake = None if version is None else types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    with pytest.raises(ImportError, match=r"torchq.hf needs transformers"):
+        availability.check()
 
 
 def test_bad_options():

@@ -90,6 +90,11 @@ def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module, path: 
     assert torch.equal(run(loaded, x), expected)
     torchq.save(qmodel, path)
     assert torch.equal(run(torchq.load(path, copy.deepcopy(model).to("meta")), x), expected)
+    if hasattr(model, "save_pretrained"):
+        from torchq import hf  # noqa: F401 which registers torchq with transformers
+
+        qmodel.save_pretrained(path.parent / "pretrained")
+        assert torch.equal(run(type(model).from_pretrained(path.parent / "pretrained"), x), expected)
     if architecture.generates:
         prompt = {key: value for key, value in x.items() if key != "decoder_input_ids"}
         tokens = qmodel.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)

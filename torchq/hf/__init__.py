@@ -6,6 +6,7 @@ model = AutoModel.from_pretrained(name, quantization_config=torchq.hf.TorchqConf
 
 from typing import Any
 
+from torchq.hf import availability  # noqa: F401 first
 from torchq.hf.compressed import from_compressed_tensors, save_compressed_tensors
 from torchq.hf.quantizer import TorchqHfQuantizer
 from torchq.hf.sentences import convert_sentence_transformer

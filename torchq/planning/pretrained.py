@@ -116,7 +116,13 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Whether torch.compile takes the model."""
         return True
 
-    def is_serializable(self, *_: Any) -> bool:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Whether `save_pretrained` may save the model.
 
         Raises:
@@ -126,7 +132,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(f"torchq: this part of a converted model can't be saved alone: {self._why_not}")
         return True
 
-    def get_state_dict_and_metadata(self, model: nn.Module, *_: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *_: Any, **__: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes. It puts the plan into the model's config, which is written next."""
         assert self.plan is not None
         config: Any = copy.copy(self.quantization_config)
