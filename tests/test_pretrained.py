@@ -136,11 +136,17 @@ def test_other_heads(tmp_path):
     assert_identical(other.bert(IDS[1])[0], expected)
 
 
-def test_a_table_whose_head_is_left_out_is_named(tmp_path):
+def test_a_table_whose_head_is_left_out(tmp_path):
+    """It takes the head's tensors, and has a table of its own. To be saved without the head it lacks them."""
     qmodel = convert(made("LlamaForCausalLM"), config=QConfig(embeddings=True))
+    assert qmodel.model.embed_tokens.owner is qmodel.lm_head
     qmodel.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'model.embed_tokens' is the weight of 'lm_head', which is left out"):
-        transformers.AutoModel.from_pretrained(tmp_path)
+    base, said = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()), said
+    assert base.embed_tokens.owner is None
+    assert_identical(base(IDS[0])[0], qmodel.model(IDS[0])[0])
+    base.save_pretrained(tmp_path / "base")
+    assert_identical(transformers.AutoModel.from_pretrained(tmp_path / "base")(IDS[0])[0], base(IDS[0])[0])
     with pytest.raises(ValueError, match=r"can't be saved alone: the table 'model.embed_tokens' is the weight"):
         qmodel.model.save_pretrained(tmp_path / "part")
 

@@ -5,13 +5,15 @@ an `Awaiting` stands in the place of each int8 layer of the skeleton: plain buff
 checkpoint's tensors. Then the layers return, and take them.
 """
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -20,9 +22,9 @@ from torchq.errors import BadValueError
 from torchq.modules.base import Int8Module
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import find_layers
-from torchq.planning.names import renamed
+from torchq.planning.names import Rename, renamed
 from torchq.planning.plan import Plan
-from torchq.planning.pretrained import METHOD, Int8Quantizer, TorchqConfig, guard
+from torchq.planning.pretrained import METHOD, Int8Quantizer, TorchqConfig
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton
 from torchq.planning.tables import find_tables
 
@@ -32,6 +34,8 @@ register_quantization_config(METHOD)(TorchqConfig)
 @register_quantizer(METHOD)
 class TorchqHfQuantizer(Int8Quantizer):
     """What transformers asks while it loads a model. Users pass a `TorchqConfig`."""
+
+    _moved: Sequence[tuple[str, str]] = ()  # heads that this class lacks, and the tables that take their tensors
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raises ValueError for a device other than the CPU."""
@@ -45,9 +49,9 @@ class TorchqHfQuantizer(Int8Quantizer):
         return None if device_map is None else {"": "cpu"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """None for an int8 checkpoint: its tensors have the model's names."""
+        """Those of an int8 checkpoint: its tensors have the model's names, but for tables whose head is left out."""
         if self.pre_quantized:
-            return []
+            return [WeightRenaming(rf"^{re.escape(head)}\.weight_", f"{table}.weight_") for head, table in self._moved]
         return cast(list[Any], super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
@@ -58,8 +62,8 @@ class TorchqHfQuantizer(Int8Quantizer):
         except BadValueError as error:
             raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        ours = [f"{re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}$" for name in guard(model)]
-        model._keys_to_ignore_on_load_unexpected = {*ignored, *ours}
+        guard = (self.quantization_config.guard or "no guard").removeprefix(f"{model.base_model_prefix}.")
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"{re.escape(guard)}$"}
         put_placeholders(model, self.placeholder)
         floats = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {
@@ -78,7 +82,10 @@ class TorchqHfQuantizer(Int8Quantizer):
         """What the int8 checkpoint holds, under the names of this model."""
         if self.quantization_config.plan is None:
             raise BadValueError("config.json says that it is in int8, but has no plan of it.")
-        return fitted(from_stored(self.quantization_config.plan), model)
+        plan = from_stored(self.quantization_config.plan)
+        rename = renaming(plan, model)
+        plan, self._moved = without_lost_heads(plan, rename)
+        return renamed(plan, rename)
 
     def placeholder(self, name: str, layer: PackedWeights) -> "Awaiting":
         """What stands for the layer of this name while its tensors are loaded."""
@@ -100,8 +107,8 @@ class TorchqHfQuantizer(Int8Quantizer):
 # ---- A plan that was saved with another class's head -----------------------------------------------------------------
 
 
-def fitted(plan: Plan, model: Any) -> Plan:
-    """The plan under the names of this model, with the base model's prefix or without, as transformers matches tensors.
+def renaming(plan: Plan, model: Any) -> Rename:
+    """The names of this model: with the base model's prefix or without, as transformers matches tensors.
 
     Layers of a head that this class lacks are left out.
     """
@@ -111,7 +118,22 @@ def fitted(plan: Plan, model: Any) -> Plan:
     best = max(ways, key=lambda way: sum(way(name) in known for name in plan.layers))
     heads = [name for name in plan.layers if best(name) not in known and not name.startswith(start)]
     whole = best is not ways[1] and any(name.startswith(start) for name in plan.layers)
-    return renamed(plan, lambda name: None if whole and name in heads else best(name))
+    return lambda name: None if whole and name in heads else best(name)
+
+
+def without_lost_heads(plan: Plan, rename: Rename) -> tuple[Plan, list[tuple[str, str]]]:
+    """The plan with tables of their own where the head that they share one with is left out.
+
+    And of each such head the first table, by its new name: it takes the head's tensors.
+    """
+    tables, moved = dict(plan.tables), []
+    for name, row in plan.tables.items():
+        head, new = row.owner, rename(name)
+        if row.kind == "int8" and head in plan.layers and rename(head) is None and new is not None:
+            first = next(each for each, other in plan.tables.items() if other.owner == head)
+            tables[name] = dataclasses.replace(row, owner=None if first == name else first)
+            moved += [(head, new)] if first == name else []
+    return dataclasses.replace(plan, tables=tables), moved
 
 
 # ---- Placeholders ----------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         embeddings: see there.
         fuse: see there.
         plan: what `save_pretrained` wrote, not for users.
+        guard: likewise.
         format_version: likewise.
         quant_method: "torchq".
 
@@ -56,6 +57,7 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         embeddings: bool | str = "auto",
         fuse: bool = True,
         plan: dict[str, Any] | None = None,
+        guard: str | None = None,
         format_version: int = FORMAT,
         quant_method: str = METHOD,
     ) -> None:
@@ -72,7 +74,7 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = FORMAT
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.weight, self.attention, self.embeddings, self.fuse = weight, attention, embeddings, fuse
-        self.plan = plan
+        self.plan, self.guard = plan, guard
         self.qconfig(())
 
     def qconfig(self, exclude: tuple[str, ...]) -> QConfig:
@@ -138,11 +140,12 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """What `save_pretrained` writes. It puts the plan into the model's config, which is written next."""
         assert self.plan is not None
         config: Any = copy.copy(self.quantization_config)
-        config.plan = to_stored(self.plan)
+        extra = guard(model)
+        config.plan, config.guard = to_stored(self.plan), next(iter(extra), None)
         model.config.quantization_config = config  # type: ignore[union-attr]
         model._weight_conversions = []  # type: ignore[assignment] # the tensors keep the model's own names
         state: dict[str, Tensor] = model.state_dict()
-        return state | guard(model), {}
+        return state | extra, {}
 
 
 def guard(model: nn.Module) -> dict[str, Tensor]:
