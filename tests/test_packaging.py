@@ -3,6 +3,7 @@
 import ast
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import _torchq_autoload
 import torchq
 from helpers import ROOT
 from torchq import _C
+
+RELEASE = re.compile(r"(?m)^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$")
 
 
 def build(tmp_path, *, path, torch_stub=None, **environment):
@@ -84,6 +87,20 @@ def test_typed_marker_is_shipped():
 
 def test_versions_agree():
     assert f'version = "{torchq.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert RELEASE.findall((ROOT / "CHANGELOG.md").read_text())[0][0] == torchq.__version__
+
+
+def test_the_changelog_is_in_the_form_of_keep_a_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = RELEASE.findall(text)
+    dates = [date for _, date in releases]
+    assert dates == sorted(dates, reverse=True)
+    assert re.findall(r"(?m)^## (.*)", text) == ["[Unreleased]", *(f"[{name}] - {date}" for name, date in releases)]
+    sections = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for part in re.split(r"(?m)^## ", text)[1:]:
+        found = re.findall(r"(?m)^### (.*)", part)
+        assert found == [name for name in sections if name in found]
+    assert set(re.findall(r"(?m)^\[(.+)\]: http", text)) == {"Unreleased", *(name for name, _ in releases)}
 
 
 def metadata_in(folder):
@@ -99,7 +116,7 @@ def test_the_metadata_are_complete(tmp_path):
     metadata = metadata_in(tmp_path)
     urls = {url.partition(",")[0] for url in metadata.get_all("Project-URL")}
     assert urls == {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
-    assert {"bench", "docs", "plot", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"hf", "cli", "bench", "docs", "plot", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert metadata["License-Expression"] == "Apache-2.0"
 

@@ -22,7 +22,7 @@ from torchq.reporting.verification import verify
 
 logging.getLogger("torchq").addHandler(logging.NullHandler())  # what convert decides; silent until asked for
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Plan",
