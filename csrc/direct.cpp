@@ -16,13 +16,12 @@
 
 #include "direct.h"
 
-#include <exception>
 #include <memory>
-#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "direct_call.h"
 #include "dlpack.h"
 #include "linear.h"
 #include "nn_module.h"
@@ -34,9 +33,8 @@ namespace py = pybind11;
 namespace torchq {
 namespace {
 
-// Multiply-adds, and values to quantize, about 5 us. A shorter product keeps the GIL: to wake a thread that waits for
-// it would take longer.
-constexpr int64_t kKeepGilBelow = 1 << 20, kKeepGilBelowValues = 1 << 16;
+// Multiply-adds, about 5 us: a shorter product keeps the GIL.
+constexpr int64_t kKeepGilBelow = 1 << 20;
 
 // Names of a QuantizedLinear's attributes.
 struct Names {
@@ -66,20 +64,6 @@ const PackedHeader* header_of(PyObject* object) {
 bool fits(const dlpack::Tensor& x, const PackedHeader& weights) {
   return x.ndim >= 1 && x.ndim <= kMostDims && x.shape[x.ndim - 1] == weights.k && is_contiguous(x);
 }
-
-// The GIL, given away for as long as this lives, whatever is thrown.
-class Unlocked {
- public:
-  explicit Unlocked(bool yes) : state_(yes ? PyEval_SaveThread() : nullptr) {}
-  ~Unlocked() {
-    if (state_) PyEval_RestoreThread(state_);
-  }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 // An input that this file multiplies, with its weights and their kernel.
 struct PlainInput {
@@ -122,28 +106,6 @@ py::object multiply(PyObject* object, const Layer& layer) {
     run(*in.kernel, problem);
   }
   return y;
-}
-
-// y, or NotImplemented for null. If something went wrong, the op will meet it again and say what.
-PyObject* or_not_implemented(py::object y) {
-  if (y) return y.release().ptr();
-  PyErr_Clear();
-  Py_RETURN_NOTIMPLEMENTED;
-}
-
-// What `f` returns; null, with a Python error set, for what it throws.
-template <class F>
-PyObject* without_exceptions(const F& f) {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    PyErr_SetString(PyExc_MemoryError, "QuantizedLinear: out of memory for what the product needs beside its output");
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  } catch (...) {
-    PyErr_SetString(PyExc_RuntimeError, "QuantizedLinear: an unknown C++ exception");
-  }
-  return nullptr;
 }
 
 bool read(PyObject* value, bool (*allowed)(int64_t), int32_t* out) {

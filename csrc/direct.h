@@ -6,5 +6,7 @@ namespace torchq {
 
 // Adds call_linear, call_fused and is_plain to torchq._C; direct.cpp says what they are.
 void add_direct_calls(pybind11::module_& module);
+// Adds call_layer_norm (direct_norm.cpp); after the above.
+void add_direct_norm(pybind11::module_& module);
 
 }  // namespace torchq

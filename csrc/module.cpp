@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("ask_for_kernel", &ask_for_kernel, "Whether any context forces a kernel, so that the function must be asked.");
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
   torchq::add_direct_calls(m);
+  torchq::add_direct_norm(m);
 }
 
 // libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.

@@ -42,7 +42,7 @@ struct Asked {
 // What tells a plain eager call, as Python objects that live as long as the process.
 struct Torch {
   const dlpack::Exchange* exchange;
-  PyTypeObject* tensor;
+  PyTypeObject *tensor, *parameter;
   PyObject* unusual[3];                        // functions that return something true where a mode or tracing is active
   PyObject* autocast;                          // likewise for autocast
   PyObject *profiler, *profiling;              // the globals of torch's profiler, and the name of its flag among them
@@ -115,10 +115,14 @@ bool plain_eager() {
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
-bool view(PyObject* object, dlpack::Tensor* out) {
-  return Py_TYPE(object) == torch_.tensor && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu &&
+bool view_of_type(PyTypeObject* type, PyObject* object, dlpack::Tensor* out) {
+  return Py_TYPE(object) == type && !torch_.exchange->view(object, out) && out->device.type == dlpack::kCpu &&
          has_memory(object, *out);
 }
+
+bool view(PyObject* object, dlpack::Tensor* out) { return view_of_type(torch_.tensor, object, out); }
+
+bool view_parameter(PyObject* object, dlpack::Tensor* out) { return view_of_type(torch_.parameter, object, out); }
 
 bool is_negated(PyObject* x) { return !falsy(torch_.is_neg(x)); }
 
@@ -167,6 +171,7 @@ void watch_torch() {
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");
   torch_.autocast = forever(py::module_::import("functools").attr("partial")(torch.attr("is_autocast_enabled"), "cpu"));
   torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
+  torch_.parameter = reinterpret_cast<PyTypeObject*>(forever(torch.attr("nn").attr("Parameter")));
   torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
   torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
   torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));

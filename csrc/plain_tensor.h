@@ -33,6 +33,8 @@ bool plain_eager();
 // The tensor as it lies in memory, if it is dense and on the CPU. Inside a transform such as vmap a wrapped tensor
 // fails here, since it has no memory of its own, and a plain one may be read like any other.
 bool view(PyObject* object, dlpack::Tensor* out);
+// The same of an nn.Parameter.
+bool view_parameter(PyObject* object, dlpack::Tensor* out);
 
 inline const uint8_t* data_of(const dlpack::Tensor& t) { return static_cast<const uint8_t*>(t.data) + t.byte_offset; }
 

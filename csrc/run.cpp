@@ -26,8 +26,8 @@ constexpr int64_t kGatheredWeights = 128 << 10;  // bytes of weights for which s
 
 constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a thread
 
-// The fewest values for which activate() and look_up() wake a thread, which takes about 5 us: they take 10. A multiple
-// of 64, so that threads write to cache lines of their own.
+// The fewest values for which activate(), normalize() and look_up() wake a thread, which takes about 5 us: they take
+// up to 10. A multiple of 64, so that threads write to cache lines of their own.
 constexpr int64_t kValuesPerThread = 32 * 1024;
 
 // Requests huge pages for a fresh buffer, where the system has them. They mean fewer page faults when it is first
@@ -168,6 +168,14 @@ void activate(const Kernel& kernel, Activation activation, const Values& v) {
     const int64_t first = begin * kValuesPerThread, last = std::min(end * kValuesPerThread, v.count);
     activate(kernel, activation, v.dtype, static_cast<const uint8_t*>(v.x) + first * bytes,
              static_cast<uint8_t*>(v.y) + first * bytes, last - first);
+  });
+}
+
+void normalize_on_threads(const Kernel& kernel, const NormRows& rows) {
+  const int64_t n = rows.n, bytes = rows.count * n * 4;
+  if (bytes > kHugeOutput) prefer_huge_pages(rows.y, bytes);
+  torch::stable::parallel_for(0, rows.count, kValuesPerThread / n + 1, [&](int64_t begin, int64_t end) {
+    normalize(kernel, {end - begin, n, rows.x + begin * n, rows.weight, rows.bias, rows.eps, rows.y + begin * n});
   });
 }
 

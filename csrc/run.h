@@ -46,6 +46,9 @@ struct Values {
 // Computes values.y with this kernel, on as many of torch's threads as the values pay for.
 void activate(const Kernel& kernel, Activation activation, const Values& values);
 
+// Computes rows.y with this kernel, on as many of torch's threads as the values pay for.
+void normalize_on_threads(const Kernel& kernel, const NormRows& rows);
+
 // y (count, table.width) of dtype f32, bf16 or f16: these rows of the table, on as many of torch's threads as pay.
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y);
 

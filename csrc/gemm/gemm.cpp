@@ -181,4 +181,9 @@ void activate(const Kernel& kernel, Activation activation, DType dtype, const vo
   kernel.activate(activation, dtype, x, y, count);
 }
 
+void normalize(const Kernel& kernel, const NormRows& rows) {
+  remember(kernel);
+  kernel.normalize(rows);
+}
+
 }  // namespace torchq

@@ -181,7 +181,10 @@ void run(const Job& job, int index, void* scratch);
 // Kernel::activate().
 void activate(const Kernel& kernel, Activation activation, DType dtype, const void* x, void* y, int64_t count);
 
-// The kernel that really ran in the latest run(), activate() or quantize_row() of this process, or null.
+// Kernel::normalize().
+void normalize(const Kernel& kernel, const NormRows& rows);
+
+// The kernel that really ran in the latest run(), activate(), normalize() or quantize_row() of this process, or null.
 const Kernel* last_kernel();
 
 // ---- Dispatch (dispatch.cpp) ------------------------------------------------------------------------------------

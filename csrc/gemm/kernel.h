@@ -128,6 +128,14 @@ struct Depthwise {
 // The most taps whose sums float32 holds: 255 * 128 * 514 < 2^24.
 constexpr int64_t kMaxTaps = 514;
 
+// Rows of a LayerNorm (normalize.inc), side by side. weight [n]; bias [n] or null.
+struct NormRows {
+  int64_t count, n;
+  const float *x, *weight, *bias;
+  float eps;
+  float* y;  // x, or apart from it
+};
+
 // ---- What sets a kernel apart, by concept -----------------------------------------------------------------------
 
 // How the codes of a row lie in the scratch.
@@ -214,6 +222,7 @@ struct Kernel {
   void (*depthwise)(const Depthwise& depthwise) = nullptr;
   // A step of a recurrent cell.
   void (*cell)(Cell cell, const CellRow& row) = nullptr;
+  void (*normalize)(const NormRows& rows) = nullptr;
 
   CodeFormat codes = {};
   Tiling tiling = {};

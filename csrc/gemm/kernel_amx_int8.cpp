@@ -46,6 +46,7 @@ constexpr bool kZeroPointFirst = false;
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 
 constexpr int kTileRows = 16, kTileDepth = 64, kTileBytes = kTileRows * 64, kGroups = kTileDepth / 4;
 // A step is 64 k. A pair of panels and two tiles of codes of kStepsInL1 steps fit in L1, 48 KiB. Deeper problems are
@@ -366,6 +367,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.gather = amx_int8::gather;
   k.widen = amx_int8::widen;
   k.depthwise = amx_int8::depthwise;
+  k.normalize = amx_int8::normalize;
   k.tiling.own_loops = true;
   k.codes.depth_multiple = 64;
   k.small = {&kernel_avx512_vnni, 3, 8, 1 << 16};

@@ -46,6 +46,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -76,6 +77,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.gather = avx2::gather;
   k.widen = avx2::widen;
   k.depthwise = avx2::depthwise;
+  k.normalize = avx2::normalize;
   return k;
 }();
 

@@ -43,6 +43,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 #include "finish.inc"
 #include "plain.inc"
 #include "tile.inc"
@@ -81,6 +82,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.gather = avx512_vnni::gather;
   k.widen = avx512_vnni::widen;
   k.depthwise = avx512_vnni::depthwise;
+  k.normalize = avx512_vnni::normalize;
   k.tiling.next_lines = avx512_vnni::kNextLines;
   k.tiling.tall = {8, 48, 4};
   return k;

@@ -33,6 +33,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.gather = avx512vl_vnni::gather;
   k.widen = avx512vl_vnni::widen;
   k.depthwise = avx512vl_vnni::depthwise;
+  k.normalize = avx512vl_vnni::normalize;
   k.tiling.full_tiles = true;  // as in avx_vnni
   return k;
 }();

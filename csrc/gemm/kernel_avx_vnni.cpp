@@ -31,6 +31,7 @@ constexpr Kernel kernel_avx_vnni = [] {
   k.gather = avx_vnni::gather;
   k.widen = avx_vnni::widen;
   k.depthwise = avx_vnni::depthwise;
+  k.normalize = avx_vnni::normalize;
   k.tiling.full_tiles = true;  // the 10 accumulators of 5 rows barely cover the latency: any delay stalls them
   k.tiling.codes_budget = 768 * 1024;
   return k;

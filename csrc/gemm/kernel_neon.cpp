@@ -54,6 +54,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -83,6 +84,7 @@ constexpr Kernel kernel_neon = [] {
   k.gather = neon::gather;
   k.widen = neon::widen;
   k.depthwise = neon::depthwise;
+  k.normalize = neon::normalize;
   k.codes.shift = 128;
   return k;
 }();

@@ -49,6 +49,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -73,6 +74,7 @@ constexpr Kernel kernel_neon_dotprod = [] {
   k.gather = neon_dotprod::gather;
   k.widen = neon_dotprod::widen;
   k.depthwise = neon_dotprod::depthwise;
+  k.normalize = neon_dotprod::normalize;
   k.codes.shift = 128;
   return k;
 }();

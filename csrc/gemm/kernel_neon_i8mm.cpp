@@ -55,6 +55,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "cell.inc"
 #include "depthwise.inc"
 #include "gather.inc"
+#include "normalize.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
 #include "tile.inc"
@@ -80,6 +81,7 @@ constexpr Kernel kernel_neon_i8mm = [] {
   k.gather = neon_i8mm::gather;
   k.widen = neon_i8mm::widen;
   k.depthwise = neon_i8mm::depthwise;
+  k.normalize = neon_i8mm::normalize;
   k.codes.interleaved_rows = 2;
   return k;
 }();

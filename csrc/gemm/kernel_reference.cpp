@@ -18,6 +18,7 @@ float load(const float* p) { return *p; }
 void store(float* p, float x) { *p = x; }
 #include "cell.inc"
 #include "gather.inc"
+#include "normalize.inc"
 
 template <class T>
 float value(const FloatRow& row, int64_t i) {
@@ -161,6 +162,7 @@ constexpr Kernel kernel_reference = [] {
   k.gather = reference::gather;
   k.widen = reference::widen;
   k.depthwise = reference::depthwise;
+  k.normalize = reference::normalize;
   return k;
 }();
 

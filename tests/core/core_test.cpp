@@ -160,6 +160,7 @@ int main(int argc, char** argv) {
   test_numbers(arguments.quick);
   test_curves(arguments.quick);
   test_cells();
+  test_norm();
   test_pack();
   test_rows(arguments.quick);
   test_schedule();

@@ -16,6 +16,7 @@ from torchq import _C
 from torchq.numerics.attention import gradients
 from torchq.numerics.recurrent import Cell
 from torchq.ops.cells import recurrent
+from torchq.ops.norm import layer_norm
 
 __all__ = [
     "ATTENTION_SCHEMES",
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "gemm",
     "has_channel_scale",
+    "layer_norm",
     "linear_dynamic",
     "linear_static",
     "out_features",

@@ -14,6 +14,7 @@ from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
 from torchq.modules.encoder import Int8TransformerEncoder
 from torchq.modules.int8_sequential import Int8Sequential
+from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_conv import QuantizedConv
@@ -78,6 +79,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
             Int8TransformerEncoder.adopt(module)
+            if plan.int8_layers():
+                LayerNorm.adopt(module)
         _open_scopes(model, plan)
         for module in model.modules():  # training forms that stay float become plain layers again
             kind = type_of(module)

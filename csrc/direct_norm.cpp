@@ -1,0 +1,86 @@
+// torchq._C.call_layer_norm: the call of a LayerNorm without nn.Module's and the dispatcher's shares of it, as
+// call_linear in direct.cpp: NotImplemented wherever anything could stand between the call and the arithmetic. The op,
+// torchq::layer_norm, computes the same.
+
+#include "direct.h"
+#include "direct_call.h"
+#include "nn_module.h"
+#include "plain_tensor.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace torchq {
+namespace {
+
+struct Names {
+  PyObject *parameters, *weight, *bias, *eps;
+} names;
+
+// A parameter of n floats side by side that wants no gradient.
+bool read_parameter(PyObject* object, int64_t n, const float** out) {
+  dlpack::Tensor t;
+  if (!object || !view_parameter(object, &t) || wants_gradient(object)) return false;
+  const DTypePair* dtype = find(t.dtype);
+  if (!dtype || dtype->ours != DType::f32 || t.ndim != 1 || t.shape[0] != n || !is_contiguous(t)) return false;
+  *out = reinterpret_cast<const float*>(data_of(t));
+  return true;
+}
+
+// The numbers of the module for rows of n values.
+bool read(PyObject* state, int64_t n, NormRows* out) {
+  PyObject *parameters = PyDict_GetItemWithError(state, names.parameters),
+           *eps = PyDict_GetItemWithError(state, names.eps);
+  if (!parameters || !PyDict_Check(parameters) || !eps || !PyFloat_CheckExact(eps)) return false;
+  PyObject* bias = PyDict_GetItemWithError(parameters, names.bias);
+  out->n = n;
+  out->eps = static_cast<float>(PyFloat_AS_DOUBLE(eps));
+  return bias && read_parameter(PyDict_GetItemWithError(parameters, names.weight), n, &out->weight) &&
+         (bias == Py_None || read_parameter(bias, n, &out->bias));
+}
+
+// y. Null: this is not a plain call.
+py::object normalized(PyObject* state, PyObject* object) {
+  dlpack::Tensor x;
+  NormRows rows{};
+  if (!plain_eager() || !view(object, &x) || wants_gradient(object) || is_negated(object)) return {};
+  const DTypePair* dtype = find(x.dtype);
+  if (!dtype || dtype->ours != DType::f32 || x.ndim < 1 || x.ndim > kMostDims || !is_contiguous(x)) return {};
+  if (!read(state, x.shape[x.ndim - 1], &rows)) return {};
+  rows.count = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) rows.count *= x.shape[i];
+  if (!rows.count || !rows.n) return {};
+  void* data;
+  auto y = py::reinterpret_steal<py::object>(new_output(x.shape, x.ndim, rows.n, *dtype, &data));
+  if (!y) return {};
+  rows.x = reinterpret_cast<const float*>(data_of(x)), rows.y = static_cast<float*>(data);
+  // The parameters stay: the module holds them. Its owner may replace them meanwhile, so they are held here as well.
+  const auto held = py::reinterpret_steal<py::object>(PyDict_Copy(PyDict_GetItemWithError(state, names.parameters)));
+  if (!held) return {};
+  {
+    const Unlocked unlocked(rows.count * rows.n >= kKeepGilBelowValues);
+    normalize_on_threads(active_kernel(), rows);
+  }
+  return y;
+}
+
+PyObject* call_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
+    return or_not_implemented(state ? normalized(state, args[2]) : py::object());
+  });
+}
+
+PyMethodDef methods[] = {
+    {"call_layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_layer_norm)), METH_FASTCALL,
+     "call_layer_norm(module, cls, x): cls.forward(module, x) of a LayerNorm, or NotImplemented."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_direct_norm(py::module_& module) {
+  names = {name("_parameters"), name("weight"), name("bias"), name("eps")};
+  PyModule_AddFunctions(module.ptr(), methods);
+}
+
+}  // namespace torchq

@@ -1,0 +1,36 @@
+"""LayerNorm in float32: the op `layer_norm`, with its fake."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["layer_norm"]
+
+_layer_norm = torch.ops.torchq.layer_norm.default
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """`y = (x - mean) · (1 / sqrt(variance + eps)) · weight + bias` of each row, in float32; as torch's, to rounding.
+
+    The variance is the mean square of the differences from the mean. All kernels give the same bits.
+
+    Args:
+        x: float32 (..., N).
+        weight: float32 (N,).
+        bias: float32 (N,), or None.
+        eps: rounded to float32.
+
+    Returns:
+        (..., N), contiguous. It has no gradient.
+
+    Raises:
+        RuntimeError: another dtype, shape or device.
+
+    >>> layer_norm(torch.tensor([[1.0, 3.0]]), torch.ones(2), torch.ones(2), eps=0.0)
+    tensor([[0., 2.]])
+    """
+    return _layer_norm(x, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("torchq::layer_norm")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
