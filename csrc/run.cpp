@@ -89,9 +89,44 @@ void run_parts(Job& job) {
   in_parallel(job.parts, [&](int i) { run(job, i, thread_scratch(job.scratch_bytes)); });
 }
 
+// Which weights a thread multiplies by after which. A model calls its layers in the same order again and again. Of
+// those that follow, the first are in L2 then: 16x768x768 from memory takes 51 us instead of 58
+// (docs/performance-zen4.md).
+class Order {
+ public:
+  // What follows these weights, if the same did the last two times. They now follow the last ones.
+  Ahead after(const PackedHeader* weights) {
+    const auto* panels = reinterpret_cast<const uint8_t*>(weights + 1);
+    Entry& before = entry(last_);
+    const bool again = before.weights == last_ && before.ahead.panels == panels;
+    before = {last_, {panels, panel_bytes(weights->k), panel_count(weights->n)}, again};
+    last_ = weights;
+    const Entry& own = entry(weights);
+    return own.weights == weights && own.again ? own.ahead : Ahead{};
+  }
+
+ private:
+  struct Entry {
+    const PackedHeader* weights;
+    Ahead ahead;
+    bool again;
+  };
+
+  static constexpr int kBits = 9;
+  Entry& entry(const PackedHeader* weights) {
+    return entries_[reinterpret_cast<uintptr_t>(weights) * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // Knuth's hash
+  }
+
+  Entry entries_[1 << kBits] = {};
+  const PackedHeader* last_ = nullptr;
+};
+
 }  // namespace
 
-void run(const Kernel& kernel, const Problem& problem, int most_threads) {
+void run(const Kernel& kernel, const Problem& asked, int most_threads) {
+  static thread_local Order order;
+  Problem problem = asked;
+  problem.ahead = order.after(asked.weights);
   const int64_t y_bytes = problem.m * problem.y.stride;
   if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
   Job job = schedule(kernel, problem);

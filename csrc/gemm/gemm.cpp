@@ -107,9 +107,24 @@ void run_at_once(const Job& job, const Part& part, int64_t row, int64_t rows, Bl
   if (whole < part.panel_end) run_panels(whole, part.panel_end);
 }
 
-// Tiles [first, end) of rows, which are in the scratch, by the part's panels.
+// Weights to bring into L2: [begin, end).
+struct Lines {
+  const uint8_t *begin, *end;
+};
+
+// The first group of the panels that are read after the job, of those that its index-th part will read.
+Lines lines_ahead(const Job& job, int index) {
+  const Ahead& a = job.problem->ahead;
+  const int64_t group = job.tile.n / kPanelColumns, groups = ceil_div(a.count, group);
+  const int64_t first = job.by_columns ? piece(groups, index, job.parts) * group : 0;
+  const uint8_t* begin = a.panels + first * a.stride;
+  return {begin, begin + std::min(group, a.count - first) * a.stride};
+}
+
+// Tiles [first, end) of rows, which are in the scratch, by the part's panels. then: what to bring into L2 with the last
+// group of these.
 void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t first, int64_t end, Block& b,
-               const Scratch& s) {
+               const Scratch& s, const Lines& then) {
   const Problem& p = *job.problem;
   const Kernel& kernel = *job.kernel;
   const int64_t n = p.weights->n, group = job.tile.n / kPanelColumns;
@@ -126,8 +141,9 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
     const bool whole = columns == b.panels * kPanelColumns;
     // The loop sets only what changes from tile to tile, from locals: for all the compiler knows, run() changes b.
     // Each tile fetches some of the next group, so that reading it from memory overlaps with this one's products.
-    const uint8_t* next = b.panel + group * b.panel_stride;
-    const uint8_t* next_end = fetches && panel + group < part.panel_end ? next + group * b.panel_stride : next;
+    const bool last = panel + group >= part.panel_end;
+    const uint8_t* next = last ? then.begin : b.panel + group * b.panel_stride;
+    const uint8_t* next_end = !fetches ? next : last ? then.end : next + group * b.panel_stride;
     int64_t left = rows;
     const uint8_t* codes = s.rows.codes;
     const float* scale = s.rows.scale;
@@ -159,6 +175,7 @@ void run(const Job& job, int index, void* memory) {
   Scratch s = carve(job, memory);
   Block b = common_block(job);
   const CodeRows* ready = job.problem->x.ready;
+  const Lines then = lines_ahead(job, index);
   // Blocks are nearly equal numbers of tiles. A small last block would read every panel for its few rows.
   const RowTiles tiles(job, part);
   const int64_t blocks = ceil_div(tiles.count * job.tile.m, job.block_rows);
@@ -172,7 +189,7 @@ void run(const Job& job, int index, void* memory) {
     if (job.kernel->tiling.own_loops)
       run_at_once(job, part, row, rows, b, s);
     else
-      run_tiles(job, part, tiles, first, end, b, s);
+      run_tiles(job, part, tiles, first, end, b, s, block + 1 < blocks ? Lines{} : then);
   }
 }
 

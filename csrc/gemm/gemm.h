@@ -138,12 +138,20 @@ struct Output {
   int64_t first_panel = 0;         // the one that data begins with, if only some of them are computed
 };
 
+// The panels of weights that are read after this problem: their first group is brought into L2 with its last. They need
+// not be: a prefetch of what is freed faults nowhere.
+struct Ahead {
+  const uint8_t* panels = nullptr;
+  int64_t stride = 0, count = 0;  // bytes between panels; of panels
+};
+
 struct Problem {
   int64_t m;
   Input x;
   const PackedHeader* weights;  // the start of a packed buffer
   Output y;
   Activation activation;
+  Ahead ahead = {};
 };
 
 // How a problem is computed. schedule() derives it once; every part reads it.

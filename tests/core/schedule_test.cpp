@@ -98,12 +98,57 @@ void test_blocks_fit_the_budget() {
   }
 }
 
+// ---- What is brought into L2 with a group of panels ----
+
+std::vector<const uint8_t*> fetched;
+
+// Runs the index-th part of a problem of 2 tiles and 3 groups, and expects that these were fetched, tile by tile.
+void check_fetched(const Job& job, int index, const std::vector<const uint8_t*>& want) {
+  std::vector<uint8_t> scratch(job.scratch_bytes);
+  fetched.clear();
+  run(job, index, scratch.data());
+  check("core", fetched == want, "part %d of %d fetched something else", index, job.parts);
+}
+
+// With each group the next one; with the last group the first of the weights that follow, of which each part fetches
+// what it will read.
+void test_fetches() {
+  Kernel kernel = spy("spy", [](const Block& block) { fetched.push_back(block.next); });
+  kernel.tiling.tile = {2, 16, 4};
+  kernel.tiling.next_lines = 1;
+  constexpr int64_t kDepth = 64, kLines = kDepth / 4 * 64, kStride = panel_bytes(kDepth);
+  const std::vector<uint8_t> packed = packed_of(random_weights(48, kDepth), Layout::p16c4), codes(4 * kDepth);
+  std::vector<float> y(4 * 48);
+  Problem problem{};
+  problem.m = 4;
+  problem.x.data = codes.data(), problem.x.stride = kDepth, problem.x.dtype = DType::u8;
+  problem.weights = reinterpret_cast<const PackedHeader*>(packed.data());
+  problem.y = {y.data(), 48 * 4, DType::f32, {1.0f, 0}};
+  const uint8_t* own = packed.data() + sizeof(PackedHeader);
+  static const uint8_t theirs[5 * kStride] = {};
+  now("fetches without weights that follow");
+  Job job = schedule(kernel, problem);
+  job.parts = 1;
+  const uint8_t *second = own + kStride, *third = own + 2 * kStride;
+  check_fetched(job, 0, {second, second + kLines, third, third + kLines, nullptr, nullptr});
+  now("fetches with weights that follow");
+  problem.ahead = {theirs, kStride, 5};
+  check_fetched(job, 0, {second, second + kLines, third, third + kLines, theirs, theirs + kLines});
+  job.parts = 3;
+  check("core", job.by_columns, "few rows are no longer divided by columns");
+  for (int index : {0, 1, 2}) {
+    const uint8_t* begin = theirs + (index == 2 ? 3 : index) * kStride;  // parts of 1, 2 and 2 panels
+    check_fetched(job, index, {begin, begin + kLines});
+  }
+}
+
 }  // namespace
 
 void test_schedule() {
   test_small_problems();
   test_tall_tile();
   test_blocks_fit_the_budget();
+  test_fetches();
 }
 
 }  // namespace torchq::test
