@@ -266,6 +266,22 @@ def test_convolutions(activation, channels_last):
     assert all(call.seconds["float"] > 0 for call in found.values())
 
 
+def test_a_convolution_runs_with_the_activation_of_its_plan():
+    x, model = normal(2, 16, 9, 9), nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    qmodel = convert(model, [x], config=QConfig(activation="dynamic", rounding="nearest"))
+    layer = qmodel[0]
+    assert layer.fold.activation == Activation.RELU
+    checks, seen = verification._Checks(qmodel), []
+
+    def convolve(*args):
+        seen.append(args[6:7])
+        return verification._CONVOLUTION(*args)
+
+    checks._convolution(convolve, x, layer.packed, layer.geometry.numbers(), [], torch.float32)
+    assert set(seen) == {(), (Activation.RELU,)}  # without, for the simulated path
+    assert checks.calls[0].differences == ()
+
+
 @pytest.mark.parametrize("static", [False, True])
 def test_a_wrong_convolution_is_found(static, monkeypatch):
     def off(given, geometry):

@@ -11,8 +11,8 @@ def main() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(
-            f"torchq: the command line needs {' and '.join(missing)}. Install it: pip install 'torchq[cli]'. "
-            "(In Python, torchq works without: torchq.convert, torchq.report, torchq.verify.)"
+            f"torchq: the command line needs {' and '.join(missing)}. Install it: pip install {' '.join(missing)} "
+            "(torchq's extra [cli]). In Python, torchq works without: torchq.convert, torchq.report, torchq.verify."
         )
     from torchq.command_line.app import run
 

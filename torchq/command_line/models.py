@@ -149,7 +149,7 @@ def _require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"models need transformers ({error}). Install it: pip install 'torchq[hf]'") from error
+        raise UserError(f"models need transformers ({error}). Install it: pip install transformers") from error
 
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------

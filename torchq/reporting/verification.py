@@ -160,6 +160,8 @@ class _Checks(TorchDispatchMode):
         if name is None or not self._is_new(func, name, x, *rest):
             return
         layer = cast(QuantizedConv, self.layers[name])
+        rest = (*rest, *(x.dtype, False, Activation.NONE, None)[len(rest) :])
+        rest = (*rest[:2], int(rest[2]) or int(layer.fold.activation), rest[3])
 
         def by(kernel: str) -> Callable[[], Tensor]:
             with kernels.use(kernel):
