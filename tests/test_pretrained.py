@@ -40,6 +40,7 @@ MODELS = {
     "MixtralForCausalLM": {**SIZES, **GQA, "num_local_experts": 4},
     "GPT2LMHeadModel": GPT2,
     "T5ForConditionalGeneration": T5,
+    "GemmaForCausalLM": {**SIZES, **GQA, "head_dim": 8},
     "SiglipVisionModel": {**VISION, **MORE},
 }
 

@@ -200,8 +200,23 @@ def take_placeholders(model: nn.Module) -> None:
             problems += module.layer.problems({prefix + name: tensor for name, tensor in tensors.items()}, prefix)
     if problems:
         raise ValueError("torchq: this checkpoint can't be loaded:\n\t" + "\n\t".join(problems))
-    for module in list(model.modules()):
+    for path, module in list(model.named_modules()):
         for name, child in module._modules.items():
             if isinstance(child, Awaiting):
                 module._modules[name] = child.layer
                 child.layer._adopt(child.canonical())
+                _initialize_buffers(model, path, child.layer)
+
+
+def _initialize_buffers(model: Any, path: str, layer: PackedWeights) -> None:
+    """Gives a layer the buffers that no checkpoint holds, such as the scale of Gemma's embedding: as transformers does.
+
+    It asks the innermost of its models that has the module of this name.
+    """
+    empty = [name for name, buffer in layer._buffers.items() if buffer is not None and buffer.is_meta]
+    for name in empty:
+        layer._buffers[name] = torch.empty_like(cast(Tensor, layer._buffers[name]), device="cpu")
+    if empty:
+        parts = path.split(".") if path else []
+        owners = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
+        next(owner for owner in owners if hasattr(owner, "_init_weights"))._init_weights(layer)
