@@ -22,9 +22,9 @@ from torchq.numerics.qparams import quantize_weight
 from torchq.ops.convolution import packs_as_one
 
 TYPES: list[ModuleType] = [
-    *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     QATLinearType(),
     LinearType(),
+    *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     MultiheadAttentionType(),
     *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
