@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import pty
 import subprocess
 import sys
 import warnings
@@ -14,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import torchq
 from helpers import ROOT
+from helpers.commands import environment_here
 from torchq import command_line, kernels
 from torchq.command_line import bench, environment, look, models
 from torchq.command_line.app import run
@@ -65,10 +65,6 @@ def converted(bert):
     run = subprocess.run(command, cwd=bert, env=environment_here(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return bert / "int8", run
-
-
-def environment_here(**more):
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": "/nonexistent", **more}
 
 
 # ---- env ----
@@ -364,49 +360,3 @@ def test_inputs_of_other_models():
         models.random_batch(models.Opened(Speech(), ROOT, Config()), 1, 1)
     with pytest.raises(UserError, match="Image takes pixel_values, and no texts"):
         list(models.tokenized(opened, ["a"], 1, None))
-
-
-# ---- Terminals and pipes ----
-
-
-def on_a_terminal(*arguments, **variables):
-    """What `python -m torchq ...` writes to a terminal of 100 columns, and its exit code."""
-    parent, child = pty.openpty()
-    run = subprocess.Popen(
-        [sys.executable, "-m", "torchq", *arguments],
-        env=environment_here(TERM="xterm-256color", COLUMNS="100", **variables),
-        stdout=child,
-        stderr=child,
-    )
-    os.close(child)
-    written = b""
-    while True:
-        try:
-            piece = os.read(parent, 4096)
-        except OSError:  # the terminal is closed
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(parent)
-    return written.decode(), run.wait()
-
-
-@pytest.mark.subprocess
-@pytest.mark.slow(seconds=6)
-def test_a_terminal_has_colours_unless_they_are_declined():
-    coloured, code = on_a_terminal("env")
-    assert code == 0
-    assert "\x1b[32m" in coloured  # the active kernel in green
-    plain, _ = on_a_terminal("env", NO_COLOR="1")
-    assert "\x1b[32m" not in plain
-    assert "\x1b[1m" in plain  # bold is no colour
-
-
-@pytest.mark.subprocess
-@pytest.mark.slow(seconds=3)
-def test_a_reader_that_stops_reading_is_no_error():
-    command = f"'{sys.executable}' -m torchq env | head -1; echo ${{PIPESTATUS[0]}}"
-    run = subprocess.run(["bash", "-c", command], env=environment_here(), capture_output=True, text=True, check=True)
-    assert run.stderr == ""
-    assert run.stdout.splitlines()[1] == "0"

@@ -80,7 +80,7 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for name, column in zip(head, zip(*rows, strict=True), strict=True):
         numbers = all(cell[0].isdecimal() or cell == "-" for cell in column)
-        table.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for i, row in enumerate(rows):
         table.add_row(*map(escape, row), style=styles[i] if styles else "")
     out.print(Text(title, style="bold"))

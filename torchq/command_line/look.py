@@ -9,6 +9,9 @@ from torchq.command_line.console import note, out, print_json, print_table, verd
 from torchq.command_line.models import Opened, open_int8, random_batch, read_texts, tokenized
 from torchq.reporting.verified import Verification, shortened
 
+WIDE = 110
+"""Columns of a terminal from which on it shows the times of every kernel, and not only of the active one."""
+
 
 def report(directory: Path, *, html: Path | None, times: bool, as_json: bool) -> None:
     """Prints the report of the model, or writes it as a page."""
@@ -52,7 +55,9 @@ def show(result: Verification) -> None:
     groups: dict[Any, list[Any]] = {}
     for call in result.calls:
         groups.setdefault((call.kind, call.shape), []).append(call)
-    columns = [*result.kernels, "float"]
+    narrow = out.is_terminal and out.width < WIDE
+    columns = [*((result.active, "reference") if narrow else result.kernels), "float"]
+    columns = list(dict.fromkeys(columns))
     rows, styles = [], []
     for (kind, shape), calls in groups.items():
         cells = [text.duration(calls[0].seconds[each]) if each in calls[0].seconds else "-" for each in columns]
