@@ -147,7 +147,7 @@ def draw_models(path: Path) -> None:
     lower = 84 + 28 * len(cells)
     canvas = Canvas(760, lower + 60, "Accuracy and time of whole models by torchq, OpenVINO and torch.ao in int8")
     canvas.text(24, 30, f"{len(cells)} whole models in int8, one thread of Zen 4, eager mode", "ink title")
-    accuracy = Axes(canvas, (220, 84, 460, lower), (10, 46), (len(cells) - 0.5, -0.5))
+    accuracy = Axes(canvas, (244, 84, 470, lower), (10, 46), (len(cells) - 0.5, -0.5))
     time_over = Axes(canvas, (500, 84, 740, lower), (0.85, 1.85), (len(cells) - 0.5, -0.5))
     accuracy.frame([10, 20, 30, 40], [], "SQNR, dB: more is better", "")
     time_over.frame([1, 1.25, 1.5, 1.75], [], "time, torchq = 1: less is better", "")
@@ -160,8 +160,8 @@ def draw_models(path: Path) -> None:
                 canvas.dot(*accuracy.at(db, i), kind, 5)
                 canvas.dot(*time_over.at(ms / contestants["torchq"][0], i), kind, 5)
     for i, (who, kind) in enumerate(reversed(kinds.items())):
-        canvas.dot(224 + 90 * i, 58, kind, 5)
-        canvas.text(234 + 90 * i, 62, who)
+        canvas.dot(248 + 90 * i, 58, kind, 5)
+        canvas.text(258 + 90 * i, 62, who)
     canvas.write(path)
 
 
