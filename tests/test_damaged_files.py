@@ -84,7 +84,7 @@ def test_a_flipped_bit_anywhere(path):
     whole, model = path.read_bytes(), Net()
     expected = torchq.load(path, model)(DATA[0])
     generator = torch.Generator().manual_seed(0)
-    places = torch.randint(0, len(whole) * 8, (300,), generator=generator).tolist()
+    places = torch.randint(0, len(whole) * 8, (100,), generator=generator).tolist()
     names = []
     for place in [*range(64), *places]:
         data = bytearray(whole)
@@ -94,7 +94,7 @@ def test_a_flipped_bit_anywhere(path):
             assert torch.equal(torchq.load(path, model)(DATA[0]), expected), place
         except ValueError as error:
             names.append(str(error))
-    assert len(names) > 350
+    assert len(names) > 150
     assert any("the values of body.0.weight_int8 are not those that were saved" in name for name in names)
     assert any("its metadata is not what was saved" in name for name in names)
 

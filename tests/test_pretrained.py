@@ -88,7 +88,7 @@ def assert_same(loaded, qmodel, given):
 @pytest.mark.slow(seconds=8)
 @pytest.mark.parametrize(("name", "config"), [*((name, STATIC) for name in MODELS), ("BertForMaskedLM", QConfig())])
 def test_a_calibrated_model_comes_back_bit_for_bit(name, config, tmp_path):
-    """In shards, without a word about missing or unexpected tensors; and it can be saved again."""
+    """In shards, without a word about missing or unexpected tensors."""
     model = made(name)
     qmodel = convert(model, [inputs(name, ids) for ids in IDS], config=config, progress=False)
     qmodel.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -96,8 +96,6 @@ def test_a_calibrated_model_comes_back_bit_for_bit(name, config, tmp_path):
     loaded, said = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()), said
     assert_same(loaded, qmodel, inputs(name, IDS[0]))
-    loaded.save_pretrained(tmp_path / "again")
-    assert_same(type(model).from_pretrained(tmp_path / "again"), qmodel, inputs(name, IDS[0]))
 
 
 def test_what_is_saved_holds_no_float_weight(tmp_path):
@@ -183,10 +181,9 @@ WITHOUT = "import sys, transformers; transformers.AutoModel.from_pretrained(sys.
 
 @pytest.mark.subprocess
 @pytest.mark.slow(seconds=8)
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_without_torchq_it_fails(name, tmp_path):
+def test_without_torchq_it_fails(tmp_path):
     """Not with random weights, as transformers would go on with an unknown quantization."""
-    qmodel = convert(made(name), config=QConfig(embeddings=False))
+    qmodel = convert(bert(), config=QConfig(embeddings=False))
     qmodel.save_pretrained(tmp_path)
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
