@@ -2,9 +2,9 @@
 
     python -m benchmarks.models           # trains what build/models lacks, and prints each one's accuracy
 
-An MLP and a vision transformer learn scikit-learn's handwritten digits; a GPT-style and a BERT-style transformer learn
-the bytes of Python's own standard library. All are plain torch.nn. `with_outliers` makes a twin of each that computes
-the same function but has outlier channels in its activations, as large language models have.
+An MLP, a convolutional network and a vision transformer learn scikit-learn's handwritten digits; a GPT-style and a
+BERT-style transformer learn the bytes of Python's own standard library. All are plain torch.nn. `with_outliers` makes a
+twin of each that computes the same function but has outlier channels in its activations, as large language models have.
 """
 
 import argparse
@@ -58,6 +58,7 @@ class Recipe:
 
 RECIPES = {
     "digits MLP": Recipe("mlp", width=1024, depth=2, steps=168, batch=64, learning_rate=1e-3),
+    "digits CNN": Recipe("cnn", width=32, depth=2, steps=400, batch=64, learning_rate=2e-3),
     "digits ViT": Recipe("vit", width=128, depth=4, steps=600, batch=64, learning_rate=1e-3),
     "text GPT": Recipe("gpt", width=128, depth=4, steps=600, batch=16, learning_rate=2e-3, context=128),
     # BERT has 5 targets a row, where GPT has 128, so it learns slowly. With a context of 128 bytes, or with small
@@ -65,6 +66,7 @@ RECIPES = {
     "text BERT": Recipe("bert", 128, depth=4, steps=2500, batch=32, learning_rate=2e-3, context=32, position=0.2),
 }
 HEADS, PATCH, SIDE, CLASSES = 4, 2, 8, 10
+DIGITS = ("mlp", "cnn", "vit")
 
 
 # ---- The networks ---------------------------------------------------------------------------------------------------
@@ -136,6 +138,43 @@ class VisionTransformer(Transformer):
         return self.head(self.features(x).mean(dim=1))  # type: ignore[no-any-return]
 
 
+class Residual(nn.Module):
+    """A sum of x and what a chain of convolutions with norms makes of it: two of 3 x 3, or a depthwise one inside."""
+
+    def __init__(self, width: int, *, depthwise: bool) -> None:
+        super().__init__()
+        wide = 2 * width if depthwise else width
+        self.expand = nn.Conv2d(width, wide, 1 if depthwise else 3, padding="same", bias=False)
+        self.norm1, self.act1 = nn.BatchNorm2d(wide), nn.ReLU()
+        self.middle = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False) if depthwise else nn.Identity()
+        self.norm2: nn.Module = nn.BatchNorm2d(wide) if depthwise else nn.Identity()
+        self.act2: nn.Module = nn.ReLU() if depthwise else nn.Identity()
+        self.project = nn.Conv2d(wide, width, 1 if depthwise else 3, padding="same", bias=False)
+        self.norm3, self.act3 = nn.BatchNorm2d(width), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> the same."""
+        y = self.act1(self.norm1(self.expand(x)))
+        y = self.act2(self.norm2(self.middle(y)))
+        return self.act3(self.norm3(self.project(y)) + x)  # type: ignore[no-any-return]
+
+
+class ConvolutionalNetwork(nn.Module):
+    """A stem, residual blocks with and without depthwise convolutions at two resolutions, and a linear head."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        blocks = [Residual(width, depthwise=depthwise) for _ in range(depth) for depthwise in (False, True)]
+        self.blocks, self.pool = nn.Sequential(*blocks), nn.MaxPool2d(2)
+        self.head = nn.Linear(width * (SIDE // 2) ** 2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 64) -> logits (B, 10)."""
+        x = self.blocks(self.stem(x.reshape(-1, 1, SIDE, SIDE)))
+        return self.head(self.pool(x).flatten(1))  # type: ignore[no-any-return]
+
+
 def network(recipe: Recipe) -> nn.Module:
     """The untrained network of a recipe."""
     torch.manual_seed(recipe.seed)
@@ -144,6 +183,8 @@ def network(recipe: Recipe) -> nn.Module:
         sizes = [SIDE * SIDE, *[width] * depth]
         hidden = [m for k, n in pairwise(sizes) for m in (nn.Linear(k, n), nn.ReLU())]
         return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
+    if recipe.kind == "cnn":
+        return ConvolutionalNetwork(width, depth)
     if recipe.kind == "vit":
         return VisionTransformer(width, depth, recipe.position)
     embed, causal = nn.Embedding(BYTES, width), recipe.kind == "gpt"
@@ -158,7 +199,7 @@ class Data:
 
     def __init__(self, kind: str, context: int = 0) -> None:
         self.kind, self.context = kind, context
-        if kind in ("mlp", "vit"):
+        if kind in DIGITS:
             self.splits = {name: split.tensors for name, split in zip(("train", "test"), demo.digits(), strict=True)}
             self.fingerprint = ""
         else:
@@ -171,7 +212,7 @@ class Data:
         generator = torch.Generator().manual_seed(seed)
         source = self.splits[split]
         while True:
-            if self.kind in ("mlp", "vit"):
+            if self.kind in DIGITS:
                 pick = torch.randint(len(source[0]), (size,), generator=generator)
                 yield Batch(source[0][pick], source[1][pick])
             else:
@@ -181,7 +222,7 @@ class Data:
     def held_out(self, size: int) -> Iterator[Batch]:
         """All whole batches of the test split, in order."""
         source, generator = self.splits["test"], torch.Generator().manual_seed(0)
-        if self.kind in ("mlp", "vit"):
+        if self.kind in DIGITS:
             pairs = zip(*(tensor.split(size) for tensor in source), strict=True)
             yield from (Batch(*pair) for pair in pairs if len(pair[0]) == size)
             return
@@ -250,10 +291,10 @@ def load(recipe: Recipe, data: Data, *, cache: Path = CACHE) -> nn.Module:
 # ---- Outliers -------------------------------------------------------------------------------------------------------
 
 
-def rescalable(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-    """Each module whose output channels may be scaled, with the Linears that read them. Nothing else reads them.
+def rescalable(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear | nn.Conv2d]]]:
+    """Each module whose output channels may be scaled, with the layers that read them. Nothing else reads them.
 
-    A factor on a channel of a LayerNorm or Linear passes through a ReLU (if positive) and a mean over tokens.
+    A factor on a channel of a norm or Linear passes through a ReLU (if positive) and a mean over tokens.
     """
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -261,6 +302,8 @@ def rescalable(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
             for first, between, last in zip(children, children[1:], children[2:], strict=False):
                 if isinstance(first, nn.Linear) and isinstance(between, nn.ReLU) and isinstance(last, nn.Linear):
                     yield first, [last]
+        elif isinstance(module, Residual):  # in a depthwise convolution each channel goes on by itself
+            yield (module.norm1 if isinstance(module.norm2, nn.Identity) else module.norm2), [module.project]
         elif isinstance(module, Block):
             yield module.norm1, [module.query, module.key, module.value]
             yield module.norm2, [cast(nn.Linear, module.mlp[0])]
@@ -283,7 +326,7 @@ def with_outliers(model: nn.Module, *, factor: float = OUTLIER_FACTOR, share: fl
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for producer, readers in rescalable(model):
-        channels = readers[0].in_features
+        channels = readers[0].weight.shape[1]
         chosen = torch.randperm(channels, generator=generator)[: max(1, int(share * channels))]
         for parameter in producer.parameters():
             parameter[chosen] *= factor

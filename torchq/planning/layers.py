@@ -133,6 +133,8 @@ def too_small(layer: Layer) -> str | None:
     Bytes decide, and not the number of outputs alone: wherever int8 takes fewer, it was faster too (Zen 4, one thread,
     1 to 15 outputs of 32 to 2048 inputs, 1 and 32 rows).
     """
+    if layer.patches is not None and layer.patches.geometry.groups > 1:
+        return None  # a few weights for a whole image: their bytes are not what counts
     before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
     after = layer.packed_bytes
     if after < before:

@@ -32,6 +32,9 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 MIN_GAIN_DB = 0.5
 """Up to this gain in output SQNR, a layer is not smoothed."""
 
+FED_GAIN_DB = 3.0
+"""The same for a convolution that another one could hand u8 codes to: one that scales its input takes floats only."""
+
 _LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
 
 
@@ -40,13 +43,14 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
     if evidence.config.smoothing == "none":
         return plan
     tied = heads_of_tables(plan)
-    layers = dict(plan.layers)
+    layers, fed = dict(plan.layers), {chain[-1] for chain in evidence.chains.values() if chain}
     for name, planned in plan.layers.items():
         layer = evidence.layers.get(name)
         if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
             continue
         if layer.takes_scale and not _would_not_shrink(layer):
-            layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config)
+            least = FED_GAIN_DB if name in fed else MIN_GAIN_DB
+            layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config, least)
     return dataclasses.replace(plan, layers=layers)
 
 
@@ -81,27 +85,27 @@ def channel_scale(x_peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return logs.clamp(-math.log2(_LIMIT), math.log2(_LIMIT)).exp2().float()
 
 
-def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig) -> LayerPlan:
+def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig, least: float) -> LayerPlan:
     """The plan of this layer with the best alpha, or as it is.
 
     All alphas are compared with a range per row. Static ranges are tried only for the best of them, and only if it
-    gains enough, since to make them and to measure them takes most of the time. (For all, if all layers are to be
-    static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale must
-    be better than the better one without.
+    gains more than `least`, since to make them and to measure them takes most of the time. (For all, if all layers are
+    to be static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale
+    must be better than the better one without.
     """
 
     def plans(scale: Tensor | None) -> list[LayerPlan]:
         few = record.is_too_few
         return [plan_layer(layer, trial, config, channel_scale=scale, few=few) for trial in record.trials(scale)]
 
-    alphas = _promising(layer, record.trials()[0], config)
+    alphas = _promising(layer, record.trials()[0], config, least)
     if not alphas:
         return planned
     before = plans(None) if record.is_few else [planned]
     options = {alpha: plans(scale) for alpha, scale in alphas.items()}
     alpha = max(options, key=lambda alpha: _db(options[alpha][0]))
     after = options[alpha]
-    if not all(_is_better(new, old, config.margin_db) for new in after for old in before):
+    if not all(_is_better(new, old, config.margin_db, least) for new in after for old in before):
         return planned
     scale, ranges = channel_scale(record.whole.peak, layer.channel_rows, alpha), None
     if after[0].observer is not None:  # a range from all data, where the trial may have used a part of the sample
@@ -115,7 +119,7 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig)
     )
 
 
-def _promising(layer: Layer, trial: Trial, config: QConfig) -> dict[float, Tensor]:
+def _promising(layer: Layer, trial: Trial, config: QConfig, least: float) -> dict[float, Tensor]:
     """The alphas worth a closer look, with their scales: none if the best gains too little with a range per row."""
     scales = {alpha: channel_scale(trial.peak, layer.channel_rows, alpha) for alpha in ALPHAS}
     tried, per_channel = [None, *scales.values()], config.weight == "per_channel"
@@ -123,18 +127,18 @@ def _promising(layer: Layer, trial: Trial, config: QConfig) -> dict[float, Tenso
         layer.matrix, trial.rows, tried, per_channel=per_channel, patches=layer.patches
     )
     alpha, top_db = max(zip(scales, scaled_db, strict=True), key=lambda each: each[1])
-    if not top_db > unscaled_db + MIN_GAIN_DB:
+    if not top_db > unscaled_db + least:
         return {}
     return scales if config.activation == "static" else {alpha: scales[alpha]}
 
 
-def _is_better(after: LayerPlan, before: LayerPlan, margin_db: float) -> bool:
-    """Whether to smooth: it gains more than MIN_GAIN_DB, or makes the layer static or int8 at no cost."""
+def _is_better(after: LayerPlan, before: LayerPlan, margin_db: float, least: float) -> bool:
+    """Whether to smooth: it gains more than `least`, or makes the layer static or int8 at no cost."""
     if not (after.is_int8 and before.is_int8):
         return after.is_int8
     if after.kind == "int8 static" != before.kind:
         return _db(after) >= _db(before) - margin_db
-    return _db(after) > _db(before) + MIN_GAIN_DB
+    return _db(after) > _db(before) + least
 
 
 def _db(plan: LayerPlan) -> float:
