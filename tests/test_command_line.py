@@ -336,7 +336,7 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_models_without_transformers(monkeypatch, torchq_command, bert):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    code, _, err = torchq_command("report", bert / "int8")
+    code, _, err = torchq_command("report", bert)
     assert code == 2
     assert "models need transformers" in err
     assert "pip install transformers" in err

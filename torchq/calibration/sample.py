@@ -105,7 +105,11 @@ class Sample:
 
     def _some(self, count: int) -> Tensor:
         """So many rows, drawn at random, in their order."""
-        return torch.randperm(len(self.rows), generator=self._generator, device="cpu")[:count].sort().values
+        return (
+            torch.randperm(len(self.rows), generator=self._generator, dtype=torch.int64, device="cpu")[:count]
+            .sort()
+            .values
+        )
 
     def before_last_add(self) -> "Sample":
         """A copy of the sample as it was before the latest `add`. This sample does not change.

@@ -22,9 +22,9 @@ from torchq.numerics.qparams import quantize_weight
 from torchq.ops.convolution import packs_as_one
 
 TYPES: list[ModuleType] = [
+    *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     QATLinearType(),
     LinearType(),
-    *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     MultiheadAttentionType(),
     *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
@@ -150,8 +150,8 @@ def type_of(module: nn.Module) -> ModuleType | None:
 
 
 def type_names() -> str:
-    """The names of all types as a user knows them, for messages."""
-    return ", ".join(dict.fromkeys(kind.name for kind in TYPES))
+    """The names of all types as a user knows them, for messages: nn.Linear, and the others."""
+    return ", ".join(dict.fromkeys([LinearType.name, *(kind.name for kind in TYPES)]))
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
