@@ -334,9 +334,10 @@ def test_what_is_missing_is_said(monkeypatch):
         command_line.main()
 
 
-def test_models_without_transformers(monkeypatch, torchq_command, bert):
+def test_models_without_transformers(monkeypatch, torchq_command, tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "torchq"}}')
     monkeypatch.setitem(sys.modules, "transformers", None)
-    code, _, err = torchq_command("report", bert)
+    code, _, err = torchq_command("report", tmp_path)
     assert code == 2
     assert "models need transformers" in err
     assert "pip install transformers" in err

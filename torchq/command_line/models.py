@@ -193,13 +193,13 @@ def random_batch(opened: Opened, size: int, tokens: int) -> Batch:
     Raises:
         UserError: the model takes something else.
     """
-    generator, config = torch.Generator().manual_seed(0), opened.config
+    generator, config = torch.Generator(device="cpu").manual_seed(0), opened.config
     if opened.takes_ids:
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and tokens > longest:
             raise UserError(f"{type(opened.model).__name__} takes {longest} tokens at most, got {tokens}.")
         vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (size, tokens), generator=generator, device="cpu")
+        ids = torch.randint(vocabulary, (size, tokens), generator=generator, dtype=torch.int64, device="cpu")
         return _for_decoder(opened, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if opened.model.main_input_name == "pixel_values":
         sides = getattr(config, "image_size", _IMAGE_SIZE)

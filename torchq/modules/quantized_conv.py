@@ -221,7 +221,9 @@ class QuantizedConv(PackedWeights, Leaf):
             shape = (len(x), self.out_channels, *self.geometry.out_sizes(sizes))
             waits = fold.codes or fold.adds or fold.activation != Activation.NONE
             if waits and deferred is not None and math.prod(shape) >= MIN_VALUES and _is_eager(x):
-                strides = torch.empty(shape, device="meta", memory_format=format_of(len(shape), last)).stride()
+                strides = torch.empty(
+                    shape, dtype=dtype, device="meta", memory_format=format_of(len(shape), last)
+                ).stride()
                 return PendingConv(self, x, shape, strides, dtype).held()
         return self._int8(x, activation, dtype, last)
 
