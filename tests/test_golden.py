@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from torchq import kernels, ops
+from torchq.ops import convolution
+from torchq.ops.convolution import Geometry
 
 HASHES = Path(__file__).with_name("golden.json")
 
@@ -93,7 +95,28 @@ def cases() -> dict[str, Case]:
         found[f"recurrent {cell.name.lower()}"] = lambda m, k, w, c=cell: steps(
             c, min(m, 9), min(ops.out_features(w, k), 65)
         )
+    found["convolution"] = lambda m, k, w: convolutions(min(m, 9), max(1, min(k, 70)), min(ops.out_features(w, k), 65))
     return found
+
+
+def convolutions(size: int, channels: int, outputs: int) -> tuple[Tensor, ...]:
+    """Dense and depthwise, of floats and of codes, with a residual."""
+    images = floats(2 * size * 7, channels, torch.float32).reshape(2, size, 7, channels)
+    results = []
+    for n, groups in ((outputs, 1), (channels, channels)):
+        weight = int8(n, channels // groups, 3, 3, seed=0)
+        scale, bias = (1 + integers(n, 1) % 13).float() / 1024, (integers(n, 2) % 29 - 14).float() / 8
+        geometry = Geometry(channels, n, (3, 3), (1, 2), ((1, 1), (2, 0)), (1, 1), groups)
+        weights = convolution.pack(weight, scale, bias, groups=groups)
+        given = codes(2 * size * 7, channels).reshape(images.shape)
+        last, first = images.movedim(-1, 1), images.movedim(-1, 1).contiguous()
+        results += [
+            convolution.convolve(first, weights, geometry, activation=ops.Activation.SILU),
+            convolution.convolve(given, weights, geometry, x_qparams=X_QPARAMS, y_qparams=Y_QPARAMS),
+        ]
+        residual = results[-2].bfloat16()
+        results.append(convolution.convolve(last.bfloat16(), weights, geometry, residual=residual))
+    return tuple(results)
 
 
 def steps(cell: ops.Cell, batch: int, hidden: int) -> tuple[Tensor, ...]:

@@ -31,9 +31,9 @@ torchq::Problem product_of(const Job& job, int64_t count, int64_t group, const C
   product.m = count;
   product.x.ready = &rows;
   product.weights = &p.weights_of(group);
-  product.y.dtype = job.y_in_place ? p.y.dtype : waiting_dtype(p);
+  product.y.dtype = p.y.dtype;
   product.y.qparams = p.y.qparams;
-  product.activation = p.residual && !job.y_in_place ? Activation::none : p.activation;
+  product.activation = p.activation;
   return product;
 }
 
@@ -58,10 +58,15 @@ void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int 
     const Part columns = part_of(parts, part);
     const int64_t channel = columns.panel_begin * kPanelColumns;
     const int64_t channels = std::min(columns.panel_end * kPanelColumns, g.group_outputs()) - channel;
+    const Outputs outputs{sample, pixel, product.m, first_channel + channel, channels, channels};
     product.y.first_panel = columns.panel_begin;
     product.y.stride = channels * bytes;
+    if (p.residual) {
+      read_residual(p, outputs, s.residual);
+      product.y.residual = s.residual;
+    }
     torchq::run(parts, part, s.gemm);
-    write_outputs(*parts.kernel, p, {sample, pixel, product.m, first_channel + channel, channels, channels}, s.y);
+    write_outputs(p, outputs, s.y);
   }
 }
 

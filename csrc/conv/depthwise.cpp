@@ -56,8 +56,7 @@ void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const
   const int64_t pixels = (band.end - band.begin) * g.axes[1].padded() * g.axes[2].padded();
   Depthwise d{};
   d.taps = g.taps(), d.offsets = s.offsets, d.weights = s.weights, d.scale = qparams.scale;
-  d.out_dtype = job.y_in_place ? p.y.dtype : waiting_dtype(p);
-  d.activation = p.residual ? Activation::none : p.activation;
+  d.out_dtype = p.y.dtype, d.activation = p.activation;
   d.out_inv_scale = 1.0f / p.y.qparams.scale, d.out_zero_point = p.y.qparams.zero_point;
   find_offsets(job, s.offsets);
   const int64_t bytes = element_bytes(d.out_dtype);
@@ -67,14 +66,18 @@ void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const
     widen_weights(d.panel, layout_depth(weights.layout), d.taps, s.weights);
     job.kernel->widen(image + channel * format.bytes, pixels, job.pixel_bytes, format.shift == 128 ? 0x80 : 0,
                       qparams.zero_point, s.floats);
+    const Outputs outputs{band.sample, begin, end - begin, channel, channels, kPanelColumns};
     const bool direct = job.y_in_place && channels == kPanelColumns;
     d.out_stride = (direct ? g.out_channels : kPanelColumns) * bytes;
-    d.out = direct ? static_cast<uint8_t*>(p.y.data) + (band.sample * g.out_pixels() + begin) * d.out_stride +
-                         channel * bytes
-                   : s.y;
+    const int64_t at = (band.sample * g.out_pixels() + begin) * d.out_stride + channel * bytes;
+    d.out = direct ? static_cast<uint8_t*>(p.y.data) + at : s.y;
+    if (p.residual && !direct) read_residual(p, outputs, s.residual);
+    if (p.residual) {
+      const auto* residual = direct ? static_cast<const uint8_t*>(p.residual) + at : s.residual;
+      d.residual = residual - static_cast<uint8_t*>(d.out);
+    }
     compute(job, band, begin, end, d, s);
-    if (!direct)
-      write_outputs(*job.kernel, p, {band.sample, begin, end - begin, channel, channels, kPanelColumns}, s.y);
+    if (!direct) write_outputs(p, outputs, s.y);
   }
 }
 

@@ -1,4 +1,4 @@
-// Outputs of a block that wait in the scratch -> y, with what the GEMM can't do: channels first, a residual.
+// Blocks of outputs that wait in the scratch with the channels last, where y has them first, and back.
 #pragma once
 
 #include "conv.h"
@@ -12,11 +12,11 @@ struct Outputs {
   int64_t stride;  // from pixel to pixel where they wait, in elements
 };
 
-// The dtype of what waits: float32 where there is a residual, else that of y.
-DType waiting_dtype(const Problem& problem);
+// waiting (count, channels) -> y.
+void write_outputs(const Problem& problem, const Outputs& outputs, const void* waiting);
 
-// waiting (count, channels). With a residual it is overwritten.
-void write_outputs(const Kernel& kernel, const Problem& problem, const Outputs& outputs, void* waiting);
+// The problem's residual -> waiting.
+void read_residual(const Problem& problem, const Outputs& outputs, void* waiting);
 
 }  // namespace conv
 }  // namespace torchq

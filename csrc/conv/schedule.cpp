@@ -96,7 +96,7 @@ Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   for (const Axis& axis : g.axes) is_padded |= axis.padded() > axis.size;
   job.image_in_place = problem.x.dtype == DType::u8 && !is_padded && format.bytes == 1 && format.shift == 0;
   job.runs = runs_of(job);
-  job.y_in_place = (problem.y.channels_last || g.out_pixels() == 1) && !(problem.residual && problem.is_depthwise);
+  job.y_in_place = problem.y.channels_last || g.out_pixels() == 1;
   problem.is_depthwise ? schedule_depthwise(job, most_parts) : schedule_product(job, most_parts);
   if (!job.image_in_place) job.image_bytes = job.image_rows() * job.plane_bytes + kSlack;
   job.scratch_bytes = scratch_bytes(job);

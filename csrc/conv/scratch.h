@@ -18,12 +18,12 @@ constexpr int64_t kPlanePixels = 128, kPlaneChannels = 64;  // of a tile of chan
 constexpr int64_t kQuantizedBytes = kPlanePixels * kPlaneChannels * 2 + kSlack;
 
 struct Scratch {
-  uint8_t* image;        // of a band
-  CodeRows rows;         // of a block
-  uint8_t* patch;        // one row before it is interleaved
-  uint8_t* quantized;    // kQuantizedBytes
-  float* channel_scale;  // [in_channels], then kPlanePixels times the one of a channel
-  uint8_t* y;            // outputs of a block, where they wait
+  uint8_t* image;         // of a band
+  CodeRows rows;          // of a block
+  uint8_t* patch;         // one row before it is interleaved
+  uint8_t* quantized;     // kQuantizedBytes
+  float* channel_scale;   // [in_channels], then kPlanePixels times the one of a channel
+  uint8_t *y, *residual;  // outputs of a block, where they wait, and what is added to them
   void* gemm;
   // Of depthwise convolutions: 16 channels of the image, those of the weights, and from the first tap to each.
   float *floats, *weights;
@@ -58,7 +58,9 @@ inline Scratch carve(const Job& job, Carver& from) {
   s.quantized = from.take<uint8_t>(kQuantizedBytes);
   s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
   if (job.problem->is_depthwise) {
-    s.y = from.take<uint8_t>(job.band_rows * g.axes[1].outputs() * g.axes[2].outputs() * kPanelColumns * 4);
+    const int64_t outputs = job.band_rows * g.axes[1].outputs() * g.axes[2].outputs();
+    s.y = from.take<uint8_t>(outputs * kPanelColumns * 4);
+    s.residual = from.take<uint8_t>(outputs * kPanelColumns * 4);
     s.floats = from.take<float>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns * 4);
     s.weights = from.take<float>(g.taps() * kPanelColumns * 4);
     s.offsets = from.take<int64_t>(g.taps() * 8);
@@ -69,7 +71,9 @@ inline Scratch carve(const Job& job, Carver& from) {
   s.rows.scale = from.take<float>(rows * 4);
   s.rows.zero_point = from.take<int32_t>(rows * 4);
   s.patch = from.take<uint8_t>(job.row_stride + kSlack);
-  s.y = from.take<uint8_t>(job.y_in_place ? 0 : job.block_rows * most_channels(job) * 4);
+  const int64_t waiting_bytes = job.y_in_place ? 0 : job.block_rows * most_channels(job) * 4;
+  s.y = from.take<uint8_t>(waiting_bytes);
+  s.residual = from.take<uint8_t>(waiting_bytes);
   s.gemm = from.take<uint8_t>(job.product.scratch_bytes);
   return s;
 }

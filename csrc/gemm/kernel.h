@@ -108,7 +108,7 @@ constexpr int64_t kGatherBeyond = 64;
 // Some pixels of a depthwise convolution, for 16 channels.
 //
 //   sum[p, c] = Σ_t image[p * step + offsets[t] + c] * weights[t * 16 + c]        integers, exact
-//   y[p, c]   = act(sum[p, c] * (scale * panel.scale[c]) + panel.bias[c])         as a Block's, and written so
+//   y[p, c]   = act(sum[p, c] * (scale * panel.scale[c]) + panel.bias[c])         as a Block's, residual and all
 struct Depthwise {
   const float* image;  // codes less their zero point
   int64_t taps;
@@ -119,6 +119,7 @@ struct Depthwise {
   float scale;           // of the input
   void* out;
   int64_t out_stride;  // bytes between pixels; each has room for 16 channels
+  int64_t residual;    // Block::residual
   DType out_dtype;     // not i32
   Activation activation;
   float out_inv_scale;     // u8 out only

@@ -129,7 +129,10 @@ void depthwise(const Depthwise& d) {
       float sum = 0.0f;
       for (int64_t t = 0; t < d.taps; ++t)
         sum += d.image[p * d.step + d.offsets[t] + c] * d.weights[t * kPanelColumns + c];
-      write(d, static_cast<uint8_t*>(d.out) + p * d.out_stride, c, sum * (d.scale * meta[16 + c]) + meta[32 + c]);
+      uint8_t* row = static_cast<uint8_t*>(d.out) + p * d.out_stride;
+      float y = sum * (d.scale * meta[16 + c]) + meta[32 + c];
+      if (d.residual) y += value_at(d.out_dtype, row + d.residual, c);
+      write(d, row, c, y);
     }
 }
 
