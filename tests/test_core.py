@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from helpers.core import ATTENTION, CORE, check_core, core_as_shipped, run
+from helpers.core import ATTENTION, CONV, CORE, check_core, core_as_shipped, run
 
 pytestmark = pytest.mark.subprocess
 
@@ -32,7 +32,7 @@ def forbidden(source: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for core in (CORE, ATTENTION) for path in core.rglob("*") if path.is_file()),
+    sorted(path for core in (CORE, ATTENTION, CONV) for path in core.rglob("*") if path.is_file()),
     ids=lambda path: f"{path.parent.name}-{path.name}",
 )
 def test_core_knows_no_torch_no_allocation_no_threads(path):

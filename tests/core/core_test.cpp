@@ -167,5 +167,6 @@ int main(int argc, char** argv) {
   test_parts();
   test_gemm(arguments.quick);
   test_attention();
+  test_convolutions();
   return report();
 }

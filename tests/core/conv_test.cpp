@@ -1,0 +1,205 @@
+// Convolutions: every kernel against the oracle of the GEMM, which gets a matrix of all patches, with x, y and scratch
+// between guard pages.
+
+#include "../../csrc/conv/conv.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "../../csrc/conv/depthwise.h"
+#include "problem.h"
+
+namespace torchq::test {
+namespace {
+
+using conv::Axis;
+using conv::Geometry;
+
+// size, kernel, stride, dilation, zeros before and after
+constexpr Geometry kGeometries[] = {
+    {3, 20, 1, {{9, 7, 2, 1, 3, 3}, {}, {11, 7, 2, 1, 3, 3}}},
+    {64, 65, 1, {{6, 3, 1, 1, 1, 1}, {}, {7, 3, 1, 1, 1, 1}}},
+    {40, 33, 1, {{5}, {}, {6}}},                                   // pointwise: rows lie in the image
+    {24, 16, 1, {{7, 1, 2}, {}, {5, 1, 2}}},                       // runs that end near the end of x
+    {16, 17, 1, {{31, 5, 2}, {}, {}}},                             // one run for a patch
+    {5, 40, 1, {{4, 2}, {5, 3, 1, 1, 1, 1}, {6, 2, 2, 1, 0, 1}}},  // three dimensions
+    {12, 18, 3, {{6, 3, 1, 2, 2, 2}, {}, {7, 3, 1, 1, 1, 0}}},     // groups
+    {130, 16, 1, {{150, 3, 1, 1, 1, 1}, {}, {50, 1}}},             // more than one band
+    {35, 35, 35, {{9, 3, 1, 1, 1, 1}, {}, {8, 3, 2, 1, 1, 1}}},    // depthwise
+    {32, 32, 32, {{40, 31, 1, 1, 15, 15}, {}, {}}},                // depthwise along a line
+    {16, 16, 16, {{100, 3, 1, 1}, {}, {30, 5}}},                   // depthwise, x in place and more than one band
+};
+
+// A convolution with its input, and what the oracle has of it.
+struct Case {
+  Geometry g;
+  bool depthwise, channels_last;
+  int64_t batch;
+  DType dtype;
+  bool per_sample;
+  Activation activation;
+  std::vector<uint8_t> x;  // as given
+  QParams q{0.02f, 117};
+  std::vector<QParams> samples;
+  std::vector<Weights> weights;  // of each group
+  std::vector<float> residual;   // (batch, pixels, out_channels), or empty
+
+  int64_t inputs() const { return batch * g.pixels() * g.in_channels; }
+  int64_t outputs() const { return batch * g.out_pixels() * g.out_channels; }
+  int64_t index(int64_t sample, int64_t pixel, int64_t channel) const {  // of x
+    const int64_t first = sample * g.pixels() * g.in_channels;
+    return first + (channels_last ? pixel * g.in_channels + channel : channel * g.pixels() + pixel);
+  }
+};
+
+Case random_case(const Geometry& g, DType dtype, bool per_sample) {
+  Random& r = random_source;
+  Case c{g, conv::can_be_depthwise(g), dtype == DType::u8 || r.below(2), 1 + r.below(2), dtype, per_sample};
+  c.activation = r.pick({Activation::none, Activation::relu, Activation::silu});
+  std::vector<float> values(c.inputs());
+  for (float& v : values) v = r.uniform(-2.0f, 3.0f);
+  c.x = dtype == DType::u8 ? std::vector<uint8_t>(c.inputs()) : encode(values, dtype);
+  for (uint8_t& code : c.x)
+    if (dtype == DType::u8) code = static_cast<uint8_t>(r.below(256));
+  const int64_t sample_bytes = g.pixels() * g.in_channels * element_bytes(dtype);
+  for (int64_t n = 0; n < c.batch; ++n)
+    c.samples.push_back(
+        per_sample ? oracle_qparams(oracle_range(c.x.data() + n * sample_bytes, dtype, g.pixels() * g.in_channels))
+                   : c.q);
+  for (int64_t group = 0; group < g.groups; ++group) c.weights.push_back(random_weights(g.group_outputs(), g.depth()));
+  if (r.below(2))
+    for (int64_t i = 0; i < c.outputs(); ++i) c.residual.push_back(r.uniform(-3.0f, 3.0f));
+  return c;
+}
+
+// The code of a tap: of the padding that of 0.
+uint8_t code_of(const Case& c, int64_t sample, const int64_t (&at)[3], int64_t channel) {
+  const QParams& q = c.samples[sample];
+  int64_t pixel = 0;
+  for (int a = 0; a < 3; ++a) {
+    if (at[a] < 0 || at[a] >= c.g.axes[a].size) return static_cast<uint8_t>(q.zero_point);
+    pixel = pixel * c.g.axes[a].size + at[a];
+  }
+  const int64_t i = c.index(sample, pixel, channel);
+  if (c.dtype == DType::u8) return c.x[i];
+  return oracle_code(rounded(element(c.x.data(), c.dtype, i) * rounded(1.0f / q.scale)), q.zero_point);
+}
+
+// The patches of a sample's pixels for a group, as rows of codes.
+Rows patches_of(const Case& c, int64_t sample, int64_t group) {
+  const Geometry& g = c.g;
+  Rows rows{g.out_pixels(), g.depth(), DType::u8, false, c.samples[sample], {}};
+  const auto& [outer, middle, inner] = g.axes;
+  for (int64_t p = 0; p < g.out_pixels(); ++p) {
+    const int64_t out[] = {p / (middle.outputs() * inner.outputs()), p / inner.outputs() % middle.outputs(),
+                           p % inner.outputs()};
+    for (int64_t tap = 0; tap < g.taps(); ++tap) {
+      const int64_t of[] = {tap / (middle.kernel * inner.kernel), tap / inner.kernel % middle.kernel,
+                            tap % inner.kernel};
+      int64_t at[3];
+      for (int a = 0; a < 3; ++a) at[a] = out[a] * g.axes[a].stride + of[a] * g.axes[a].dilation - g.axes[a].before;
+      for (int64_t i = 0; i < g.group_inputs(); ++i)
+        rows.bytes.push_back(code_of(c, sample, at, group * g.group_inputs() + i));
+    }
+  }
+  return rows;
+}
+
+// y (batch, pixels, channels) without activation; the activation follows the residual.
+std::vector<float> expected(const Case& c) {
+  std::vector<float> y(c.outputs());
+  for (int64_t sample = 0; sample < c.batch; ++sample)
+    for (int64_t group = 0; group < c.g.groups; ++group) {
+      const Sums sums = oracle_sums(patches_of(c, sample, group), c.weights[group]);
+      for (int64_t p = 0; p < c.g.out_pixels(); ++p)
+        for (int64_t n = 0; n < c.g.group_outputs(); ++n) {
+          const int64_t i = (sample * c.g.out_pixels() + p) * c.g.out_channels + group * c.g.group_outputs() + n;
+          y[i] = oracle_value(sums, c.weights[group], Activation::none, p, n);
+          if (!c.residual.empty()) y[i] = rounded(y[i] + c.residual[i]);
+        }
+    }
+  kernel_reference.activate(c.activation, DType::f32, y.data(), y.data(), c.outputs());
+  return y;
+}
+
+// The weights of all groups in one buffer, or of a depthwise convolution as one matrix.
+std::vector<uint8_t> packed_weights(const Case& c, Layout layout, int64_t& stride) {
+  if (!c.depthwise) {
+    std::vector<uint8_t> all;
+    for (const Weights& w : c.weights) {
+      std::vector<uint8_t> one = packed_of(w, layout);
+      one.resize((packed_bytes(w.n, w.k, false) + 63) / 64 * 64);
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    stride = static_cast<int64_t>(all.size()) / c.g.groups;
+    return all;
+  }
+  Weights matrix{c.g.out_channels, c.g.taps(), {}, {}, std::vector<float>(c.g.out_channels)};
+  for (int64_t n = 0; n < matrix.n; ++n) {
+    const Weights& w = c.weights[n];
+    matrix.codes.insert(matrix.codes.end(), w.codes.begin(), w.codes.end());
+    matrix.scale.push_back(w.scale[0]);
+    if (!w.bias.empty()) matrix.bias[n] = w.bias[0];
+  }
+  stride = packed_bytes(matrix.n, matrix.k, false);
+  return packed_of(matrix, layout);
+}
+
+// y transposed to channels first, or back: (batch, a, b) to (batch, b, a).
+std::vector<float> swapped(const std::vector<float>& y, int64_t batch, int64_t a, int64_t b) {
+  std::vector<float> found(y.size());
+  for (int64_t n = 0; n < batch && !y.empty(); ++n)
+    for (int64_t i = 0; i < a; ++i)
+      for (int64_t j = 0; j < b; ++j) found[(n * b + j) * a + i] = y[(n * a + i) * b + j];
+  return found;
+}
+
+void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vector<float>& want) {
+  static Guarded x, y, scratch;
+  const int64_t pixels = c.g.out_pixels(), channels = c.g.out_channels;
+  int64_t stride;
+  const std::vector<uint8_t> packed = packed_weights(c, kernel.layout, stride);
+  const std::vector<float> residual = y_last ? c.residual : swapped(c.residual, c.batch, pixels, channels);
+  uint8_t* given = x.place(c.x.size(), Side::end);
+  std::copy(c.x.begin(), c.x.end(), given);
+  auto* out = reinterpret_cast<float*>(y.place(c.outputs() * 4, Side::end));
+  std::fill_n(reinterpret_cast<uint8_t*>(out), c.outputs() * 4, 0xFF);
+  conv::Problem p{};
+  p.geometry = c.g, p.batch = c.batch, p.is_depthwise = c.depthwise, p.activation = c.activation;
+  p.x = {given, c.dtype, c.channels_last, c.per_sample, c.q, c.samples.data()};
+  p.weights = packed.data(), p.weights_stride = stride;
+  p.y = {out, DType::f32, y_last, {1.0f, 0}};
+  if (!c.residual.empty()) p.residual = residual.data();
+  conv::Job job = conv::schedule(kernel, p, 1 + static_cast<int>(random_source.below(4)));
+  uint8_t* memory = scratch.place(job.scratch_bytes, Side::end);
+  for (int part = 0; part < job.parts; ++part) conv::run(job, part, memory);
+  const std::vector<float> got(out, out + c.outputs());
+  const std::vector<float> found = y_last ? got : swapped(got, c.batch, channels, pixels);
+  const auto differs = std::mismatch(found.begin(), found.end(), want.begin(), [](float a, float b) {
+    return std::memcmp(&a, &b, 4) == 0 || (a != a && b != b);
+  });
+  const bool same = differs.first == found.end();
+  check(kernel.name, same, "y[%d]: expected %.9g, got %.9g", static_cast<int>(differs.first - found.begin()),
+        same ? 0.0 : *differs.second, same ? 0.0 : *differs.first);
+}
+
+}  // namespace
+
+void test_convolutions() {
+  for (const Geometry& g : kGeometries)
+    for (const auto& [dtype, per_sample] :
+         {Kind{DType::f32, true}, {DType::f32, false}, {DType::bf16, true}, {DType::u8, false}}) {
+      const Case c = random_case(g, dtype, per_sample);
+      const std::vector<float> want = expected(c);
+      for (const Kernel* kernel : runnable())
+        for (const bool y_last : {true, false}) {
+          now("convolution of %d channels to %d, kernel %d x %d, %s %s, %s to %s", static_cast<int>(g.in_channels),
+              static_cast<int>(g.out_channels), static_cast<int>(g.axes[0].kernel), static_cast<int>(g.axes[2].kernel),
+              name_of(dtype), per_sample ? "per sample" : "static", c.channels_last ? "channels last" : "first",
+              y_last ? "last" : "first");
+          check_case(c, *kernel, y_last, want);
+        }
+    }
+}
+
+}  // namespace torchq::test
