@@ -1,8 +1,9 @@
-// Depthwise convolutions, 16 channels at a time: the codes of a band and the weights as floats, then the kernel.
+// Depthwise convolutions, 16 channels at a time: the codes of a band and the weights in lanes, then the kernel.
 
 #include "depthwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "outputs.h"
 #include "patches.h"
@@ -11,23 +12,66 @@ namespace torchq {
 namespace conv {
 namespace {
 
-// weights[t * 16 + c] of a panel whose layout is depth taps x 16 channels.
-void widen_weights(const uint8_t* panel, int64_t depth, int64_t taps, float* weights) {
-  const auto* codes = reinterpret_cast<const int8_t*>(panel + kPanelMeta);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < kPanelColumns; ++c)
-      weights[t * kPanelColumns + c] = codes[t / depth * depth * kPanelColumns + c * depth + t % depth];
+// The taps that a kernel takes at once: as many along the outer axis.
+int64_t taps_at_once(const Kernel& kernel) { return kernel.interleave ? 4 : 1; }
+
+// Calls f(outer, middle, inner) for the first of the taps of each step of depthwise().
+template <class F>
+void for_each_step(const Geometry& g, int64_t at_once, const F& f) {
+  for (int64_t o = 0; o < g.axes[0].kernel; o += at_once)
+    for (int64_t m = 0; m < g.axes[1].kernel; ++m)
+      for (int64_t i = 0; i < g.axes[2].kernel; ++i) f(o, m, i);
 }
 
-// From the first tap of a patch to each, in floats of 16 channels a pixel.
-void find_offsets(const Job& job, int64_t* offsets) {
+// The weights of a panel, whose layout is depth taps x 16 channels, as depthwise() takes them.
+void load_weights(const Job& job, const uint8_t* panel, int64_t depth, int32_t* weights) {
   const Geometry& g = job.problem->geometry;
-  const int64_t line = g.axes[2].padded(), plane = g.axes[1].padded() * line;
-  for (int64_t o = 0; o < g.axes[0].kernel; ++o)
-    for (int64_t m = 0; m < g.axes[1].kernel; ++m)
-      for (int64_t i = 0; i < g.axes[2].kernel; ++i)
-        *offsets++ =
-            kPanelColumns * (o * g.axes[0].dilation * plane + m * g.axes[1].dilation * line + i * g.axes[2].dilation);
+  const auto* codes = reinterpret_cast<const int8_t*>(panel + kPanelMeta);
+  const int64_t at_once = taps_at_once(*job.kernel);
+  // Every 16 codes of a tap lie depth bytes apart; depth is a power of two.
+  const auto tap = [&](int64_t o, int64_t m, int64_t i) {
+    const int64_t t = (o * g.axes[1].kernel + m) * g.axes[2].kernel + i, within = t & (depth - 1);
+    return codes + (t - within) * kPanelColumns + within;
+  };
+  for_each_step(g, at_once, [&](int64_t o, int64_t m, int64_t i) {
+    if (at_once == 1) {
+      auto* floats = reinterpret_cast<float*>(weights);
+      for (int64_t c = 0; c < kPanelColumns; ++c) floats[c] = tap(o, m, i)[c * depth];
+    } else {
+      std::memset(weights, 0, kPanelColumns * 4);
+      for (int64_t k = 0; k < std::min(at_once, g.axes[0].kernel - o); ++k)
+        for (int64_t c = 0; c < kPanelColumns; ++c)
+          reinterpret_cast<int8_t*>(weights)[4 * c + k] = tap(o + k, m, i)[c * depth];
+    }
+    weights += kPanelColumns;
+  });
+}
+
+// From the first tap of a patch to those of each step, in lanes. Returns how many steps there are.
+int64_t find_offsets(const Job& job, int64_t* offsets) {
+  const Geometry& g = job.problem->geometry;
+  const int64_t line = g.axes[2].padded(), plane = g.axes[1].padded() * line, *begin = offsets;
+  for_each_step(g, taps_at_once(*job.kernel), [&](int64_t o, int64_t m, int64_t i) {
+    *offsets++ =
+        kPanelColumns * (o * g.axes[0].dilation * plane + m * g.axes[1].dilation * line + i * g.axes[2].dilation);
+  });
+  return offsets - begin;
+}
+
+// The image of a band's 16 channels, as depthwise() takes it.
+void load_lanes(const Job& job, const Band& band, const uint8_t* image, int32_t zero_point, int32_t* lanes) {
+  const Axis& outer = job.problem->geometry.axes[0];
+  const int64_t rows = band.end - band.begin, plane = job.plane_bytes / job.pixel_bytes;
+  const Kernel& kernel = *job.kernel;
+  if (!kernel.interleave)
+    return kernel.widen(image, rows * plane, job.pixel_bytes, kernel.codes.shift == 128 ? 0x80 : 0, zero_point,
+                        reinterpret_cast<float*>(lanes));
+  const int64_t step = outer.kernel <= 4 ? outer.stride : 1;  // rows between those that a patch begins with
+  for (int64_t r = 0; r < rows; r += step) {
+    const uint8_t* lines[4];
+    for (int64_t i = 0; i < 4; ++i) lines[i] = image + std::min(r + i * outer.dilation, rows - 1) * job.plane_bytes;
+    kernel.interleave(lines, plane, job.pixel_bytes, lanes + r * plane * kPanelColumns);
+  }
 }
 
 // Pixels [begin, end), line by line.
@@ -39,7 +83,7 @@ void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depth
     d.pixels = line.count;
     d.step = kPanelColumns * g.axes[line.axis].stride * (line.axis == 0 ? plane_pixels : 1);
     d.image =
-        s.floats + kPanelColumns * ((line.outer - band.begin) * plane_pixels + line.middle * line_pixels + line.inner);
+        s.lanes + kPanelColumns * ((line.outer - band.begin) * plane_pixels + line.middle * line_pixels + line.inner);
     job.kernel->depthwise(d);
     d.out = static_cast<uint8_t*>(d.out) + d.pixels * d.out_stride;
   }
@@ -52,20 +96,17 @@ void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
   const PackedHeader& weights = p.weights_of(0);
-  const CodeFormat& format = job.kernel->codes;
-  const int64_t pixels = (band.end - band.begin) * g.axes[1].padded() * g.axes[2].padded();
   Depthwise d{};
-  d.taps = g.taps(), d.offsets = s.offsets, d.weights = s.weights, d.scale = qparams.scale;
+  d.taps = find_offsets(job, s.offsets), d.offsets = s.offsets, d.weights = s.weights;
+  d.scale = qparams.scale, d.zero_point = qparams.zero_point;
   d.out_dtype = p.y.dtype, d.activation = p.activation;
   d.out_inv_scale = 1.0f / p.y.qparams.scale, d.out_zero_point = p.y.qparams.zero_point;
-  find_offsets(job, s.offsets);
   const int64_t bytes = element_bytes(d.out_dtype);
   for (int64_t channel = 0; channel < g.out_channels; channel += kPanelColumns) {
     const int64_t channels = std::min(kPanelColumns, g.out_channels - channel);
     d.panel = reinterpret_cast<const uint8_t*>(&weights + 1) + channel / kPanelColumns * panel_bytes(weights.k);
-    widen_weights(d.panel, layout_depth(weights.layout), d.taps, s.weights);
-    job.kernel->widen(image + channel * format.bytes, pixels, job.pixel_bytes, format.shift == 128 ? 0x80 : 0,
-                      qparams.zero_point, s.floats);
+    load_weights(job, d.panel, layout_depth(weights.layout), s.weights);
+    load_lanes(job, band, image + channel * job.kernel->codes.bytes, qparams.zero_point, s.lanes);
     const Outputs outputs{band.sample, begin, end - begin, channel, channels, kPanelColumns};
     const bool direct = job.y_in_place && channels == kPanelColumns;
     d.out_stride = (direct ? g.out_channels : kPanelColumns) * bytes;

@@ -13,7 +13,7 @@ namespace {
 
 // Bytes of an image, and of the rows and outputs of a block, that stay in L2 beside the weights that stream past.
 constexpr int64_t kImageBudget = 384 << 10, kRowsBudget = 256 << 10;
-constexpr int64_t kFloatsBudget = 128 << 10;                  // of 16 channels of a depthwise image
+constexpr int64_t kLanesBudget = 128 << 10;                   // of 16 channels of a depthwise image
 constexpr int64_t kOutputsPerThread = 64 << 10;               // of a depthwise convolution, that pay for a thread
 constexpr int64_t kMostRows = 1024;                           // of a block
 constexpr int64_t kWaitingRows = 192, kWaitingColumns = 192;  // of a block whose outputs wait
@@ -38,7 +38,7 @@ int64_t rows_of_band(const Job& job) {
   const bool is_depthwise = job.problem->is_depthwise;
   if (job.image_in_place && !is_depthwise) return all;
   int64_t rows = kImageBudget / job.plane_bytes;
-  if (is_depthwise) rows = std::min(rows, kFloatsBudget * job.pixel_bytes / (job.plane_bytes * kPanelColumns * 4));
+  if (is_depthwise) rows = std::min(rows, kLanesBudget * job.pixel_bytes / (job.plane_bytes * kPanelColumns * 4));
   const int64_t fit = (rows - outer.extent()) / outer.stride + 1;
   return ceil_div(all, ceil_div(all, std::max<int64_t>(fit, 1)));
 }

@@ -26,7 +26,7 @@ struct Scratch {
   uint8_t *y, *residual;  // outputs of a block, where they wait, and what is added to them
   void* gemm;
   // Of depthwise convolutions: 16 channels of the image, those of the weights, and from the first tap to each.
-  float *floats, *weights;
+  int32_t *lanes, *weights;
   int64_t* offsets;
 };
 
@@ -61,8 +61,8 @@ inline Scratch carve(const Job& job, Carver& from) {
     const int64_t outputs = job.band_rows * g.axes[1].outputs() * g.axes[2].outputs();
     s.y = from.take<uint8_t>(outputs * kPanelColumns * 4);
     s.residual = from.take<uint8_t>(outputs * kPanelColumns * 4);
-    s.floats = from.take<float>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns * 4);
-    s.weights = from.take<float>(g.taps() * kPanelColumns * 4);
+    s.lanes = from.take<int32_t>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns * 4);
+    s.weights = from.take<int32_t>(g.taps() * kPanelColumns * 4);
     s.offsets = from.take<int64_t>(g.taps() * 8);
     return s;
   }

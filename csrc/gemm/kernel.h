@@ -107,16 +107,20 @@ constexpr int64_t kGatherBeyond = 64;
 
 // Some pixels of a depthwise convolution, for 16 channels.
 //
-//   sum[p, c] = Σ_t image[p * step + offsets[t] + c] * weights[t * 16 + c]        integers, exact
+//   sum[p, c] = Σ_t image[p * step + offsets[t] + c] · weights[t * 16 + c]        exact
 //   y[p, c]   = act(sum[p, c] * (scale * panel.scale[c]) + panel.bias[c])         as a Block's, residual and all
+//
+// Image and weights are floats, as Kernel::widen() gives them. Or, where a kernel has interleave(), each is four codes
+// of a lane's channel, for four taps at once, and the sum is less zero_point * panel.colsum[c].
 struct Depthwise {
-  const float* image;  // codes less their zero point
-  int64_t taps;
+  const int32_t* image;
+  int64_t taps;  // or fours of them
   const int64_t* offsets;
   int64_t pixels, step;
-  const float* weights;
-  const uint8_t* panel;  // its scales and biases
-  float scale;           // of the input
+  const int32_t* weights;
+  const uint8_t* panel;
+  float scale;  // of the input
+  int32_t zero_point;
   void* out;
   int64_t out_stride;  // bytes between pixels; each has room for 16 channels
   int64_t residual;    // Block::residual
@@ -216,10 +220,13 @@ struct Kernel {
   // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
   void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;
   void (*gather)(const Gather& gather) = nullptr;
+  // Either of these two: what an image is made into for depthwise().
   // out[p * 16 + c] = float((code ^ flip) - zero_point) for the 16 codes, in this kernel's bytes, at each of some
   // pixels that lie stride bytes apart.
   void (*widen)(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int32_t zero_point,
                 float* out) = nullptr;
+  // out[p * 16 + c] = the codes lines[0 .. 3][p * stride + c], the first in the lowest byte.
+  void (*interleave)(const uint8_t* const (&lines)[4], int64_t pixels, int64_t stride, int32_t* out) = nullptr;
   void (*depthwise)(const Depthwise& depthwise) = nullptr;
   // A step of a recurrent cell.
   void (*cell)(Cell cell, const CellRow& row) = nullptr;

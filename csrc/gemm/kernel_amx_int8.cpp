@@ -44,6 +44,10 @@ constexpr bool kZeroPointFirst = false;
 
 #include "epilogue.inc"
 #include "cell.inc"
+
+// Products of tiles are of no use where channels do not mix.
+inline Ints dot(Ints acc, Ints a, Ints w) { return _mm512_dpbusd_epi32(acc, a, w); }
+#include "depthwise_codes.inc"
 #include "depthwise.inc"
 #include "gather.inc"
 #include "normalize.inc"
@@ -365,7 +369,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.activate = amx_int8::activate;
   k.cell = amx_int8::cell;
   k.gather = amx_int8::gather;
-  k.widen = amx_int8::widen;
+  k.interleave = amx_int8::interleave;
   k.depthwise = amx_int8::depthwise;
   k.normalize = amx_int8::normalize;
   k.tiling.own_loops = true;

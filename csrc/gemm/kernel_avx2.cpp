@@ -44,6 +44,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise_floats.inc"
 #include "depthwise.inc"
 #include "gather.inc"
 #include "normalize.inc"

@@ -41,6 +41,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise_codes.inc"
 #include "depthwise.inc"
 #include "gather.inc"
 #include "normalize.inc"
@@ -80,7 +81,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.activate = avx512_vnni::activate;
   k.cell = avx512_vnni::cell;
   k.gather = avx512_vnni::gather;
-  k.widen = avx512_vnni::widen;
+  k.interleave = avx512_vnni::interleave;
   k.depthwise = avx512_vnni::depthwise;
   k.normalize = avx512_vnni::normalize;
   k.tiling.next_lines = avx512_vnni::kNextLines;

@@ -52,6 +52,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "multiply_broadcast.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise_floats.inc"
 #include "depthwise.inc"
 #include "gather.inc"
 #include "normalize.inc"

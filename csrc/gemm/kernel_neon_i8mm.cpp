@@ -53,6 +53,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "multiply_pairs.inc"
 #include "epilogue.inc"
 #include "cell.inc"
+#include "depthwise_floats.inc"
 #include "depthwise.inc"
 #include "gather.inc"
 #include "normalize.inc"

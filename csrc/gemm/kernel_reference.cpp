@@ -123,12 +123,12 @@ void widen(const void* codes, int64_t pixels, int64_t stride, uint8_t flip, int3
 }
 
 void depthwise(const Depthwise& d) {
+  const auto *image = reinterpret_cast<const float*>(d.image), *weights = reinterpret_cast<const float*>(d.weights);
   const auto* meta = reinterpret_cast<const float*>(d.panel);
   for (int64_t p = 0; p < d.pixels; ++p)
     for (int c = 0; c < kPanelColumns; ++c) {
       float sum = 0.0f;
-      for (int64_t t = 0; t < d.taps; ++t)
-        sum += d.image[p * d.step + d.offsets[t] + c] * d.weights[t * kPanelColumns + c];
+      for (int64_t t = 0; t < d.taps; ++t) sum += image[p * d.step + d.offsets[t] + c] * weights[t * kPanelColumns + c];
       uint8_t* row = static_cast<uint8_t*>(d.out) + p * d.out_stride;
       float y = sum * (d.scale * meta[16 + c]) + meta[32 + c];
       if (d.residual) y += value_at(d.out_dtype, row + d.residual, c);
