@@ -8,11 +8,8 @@ process, interleaved, and each is calibrated on the same 16 inputs. Beside each 
 against float32, in dB. `torchq static` is `QConfig(activation="static")`: u8 codes pass from layer to layer.
 """
 
-import argparse
 import copy
 import gc
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -21,10 +18,10 @@ from torch import Tensor, nn
 import torchq
 from benchmarks import accuracy_peers, transformer_peers
 from benchmarks.accuracy_peers import Make, Task, preset
-from benchmarks.peers import Peer, Run, available
+from benchmarks.peers import Peer, Run
 from benchmarks.timing import machine
 from benchmarks.transformer_models import Cell, First, _normal, _whisper_encoder, with_weights
-from benchmarks.transformers import measure, shown, versions
+from benchmarks.transformers import begin, measure, parser_of, shown, versions
 
 OPENVINO, ONNXRUNTIME = ("openvino", "nncf"), ("onnx", "onnxscript", "onnxruntime")
 
@@ -145,25 +142,14 @@ CONTESTANTS = [
 
 def main() -> None:
     """Measures the cells, and prints each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", metavar="PREFIX", help=f"of {', '.join(cell.name for cell in CELLS)}")
-    parser.add_argument("--contestants", nargs="+", metavar="PREFIX", help="only these and torchq")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")  # the exporters of peers warn about much
-    logging.disable(logging.WARNING)
-    wanted = ("torchq", *arguments.contestants) if arguments.contestants else ("",)
-    peers, skipped = available([peer for peer in CONTESTANTS if peer.name.startswith(wanted)])
-    print("\n".join(skipped), end="\n" if skipped else "")
-    for cell in CELLS:
-        if cell.name.startswith(tuple(arguments.cells or [""])):
-            result = measure(cell, peers, arguments.threads, arguments.rounds)
-            print(f"{cell.name}, ms (dB): {'; '.join(f'{name} {shown(result, name)}' for name in result['ms'])}")
-            for name, reason in result["failed"].items():
-                print(f"  not built: {name}: {reason}")
-            gc.collect()
+    arguments = parser_of(__doc__, CELLS).parse_args()
+    cells, peers = begin(arguments, CELLS, CONTESTANTS)
+    for cell in cells:
+        result = measure(cell, peers, arguments.threads, arguments.rounds)
+        print(f"{cell.name}, ms (dB): {'; '.join(f'{name} {shown(result, name)}' for name in result['ms'])}")
+        for name, reason in result["failed"].items():
+            print(f"  not built: {name}: {reason}")
+        gc.collect()
     print(f"\n{machine()}, {versions()}.", flush=True)
 
 

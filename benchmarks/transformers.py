@@ -19,6 +19,7 @@ import logging
 import math
 import statistics
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -195,24 +196,36 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def main() -> None:
-    """Measures the cells and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", metavar="PREFIX", help=f"of {', '.join(cell.name for cell in CELLS)}")
+def parser_of(text: str | None, cells: Sequence[Cell]) -> argparse.ArgumentParser:
+    """The arguments that benchmarks of cells have in common."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", metavar="PREFIX", help=f"of {', '.join(cell.name for cell in cells)}")
     parser.add_argument("--contestants", nargs="+", metavar="PREFIX", help=f"only these and {OURS}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--markdown", type=Path, help="write the table here as well")
-    arguments = parser.parse_args()
+    return parser
+
+
+def begin(
+    arguments: argparse.Namespace, cells: Sequence[Cell], contestants: Sequence[Peer]
+) -> tuple[list[Cell], list[Peer]]:
+    """Sets threads and silence. Returns the cells and the contestants asked for, and prints which are not installed."""
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")  # the exporters of peers warn about much
     logging.disable(logging.WARNING)
-
     wanted = ("torchq", *arguments.contestants) if arguments.contestants else ("",)
-    peers, skipped = available([peer for peer in CONTESTANTS if peer.name.startswith(wanted)])
+    peers, skipped = available([peer for peer in contestants if peer.name.startswith(wanted)])
     print("\n".join(skipped), end="\n" if skipped else "")
-    cells = [cell for cell in CELLS if cell.name.startswith(tuple(arguments.cells or [""]))]
+    return [cell for cell in cells if cell.name.startswith(tuple(arguments.cells or [""]))], peers
+
+
+def main() -> None:
+    """Measures the cells and prints the table."""
+    parser = parser_of(__doc__, CELLS)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--markdown", type=Path, help="write the table here as well")
+    arguments = parser.parse_args()
+    cells, peers = begin(arguments, CELLS, CONTESTANTS)
     results = []
     for cell in cells:
         results.append(measure(cell, peers, arguments.threads, arguments.rounds))

@@ -150,22 +150,15 @@ const void* residual_of(const Tensor& residual, const Tensor& y, bool channels_l
 Tensor convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& geometry,
                    const std::vector<double>& qparams, ScalarType out_dtype, bool channels_last, int64_t activation,
                    const std::optional<Tensor>& residual) {
-  const bool codes_in = x.scalar_type() == ScalarType::Byte, codes_out = out_dtype == ScalarType::Byte;
-  const auto x_dtype = codes_in ? std::optional(DType::u8) : float_dtype(x.scalar_type());
-  const auto y_dtype = codes_out ? std::optional(DType::u8) : float_dtype(out_dtype);
-  CHECK(x_dtype.has_value(), op, ": x must be float32, bfloat16, float16, or uint8 codes, got ",
-        name_of(x.scalar_type()), '.');
-  CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
-        '.');
-  CHECK(torchq::is_activation(activation), op, ": activation must be a torchq.ops.Activation, 0 (none) to ",
-        torchq::kActivations - 1, " (relu6), got ", activation, '.');
+  const auto [x_dtype, y_dtype] = dtypes_of(op, x, out_dtype);
+  const bool codes_in = x_dtype == DType::u8, codes_out = y_dtype == DType::u8;
   check_cpu(op, "x", x);
   Problem p{};
   p.geometry = geometry_of(geometry, x, codes_in);
   const Geometry& g = p.geometry;
   p.batch = x.size(0);
-  p.x.dtype = *x_dtype, p.y.dtype = *y_dtype;
-  p.activation = static_cast<torchq::Activation>(activation);
+  p.x.dtype = x_dtype, p.y.dtype = y_dtype;
+  p.activation = activation_of(op, activation);
   set_qparams(p, qparams, codes_out);
   set_weights(p, packed);
   CHECK(!codes_in || !p.weights_of(0).has_channel_scale, op,

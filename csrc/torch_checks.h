@@ -12,6 +12,7 @@
 #include <string>
 
 #include "gemm/gemm.h"
+#include "linear.h"
 
 // Why the latest call of torch's C interface failed. Torch has this from 2.13; before, it writes the reason to stderr.
 extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
@@ -59,6 +60,29 @@ inline std::optional<DType> float_dtype(ScalarType type) {
     case ScalarType::Half: return DType::f16;
     default: return std::nullopt;
   }
+}
+
+// The dtypes of x and y of an op that also takes and gives u8 codes.
+struct Dtypes {
+  DType x, y;
+};
+
+inline Dtypes dtypes_of(const char* op, const Tensor& x, ScalarType out_dtype) {
+  const auto of = [](ScalarType type) {
+    return type == ScalarType::Byte ? std::optional(DType::u8) : float_dtype(type);
+  };
+  const auto x_dtype = of(x.scalar_type()), y_dtype = of(out_dtype);
+  CHECK(x_dtype.has_value(), op, ": x must be float32, bfloat16, float16, or uint8 codes, got ",
+        name_of(x.scalar_type()), '.');
+  CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
+        '.');
+  return {*x_dtype, *y_dtype};
+}
+
+inline Activation activation_of(const char* op, int64_t activation) {
+  CHECK(is_activation(activation), op, ": activation must be a torchq.ops.Activation, 0 (none) to ", kActivations - 1,
+        " (relu6), got ", activation, '.');
+  return static_cast<Activation>(activation);
 }
 
 inline std::string shape_of(const Tensor& t) {

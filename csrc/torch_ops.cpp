@@ -60,12 +60,6 @@ Tensor multiply(const char* op, const char* argument, const Tensor& x, DType x_d
   return y;
 }
 
-torchq::Activation activation_of(const char* op, int64_t activation) {
-  CHECK(torchq::is_activation(activation), op, ": activation must be a torchq.ops.Activation, 0 (none) to ",
-        torchq::kActivations - 1, " (relu6), got ", activation, '.');
-  return static_cast<torchq::Activation>(activation);
-}
-
 torchq::QParams qparams_of(const char* op, const char* what, double scale, int64_t zero_point) {
   CHECK(torchq::is_scale(scale), op, ": ", what, "_scale must be a positive normal float32, got ", scale, '.');
   CHECK(torchq::is_zero_point(zero_point), op, ": ", what, "_zero_point must be in [0, 255], got ", zero_point, '.');
@@ -153,18 +147,13 @@ Tensor linear_dynamic(const Tensor& x, const Tensor& packed, int64_t activation)
 Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int64_t x_zero_point, ScalarType out_dtype,
                      double y_scale, int64_t y_zero_point, int64_t activation) {
   const char* op = "torchq::linear_static";
-  const bool codes_in = x.scalar_type() == ScalarType::Byte, codes_out = out_dtype == ScalarType::Byte;
-  const auto x_dtype = codes_in ? std::optional(DType::u8) : float_dtype(x.scalar_type());
-  const auto y_dtype = codes_out ? std::optional(DType::u8) : float_dtype(out_dtype);
-  CHECK(x_dtype.has_value(), op, ": x must be float32, bfloat16, float16, or uint8 codes, got ",
-        name_of(x.scalar_type()), '.');
-  CHECK(y_dtype.has_value(), op, ": out_dtype must be float32, bfloat16, float16 or uint8, got ", name_of(out_dtype),
-        '.');
+  const auto [x_dtype, y_dtype] = dtypes_of(op, x, out_dtype);
+  const bool codes_in = x_dtype == DType::u8, codes_out = y_dtype == DType::u8;
   LayerNumbers layer;
   layer.x = qparams_of(op, "x", x_scale, x_zero_point);
   if (codes_out) layer.y = qparams_of(op, "y", y_scale, y_zero_point);
   layer.activation = activation_of(op, activation);
-  return multiply(op, "x", x, *x_dtype, packed, out_dtype, *y_dtype, layer);
+  return multiply(op, "x", x, x_dtype, packed, out_dtype, y_dtype, layer);
 }
 
 Tensor activate(const Tensor& x, int64_t activation) {

@@ -136,3 +136,15 @@ def seeded(no_grad: None) -> None:
 def brief_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens the timing of the accuracy budget, since few tests check the times."""
     monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """Transformers shows neither its progress bars nor its warnings."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(level)

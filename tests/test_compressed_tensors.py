@@ -17,7 +17,7 @@ pytest.importorskip("compressed_tensors", reason="compressed-tensors is not inst
 
 from torchq import hf  # noqa: E402
 
-pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.slow(seconds=4)]
+pytestmark = [pytest.mark.usefixtures("seeded", "quiet_transformers"), pytest.mark.slow(seconds=4)]
 
 IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 MORE = {"intermediate_size": 48}
@@ -31,13 +31,8 @@ least here. It happens to few values, so the SQNR is that of sums that differ in
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
+def small_tables(monkeypatch):
     monkeypatch.setattr(tables, "MIN_BYTES", 1)
-    transformers.logging.disable_progress_bar()
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def bert():

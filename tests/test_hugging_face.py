@@ -13,22 +13,13 @@ transformers = pytest.importorskip("transformers", "5", reason="transformers 5 i
 from torchq import hf  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("seeded"),
+    pytest.mark.usefixtures("seeded", "quiet_transformers"),
     pytest.mark.slow(seconds=5),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),  # PEFT asks transformers for it
 ]
 
 IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 STATIC = QConfig(activation="static", attention="int8")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.disable_progress_bar()
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 @pytest.fixture

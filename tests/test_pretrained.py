@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers", "5", reason="transformers 5 i
 from torchq import hf  # noqa: E402
 from torchq.hf import availability  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "quiet_transformers")
 
 IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 MORE = {"intermediate_size": 48}
@@ -48,15 +48,6 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
     monkeypatch.setattr(tables, "MIN_BYTES", 1)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.disable_progress_bar()
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(level)
 
 
 def made(name, **more):
