@@ -37,11 +37,7 @@ def available(peers: Sequence[Peer] | None = None) -> tuple[list[Peer], list[str
     """The installed peers (of all for one linear layer, by default), and a line for each that is not installed."""
     peers = PEERS if peers is None else peers
     missing = {peer.name: [need for need in peer.needs if find_spec(need) is None] for peer in peers}
-    lines = [
-        f"{name}: skipped, needs {', '.join(needs)} (pip install 'torchq[bench]')"
-        for name, needs in missing.items()
-        if needs
-    ]
+    lines = [f"{name}: skipped (pip install {' '.join(needs)})" for name, needs in missing.items() if needs]
     return [peer for peer in peers if not missing[peer.name]], lines
 
 

@@ -101,9 +101,7 @@ class Frontier:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError(
-                "torchq: plot() needs matplotlib. Install it with: pip install 'torchq[plot]'."
-            ) from error
+            raise ImportError("torchq: plot() needs matplotlib. Install it with: pip install matplotlib.") from error
         finite = [step for step in self.steps if abs(step.metric) != float("inf")]
         figure = Figure(figsize=(9, 4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
