@@ -50,6 +50,15 @@ def test_all_ways_in_give_the_same_bits():
     assert_identical(norm(wide[:, ::2]), y)
 
 
+def test_simulated_values_are_torchs_to_the_bit():
+    """A model from prepare_qat trains with torch's, and simulate() gives what it trained on."""
+    norm, x = layer_norm(100), normal(9, 100, seed=3)
+    with torchq.simulate():
+        assert_identical(norm(x), by_torch(norm, x))
+        assert_identical(norm.forward(x), by_torch(norm, x))
+    assert not torch.equal(norm(x), by_torch(norm, x))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_all_kernels_give_the_same_bits(kernel):
     norm, x = layer_norm(100), normal(9, 100, seed=3)

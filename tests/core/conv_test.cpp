@@ -37,12 +37,12 @@ struct Case {
   int64_t batch;
   DType dtype;
   bool per_sample;
-  Activation activation;
-  std::vector<uint8_t> x;  // as given
+  Activation activation = Activation::none;
+  std::vector<uint8_t> x{};  // as given
   QParams q{0.02f, 117};
-  std::vector<QParams> samples;
-  std::vector<Weights> weights;  // of each group
-  std::vector<float> residual;   // (batch, pixels, out_channels), or empty
+  std::vector<QParams> samples{};
+  std::vector<Weights> weights{};  // of each group
+  std::vector<float> residual{};   // (batch, pixels, out_channels), or empty
 
   int64_t inputs() const { return batch * g.pixels() * g.in_channels; }
   int64_t outputs() const { return batch * g.out_pixels() * g.out_channels; }

@@ -1,5 +1,6 @@
 """Small networks, and data for them."""
 
+import copy
 from functools import partial
 from itertools import pairwise
 
@@ -9,11 +10,20 @@ from torch import nn
 
 from helpers.numbers import normal
 from torchq import QuantizedLinear
+from torchq.modules.layer_norm import LayerNorm
 from torchq.ops import Activation
 
 # For networks with 24 inputs: batches to calibrate with, and others to test with.
 DATA = [normal(16, 24, seed=i) for i in range(4)]
 X = normal(33, 24, seed=9)
+
+
+def with_own_norms(model: nn.Module) -> nn.Module:
+    """A copy of a float model with the LayerNorms that a converted one has: they sum in another order than torch's."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        LayerNorm.adopt(module)
+    return model
 
 
 class QuickGELU(nn.Module):

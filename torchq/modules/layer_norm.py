@@ -6,6 +6,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx import Proxy
 
 from torchq import _C, ops
+from torchq.modules import simulation
 from torchq.modules.tracing import path_in_graph
 
 
@@ -13,7 +14,7 @@ class LayerNorm(nn.LayerNorm):
     """An nn.LayerNorm whose plain eager calls are computed by `torchq.ops.layer_norm`.
 
     All else is nn.LayerNorm's: its parameters, its state, and what it computes for other dtypes, where a gradient is
-    wanted, in a compiled or exported graph and under autocast.
+    wanted, in a compiled or exported graph, under autocast and inside `torchq.simulate()`.
     """
 
     @staticmethod
@@ -24,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __call__(self, input: Tensor) -> Tensor:
         """forward(), skipping nn.Module's and the dispatcher's part of the call if they have nothing to do."""
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or simulation.anywhere:
             return super().__call__(input)  # type: ignore[no-any-return]
         y = _C.call_layer_norm(self, LayerNorm, input)
         if y is not NotImplemented:
@@ -35,7 +36,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., normalized_shape[0]) -> the same shape and dtype."""
-        if is_compiling() or not self._is_plain(input):
+        if is_compiling() or simulation.simulating.get() or not self._is_plain(input):
             return super().forward(input)
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
