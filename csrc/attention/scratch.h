@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../gemm/codes.h"
-#include "../gemm/divide.h"
+#include "../gemm/carver.h"
 #include "attention.h"
 
 namespace torchq {
@@ -55,19 +55,6 @@ struct Scratch {
 inline bool reads_plain_codes(const torchq::Kernel& gemm) {
   return gemm.codes.bytes == 1 && gemm.codes.shift == 0 && gemm.codes.interleaved_rows == 1;
 }
-
-// Hands out aligned pieces of memory, or, from null, counts their bytes.
-class Carver {
- public:
-  explicit Carver(void* memory) : next(round_up(reinterpret_cast<intptr_t>(memory), 64)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const intptr_t at = next;
-    next = round_up(next + count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(at);
-  }
-  intptr_t next;
-};
 
 // Panels and rows of scores lie an odd number of cache lines apart, so that those read together are in different sets.
 inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, 16) | 1) * 16; }
@@ -138,7 +125,7 @@ inline Scratch carve(const Job& job, void* memory) {
 inline size_t scratch_bytes(const Job& job) {
   Carver from(nullptr);
   carve(job, from);
-  return from.next + 64;
+  return from.bytes();
 }
 
 }  // namespace attention

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../gemm/divide.h"
+#include "../gemm/carver.h"
 #include "conv.h"
 
 namespace torchq {
@@ -30,21 +30,6 @@ struct Scratch {
   int64_t* offsets;
 };
 
-class Carver {
- public:
-  explicit Carver(void* memory) : at_(round_up(reinterpret_cast<intptr_t>(memory), 64)) {}
-  template <class T>
-  T* take(int64_t bytes) {
-    T* taken = reinterpret_cast<T*>(at_);
-    at_ += round_up(bytes, 64);
-    return taken;
-  }
-  int64_t at() const { return at_; }
-
- private:
-  int64_t at_;
-};
-
 // Output channels of a block, where it waits.
 inline int64_t most_channels(const Job& job) {
   const int64_t n = job.problem->geometry.group_outputs(), groups = ceil_div(n, job.product.tile.n);
@@ -56,20 +41,20 @@ inline Scratch carve(const Job& job, Carver& from) {
   Scratch s{};
   s.image = from.take<uint8_t>(job.image_bytes);
   s.quantized = from.take<uint8_t>(kQuantizedBytes);
-  s.channel_scale = from.take<float>((g.in_channels + kPlanePixels) * 4);
+  s.channel_scale = from.take<float>(g.in_channels + kPlanePixels);
   if (job.problem->is_depthwise) {
     const int64_t outputs = job.band_rows * g.axes[1].outputs() * g.axes[2].outputs();
     s.y = from.take<uint8_t>(outputs * kPanelColumns * 4);
     s.residual = from.take<uint8_t>(outputs * kPanelColumns * 4);
-    s.lanes = from.take<int32_t>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns * 4);
-    s.weights = from.take<int32_t>(g.taps() * kPanelColumns * 4);
-    s.offsets = from.take<int64_t>(g.taps() * 8);
+    s.lanes = from.take<int32_t>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns);
+    s.weights = from.take<int32_t>(g.taps() * kPanelColumns);
+    s.offsets = from.take<int64_t>(g.taps());
     return s;
   }
   const int64_t rows = job.block_rows + 64;  // a kernel may read whole tiles, and so rows that do not exist
   s.rows.codes = from.take<uint8_t>(job.rows_in_place ? 0 : rows * job.row_stride + kSlack);
-  s.rows.scale = from.take<float>(rows * 4);
-  s.rows.zero_point = from.take<int32_t>(rows * 4);
+  s.rows.scale = from.take<float>(rows);
+  s.rows.zero_point = from.take<int32_t>(rows);
   s.patch = from.take<uint8_t>(job.row_stride + kSlack);
   const int64_t waiting_bytes = job.y_in_place ? 0 : job.block_rows * most_channels(job) * 4;
   s.y = from.take<uint8_t>(waiting_bytes);
@@ -86,7 +71,7 @@ inline Scratch carve(const Job& job, void* memory) {
 inline size_t scratch_bytes(const Job& job) {
   Carver from(nullptr);
   carve(job, from);
-  return from.at() + 64;
+  return from.bytes();
 }
 
 }  // namespace conv
