@@ -69,7 +69,7 @@ def test_the_check_above_can_fail():
         resolve("torchq.convert.apply_plan")  # a function has no such attribute
 
 
-WITHOUT_NUMPY = """
+SPARING = """
 import sys, warnings
 sys.modules["numpy"] = None  # importing it is an ImportError
 warnings.simplefilter("ignore")  # torch's own
@@ -79,13 +79,16 @@ data = torch.randn(64, 16)
 qmodel = torchq.convert(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), [data])
 assert "layer" in str(torchq.report(qmodel))
 assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
+assert torchq.verify(qmodel, data).ok
+torchq.prepare_qat(nn.Sequential(nn.Linear(16, 64)), [data])(data).sum().backward()
+assert "torch._dynamo" not in sys.modules  # to import it takes as long as torch itself
 """
 
 
 @pytest.mark.subprocess
 @pytest.mark.slow(seconds=5)
-def test_numpy_is_needed_to_save_only():
-    run = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_numpy_is_needed_to_save_only_and_the_compiler_to_compile():
+    run = subprocess.run([sys.executable, "-c", SPARING], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 

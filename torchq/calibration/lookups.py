@@ -6,16 +6,16 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
+from torchq.watching import Watch
 
 _OF_LOOKUPS = ("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::detach")
 
 
-class Lookups(TorchDispatchMode):
+class Lookups(Watch):
     """Watches runs of a model for its embeddings: `called`, and `read` by other operations than look-ups, by name.
 
     A table that a layer multiplies by is read for that. So `alone` names those for which it counts.

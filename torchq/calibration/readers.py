@@ -1,6 +1,6 @@
 """Readers: finds the layers whose output nothing reads but one module, and what reads the output of that in its turn.
 
-It watches the calibration runs, as a TorchDispatchMode, and tells tensors by their storage. A wrong value can't come of
+It watches the calibration runs, as a `Watch`, and tells tensors by their storage. A wrong value can't come of
 most of what it finds: a layer that is told to wait for its activation gives its output to whoever else asks
 (`Pending`). So it decides whether waiting pays. Only a norm that becomes a part of the layer before it must always be
 called as it was seen here.
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
@@ -23,6 +22,7 @@ from torchq.modules.activations import activation_of
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
+from torchq.watching import Watch
 
 ADDITION = "+"
 """In a chain: the output is one of two summands of the same shape."""
@@ -40,7 +40,7 @@ class _Output(NamedTuple):
     storage: StorageWeakRef
 
 
-class Readers(TorchDispatchMode):
+class Readers(Watch):
     """Watches runs of a model, and finds for a layer what alone reads its output: an activation, a norm, a convolution.
 
     In every call of the layer, the module took the whole output as its input, and no operation outside of the module's

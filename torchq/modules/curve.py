@@ -4,11 +4,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq.modules.activations import activation_of
 from torchq.modules.pending import ACTIVATIONS
 from torchq.ops import Activation
+from torchq.watching import Watch
 
 _activate = torch.ops.torchq.activate.default
 
@@ -43,7 +43,7 @@ class Curve(nn.Module):
         return Activation(self.kind).name.lower()
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(Watch):
     """Lists the operations that run inside."""
 
     def __init__(self) -> None:

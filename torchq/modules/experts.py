@@ -114,9 +114,6 @@ def _routed(call: _Call, count: int, expert: Callable[[int, Tensor], Tensor]) ->
     return total.to(rows.dtype).reshape(call.hidden.shape)
 
 
-_outside_of_graphs = torch.compiler.disable(_routed)  # how many rows an expert gets is not known to a graph
-
-
 def _dense(call: _Call, count: int, expert: Callable[[int, Tensor], Tensor]) -> Tensor:
     """The same where shapes may not depend on values, as in torch.export: every expert computes every row."""
     total = torch.zeros_like(call.hidden, dtype=torch.float32)
@@ -168,7 +165,8 @@ class QuantizedExperts(Int8Module):
         call = _arguments(self._source, args, kwargs)
         if torch.compiler.is_exporting():
             return _dense(call, self._count, self._expert)
-        run = _outside_of_graphs if torch.compiler.is_compiling() else _routed
+        # A graph can't know how many rows an expert gets. Disabled here: at import, that would import torch._dynamo.
+        run = torch.compiler.disable(_routed) if torch.compiler.is_compiling() else _routed
         return run(call, self._count, self._expert)
 
     def _expert(self, expert: int, rows: Tensor) -> Tensor:

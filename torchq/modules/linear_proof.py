@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq.modules.computed_weights import weight_of
 from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, is_plain_value, odd_step
+from torchq.watching import Watch
 
 
 class Proof(NamedTuple):
@@ -180,7 +180,7 @@ def _inputs(k: int, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(Watch):
     """Counts the operations that run inside."""
 
     def __init__(self) -> None:

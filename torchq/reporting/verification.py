@@ -1,6 +1,6 @@
 """verify(): whether every kernel that this CPU can run gives the right numbers, on the shapes of one call of the model.
 
-One call of the model is watched, op by op (`TorchDispatchMode`). Each op of torchq is computed again by every runnable
+One call of the model is watched, op by op (`Watch`). Each op of torchq is computed again by every runnable
 kernel, on the same arguments, and compared with `reference`. Weights are packed anew for each kernel, as for a model
 that is loaded where this kernel is active.
 
@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchq import kernels, ops
 from torchq.calibration.batches import Forward, call_with_batch
@@ -35,6 +34,7 @@ from torchq.planning.plan import attached_plan
 from torchq.reporting.exact import Given, attention_allowance, convolved, share_of_allowed, simulated
 from torchq.reporting.verified import Call, Difference, First, Verification, first_difference
 from torchq.timing import interleaved
+from torchq.watching import Watch
 
 REFERENCE = "reference"
 _ROUNDS, _SECONDS = 3, 0.002  # of timing, a call
@@ -88,7 +88,7 @@ def verify(qmodel: nn.Module, example: Any, *, forward: Forward | None = None) -
     return Verification(tuple(checks.calls), tuple(kernels.runnable()), kernels.active(), unreached)
 
 
-class _Checks(TorchDispatchMode):
+class _Checks(Watch):
     """Inside, every op of torchq is computed by each kernel, once for each layer and shape."""
 
     def __init__(self, qmodel: nn.Module) -> None:

@@ -1,0 +1,31 @@
+"""Modes that watch torch's operations."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Watch(TorchDispatchMode):
+    """A TorchDispatchMode that no graph has a part of, and that does not import torch._dynamo for that.
+
+    torch hides what a mode does from torch.compile by `torch._disable_dynamo`, whose first call imports torch._dynamo.
+    That takes as long as torch itself. Where nobody has imported it, nothing is compiled.
+    """
+
+    _hidden = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # torch asks this, and then leaves the method as it is
+        return False
+
+    def __enter__(self) -> "Self":
+        kind: Any = type(self)
+        if "torch._dynamo" in sys.modules and not kind._hidden:
+            kind.__torch_dispatch__, kind._hidden = torch.compiler.disable(kind.__torch_dispatch__), True
+        super().__enter__()
+        return self
