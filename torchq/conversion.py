@@ -16,6 +16,7 @@ from torchq.planning.apply import applied
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.choose import choose
+from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
@@ -123,6 +124,7 @@ def convert(
         check, converted = SelfCheck(evidence), None
         if not inplace:
             plan, converted = check.best(model, plan)
+            plan, converted = static_convolutions(model, plan, converted, evidence, check)
             plan = choose_attention(converted, plan, check, config.attention)
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None

@@ -212,15 +212,7 @@ def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
 
     def run(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
-        if patches is not None:
-            qparams = plan.input_qparams if plan.kind == "int8 static" else None
-            return patches.multiplied(
-                patches.quantized(x, channel_scale, qparams), dequantize(codes, scale, axis=0), bias
-            )
-        packed = ops.pack(codes, scale, bias, channel_scale)
-        if plan.kind == "int8 static" and plan.input_qparams is not None:
-            return ops.linear_static(x, packed, *plan.input_qparams, torch.float32)
-        return ops.linear_dynamic(x, packed)
+        return _output(x, plan, record, Rounded(codes, scale, bias, channel_scale))
 
     exact = nn.functional.linear(record.values(held_out), weight, bias)
     before = sqnr_db(exact, run(held_out, nearest, bias))
@@ -234,3 +226,36 @@ def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded
     )
     after = run(held_out, codes, corrected)
     return Rounded(codes, scale, corrected, channel_scale), before, sqnr_db(exact, after)
+
+
+def _output(x: Tensor, plan: LayerPlan, record: Record, rounded: Rounded) -> Tensor:
+    """What the planned layer gives for rows of the record's sample with these weights, float32."""
+    patches, static = record.patches, plan.kind == "int8 static"
+    codes, scale, bias, channel_scale = rounded
+    if patches is not None:
+        values = patches.quantized(x, channel_scale, plan.input_qparams if static else None)
+        return patches.multiplied(values, dequantize(codes, scale, axis=0), bias)
+    packed = ops.pack(codes, scale, bias, channel_scale)
+    if static and plan.input_qparams is not None:
+        return ops.linear_static(x, packed, *plan.input_qparams, torch.float32)
+    return ops.linear_dynamic(x, packed)
+
+
+@torch.no_grad()
+def corrected(layer: Layer, plan: LayerPlan, record: Record) -> LayerPlan:
+    """The plan of a layer that has another scheme since its weights were rounded: the same codes, another bias."""
+    if plan.weights is None:
+        return plan
+    judge, rows = _judge(record), record.sample.rows
+    matrix = layer.matrix
+    weight, bias = matrix.weight.float(), None if matrix.bias is None else matrix.bias.float()
+
+    def exact(x: Tensor) -> Tensor:
+        return nn.functional.linear(record.values(x), weight, bias)
+
+    start = torch.zeros_like(plan.weights.bias) if bias is None else bias
+    plain = plan.weights._replace(bias=start)
+    error = mean_error(exact(rows[~judge]), _output(rows[~judge], plan, record, plain))
+    weights = plain._replace(bias=start + error)
+    db = sqnr_db(exact(rows[judge]), _output(rows[judge], plan, record, weights))
+    return dataclasses.replace(plan, weights=weights, sqnr_db={**plan.sqnr_db, "gptq": db})

@@ -43,7 +43,7 @@ h is bounded, and its codes are fine; x is not, and where a network's steps ampl
 are the largest. In float it costs little, since it is outside of the steps.
 """
 
-MADE = "as made"
+MADE, WITHOUT_DATA = "as made", "without data"
 _FLOAT_INPUTS = "recurrent inputs in float"
 
 
@@ -67,7 +67,7 @@ class SelfCheck:
         self._model_name = type(evidence.model).__name__
         self._trained = any(layer.trained for layer in evidence.layers.values())
         self._config = evidence.config
-        self._margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
+        self.margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
         self._apart = evidence.apart
         self._inputs = [name for name, layer in evidence.layers.items() if layer.kind.is_first_input(layer.part)]
         names = {id(layer.module): layer.path for layer in find_layers(evidence.model).values()}
@@ -91,12 +91,12 @@ class SelfCheck:
             if other_db is None:
                 continue
             measured[name] = other_db
-            margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self._margin_db
+            margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self.margin_db
             if other_db > max([db + margin, *(measured[key] for key in kept)]):
                 kept = {name: (other, candidate)}
         chosen, (plan, converted) = next(iter(kept.items()))
         plan, converted, measured[chosen] = self._tables_judged(model, plan, converted, measured[chosen])
-        return self._noted(converted, plan, measured, chosen), converted
+        return self.noted(converted, plan, measured, chosen), converted
 
     def _tables_judged(self, model: M, plan: Plan, converted: M, db: float) -> tuple[Plan, M, float]:
         """The same, or with tables of embeddings in float: if need be the small ones, all that only look up, or all.
@@ -108,7 +108,7 @@ class SelfCheck:
         exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
         while exact_db is not None and plan.int8_tables():
             alone = tables_of_their_own(plan)
-            if exact_db <= db + (LOSS_DB if alone else self._margin_db):
+            if exact_db <= db + (LOSS_DB if alone else self.margin_db):
                 break
             why = f"int8 costs {exact_db - db:.1f} dB of the model's output, {db:.1f} instead of {exact_db:.1f}"
             plan = tables_in_float(plan, why, *(small_ones(model, alone) or plan.int8_tables()))
@@ -122,7 +122,7 @@ class SelfCheck:
         if db is None:
             return plan
         before = plan.checked or Checked({}, MADE, 0, self._apart)
-        return self._noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
+        return self.noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
 
     def compare(self, converted: nn.Module, *, inplace: bool = False) -> float | None:
         """SQNR of the converted model's output in dB; None where it can't be told.
@@ -172,7 +172,7 @@ class SelfCheck:
         data_used = any(layer.kind == "int8 static" or layer.rounding == "gptq" or layer.alpha for layer in layers)
         if self._config.activation == "auto" and self._config.rounding != "gptq" and data_used:
             reason = "better for the whole model than what the data chose for each layer"
-            found["without data"] = dataclasses.replace(
+            found[WITHOUT_DATA] = dataclasses.replace(
                 plan,
                 layers={
                     name: dataclasses.replace(
@@ -197,7 +197,7 @@ class SelfCheck:
         layers = {name: LayerPlan("float", reason, sqnr_db=plan.layers[name].sqnr_db) for name in names}
         return {_FLOAT_INPUTS: dataclasses.replace(plan, layers=plan.layers | layers)}
 
-    def _noted(self, converted: nn.Module, plan: Plan, measured: dict[str, float], chosen: str) -> Plan:
+    def noted(self, converted: nn.Module, plan: Plan, measured: dict[str, float], chosen: str) -> Plan:
         """The plan with these figures, as the converted model carries it too."""
         plan = dataclasses.replace(plan, checked=Checked(measured, chosen, len(self._exact), self._apart))
         attach_plan(converted, plan)

@@ -1,0 +1,113 @@
+"""Which convolutions are static is judged by the model's output, since it decides most of their time.
+
+Static saves a linear layer 1 to 3 %, and a convolution the more: no pass over the image for its range, and the one
+before it gives u8 codes, a quarter of the bytes, which nothing quantizes again. So the rule for single layers
+(choose.py) is not the last word here. Convolutions that it made dynamic become static, as many as cost the model's
+output no more than STATIC_DB, all together, and leave it no more than MARGIN_DB below what one has without data.
+"""
+
+import dataclasses
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from torchq.calibration.calibrate import Evidence
+from torchq.planning.apply import applied
+from torchq.planning.describe import describe
+from torchq.planning.fusion import fuse
+from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.rounding import corrected
+from torchq.planning.selfcheck import WITHOUT_DATA, SelfCheck
+
+M = TypeVar("M", bound=nn.Module)
+
+STATIC_DB = 0.5
+"""What static convolutions may cost the model's output, all together: 6 % more error."""
+
+SHARES = (1.0, 0.75, 0.5)
+"""How much of what the dynamic convolutions read is to become static, tried in this order: less saves too little."""
+
+STATIC = "static convolutions"
+
+
+def static_convolutions(model: M, plan: Plan, converted: M, evidence: Evidence, check: SelfCheck) -> tuple[Plan, M]:
+    """The plan with as many static convolutions as it may have, with its figures, and the model converted by it."""
+    checked, config = plan.checked, evidence.config
+    if checked is None or checked.chosen == WITHOUT_DATA or config.activation != "auto":
+        return plan, converted
+    without_data = checked.output_db.get(WITHOUT_DATA, checked.model_db)
+    least = max(checked.model_db - max(STATIC_DB, config.margin_db), without_data - check.margin_db)
+    for static in _prefixes(_options(plan, evidence)):
+        candidate = fuse(dataclasses.replace(plan, layers={**plan.layers, **static}), evidence)
+        made = applied(model, candidate)
+        db = check.compare(made)
+        if db is not None and db >= least:
+            described = describe(Plan({name: candidate.layers[name] for name in static}), evidence).layers
+            candidate = dataclasses.replace(candidate, layers={**candidate.layers, **described})
+            return check.noted(made, candidate, {**checked.output_db, STATIC: db}, STATIC), made
+    return plan, converted
+
+
+class _Option(NamedTuple):
+    """A dynamic convolution as a static one.
+
+    Args:
+        name: of the layer.
+        plan: what it would be.
+        values: how many values it reads in a call.
+        error: how much more error energy its output has, relative to the output's.
+    """
+
+    name: str
+    plan: LayerPlan
+    values: float
+    error: float
+
+
+def _prefixes(options: list[_Option]) -> list[dict[str, LayerPlan]]:
+    """The first of these that read each of SHARES of what all do, without repetitions."""
+    total, found = sum(option.values for option in options), {}
+    for share in SHARES if options else ():
+        read = list(accumulate(option.values for option in options))
+        count = 1 + next(i for i, values in enumerate(read) if values >= share * total)
+        found[count] = {option.name: option.plan for option in options[:count]}
+    return list(found.values())
+
+
+def _options(plan: Plan, evidence: Evidence) -> list[_Option]:
+    """What could be static, those first that add least error for each value they read."""
+    options = []
+    for name, planned in plan.layers.items():
+        layer = evidence.layers.get(name)
+        if planned.kind != "int8 dynamic" or layer is None or not layer.kind.absorbs or layer.trained is not None:
+            continue
+        static = _as_static(name, planned, evidence)
+        if static is not None:
+            record = evidence.records[name]
+            error = _error(static.measured_db) - _error(planned.measured_db)
+            options.append(_Option(name, static, record.observer.count / record.calls, error))
+    return sorted(options, key=lambda option: option.error / option.values)
+
+
+def _as_static(name: str, planned: LayerPlan, evidence: Evidence) -> LayerPlan | None:
+    """The same layer with the best static range; None if it has none that is good enough."""
+    record = evidence.records[name]
+    observers = [each for each in planned.sqnr_db if each not in ("dynamic", "gptq")]
+    if not observers or record.is_too_few:
+        return None
+    observer = max(observers, key=lambda each: planned.sqnr_db[each])
+    if not planned.sqnr_db[observer] >= evidence.config.min_sqnr_db:
+        return None
+    static = dataclasses.replace(
+        planned,
+        kind="int8 static",
+        reason=f"static convolutions cost the model's output no more than {STATIC_DB} dB",
+        input_qparams=record.trial(planned.scale_vector).ranges[observer],
+        observer=observer,
+    )
+    return corrected(evidence.layers[name], static, record)
+
+
+def _error(db: float | None) -> float:
+    return 0.0 if db is None else 10 ** (-db / 10)
