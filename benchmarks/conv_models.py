@@ -60,6 +60,7 @@ class Conformer(nn.Module):
             num_attention_heads=4,
             intermediate_size=1024,
             position_embeddings_type=None,
+            attn_implementation="sdpa",  # as the whole model would choose
         )
         self.encoder = Wav2Vec2ConformerEncoder(config)
 
