@@ -31,8 +31,9 @@ SECONDS ?= 60
 demo: $(VENV)/built
 	$(BIN)/python -m benchmarks.demo
 
+# A worker takes whole files, as long as there are: their tests share what they build.
 test: $(VENV)/built
-	$(BIN)/python -m pytest -n auto $(SLOWEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(SLOWEST)
 
 # The tests of a file run on one worker, since they share what they build. tests/arm/emulation.py lists the packages that
 # this needs. An emulated CPU is 20 to 50 times slower, so the quick run has only the tests whose result can depend on the

@@ -15,6 +15,8 @@ SEED = int(os.environ.get("TORCHQ_SEED", "0"))
 # The kernels this machine must run: skipping one of them is a failure. CI sets it.
 REQUIRED = {name.strip() for name in os.environ.get("TORCHQ_REQUIRED_KERNELS", "").split(",") if name.strip()}
 
+TOO_SMALL = layers.too_small  # which layers stay in float for being small
+
 SLOW = 2  # seconds; a slower test needs the mark slow(seconds=...)
 
 # What cross-compiles, or builds everything again: `make test-arm`, `make test-sanitize` and `make fuzz` ask for it.
@@ -35,14 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-@pytest.fixture(autouse=True)
-def small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers become int8 in the tests, which are of other things, and quick by them.
+@pytest.fixture(autouse=True, scope="module")
+def small_layers_become_int8() -> Iterator[None]:
+    """Small layers become int8 in the tests, which are of other things, and quick by them. So do those of fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "too_small", lambda layer: None)
+        yield
 
-    That small layers stay in float has tests of its own, marked `small_layers_stay_float`.
-    """
-    if not request.node.get_closest_marker("small_layers_stay_float"):
-        monkeypatch.setattr(layers, "too_small", lambda layer: None)
+
+@pytest.fixture(autouse=True)
+def small_layers_stay_float(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That small layers stay in float has tests of its own, marked `small_layers_stay_float`."""
+    if request.node.get_closest_marker("small_layers_stay_float"):
+        monkeypatch.setattr(layers, "too_small", TOO_SMALL)
 
 
 def pytest_pycollect_makemodule() -> None:

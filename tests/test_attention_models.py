@@ -18,6 +18,7 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 SCHEMES = torchq.ops.ATTENTION_SCHEMES
 LEAST_DB = {"float32": 110, "bfloat16": 45, "int8_bfloat16": 40, "int8": 35}
 FASTEST = SCHEMES[-1]
+QUICK = {"observer": "minmax", "rounding": "nearest", "smoothing": "none"}  # here attention counts, not the layers
 
 
 def bert(**more):
@@ -39,10 +40,13 @@ def batches(count=6):
     return [{"input_ids": tokens(8, 24, seed)} for seed in range(count)]
 
 
+def converted(model, **more):
+    return torchq.convert(model, batches(), config=torchq.QConfig(**QUICK, **more), progress=False)
+
+
 def only_attention(model, scheme):
     """Converted with every layer in float, so that only attention differs."""
-    config = torchq.QConfig(attention=scheme, min_sqnr_db=1e9)
-    return torchq.convert(model, batches(), config=config, progress=False)
+    return converted(model, attention=scheme, min_sqnr_db=1e9)
 
 
 def db(model, other, **inputs):
@@ -66,7 +70,7 @@ def test_the_copy_asks_for_torchq_and_the_original_for_what_it_did():
 
 def test_a_model_that_wants_its_attention_weights_keeps_eager():
     model = bert(attn_implementation="eager")
-    qmodel = torchq.convert(model, batches(), progress=False)
+    qmodel = converted(model)
     assert qmodel.config._attn_implementation == "eager"
     assert qmodel.torchq_plan.attentions == {}
     with torch.no_grad():
@@ -84,7 +88,7 @@ def test_a_model_without_attention_has_no_rows():
 
 
 def test_inplace_asks_for_torchq_in_the_model_itself():
-    model, config = bert(), torchq.QConfig(embeddings=True)  # "auto" judges tables, but not in place
+    model, config = bert(), torchq.QConfig(**QUICK, embeddings=True)  # "auto" judges tables, but not in place
     expected = torchq.convert(model, batches(), config=config, progress=False)
     torchq.convert(model, batches(), config=config, inplace=True, progress=False)
     assert model.config._attn_implementation == "torchq"
@@ -119,9 +123,7 @@ def test_padding_is_masked():
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_decoder_generates_what_the_float_model_does(cache):
     model = llama()
-    qmodel = torchq.convert(
-        model, batches(), config=torchq.QConfig(attention="float32", min_sqnr_db=1e9), progress=False
-    )
+    qmodel = only_attention(model, "float32")
     assert qmodel.config._attn_implementation == "torchq"
     more = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     ids = tokens(2, 5)
@@ -171,8 +173,7 @@ def test_training_with_dropout_and_gradients_is_left_to_transformers():
 
 def test_auto_keeps_the_output_within_the_margin():
     model = bert()
-    exact = torchq.convert(model, batches(), config=torchq.QConfig(attention="float32"), progress=False).torchq_plan
-    plan = torchq.convert(model, batches(), progress=False).torchq_plan
+    exact, plan = (converted(model, attention=scheme).torchq_plan for scheme in ("float32", "auto"))
     assert plan.checked.model_db > exact.checked.model_db - 0.3
     assert {row.scheme for row in plan.attentions.values()} != {"float32"}
     for row in plan.attentions.values():
@@ -188,7 +189,7 @@ def test_auto_keeps_float32_where_the_output_would_lose():
 
 def test_an_edited_plan_is_applied():
     model = bert()
-    plan = torchq.plan_of(torchq.convert(model, batches(), progress=False))
+    plan = torchq.plan_of(converted(model))
     name = "encoder.layer.1.attention.self"
     rows = {**plan.attentions, name: AttentionPlan("sdpa", "my choice")}
     qmodel = torchq.apply_plan(model, dataclasses.replace(plan, attentions=rows))

@@ -51,15 +51,15 @@ def test_what_is_no_number_is_refused(value, error, bad_call):
     model = bad_at(None)
     before = snapshot(model)
     with pytest.raises(error, match=rf"^torchq.convert: evaluate must return a number.* for the {which} it returned"):
-        convert(model, DATA, evaluate=evaluate)
+        convert(model, DATA, config=STATIC, evaluate=evaluate)
     assert snapshot(model) == before
 
 
 def test_infinity_is_no_baseline_but_the_worst_metric():
     model = bad_at(None)
     with pytest.raises(ValueError, match=r"^torchq.convert: evaluate returned inf for the float model"):
-        convert(model, DATA, evaluate=lambda m: math.inf)
-    qmodel = convert(model, DATA, evaluate=lambda m: 0.0 if linears(m) else -math.inf)
+        convert(model, DATA, config=STATIC, evaluate=lambda m: math.inf)
+    qmodel = convert(model, DATA, config=STATIC, evaluate=lambda m: 0.0 if linears(m) else -math.inf)
     frontier = qmodel.torchq_plan.frontier
     assert (frontier.steps[0].metric, frontier.drop(frontier.steps[0])) == (-math.inf, math.inf)
     assert Frontier.from_dict(json.loads(json.dumps(frontier.to_dict(), allow_nan=False))) == frontier
@@ -67,7 +67,7 @@ def test_infinity_is_no_baseline_but_the_worst_metric():
 
 @pytest.mark.parametrize("number", [1, True, 0.5, torch.tensor(0.5), torch.tensor(2).numpy(), torch.ones(2).numpy()[0]])
 def test_numbers_of_any_kind_are_taken(number):
-    frontier = convert(bad_at(None), DATA, evaluate=lambda m: number).torchq_plan.frontier
+    frontier = convert(bad_at(None), DATA, config=STATIC, evaluate=lambda m: number).torchq_plan.frontier
     assert [step.metric for step in frontier.steps] == [float(number)] * 2
 
 
@@ -100,4 +100,4 @@ def test_a_model_that_cannot_be_copied_is_told_so():
     model = bad_at(None)
     model.lock = (i for i in ())
     with pytest.raises(TypeError, match=r"cannot be copied .* Pass inplace=True, and no evaluate,"):
-        convert(model, DATA, evaluate=lambda m: 1.0, inplace=True)
+        convert(model, DATA, config=STATIC, evaluate=lambda m: 1.0, inplace=True)

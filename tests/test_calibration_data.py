@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import warnings
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from helpers.compare import snapshot
+from helpers.covers import pairs_of
 from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat
 from torchq.calibration.calibrate import MIN_ROWS, calibrate
@@ -202,19 +202,17 @@ CONSTANT = {
 CHOICES = {
     "-".join(choice): QConfig(activation=choice[0], observer=choice[1], smoothing=choice[2], rounding=choice[3])
     for choice in [
-        *itertools.product(("auto", "static", "dynamic"), ("auto",), ("auto", "none"), ("nearest", "auto")),
-        *itertools.product(("static",), OBSERVERS, ("auto",), ("gptq",)),
+        *pairs_of(("auto", "static", "dynamic"), ("auto",), ("auto", "none"), ("nearest", "auto")),
+        *pairs_of(("static",), OBSERVERS, ("auto",), ("gptq",)),
     ]
 }
 
 
-@pytest.mark.parametrize("config", CHOICES.values(), ids=CHOICES)
-@pytest.mark.parametrize("case", CONSTANT)
-@pytest.mark.parametrize("start", [0, 1], ids=["behind the norm", "at once"])
-def test_constant_inputs_give_a_finite_and_good_model(case, config, start):
+@pytest.mark.parametrize(("case", "choice", "place"), pairs_of(CONSTANT, CHOICES, ("behind the norm", "at once")))
+def test_constant_inputs_give_a_finite_and_good_model(case, choice, place):
     """15 dB on the calibration data, and finite on other data. Other tests check the norm's outliers."""
-    x, net = CONSTANT[case], model(outliers=1)[start:]
-    qmodel = convert(copy.deepcopy(net), [x[:50], x[50:]], config=config)
+    x, net = CONSTANT[case], model(outliers=1)[place == "at once" :]
+    qmodel = convert(copy.deepcopy(net), [x[:50], x[50:]], config=CHOICES[choice])
     assert sqnr_db(net(x), qmodel(x)) > 15
     assert qmodel(ROWS).isfinite().all()
     assert all(value.isfinite().all() for value in qmodel.state_dict().values() if value.is_floating_point())

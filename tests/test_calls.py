@@ -1,12 +1,12 @@
 """Ways to call a layer, and the errors that come out of it."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
 
+from helpers.commands import run_code
 from helpers.compare import assert_identical
 from torchq import QuantizedLinear, simulate
 from torchq.modules.folding import Fold
@@ -84,18 +84,17 @@ except Exception as error:
 """
 
 
-@pytest.mark.slow(seconds=8)
 @pytest.mark.subprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("direct", [True, False])
 def test_out_of_memory_is_a_memory_error_and_the_layer_works_again(direct):
     code = STARVED.format(threads=1, rows=6, direct=direct)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("MemoryError: "), done.stdout
-    assert "out of memory for" in done.stdout
-    assert done.stdout.endswith("1.0\n")
-    assert ".cpp" not in done.stdout
+    exit_code, printed, err = run_code(code)
+    assert exit_code == 0, err
+    assert printed.startswith("MemoryError: "), printed
+    assert "out of memory for" in printed
+    assert printed.endswith("1.0\n")
+    assert ".cpp" not in printed
 
 
 def test_an_output_that_no_memory_holds():

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -51,12 +52,17 @@ each_case = pytest.mark.parametrize("case", CASES)
 both_schemes = pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
 
 
+@cache
+def _converted(case, config):
+    make, size = CASES[case]
+    torch.manual_seed(0)
+    conv = make().eval()
+    return conv, convert(conv, [normal(4, *size, seed=i) for i in range(20)], config=config)
+
+
 def layers(case, config):
     """A float convolution, its int8 layer and an input."""
-    make, size = CASES[case]
-    conv = make().eval()
-    data = [normal(4, *size, seed=i) for i in range(20)]
-    return conv, convert(conv, data, config=config), normal(3, *size, seed=99)
+    return *map(copy.deepcopy, _converted(case, config)), normal(3, *CASES[case][1], seed=99)
 
 
 @each_case
@@ -214,12 +220,18 @@ def test_gradients(case, config):
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("case", ["1d", "2d, groups", "2d, tiles", "reflect"])
 @both_schemes
-def test_compiled(case, config):
-    _, layer, x = layers(case, config)
-    assert_identical(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+def test_compiled(config):
+    _, modules, inputs = zip(
+        *(layers(case, config) for case in ("1d", "2d, groups", "2d, tiles", "reflect")), strict=True
+    )
+
+    def run(*inputs):
+        return [module(x) for module, x in zip(modules, inputs, strict=True)]
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
+    for actual, expected in zip(compiled, run(*inputs), strict=True):
+        assert_identical(actual, expected)
 
 
 @pytest.mark.slow(seconds=5)

@@ -30,9 +30,18 @@ class Net(nn.Module):
         return self.body(self.norm(x) + self.places)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The bytes of a file."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "m.safetensors"
+    torchq.save(convert(Net().eval(), DATA, config=QConfig(activation="static")), path)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def path(tmp_path):
-    torchq.save(convert(Net().eval(), DATA, config=QConfig(activation="static")), tmp_path / "m.safetensors")
+def path(tmp_path, saved):
+    (tmp_path / "m.safetensors").write_bytes(saved)
     return tmp_path / "m.safetensors"
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from helpers.numbers import normal
+from helpers.processes import together
 from torchq.observers import (
     EntropyObserver,
     Histogram,
@@ -42,8 +43,7 @@ def merged():
     return [observer.state_dict() for observer in observers]
 
 
-def run(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+def reduced(rank):
     states = []
     for make in MAKERS:
         observer = make()
@@ -54,21 +54,19 @@ def run(rank, folder):
     if rank == 1:
         idle.observe(batch(rank))
     idle.all_reduce()
-    torch.save([*states, idle.state_dict()], f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return [*states, idle.state_dict()]
 
 
-@pytest.mark.slow(seconds=7)
+@pytest.mark.subprocess
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch was built without gloo")
 def test_all_reduce_over_two_processes(tmp_path):
     """Every rank ends with the state that one process would get by merging."""
-    multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=RANKS)
     expected = merged()
     only = MinMaxObserver()
     only.observe(batch(1))
     expected.append(only.state_dict())
-    for rank in range(RANKS):
-        for actual, wanted in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True):
+    for states in together(reduced, RANKS, tmp_path):
+        for actual, wanted in zip(states, expected, strict=True):
             assert actual.keys() == wanted.keys()
             assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from torch import nn
 
 import torchq
 from helpers import ROOT
@@ -71,12 +72,29 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def check_the_budget(names, printed):
+    """Int8 ruins the metric, and one layer in float restores it."""
+    qmodel = names["qmodel"]
+    frontier = qmodel.torchq_plan.frontier
+    whole, taken, exact = frontier.steps
+    assert frontier.drop(whole) > 0.1
+    assert frontier.drop(taken) <= 0.01
+    assert (taken.returned, frontier.chosen, exact.metric > 0.9) == (1, 1, True)
+    assert [type(qmodel[i]) for i in (0, 3, 5)] == [torchq.QuantizedLinear, nn.Linear, torchq.QuantizedLinear]
+    assert names["drift"].recalibrate == ("0",)
+    assert "recalibrate layer '0': " in printed
+
+
+# What a page says and its code does not assert.
+CHECKS = {"docs/accuracy-budget.md": check_the_budget}
+
+
 @pytest.mark.small_layers_stay_float
 @pytest.mark.slow(seconds=10)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     module = ModuleType("docs_page")  # found by pickle, which looks classes up in their module
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
@@ -94,6 +112,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
             if error.name not in OPTIONAL:
                 raise
             pytest.skip(f"{error.name} is not installed")
+    if name(page) in CHECKS:
+        CHECKS[name(page)](vars(module), capsys.readouterr().out)
 
 
 def test_few_blocks_are_not_run():

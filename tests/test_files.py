@@ -5,7 +5,6 @@ import hashlib
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import torchq
 from helpers import ROOT
+from helpers.commands import run_code
 from helpers.compare import assert_identical
 from helpers.models import DATA, Nested, X, mlp
 from helpers.numbers import normal
@@ -339,7 +339,7 @@ def test_a_file_of_the_first_release_gives_its_bits(kernel):
 
 
 KILLED = """
-import os, signal, sys, torch, torchq, torchq.files
+import os, signal, torch, torchq, torchq.files
 from torch import nn
 whole = torchq.files.save_file
 def half(tensors, path, metadata):
@@ -347,17 +347,16 @@ def half(tensors, path, metadata):
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 torchq.files.save_file = half
-torchq.save(torchq.convert(nn.Sequential(nn.Linear(64, 64))), sys.argv[1])
+torchq.save(torchq.convert(nn.Sequential(nn.Linear(64, 64))), {path!r})
 """
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=5)
 def test_a_kill_leaves_the_old_file(path):
     torchq.save(convert(mlp(24, 32, 8)), path)
     before = path.read_bytes()
-    run = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, capture_output=True, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    code, _, err = run_code(KILLED.format(path=str(path)))
+    assert code == -signal.SIGKILL, err
     assert path.read_bytes() == before
 
 

@@ -1,21 +1,18 @@
-"""The frontier of an accuracy budget: its numbers, its table, its plot, and the example in the documentation."""
+"""The frontier of an accuracy budget: its numbers, its table and its plot."""
 
 import copy
 import json
-import re
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from helpers import ROOT
 from helpers.numbers import normal
-from torchq import QuantizedLinear, convert, report
+from torchq import convert, report
 from torchq.modules.float_view import FloatView
 from torchq.planning.frontier import Frontier, Step
 
-DOCUMENT = ROOT / "docs" / "accuracy-budget.md"
 DATA = [normal(8, 32, seed=i) for i in range(3)]
 
 
@@ -92,20 +89,3 @@ def test_a_plot_needs_a_frontier_and_matplotlib(monkeypatch, tmp_path):
 def test_copies_of_the_model_keep_the_frontier():
     qmodel = convert(model(), DATA, evaluate=a_layer_in_float)
     assert copy.deepcopy(qmodel).torchq_plan == qmodel.torchq_plan
-
-
-@pytest.mark.slow(seconds=3)
-def test_the_example_in_the_documentation(capsys):
-    """The example runs and does what the page says: int8 ruins the metric, and one layer in float restores it."""
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
-        exec(block, names)
-    qmodel, drift = names["qmodel"], names["drift"]
-    frontier = qmodel.torchq_plan.frontier
-    whole, taken, exact = frontier.steps
-    assert frontier.drop(whole) > 0.1
-    assert frontier.drop(taken) <= 0.01
-    assert (taken.returned, frontier.chosen, exact.metric > 0.9) == (1, 1, True)
-    assert [type(qmodel[i]) for i in (0, 3, 5)] == [QuantizedLinear, nn.Linear, QuantizedLinear]
-    assert drift.recalibrate == ("0",)
-    assert "recalibrate layer '0': " in capsys.readouterr().out

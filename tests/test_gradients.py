@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchq
 from helpers.compare import assert_identical
+from helpers.covers import pairs_of
 from helpers.gradients import (
     BETWEEN,
     CLOSE,
@@ -26,6 +27,7 @@ from helpers.gradients import (
     K,
     N,
     build,
+    each_mode,
     error,
     expected_gradient,
     formula,
@@ -43,9 +45,9 @@ pytestmark = [  # torch.func and torch.compile use parts of torch that torch its
 ]
 
 
-@pytest.mark.parametrize("shape", [(9,), (), (2, 3), (1,), (0,)], ids=str)
-@pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("shape", "activation", "scheme"), pairs_of([(9,), (), (2, 3), (1,), (0,)], Activation, SCHEMES)
+)
 def test_the_formula(generator, scheme, activation, shape):
     model = build(scheme, generator, activation)
     x, dy = inputs(generator, *shape, K), torch.randn(*shape, N, generator=generator)
@@ -82,15 +84,12 @@ def test_beyond_the_range_the_gradient_passes(generator):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@MODES
+@pytest.mark.parametrize(("mode", "scheme", "activation", "dtype"), pairs_of(MODES, SCHEMES, Activation, DTYPES))
 def test_the_values_are_those_of_inference(generator, mode, scheme, activation, dtype):
     model = build(scheme, generator, activation, dtype)
     x = inputs(generator, 40, K, dtype=dtype)
     x[0, 0], x[1, 1] = torch.inf, torch.nan
-    with mode():
+    with MODES[mode]():
         with torch.no_grad():
             expected = model(x)
         y = model(x.clone().requires_grad_())
@@ -148,7 +147,7 @@ def test_weights_get_none(generator):
     assert all(buffer.grad is None and not buffer.requires_grad for buffer in model.buffers())
 
 
-@MODES
+@each_mode
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_double_backward(generator, mode, scheme, activation):
@@ -170,7 +169,7 @@ def test_double_backward(generator, mode, scheme, activation):
 
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("scheme", SCHEMES)
-@MODES
+@each_mode
 def test_transforms(generator, mode, scheme, activation):
     """Jacobians by reverse and forward mode, and gradients of single samples, whichever transform is the outer one.
 
@@ -246,7 +245,7 @@ def test_checkpoint(generator, scheme, use_reentrant):
     assert_identical(got, input_gradient(model, x, dy))
 
 
-@MODES
+@each_mode
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_autocast(generator, mode, scheme):
     """On in the forward pass, or in both passes: values between layers are bfloat16, as nn.Linear's, and so are theirs.

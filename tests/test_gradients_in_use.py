@@ -10,11 +10,11 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 import torchq
 from helpers.compare import assert_identical
 from helpers.gradients import (
-    MODES,
     SCHEMES,
     K,
     N,
     build,
+    each_mode,
     error,
     input_gradient,
     inputs,
@@ -143,7 +143,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@MODES
+@each_mode
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compiled(generator, mode, scheme):
     """In one graph, and inference is compiled beside it."""
@@ -160,25 +160,29 @@ def test_compiled(generator, mode, scheme):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*that is not a leaf Tensor:UserWarning")  # by torch.compile itself
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.slow(seconds=10)
-def test_compiled_transforms(generator, scheme):
+@pytest.mark.parametrize(
+    ("transform", "scheme"),
+    [
+        *[(name, "chain") for name in ("grad", "vmap of grad", "grad of vmap", "jacrev", "vjp", "jvp")],
+        *[(name, scheme) for name in ("grad of vmap", "jvp") for scheme in ("dynamic", "static")],
+    ],
+)
+def test_compiled_transforms(generator, transform, scheme):
     """torch.compile leaves them to eager mode, or says so: its graph would be without these gradients."""
     model = build(scheme, generator)
     x, dy = inputs(generator, 4, K), torch.randn(4, N, generator=generator)
-    for name, f in {
+    f = {
         "grad": grad(lambda v: model(v).pow(2).sum()),
         "vmap of grad": vmap(grad(lambda v: model(v).pow(2).sum())),
         "grad of vmap": grad(lambda v: vmap(model)(v).pow(2).sum()),
         "jacrev": jacrev(model),
         "vjp": lambda v: vjp(model, v)[1](dy)[0],
         "jvp": lambda v: jvp(model, (v,), (v,))[1],
-    }.items():
-        torch.compiler.reset()
-        assert error(torch.compile(f, backend="aot_eager")(x), f(x)) < 1e-6, name
-        torch.compiler.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="would trace it without its gradient"):
-            torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+    }[transform]
+    assert error(torch.compile(f, backend="aot_eager")(x), f(x)) < 1e-6
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="would trace it without its gradient"):
+        torch.compile(f, backend="aot_eager", fullgraph=True)(x)
 
 
 @pytest.mark.slow(seconds=10)

@@ -3,13 +3,11 @@
 What could end the process runs in one of its own.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
+from helpers.commands import run_code
 from helpers.compare import assert_identical
 from torchq import _C, QuantizedLinear, ops, simulate
 from torchq.modules.qat_linear import QATLinear
@@ -130,27 +128,26 @@ FREED = {
     "a weight to pack": "w = torch.ones(4, 16).char(); w.untyped_storage().resize_(0); raw.pack(w, torch.ones(4))",
     "rows to quantize": "x.untyped_storage().resize_(0); ops.quantize_per_token(x)",
 }
-CHILD = """
-import sys, torch
+CHILD = f"""
+import torch
 from torch import nn
 from torchq import QuantizedLinear, ops
 raw = torch.ops.torchq
-for code in sys.argv[1:]:
+for code in {[*FREED.values()]}:
     layer, x = QuantizedLinear.from_float(nn.Linear(16, 4)), torch.randn(3, 16)
     try:
         exec(code)
         print("an answer", flush=True)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(f"{{type(error).__name__}}: {{error}}", flush=True)
 """
 
 
-@pytest.mark.slow(seconds=4)
 @pytest.mark.subprocess
 def test_freed_storage_is_an_error():
-    done = subprocess.run([sys.executable, "-c", CHILD, *FREED.values()], capture_output=True, text=True)
-    said = dict(zip(FREED, done.stdout.splitlines(), strict=False))
-    assert done.returncode == 0, f"{list(FREED)[len(said)]}: {done.stderr}"
+    code, printed, err = run_code(CHILD)
+    said = dict(zip(FREED, printed.splitlines(), strict=False))
+    assert code == 0, f"{list(FREED)[len(said)]}: {err}"
     assert said.keys() == FREED.keys()
     for name, error in said.items():
         assert error.startswith("RuntimeError: torchq::"), f"{name}: {error}"

@@ -22,15 +22,17 @@ IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(see
 STATIC = QConfig(activation="static", attention="int8")
 
 
-@pytest.fixture
-def llama(tmp_path):
-    """A folder with an int8 decoder and its tokenizer; and the model that was saved there."""
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with an int8 decoder and its tokenizer; and the model that was saved there. Tests change neither."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
     more = {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, intermediate_size=48, **more)).eval()
     qmodel = convert(model, [{"input_ids": ids} for ids in IDS], config=STATIC, progress=False)
-    qmodel.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    return tmp_path, qmodel
+    qmodel.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path, qmodel
 
 
 def test_generate(llama):

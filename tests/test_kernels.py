@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 import threading
 import warnings
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from conftest import may_run
+from helpers.commands import run_code
 from torchq import QuantizedLinear, convert, kernels, ops
 
 X = torch.ones(64, 64)  # large enough that no kernel leaves the product to another
@@ -253,12 +252,8 @@ def call(function, name):
         return None
 
 
-def python(code, **environment):
-    """Runs code in a fresh interpreter: (exit code, stdout, last line of stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
+def last_line(text):
+    return (text.strip().splitlines() or [""])[-1]
 
 
 SHOW = """
@@ -272,36 +267,33 @@ print(before, torchq.kernels.last_used(), inside, torchq.kernels.active())
 """
 
 
-@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 @pytest.mark.parametrize("forced", sorted({"", kernels.runnable()[-1], kernels.runnable()[-2:][0]}))
 def test_the_environment_variable_forces_a_kernel(forced):
     """It applies from the start, and again after use(). An empty value counts as unset."""
     best = kernels.runnable()[0]
     expected = forced or best
-    assert python(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}", "")
+    assert run_code(SHOW, TORCHQ_KERNEL=forced) == (0, f"None {expected} {best} {expected}\n", "")
 
 
-@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 def test_a_bad_environment_variable_fails_at_import():
     """The message contains the variable's name."""
     compiled = ", ".join(kernels.names())
-    code, output, error = python("import torchq; print('imported')", TORCHQ_KERNEL="avxvnni")
+    code, output, error = run_code("import torchq; print('imported')", TORCHQ_KERNEL="avxvnni")
     assert (code, output) == (1, "")
-    assert error == f"ValueError: TORCHQ_KERNEL: 'avxvnni' is not a kernel. Compiled in: {compiled}."
+    assert last_line(error) == f"ValueError: TORCHQ_KERNEL: 'avxvnni' is not a kernel. Compiled in: {compiled}."
 
 
-@pytest.mark.slow(seconds=3)
 @pytest.mark.subprocess
 def test_an_environment_variable_this_cpu_cannot_obey_fails_at_import():
     """Never a silent fallback."""
     impossible = [name for name in kernels.names() if name not in kernels.runnable()]
     if not impossible:
         pytest.skip("this CPU runs every kernel")
-    code, output, error = python("import torchq; print('imported')", TORCHQ_KERNEL=impossible[0])
+    code, output, error = run_code("import torchq; print('imported')", TORCHQ_KERNEL=impossible[0])
     assert (code, output) == (1, "")
-    assert error.startswith("RuntimeError: TORCHQ_KERNEL: this CPU lacks ")
+    assert last_line(error).startswith("RuntimeError: TORCHQ_KERNEL: this CPU lacks ")
     assert f"kernel {impossible[0]!r}" in error
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.covers import pairs_of
 from helpers.linear_like import Conv1D, FalconLinear, twin_of
 from helpers.numbers import normal
 from torchq import (
@@ -35,18 +36,17 @@ CONFIGS = {
     "static": QConfig(activation="static"),
     "gptq": QConfig(activation="dynamic", rounding="gptq"),
 }
+MAKERS = {"Conv1D": lambda: Conv1D(48, 32), "FalconLinear": lambda: FalconLinear(32, 48)}
 
 
 def network(middle):
     return nn.Sequential(nn.Linear(32, 32), nn.GELU(), middle, nn.ReLU(), nn.Linear(48, 8)).eval()
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("make", [lambda: Conv1D(48, 32), lambda: FalconLinear(32, 48)], ids=["Conv1D", "FalconLinear"])
-def test_it_is_converted_as_its_twin(make, config, inplace):
+@pytest.mark.parametrize(("choice", "kind", "inplace"), pairs_of(CONFIGS, MAKERS, [False, True]))
+def test_it_is_converted_as_its_twin(choice, kind, inplace):
     """Plans, weights, outputs and gradients are those of a model of nn.Linear."""
-    model = network(make())
+    model, config = network(MAKERS[kind]()), CONFIGS[choice]
     twin = copy.deepcopy(model)
     twin[2] = twin_of(model[2])
     exact = model(X)
@@ -139,7 +139,7 @@ def test_it_is_compiled_and_exported():
 # ---- Training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: Conv1D(48, 32), lambda: FalconLinear(32, 48)], ids=["Conv1D", "FalconLinear"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
 def test_it_is_trained_as_its_twin(make, data):
     model = network(make())

@@ -1,12 +1,11 @@
 """The `torchq` logger: silent until asked for, and then what convert decided."""
 
 import logging
-import subprocess
-import sys
 
 import pytest
 from torch import nn
 
+from helpers.commands import run_code
 from helpers.numbers import normal
 from torchq import QConfig, convert
 
@@ -53,9 +52,7 @@ def test_at_info_there_is_one_line(caplog):
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=3)
 def test_nothing_is_printed_unless_asked_for():
     """Not even a warning by Python's handler of last resort."""
     code = "import logging, torchq; logging.getLogger('torchq.convert').warning('heard'); print(logging.root.handlers)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (run.stdout, run.stderr) == ("[]\n", "")
+    assert run_code(code) == (0, "[]\n", "")

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import types
+from functools import cache
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def bert(**more):
     return made("BertForMaskedLM", **more)
 
 
+@cache
+def static_bert():
+    """For tests that change nothing of it."""
+    return convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+
+
 def inputs(name, ids):
     if name == "SiglipVisionModel":
         return {"pixel_values": ids.float().reshape(8, 12).repeat(1, 64).reshape(8, 3, 16, 16) / 90}
@@ -90,7 +97,7 @@ def test_a_calibrated_model_comes_back_bit_for_bit(name, config, tmp_path):
 
 
 def test_what_is_saved_holds_no_float_weight(tmp_path):
-    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel = static_bert()
     qmodel.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for name, module in qmodel.named_modules():
@@ -185,7 +192,7 @@ def test_without_torchq_it_fails(tmp_path):
 
 
 def test_a_missing_and_a_bad_tensor_are_named(tmp_path):
-    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel = static_bert()
     qmodel.save_pretrained(tmp_path)
     path, layer = tmp_path / "model.safetensors", "bert.encoder.layer.0.output.dense"
     whole = load_file(path)
@@ -251,13 +258,13 @@ def pickled(model):
 
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
 def test_a_copy_can_be_saved(way, tmp_path):
-    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel = static_bert()
     way(qmodel).save_pretrained(tmp_path)
     assert_same(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path), qmodel, {"input_ids": IDS[0]})
 
 
 def test_torchq_save_takes_a_loaded_model(tmp_path):
-    qmodel = convert(bert(), [{"input_ids": IDS[0]}], config=STATIC, progress=False)
+    qmodel = static_bert()
     qmodel.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     torchq.save(loaded, tmp_path / "m")

@@ -1,7 +1,6 @@
 """Layers as arguments of other processes: the child computes the parent's bits, however it was started."""
 
 import pickle
-from multiprocessing import get_all_start_methods
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ import torch.multiprocessing
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from helpers.commands import AFRESH
 from helpers.compare import assert_identical
 from torchq import QConfig, QuantizedLinear, convert
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import QParams
 
-pytestmark = [pytest.mark.subprocess, pytest.mark.slow(seconds=40), pytest.mark.usefixtures("seeded")]
-STARTED_AFRESH = [method for method in ("spawn", "forkserver") if method in get_all_start_methods()]
+pytestmark = [pytest.mark.subprocess, pytest.mark.slow(seconds=5), pytest.mark.usefixtures("seeded")]
+each_method = pytest.mark.parametrize("method", ["spawn", "forkserver"])
 MODELS = ["a layer", "static layers", "a layer twice", "many layers"]
 
 
@@ -43,16 +43,20 @@ def check(model, x, expected):
         assert model[0] is model[2]
 
 
-@pytest.mark.parametrize("method", STARTED_AFRESH)
-@pytest.mark.parametrize("name", MODELS)
-def test_an_argument_of_a_new_process(name, method):
-    model, x = made(name)
-    expected = model(x)
-    process = torch.multiprocessing.get_context(method).Process(target=check, args=(model, x, expected))
+def check_all(cases):
+    for case in cases:
+        check(*case)
+
+
+@each_method
+def test_arguments_of_a_new_process(method):
+    cases = [(model, x, model(x)) for model, x in map(made, MODELS)]
+    process = torch.multiprocessing.get_context(method).Process(target=check_all, args=(cases,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert_identical(model(x), expected)  # the parent's own goes on
+    for model, x, expected in cases:
+        assert_identical(model(x), expected)  # the parent's own goes on
 
 
 def spawned(index, model, x, expected):
@@ -79,10 +83,9 @@ class Features(Dataset):
             return self.model(self.x[index])
 
 
-@pytest.mark.parametrize("method", STARTED_AFRESH)
-def test_a_data_loader_with_workers(method):
+def test_a_data_loader_with_workers():
     model, x = made("static layers")
-    loader = DataLoader(Features(model, x), batch_size=2, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(Features(model, x), batch_size=2, num_workers=2, multiprocessing_context=AFRESH)
     assert_identical(torch.cat(list(loader)), model(x))
 
 
@@ -92,9 +95,8 @@ def through_a_queue(models, answers, x):
 
 def test_a_queue():
     model, x = made("a layer")
-    context = torch.multiprocessing.get_context("spawn")
-    models, answers = context.Queue(), context.Queue()
-    process = context.Process(target=through_a_queue, args=(models, answers, x))
+    models, answers = AFRESH.Queue(), AFRESH.Queue()
+    process = AFRESH.Process(target=through_a_queue, args=(models, answers, x))
     process.start()
     models.put(model)
     assert answers.get() == model(x).tolist()

@@ -1,14 +1,16 @@
 """QAT by real training: it recovers accuracy that PTQ loses, and DDP trains like a single process."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers.models import load_digits
 from helpers.numbers import normal
+from helpers.processes import together
 from torchq import QConfig, convert, prepare_qat, simulate
 
 PER_TENSOR = QConfig(weight="per_tensor", activation="static", min_sqnr_db=-100, rounding="nearest", smoothing="none")
@@ -114,10 +116,8 @@ def build(ranges):
     return prepare_qat(model, [normal(16, 24)] if ranges == "learned" else None, ranges=ranges)
 
 
-def worker(rank, file, ranges, results):
-    """Trains on its half of each batch, and puts its final parameters into `results`."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def trained_by_two(ranges, rank):
+    """Trains on its half of each batch. Gives the final parameters."""
     model = build(ranges)
     if rank == 1:  # DDP must start all ranks from rank 0's parameters
         with torch.no_grad():
@@ -129,20 +129,13 @@ def worker(rank, file, ranges, results):
         optimizer.zero_grad()
         ddp(batch.chunk(2)[rank]).square().mean().backward()
         optimizer.step()
-    torch.save(model.state_dict(), f"{results}.{rank}")
-    torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
-def run_two(tmp_path, ranges):
-    results = tmp_path / "state"
-    multiprocessing.spawn(worker, (str(tmp_path / "store"), ranges, str(results)), nprocs=2)
-    return [torch.load(f"{results}.{rank}", weights_only=True) for rank in range(2)]
-
-
-@pytest.mark.slow(seconds=9)
+@pytest.mark.subprocess
 def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
     """Both ranks end with the parameters of one process that gets whole batches, since DDP averages gradients."""
-    first, second = run_two(tmp_path, "learned")
+    first, second = together(partial(trained_by_two, "learned"), 2, tmp_path)
     model = build("learned")
     start = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -158,10 +151,10 @@ def test_ddp_with_learned_ranges_trains_as_one_process(tmp_path):
             assert not torch.equal(expected, start[name]), name
 
 
-@pytest.mark.slow(seconds=9)
+@pytest.mark.subprocess
 def test_ddp_broadcasts_observed_ranges(tmp_path):
     """Before each forward both ranks take rank 0's range. They end apart by one step of the average: the last batch."""
-    first, second = run_two(tmp_path, "observed")
+    first, second = together(partial(trained_by_two, "observed"), 2, tmp_path)
     name = "0.input_range.ends"
     ends = None
     for batch in BATCHES:

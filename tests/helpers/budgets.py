@@ -7,7 +7,7 @@ from helpers.numbers import normal
 from torchq import QConfig
 
 WIDTH = 32
-STATIC = QConfig(activation="static", observer="minmax", min_sqnr_db=-100, rounding="nearest")
+STATIC = QConfig(activation="static", observer="minmax", min_sqnr_db=-100, smoothing="none", rounding="nearest")
 DATA = [normal(32, WIDTH, seed=i) for i in range(4)]
 X = normal(64, WIDTH, seed=9)
 

@@ -20,7 +20,8 @@ INPUT, BETWEEN = QParams(0.03, 100), QParams(0.05, 30)
 CLOSE, CLOSE_BF16 = 1e-5, 2**-8  # bfloat16 keeps 8 bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEMES = ["dynamic", "static", "chain"]
-MODES = pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
+MODES = {"int8": nullcontext, "simulated": simulate}
+each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
 def build(scheme, generator, activation=Activation.SILU, dtype=torch.float32):

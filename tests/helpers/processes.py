@@ -4,8 +4,9 @@ import datetime
 from pathlib import Path
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
+from helpers.commands import AFRESH
 from torchq.planning import layers
 
 SECONDS = 60  # an operation waits no longer for another process
@@ -13,8 +14,7 @@ SECONDS = 60  # an operation waits no longer for another process
 
 def together(function, size, folder):
     """Calls function(rank) in so many processes of one group. Gives what each returned; None, if it died."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_run, args=(function, rank, size, str(folder))) for rank in range(size)]
+    processes = [AFRESH.Process(target=_run, args=(function, rank, size, str(folder))) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
