@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.compare import assert_identical
 from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, resnet
@@ -49,13 +50,17 @@ def runs(monkeypatch):
     return seen
 
 
+MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+
 F32, U8, NONE, RELU = torch.float32, torch.uint8, Activation.NONE, Activation.RELU
 
 
-def test_a_block_of_transformers(runs):
+@MODES
+def test_a_block_of_transformers(runs, mode):
     qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
     runs.clear()
-    y = qmodel(X)
+    with mode():
+        y = qmodel(X + 0)  # of the same mode
     assert type(y) is torch.Tensor
     assert runs == [
         (F32, RELU, False, True),  # codes for the next one
@@ -66,11 +71,13 @@ def test_a_block_of_transformers(runs):
     assert_identical(y, unfused(qmodel)(X))
 
 
-def test_a_block_of_torchvision(runs):
+@MODES
+def test_a_block_of_torchvision(runs, mode):
     """Its activation works in place, and is called twice."""
     qmodel = convert(Basic(32).eval(), DATA, config=STATIC)
     runs.clear()
-    y = qmodel(X)
+    with mode():
+        y = qmodel(X + 0)
     assert runs == [(F32, RELU, False, True), (U8, RELU, True, False)]
     assert type(y) is torch.Tensor
     assert_identical(y, unfused(qmodel)(X))
@@ -98,6 +105,9 @@ def test_activations(act, config, runs):
     runs.clear()
     y = qmodel(X)
     assert [run[1] for run in runs] == [qmodel.conv.fold.activation] != [NONE]
+    with torch.inference_mode():
+        assert_identical(qmodel(X), y)
+    assert runs[0] == runs[1]
     assert type(y) is torch.Tensor
     torch.testing.assert_close(y, qmodel.act(qmodel.conv(X)), rtol=2e-5, atol=2e-5)
 
@@ -166,15 +176,16 @@ class Other(Basic):
 WAYS = ["", "another activation", "none", "twice", "kept", "another sum", "to itself", "scaled sum"]
 
 
+@MODES
 @pytest.mark.parametrize("way", WAYS)
-def test_another_way_through_the_model(way):
+def test_another_way_through_the_model(way, mode):
     qmodel = convert(Other(32).eval(), DATA, config=STATIC)
     assert qmodel.torchq_plan.layers["conv1"].feeds == "conv2"
     qmodel.way = way
     twin = unfused(qmodel)
     twin.way = way
-    y = qmodel(X)
-    assert_identical(y, twin(X))
+    with mode():
+        assert_identical(qmodel(X), twin(X))
     if way == "kept":
         assert_identical(qmodel.kept + 0, twin.kept)
 
@@ -185,21 +196,79 @@ class Writes(Basic):
     to = ""
 
     def forward(self, x):
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out = out + x
+        a = self.bn1(self.conv1(x))
+        if self.to == "the input":
+            x.zero_()
+        a = self.relu(a)
+        if self.to == "a view of the input":
+            a.sum()  # its values are made
+        b = self.bn2(self.conv2(a))
+        if self.to == "a view of the input":
+            a[:, 1].mul_(2)
+        if self.to == "made values":
+            b.sum()
+            c = self.conv2(b)
+            b.mul_(2)
+            return c + 1
+        out = b + x
         if self.to == "the other summand":
             x.zero_()
+        if self.to == "out=":
+            torch.add(x, 1, out=x)
         return self.relu(out)
 
 
-def test_a_write_is_no_wrong_value():
+@MODES
+@pytest.mark.parametrize("to", ["the input", "a view of the input", "made values", "the other summand", "out="])
+def test_a_write_is_no_wrong_value(to, mode):
     qmodel = convert(Writes(32).eval(), DATA, config=STATIC)
-    assert_identical(qmodel(X), unfused(qmodel)(X))
-    qmodel.to = "the other summand"
-    with pytest.raises(RuntimeError, match="was written before it came"):
-        qmodel(X.clone())
-    assert unfused(qmodel)(X.clone()).isfinite().all()
+    with mode():
+        assert_identical(qmodel(X), unfused(qmodel)(X))
+        qmodel.to = to
+        with pytest.raises(RuntimeError, match="was written before it came"):
+            qmodel(X + 0)
+        assert unfused(qmodel)(X + 0).isfinite().all()
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+class Fails(Basic):
+    def forward(self, x):
+        self.conv1(x)
+        raise KeyError("of the model")
+
+
+class Outer(nn.Module):
+    """Another mode, or no_grad, in the middle of inference mode."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.one, self.other, self.mode = Basic(32), Basic(32), mode
+
+    def forward(self, x):
+        with self.mode():
+            y = self.one(x)
+        return self.other(y)
+
+
+class Sees(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Sees, torch.no_grad, partial(torch.inference_mode, False)])
+def test_inference_mode_leaves_nothing_behind(mode):
+    failing = convert(Basic(32).eval(), DATA, config=STATIC)
+    failing.__class__ = Fails
+    qmodel = convert(Outer(torch.no_grad).eval(), DATA, config=STATIC)
+    y = qmodel(X)
+    qmodel.mode = mode
+    with torch.inference_mode():
+        with pytest.raises(KeyError, match="of the model"):
+            failing(X)
+        assert torch._C._len_torch_dispatch_stack() == 0
+        assert_identical(qmodel(X), y)
+        assert torch._C._len_torch_dispatch_stack() == 0
+        assert y.clone().add_(1).is_inference()
 
 
 def watched(model):

@@ -1,5 +1,6 @@
 """Convolutions as torch has them: the geometry of a float module, its padding, and memory formats."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,6 +97,23 @@ def in_format(y: Tensor, last: bool) -> Tensor:
 def format_of(dimensions: int, last: bool) -> torch.memory_format:
     """Contiguous, or channels last of 4 or 5 dimensions."""
     return _CHANNELS_LAST[dimensions - 2] if last else torch.contiguous_format
+
+
+def strides_of(shape: Sequence[int], last: bool) -> tuple[int, ...]:
+    """The strides of a new tensor of this shape, contiguous or channels last.
+
+    >>> strides_of((2, 3, 4, 5), last=True) == torch.empty(2, 3, 4, 5, memory_format=torch.channels_last).stride()
+    True
+    """
+    axes = [*range(len(shape) - 1, -1, -1)]
+    if last:
+        axes.remove(1)
+        axes.insert(0, 1)
+    strides, step = [0] * len(shape), 1
+    for axis in axes:
+        strides[axis] = step
+        step *= max(1, shape[axis])
+    return tuple(strides)
 
 
 def as_rows(weight: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
 from torchq import _C
+from torchq.modules import writes
 from torchq.modules.made import MadeTensor
+from torchq.modules.writes import run_on_values
 from torchq.ops import Activation
 
 MIN_VALUES = 1 << 15
@@ -70,7 +72,7 @@ class Pending(Deferred):
             if activation == first._waits_for != Activation.NONE:
                 return _C.end_linear(first._begun, activation)
         args, kwargs = tree_map_only(Pending, lambda pending: pending.make(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return run_on_values(func, args, kwargs)
 
 
 ACTIVATIONS = {
@@ -115,6 +117,8 @@ class Scope:
         alive = [pending for pending in (reference() for reference in deferred) if pending is not None]
         for pending in alive:
             pending.end()
+        if not _calls.entered:
+            writes.stop()
         return tree_map_only(Deferred, lambda pending: pending.make(), output) if alive else None
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from torchq.modules.pending import Deferred
+from torchq.modules.writes import Unwritten, run_on_values
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -28,43 +29,18 @@ MIN_VALUES = 1 << 12
 _aten = torch.ops.aten
 
 
-class Unwritten(NamedTuple):
-    """A tensor, and its version when it was taken."""
-
-    tensor: Tensor
-    version: int
-
-    @staticmethod
-    def now(tensor: Tensor) -> "Unwritten":
-        """The tensor as it is."""
-        return Unwritten(tensor, tensor._version)
-
-    def is_unwritten(self) -> bool:
-        """Whether it is as it was."""
-        return self.tensor._version == self.version
-
-    def values(self) -> Tensor:
-        """The tensor, if it is as it was."""
-        if not self.is_unwritten():
-            raise RuntimeError(
-                "torchq: a convolution waited for its activation, and its input or the other summand was written "
-                "before it came. Calibration saw no such write. Convert with QConfig(fuse=False)."
-            )
-        return self.tensor
-
-
 class PendingConv(Deferred):
     """`act(conv(x) + residual)`, computed when it is read."""
 
     @staticmethod
-    def __new__(cls, layer: Any, x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
+    def __new__(cls, layer: Any, x: Unwritten, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
         """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last."""
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=x.device, storage_size=0
+            cls, shape, strides=strides, dtype=dtype, device=x.tensor.device, storage_size=0
         )
 
-    def __init__(self, layer: Any, x: Tensor, shape: Any, strides: Any, dtype: Any) -> None:
-        self.layer, self._x = layer, Unwritten.now(x)
+    def __init__(self, layer: Any, x: Unwritten, shape: Any, strides: Any, dtype: Any) -> None:
+        self.layer, self._x = layer, x
         self._activation: int = Activation.NONE
         self._residual: Unwritten | None = None
         self._value: Tensor | None = None
@@ -91,7 +67,7 @@ class PendingConv(Deferred):
         return y
 
     def _copy(self) -> "PendingConv":
-        other = PendingConv(self.layer, self._x.values(), tuple(self.shape), self.stride(), self.dtype)
+        other = PendingConv(self.layer, self._x, tuple(self.shape), self.stride(), self.dtype)
         other._activation, other._residual = self._activation, self._residual
         return other.held()
 
@@ -110,7 +86,7 @@ class PendingConv(Deferred):
             if taken is not None:
                 return taken
         args, kwargs = tree_map_only(PendingConv, lambda pending: pending.make(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return run_on_values(func, args, kwargs)
 
     def _sum(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The sum with another tensor, as one pending; None if this is no such operation."""
@@ -124,11 +100,11 @@ class PendingConv(Deferred):
         other = args[1] if args[0] is self else args[0]
         if other is self or not isinstance(other, Tensor) or (other.shape, other.dtype) != (self.shape, self.dtype):
             return None
-        other = other.make() if isinstance(other, PendingConv) else other
-        if type(other) is not Tensor or other.is_inference():
+        values = other.make() if isinstance(other, PendingConv) else other
+        if type(values) is not Tensor or (values.is_inference() and not torch.is_inference_mode_enabled()):
             return None
         result = self if func is _aten.add_.Tensor else self._copy()
-        result._residual = Unwritten.now(other)
+        result._residual = Unwritten.now(values, other)
         return result._settled(in_place=result is self)
 
     def _activated(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
@@ -163,6 +139,8 @@ class _Found(NamedTuple):
 _ACTIVATIONS = {
     _aten.relu.default: _Found(Activation.RELU),
     _aten.relu_.default: _Found(Activation.RELU, True),
+    _aten.relu6.default: _Found(Activation.RELU6),
+    _aten.relu6_.default: _Found(Activation.RELU6, True),
     _aten.silu.default: _Found(Activation.SILU),
     _aten.silu_.default: _Found(Activation.SILU, True),
     _aten.hardswish.default: _Found(Activation.HARDSWISH),

@@ -10,17 +10,17 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from torchq import _C, kernels, ops
-from torchq.modules import gradients, simulation
+from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.convolving import (
     as_rows,
     convolved,
-    format_of,
     geometry_of,
     in_format,
     is_channels_last,
     is_tiled,
     padded,
+    strides_of,
     tiles,
 )
 from torchq.modules.float_view import FloatView
@@ -31,6 +31,7 @@ from torchq.modules.pending_conv import MIN_VALUES, PendingConv
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
+from torchq.modules.writes import Unwritten
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -176,6 +177,7 @@ class QuantizedConv(PackedWeights, Leaf):
 
     def fused(self, x: Tensor, activation: int = Activation.NONE) -> Tensor:
         """`act(forward(x))` of a batch; or what computes it later, where the plan says what follows."""
+        given = x
         if type(x) is PendingConv:
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
             if codes is not None:
@@ -198,7 +200,7 @@ class QuantizedConv(PackedWeights, Leaf):
             if gradients.wanted(x):
                 with torch.autocast("cpu", enabled=False):
                     return in_format(self._differentiable(x, activation).to(dtype), last)
-            return self._int8_or_later(x, dtype, last, x.shape[2:], activation)
+            return self._int8_or_later(x, dtype, last, x.shape[2:], activation, given)
         except RuntimeError as error:
             known = explained(error, x)
             if known is error:
@@ -213,18 +215,23 @@ class QuantizedConv(PackedWeights, Leaf):
         return layer.fold.codes and self.takes_codes and _has_no_hooks(self)
 
     def _int8_or_later(
-        self, x: Tensor, dtype: torch.dtype, last: bool, sizes: Sequence[int], activation: int
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        last: bool,
+        sizes: Sequence[int],
+        activation: int,
+        given: Tensor | None = None,
     ) -> Tensor:
-        """The output for x: floats, or codes in the layer's qparams, channels last."""
+        """The output for x, which was given as `given`: floats, or codes in the layer's qparams, channels last."""
         if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
             fold, deferred = self.fold, self.scope.deferred()
             shape = (len(x), self.out_channels, *self.geometry.out_sizes(sizes))
             waits = fold.codes or fold.adds or fold.activation != Activation.NONE
             if waits and deferred is not None and math.prod(shape) >= MIN_VALUES and _is_eager(x):
-                strides = torch.empty(
-                    shape, dtype=dtype, device="meta", memory_format=format_of(len(shape), last)
-                ).stride()
-                return PendingConv(self, x, shape, strides, dtype).held()
+                if torch.is_inference_mode_enabled():
+                    writes.start()
+                return PendingConv(self, Unwritten.now(x, given), shape, strides_of(shape, last), dtype).held()
         return self._int8(x, activation, dtype, last)
 
     def computed(
@@ -249,7 +256,8 @@ class QuantizedConv(PackedWeights, Leaf):
         if y_qparams is not None:
             qparams += map(float, y_qparams)
             dtype = torch.uint8
-        return _convolution(x, packed, self._numbers, qparams, dtype, last, activation, residual)  # type: ignore[no-any-return]
+        settings = (self._numbers, qparams, dtype, last, activation, residual)
+        return writes.unseen(_convolution, x, packed, *settings)  # type: ignore[no-any-return]
 
     def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:
         """With a scale and zero point for each tile, as a linear layer has for each row."""
@@ -329,8 +337,8 @@ OF_DIMENSIONS: tuple[type[QuantizedConv], ...] = (QuantizedConv1d, QuantizedConv
 
 def _is_eager(x: Tensor) -> bool:
     """Whether x is a plain tensor in a plain call, in which operations can be watched, and writes be told."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    plain = type(x) is Tensor and not x.is_inference() and not modes and not torch._C._get_tracing_state()
+    told = torch.is_inference_mode_enabled() or not x.is_inference()
+    plain = type(x) is Tensor and told and not writes.modes() and not torch._C._get_tracing_state()
     return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
 
 

@@ -1,0 +1,137 @@
+"""Whether a tensor was written since somebody took it.
+
+torch counts the writes to a tensor, but not to those of torch.inference_mode. There `Writes` does, a mode that sees the
+operations of its thread while something waits. That costs an operation some microseconds, so nothing else turns it on.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Unwritten(NamedTuple):
+    """A tensor, and its version when it was taken.
+
+    Args:
+        tensor: the values.
+        given: what was given for it: itself, or one that was made of it. torch counts the writes to this one and to its
+            views.
+        version: of both.
+    """
+
+    tensor: Tensor
+    given: Tensor
+    version: int
+
+    @staticmethod
+    def now(tensor: Tensor, given: Tensor | None = None) -> "Unwritten":
+        """The tensor as it is. One of inference mode needs `start`."""
+        given = tensor if given is None else given
+        return Unwritten(tensor, given, _version(tensor) + _version(given))
+
+    def is_unwritten(self) -> bool:
+        """Whether it is as it was."""
+        return _version(self.tensor) + _version(self.given) == self.version
+
+    def values(self) -> Tensor:
+        """The tensor, if it is as it was."""
+        if not self.is_unwritten():
+            raise RuntimeError(
+                "torchq: a convolution waited for its activation, and its input or the other summand was written "
+                "before it came. Calibration saw no such write. Convert with QConfig(fuse=False)."
+            )
+        return self.tensor
+
+
+class Writes(TorchDispatchMode):
+    """Counts the writes of this thread, by storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation, and notes what it writes to."""
+        kwargs = kwargs or {}
+        y = func(*args, **kwargs)
+        self.note(written_by(func, args, kwargs))
+        return y
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """These have been written."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+
+class _Active(threading.local):
+    writes: Writes | None = None
+
+
+_active = _Active()
+
+
+def start() -> None:
+    """Lets this thread count writes, until `stop`."""
+    if _active.writes is None:
+        _active.writes = Writes().__enter__()
+
+
+def stop() -> None:
+    """Nothing waits any longer."""
+    writes, _active.writes = _active.writes, None
+    if writes is not None:
+        writes.__exit__(None, None, None)
+
+
+def modes() -> int:
+    """How many modes see the operations of this thread, without the one that counts writes."""
+    depth: int = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return depth - (_active.writes is not None)
+
+
+def unseen(op: Any, *args: Any) -> Any:
+    """An operation that writes to nothing, past the mode that counts writes."""
+    if _active.writes is None or modes():
+        return op(*args)
+    with torch._C._DisableTorchDispatch():
+        return op(*args)
+
+
+def run_on_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """An operation on the values of tensors that were made, inside of a dispatch, where the mode sees nothing."""
+    y = func(*args, **kwargs)
+    if _active.writes is not None:
+        _active.writes.note(written_by(func, args, kwargs))
+    return y
+
+
+def written_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to, by its schema."""
+    places, names = _written_places(func)
+    if not places and not names:
+        return []
+    given = [args[i] for i in places if i < len(args)] + [kwargs[name] for name in names if name in kwargs]
+    return [each for each in tree_leaves(given) if isinstance(each, Tensor)]
+
+
+@cache
+def _written_places(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    written = [
+        (i, argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tuple(i for i, _ in written), tuple(name for _, name in written)
+
+
+def _version(tensor: Tensor) -> int:
+    if not tensor.is_inference():
+        return tensor._version
+    return 0 if _active.writes is None else _active.writes.counts.get(tensor.untyped_storage()._cdata, 0)
