@@ -54,6 +54,9 @@ uint32_t detect() {
   if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
   constexpr uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE and AMX-INT8
   if (tiles && (d & amx) == amx && may_use_tiles()) have |= kAmxInt8;
+#ifdef TORCHQ_TILES  // see kernel_amx_int8.cpp
+  have |= kAmxInt8;
+#endif
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     if (ymm && (a & (1u << 4))) have |= kAvxVnni;
     if ((have & kAvx512Vnni) && (a & (1u << 5))) have |= kAvx512Bf16;

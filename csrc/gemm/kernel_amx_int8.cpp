@@ -67,40 +67,12 @@ constexpr int kThreeTilesUpTo = 39;
 constexpr int64_t kWeightsInL2 = 3 << 19;  // bytes of weights that stay in an L2 of 2 MiB beside codes and outputs
 
 // ---- Tile registers ---------------------------------------------------------------------------------------------
-//
-// In assembly, because the intrinsics of g++ 12 do not tell the compiler that they read memory.
 
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
-
-// Takes 45 ns. release_tiles() must follow, so that other users of tiles in this thread do not find our configuration.
-inline void configure(const int (&rows)[8]) {
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) config.rows[i] = rows[i], config.row_bytes[i] = 64;
-  __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
-}
-inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
-
-template <int kTile>
-TORCHQ_INLINE void load_tile(const void* p, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile));
-}
-template <int kTile>
-TORCHQ_INLINE void store_tile(void* p, int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-TORCHQ_INLINE void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-template <int kSum, int kCodes, int kWeights>
-TORCHQ_INLINE void dot_tile() {
-  __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kCodes), "i"(kWeights));
-}
+#ifdef TORCHQ_TILES  // registers in memory, for CPUs without AMX: tests/core
+#include TORCHQ_TILES
+#else
+#include "tiles.inc"
+#endif
 
 // ---- The epilogue -----------------------------------------------------------------------------------------------
 
@@ -131,7 +103,7 @@ TORCHQ_INLINE void finish_by(const Epilogue& e, const Block& b, Waiting w) {
 // The commonest output gets code without branches.
 template <int kWide>
 __attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, const Waiting& w) {
-  if (e.dtype == DType::f32 && e.activation == Activation::none)
+  if (e.dtype == DType::f32 && e.activation == Activation::none && !e.residual)
     return finish_by<kWide>({DType::f32, Activation::none, e.inv_scale, e.map, nullptr}, b, w);
   finish_by<kWide>(e, b, w);
 }
