@@ -12,7 +12,7 @@ from helpers.texts import SIZES
 from torchq import QConfig, convert, sqnr_db
 from torchq.planning import tables
 
-transformers = pytest.importorskip("transformers", "5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", "5.17", reason="transformers 5.17 is not installed")
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
 from torchq import hf  # noqa: E402

@@ -8,7 +8,7 @@ from helpers.compare import assert_identical
 from helpers.texts import SIZES, texts, tokenizer
 from torchq import QConfig, QuantizedLinear, convert, sqnr_db
 
-transformers = pytest.importorskip("transformers", "5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", "5.17", reason="transformers 5.17 is not installed")
 
 from torchq import hf  # noqa: E402
 

@@ -21,7 +21,7 @@ from torchq import QConfig, convert
 from torchq.modules.base import Int8Module
 from torchq.planning import tables
 
-transformers = pytest.importorskip("transformers", "5", reason="transformers 5 is not installed")
+transformers = pytest.importorskip("transformers", "5.17", reason="transformers 5.17 is not installed")
 
 from torchq import hf  # noqa: E402
 from torchq.hf import availability  # noqa: E402

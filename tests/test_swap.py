@@ -35,6 +35,7 @@ def at_each_bytecode(call, action):
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # without it CPython 3.12 traces opcodes from the second time on
     sys.settrace(trace)
     try:
         y = call()

@@ -205,7 +205,7 @@ class CompressedTensorsQuantizer(TorchqHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._schemes: dict[str, _Scheme] = {}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """Renamings as for a float checkpoint; no tensors are merged, since each layer has its own."""
         return [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
 

@@ -48,11 +48,14 @@ class TorchqHfQuantizer(Int8Quantizer):
         """The CPU, whatever other devices there are."""
         return None if device_map is None else {"": "cpu"}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Those of an int8 checkpoint: its tensors have the model's names, but for tables whose head is left out."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """Those of an int8 checkpoint: its tensors have the model's names, but for tables whose head is left out.
+
+        transformers gives the model from version 5.18 on.
+        """
         if self.pre_quantized:
             return [WeightRenaming(rf"^{re.escape(head)}\.weight_", f"{table}.weight_") for head, table in self._moved]
-        return cast(list[Any], super().update_weight_conversions(weight_conversions, model))
+        return cast(list[Any], super().update_weight_conversions(weight_conversions, *model))
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         if not self.pre_quantized:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix, ModuleType
 from torchq.modules.float_view import FloatView, read_only
+from torchq.modules.tracing import exporting
 
 _PROBES, _PROBED_EXPERTS = 6, 5
 _LEAST_DB = {torch.float32: 80.0, torch.bfloat16: 30.0, torch.float16: 45.0}
@@ -163,7 +164,7 @@ class QuantizedExperts(Int8Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states (..., H), ids (..., k) and weights (..., k), to (..., H)."""
         call = _arguments(self._source, args, kwargs)
-        if torch.compiler.is_exporting():
+        if exporting():
             return _dense(call, self._count, self._expert)
         # A graph can't know how many rows an expert gets. Disabled here: at import, that would import torch._dynamo.
         run = torch.compiler.disable(_routed) if torch.compiler.is_compiling() else _routed

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchq.modules.made import MadeTensor
+from torchq.modules.tracing import exporting
 from torchq.numerics.qparams import dequantize
 from torchq.ops.lookup import embedding
 
@@ -157,7 +158,7 @@ class FloatViews(dict[str, Any]):
 def _is_exporting() -> bool:
     """Whether torch.export is at work: it reads parameters before and after it says so itself (is_exporting)."""
     trace = sys.modules.get("torch.export._trace")
-    return torch.compiler.is_exporting() or getattr(trace, "_EXPORT_FLAGS", None) is not None
+    return exporting() or getattr(trace, "_EXPORT_FLAGS", None) is not None
 
 
 def _view(func: Any, base: FloatView, args: Any, kwargs: Any) -> Any:

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
 from torchq.modules.activations import times_slope
+from torchq.modules.tracing import exporting
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -49,7 +50,7 @@ def wanted(x: Any) -> bool:
     backward = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
     if not (backward or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return False
-    if not isinstance(x, Tensor) or is_exporting() or (not is_dynamo_compiling() and torch._C._get_tracing_state()):
+    if not isinstance(x, Tensor) or exporting() or (not is_dynamo_compiling() and torch._C._get_tracing_state()):
         return False
     return x.is_floating_point() and (backward or is_dynamo_compiling() or not _functionalized_only())
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
@@ -25,6 +26,14 @@ class Leaf(nn.Module):
             if proxy is not None and (path := path_in_graph(self, proxy)):
                 return proxy.tracer.create_proxy("call_module", path, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+
+def exporting() -> bool:
+    """Whether torch.export is at work.
+
+    torch's own is_exporting() reads this flag; but before torch 2.13, in what Dynamo traces, it was always true.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def path_in_graph(module: nn.Module, x: Proxy) -> str:
