@@ -28,7 +28,7 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         exact = depth <= MAX_DEPTH
         _require(exact, name, f"has in_features = {depth}; int32 sums are exact up to {MAX_DEPTH}")
         _check_channel_scale(plan, name, planned, layers[name])
-        _check_folded(model, modules, name, planned)
+        _check_folded(model, modules, layers[name], planned)
     _check_tables(find_tables(model, layers), plan)
     if plan.attentions:
         own = {layer.path for layer in layers.values() if layer.kind.attends}
@@ -58,10 +58,13 @@ def _is_static(plan: Plan, name: str) -> bool:
     return planned is not None and planned.kind == "int8 static" and planned.input_qparams is not None
 
 
-def _check_folded(model: nn.Module, modules: Mapping[str, nn.Module], name: str, planned: LayerPlan) -> None:
+def _check_folded(model: nn.Module, modules: Mapping[str, nn.Module], layer: Layer, planned: LayerPlan) -> None:
+    name = layer.name
     if planned.norm is not None:
-        norm = modules.get(planned.norm)
-        _require(is_foldable(norm), name, f"includes {planned.norm!r}, which is no batch norm with fixed statistics")
+        norm, rank = modules.get(planned.norm), layer.kind.weight(layer.module, layer.part).dim()
+        _require(
+            is_foldable(norm, rank), name, f"includes {planned.norm!r}, which is no batch norm with fixed statistics"
+        )
     for folded in planned.folded:
         module = modules.get(folded)
         idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)

@@ -1,4 +1,4 @@
-"""Which batch norms become a part of the convolution before them: that is decided first, for it changes the weights."""
+"""Which norms become a part of the convolution before them: that is decided first, for it changes the weights."""
 
 import dataclasses
 from collections import Counter
@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
-from torchq.modules.norms import is_foldable
+from torchq.modules.norms import factors, is_foldable
 from torchq.planning.layers import has_hooks
 
 
@@ -25,7 +25,10 @@ def include_norms(evidence: Evidence) -> Evidence:
     for name, norm_name in found.items():
         layer, norm = layers[name], evidence.model.get_submodule(norm_name)
         trained = layer.trained
-        if places[id(norm)] != 1 or places[id(layer.module)] != 1 or not is_foldable(norm):
+        rank = layer.kind.weight(layer.module, layer.part).dim()  # as that of its input
+        if places[id(norm)] != 1 or places[id(layer.module)] != 1 or not is_foldable(norm, rank):
+            continue
+        if not all(bool(each.isfinite().all()) for each in factors(norm)):
             continue
         if trained is not None and not trained.per_channel:  # one scale for all would not be that of the training
             continue
