@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -189,6 +190,33 @@ def test_without_torchq_it_fails(tmp_path):
     assert run.returncode != 0
     assert run.stdout == ""
     assert "Unknown quantization type, got torchq" in run.stderr
+
+
+SAVES_AND_LOADS = """
+import sys, torch, torchq, transformers
+from helpers.compare import assert_identical
+sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+ids = torch.arange(64).reshape(4, 16)
+qmodel = torchq.convert(transformers.BertModel(transformers.BertConfig(**sizes)).eval(), [{"input_ids": ids}])
+qmodel.save_pretrained(sys.argv[1])
+again = transformers.AutoModel.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    assert_identical(again(ids).last_hidden_state, qmodel(ids).last_hidden_state)
+"""
+
+
+@pytest.mark.subprocess
+@pytest.mark.slow(seconds=8)
+def test_what_was_converted_is_loaded_without_another_import(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", SAVES_AND_LOADS, tmp_path],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_missing_and_a_bad_tensor_are_named(tmp_path):

@@ -2,9 +2,11 @@
 
 transformers asks the `hf_quantizer` of a model how it is saved, and each PreTrainedModel in a model may be saved alone.
 Without one, `save_pretrained` would write int8 tensors that `from_pretrained` does not find, and fills with random
-numbers.
+numbers. transformers is also told of "torchq" then, so that the process which converted a model can load it again.
 """
 
+import contextlib
+import importlib
 import sys
 from typing import Any
 
@@ -37,6 +39,8 @@ def _quantizer(module: nn.Module) -> Any:
         return NotSaved()
     from torchq.planning.pretrained import Int8Quantizer
 
+    with contextlib.suppress(ImportError):  # an older transformers, which can save the model and not load it
+        importlib.import_module("torchq.hf")
     return Int8Quantizer()
 
 
