@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from torchq.calibration.batches import Forward, call_with_batch, check_loader, has_forward, run_batch
+from torchq.calibration.handovers import Handovers
 from torchq.calibration.isolation import in_eval_mode, own_thread, uncompiled, without_fast_path
 from torchq.calibration.lookups import Lookups
 from torchq.calibration.readers import Readers
@@ -54,6 +55,7 @@ class Evidence:
         activations: for each layer whose output an activation module alone reads, the name of that module.
         norms: for each convolution that includes the norm behind it, the name of that norm.
         chains: for each convolution, what follows it as the only reader each time (`Readers`).
+        handovers: by convolution, those that alone read its output, or what keeps its memory format (`Handovers`).
         batches: how many batches were run.
         batches_held_out: how many of them judge, and round no weight.
         run: runs the first batch through a model.
@@ -70,6 +72,7 @@ class Evidence:
     activations: dict[str, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    handovers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
     run: Callable[[nn.Module], object] | None = None
@@ -138,11 +141,13 @@ def calibrate(
     recorder = Recorder(config, gram_bytes=_gram_bytes(layers), first_batch=first)
     call = forward or call_with_batch
     readers = Readers(model, layers if config.fuse else {})
+    handovers = Handovers(model, layers if config.fuse else {})
     lookups = Lookups({name: model.get_submodule(name) for name in tables or ()}, _alone(tables or {}))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
         stack.enter_context(readers.watching())
+        stack.enter_context(handovers.watching())
         stack.enter_context(_recording(recorder, evidence))
         stack.enter_context(lookups.watching())
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
@@ -157,7 +162,9 @@ def calibrate(
             run_batch(model, batch, evidence.batches, forward)
             evidence.batches += 1
             readers.end_batch()
+            handovers.end_batch()
     evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
+    evidence.handovers = handovers.found(readers.norms)
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
     if evidence.batches == 0 and shard is None:
         raise BadValueError(NO_BATCH)

@@ -52,6 +52,7 @@ class _Status:
     activations: dict[str, str] = field(default_factory=dict)
     norms: dict[str, str] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    handovers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
     tables_called: set[str] = field(default_factory=set)
@@ -133,6 +134,7 @@ class Peers:
                 activations=evidence.activations,
                 norms=evidence.norms,
                 chains=evidence.chains,
+                handovers=evidence.handovers,
                 batches=evidence.batches,
                 batches_held_out=evidence.batches_held_out,
                 tables_called=evidence.tables_called,
@@ -314,6 +316,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
     reachers = {name: [status for status in statuses if name in status.records] for name in evidence.layers}
     activations = {name: _common([status.activations.get(name) for status in reachers[name]]) for name in reachers}
     chains = {name: _common([status.chains.get(name) for status in reachers[name]]) for name in reachers}
+    handovers = {name: _common([status.handovers.get(name) for status in reachers[name]]) for name in reachers}
     # A norm that one process saw read something else is no part of a layer.
     norms = {name: _common([each.norms.get(name) for each in statuses if each.batches]) for name in reachers}
     return dataclasses.replace(
@@ -322,6 +325,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
         activations=_known(activations),
         norms=_known(norms),
         chains=_known(chains),
+        handovers=_known(handovers),
         batches=sum(status.batches for status in statuses),
         batches_held_out=sum(status.batches_held_out for status in statuses),
         tables_called=set().union(*(status.tables_called for status in statuses)),

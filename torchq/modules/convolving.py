@@ -90,7 +90,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def in_format(y: Tensor, last: bool) -> Tensor:
-    """The output in the memory format that is asked for."""
+    """The output in the memory format that is asked for; torch has none for the channels last of one dimension."""
+    if last and y.dim() == 3:
+        return y.mT.contiguous().mT
     return y.contiguous(memory_format=format_of(y.dim(), last))
 
 

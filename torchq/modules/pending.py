@@ -119,7 +119,8 @@ class Scope:
             pending.end()
         if not _calls.entered:
             writes.stop()
-        return tree_map_only(Deferred, lambda pending: pending.make(), output) if alive else None
+        own = set(map(id, alive))  # others end with the calls that they belong to
+        return tree_map_only(Deferred, lambda pending: _made(pending, own), output) if alive else None
 
     @contextmanager
     def entered(self, module: nn.Module) -> Iterator[None]:
@@ -144,6 +145,13 @@ class Scope:
         pending: Tensor = Pending(layer, x, begun)
         deferred.append(weakref.ref(pending))
         return pending
+
+
+def _made(y: Any, own: set[int]) -> Any:
+    """The values of what is one of `own`, and of what that gives in its turn."""
+    while isinstance(y, Deferred) and id(y) in own:
+        y = y.make()
+    return y
 
 
 class _Calls(threading.local):

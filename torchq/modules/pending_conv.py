@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.pending import Deferred
 from torchq.modules.writes import Unwritten, run_on_values
 from torchq.numerics.qparams import QParams
@@ -100,7 +101,7 @@ class PendingConv(Deferred):
         other = args[1] if args[0] is self else args[0]
         if other is self or not isinstance(other, Tensor) or (other.shape, other.dtype) != (self.shape, self.dtype):
             return None
-        values = other.make() if isinstance(other, PendingConv) else other
+        values = as_it_lies(other)
         if type(values) is not Tensor or (values.is_inference() and not torch.is_inference_mode_enabled()):
             return None
         result = self if func is _aten.add_.Tensor else self._copy()
@@ -127,6 +128,12 @@ class PendingConv(Deferred):
             return self
         y = self.make()
         return self if in_place else y
+
+
+def as_it_lies(x: Tensor) -> Tensor:
+    """The values of a tensor, in the memory format that they have."""
+    x = x.make() if isinstance(x, PendingConv) else x
+    return x.values() if isinstance(x, ChannelsLast) else x
 
 
 class _Found(NamedTuple):

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchq import _C, kernels, ops
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
+from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.convolving import (
     as_rows,
     convolved,
@@ -27,7 +28,7 @@ from torchq.modules.float_view import FloatView
 from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
-from torchq.modules.pending_conv import MIN_VALUES, PendingConv
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
@@ -72,6 +73,7 @@ class QuantizedConv(PackedWeights, Leaf):
     geometry: Geometry
     dimensions: ClassVar[int]
     scope: Scope | None = None  # in whose calls the output may wait for what follows
+    hands: Scope | None = None  # in whose calls only convolutions read the output, so that its channels may lie last
 
     def __init__(
         self,
@@ -182,7 +184,7 @@ class QuantizedConv(PackedWeights, Leaf):
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
             if codes is not None:
                 return self._int8_or_later(codes, x.dtype, self._last(x), x.shape[2:], activation)
-            x = x.make()
+        x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
                 not_codes()
@@ -191,7 +193,7 @@ class QuantizedConv(PackedWeights, Leaf):
             )
         refuse_layout(x)
         self._check_shape(x)
-        dtype, last = autocast_dtype() or x.dtype, self._last(x)
+        dtype, last = autocast_dtype() or x.dtype, self._last(given)
         x = padded(x, self)
         try:
             if simulation.anywhere and simulation.simulating.get():
@@ -232,13 +234,26 @@ class QuantizedConv(PackedWeights, Leaf):
                 if torch.is_inference_mode_enabled():
                     writes.start()
                 return PendingConv(self, Unwritten.now(x, given), shape, strides_of(shape, last), dtype).held()
-        return self._int8(x, activation, dtype, last)
+        return self._floats(x, activation, dtype, last)
 
     def computed(
         self, like: Tensor, x: Tensor, activation: int, residual: Tensor | None, y_qparams: QParams | None
     ) -> Tensor:
         """`act(conv(x) + residual)` in the dtype and memory format of `like`, or as codes, channels last."""
-        return self._int8(x, activation, like.dtype, is_channels_last(like), residual, y_qparams)
+        last = is_channels_last(like)
+        if y_qparams is None:
+            return self._floats(x, activation, like.dtype, last, residual)
+        return self._int8(x, activation, like.dtype, last, residual, y_qparams)
+
+    def _floats(
+        self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None = None
+    ) -> Tensor:
+        """The output as torch lays it out; or as it is computed, behind a tensor that torch's readers see so."""
+        hands = None if last or is_dynamo_compiling() else self.hands
+        if hands is None or hands.deferred() is None or not _is_eager(x):
+            return self._int8(x, activation, dtype, last, residual)
+        y = self._int8(x, activation, dtype, True, residual)
+        return y.contiguous() if y.numel() < MIN_VALUES else ChannelsLast(y, hands).held()
 
     def _int8(
         self,

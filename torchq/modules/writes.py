@@ -91,9 +91,12 @@ def stop() -> None:
 
 
 def modes() -> int:
-    """How many modes see the operations of this thread, without the one that counts writes."""
+    """How many modes see the operations of this thread, without the one that counts writes.
+
+    Inside of an operation that this one sees, it is off.
+    """
     depth: int = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    return depth - (_active.writes is not None)
+    return max(0, depth - (_active.writes is not None))
 
 
 def unseen(op: Any, *args: Any) -> Any:

@@ -123,28 +123,40 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
     scopes: dict[int, Scope] = {}
     for name, planned in plan.layers.items():
         layer = model.get_submodule(name) if planned.is_int8 else None
+        if isinstance(layer, QuantizedConv) and planned.hands:
+            layer.hands = _scope_of(model, _owner_of(model, (name, *planned.hands), (*_LISTS, nn.Sequential)), scopes)
         last = planned.activation if isinstance(layer, QuantizedLinear) else planned.feeds or planned.activation
         if last is None or not isinstance(layer, (QuantizedLinear, QuantizedConv)):
             continue
-        owner = model.get_submodule(_owner_of(model, name, last))
+        path = _owner_of(model, (name, last))
+        owner = model.get_submodule(path)
         if isinstance(owner, Int8Sequential) and any(
             step.module is layer and step.activation for step in owner._steps()
         ):
             continue
-        if id(owner) not in scopes:
-            scopes[id(owner)] = Scope()
-            scopes[id(owner)].attach(owner)
-        layer.scope = scopes[id(owner)]
+        layer.scope = _scope_of(model, path, scopes)
 
 
-def _owner_of(model: nn.Module, one: str, other: str) -> str:
-    """The innermost module with a forward that holds both of these."""
+def _scope_of(model: nn.Module, path: str, scopes: dict[int, Scope]) -> Scope:
+    """That of this module. `scopes` has those that there are, by module."""
+    owner = model.get_submodule(path)
+    if id(owner) not in scopes:
+        scopes[id(owner)] = Scope()
+        scopes[id(owner)].attach(owner)
+    return scopes[id(owner)]
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
+
+
+def _owner_of(model: nn.Module, names: tuple[str, ...], lists: tuple[type[nn.Module], ...] = _LISTS) -> str:
+    """The innermost module that holds all of these and is none of `lists`; some go through an nn.Sequential as well."""
     path = []
-    for a, b in zip(one.split(".")[:-1], other.split(".")[:-1], strict=False):
-        if a != b:
+    for step, *others in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if any(other != step for other in others):
             break
-        path.append(a)
-    while path and isinstance(model.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict)):
+        path.append(step)
+    while path and isinstance(model.get_submodule(".".join(path)), lists):
         path.pop()
     return ".".join(path)
 

@@ -28,6 +28,8 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         exact = depth <= MAX_DEPTH
         _require(exact, name, f"has in_features = {depth}; int32 sums are exact up to {MAX_DEPTH}")
         _check_channel_scale(plan, name, planned, layers[name])
+        unknown = [each for each in planned.hands if each not in layers]
+        _require(not unknown, name, f"hands its output to {unknown}, which the model does not have")
         _check_folded(model, modules, layers[name], planned)
     _check_tables(find_tables(model, layers), plan)
     if plan.attentions:

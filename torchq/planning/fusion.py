@@ -36,6 +36,9 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
+    for name, readers in evidence.handovers.items():
+        if all(plans[each].is_int8 for each in (name, *readers)) and not plans[name].feeds:
+            plans[name] = dataclasses.replace(plans[name], hands=readers)
     return dataclasses.replace(plan, layers=plans)
 
 

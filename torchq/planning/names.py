@@ -42,7 +42,14 @@ def _layer(layer: LayerPlan, rename: Rename) -> LayerPlan:
         activation=layer.activation and rename(layer.activation),
         skipped=tuple(new for name in layer.skipped if (new := rename(name)) is not None),
         feeds=layer.feeds and rename(layer.feeds),
+        hands=_all(layer.hands, rename),
     )
+
+
+def _all(names: tuple[str, ...], rename: Rename) -> tuple[str, ...]:
+    """The new names, or none where one of them is left out."""
+    found = tuple(new for name in names if (new := rename(name)) is not None)
+    return found if len(found) == len(names) else ()
 
 
 def _table(name: str, row: TablePlan, rename: Rename) -> TablePlan:

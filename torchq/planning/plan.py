@@ -100,6 +100,7 @@ class LayerPlan:
         adds: whether a sum with another tensor lies before the activation, and is computed with it.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
+        hands: the convolutions that alone read this one's output as floats, which therefore may stay channels last.
         channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
             weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
         alpha: the migration strength that gave it.
@@ -123,6 +124,7 @@ class LayerPlan:
     adds: bool = False
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
+    hands: tuple[str, ...] = ()
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
     alpha: float | None = None
     smoothing_db: tuple[float, float] | None = None
@@ -174,6 +176,7 @@ class LayerPlan:
                 **data,
                 "input_qparams": pair and QParams(*pair),
                 "skipped": tuple(data["skipped"]),
+                "hands": tuple(data.get("hands", ())),
                 "sqnr_db": {scheme: float(value) for scheme, value in data["sqnr_db"].items()},
                 "channel_scale": scale and tuple(map(float, scale)),
                 "smoothing_db": _pair(data["smoothing_db"]),

@@ -1,0 +1,159 @@
+"""Handovers: finds the convolutions whose output nothing but convolutions, and operations on single values, reads.
+
+Such an output may keep the memory format that it was computed in (`modules.channels_last`). It watches the calibration
+runs, as a TorchDispatchMode, and tells tensors by their storage. No wrong value can come of what it finds: it decides
+whether handing over pays.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchq.calibration.isolation import own_thread
+from torchq.calibration.sharing import storage_key
+from torchq.modules.channels_last import keeps
+from torchq.modules.norms import is_foldable
+from torchq.modules.registry import Layer
+
+_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+_Names = frozenset[str]
+_NOBODY: _Names = frozenset()
+
+
+class _Value(NamedTuple):
+    """A tensor that exists now: the convolutions whose output it is, those whose output it may be, and its storage.
+
+    A sum is the output of the summand's convolution that ran last. But either may compute it.
+    """
+
+    origins: _Names
+    maybe: _Names
+    storage: StorageWeakRef
+
+
+class Handovers(TorchDispatchMode):
+    """Watches runs of a model, and finds for a convolution the convolutions that alone read its output.
+
+    Or what operations that keep the format (`keeps`) have made of it, together with other such outputs.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
+        super().__init__()
+        self._model = model
+        self._norms = [module for module in model.modules() if is_foldable(module)]
+        self._convolutions = {n: layer.module for n, layer in layers.items() if layer.kind.absorbs and not layer.part}
+        self._values: dict[int, _Value] = {}  # by storage
+        self._order: list[str] = []  # of their last calls
+        self._inside = 0  # how many calls of convolutions and norms are running
+        self._readers: dict[str, set[str]] = {name: set() for name in self._convolutions}
+        self._read_by_others: set[str] = set()
+        self._normed: set[str] = set()  # a norm read it, which may become a part of the convolution
+
+    def found(self, norms: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+        """By convolution: those that alone read its output, given the norms that become a part of a convolution."""
+        lost = self._read_by_others | {name for name in self._normed if name not in norms}
+        return {name: tuple(sorted(found)) for name, found in self._readers.items() if found and name not in lost}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Installs the hooks and the mode, if the model has at least two convolutions."""
+        if len(self._convolutions) < 2:
+            yield
+            return
+        handles = [self._model.register_forward_hook(own_thread(self._left))]
+        for name, module in self._convolutions.items():
+            handles.append(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
+            handles.append(module.register_forward_hook(own_thread(partial(self._gave, name))))
+        for norm in self._norms:
+            handles.append(norm.register_forward_pre_hook(own_thread(self._enters)))
+            handles.append(norm.register_forward_hook(own_thread(self._leaves)))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_batch(self) -> None:
+        """Forgets the tensors, and a batch that failed."""
+        self._values.clear()
+        self._inside = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation, and notes what it makes of outputs of convolutions."""
+        kwargs = kwargs or {}
+        if self._inside or not self._values:
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        values = [self._value(tensor) for tensor in tensors]
+        origins = [_NOBODY if value is None else value.origins for value in values]
+        every = _NOBODY.union(*origins)
+        if not every:
+            return func(*args, **kwargs)
+        y = func(*args, **kwargs)
+        result = y[0] if isinstance(y, tuple) else y
+        if not all(origins) or not keeps(func, args, kwargs, tensors):
+            self._read_by_others |= every
+        elif func in _ADD and len(origins) == 2:
+            self._register(result, self._summed(*origins), every)
+        else:
+            self._register(result, every, _NOBODY.union(*(value.maybe for value in values if value)))
+        return y
+
+    def _summed(self, one: _Names, other: _Names) -> _Names:
+        """The convolutions that ran last, of two summands, which then read the other one."""
+        first, last = sorted((one, other), key=lambda origins: max(map(self._order.index, origins)))
+        for origin in first:
+            self._readers[origin] |= last - {origin}
+        return last
+
+    def _value(self, x: Any) -> _Value | None:
+        key = storage_key(x)
+        value = None if key is None else self._values.get(key)
+        return None if value is None or value.storage.expired() else value
+
+    def _register(self, y: Any, origins: _Names, maybe: _Names) -> None:
+        key = storage_key(y)
+        if key is not None and y.is_contiguous():
+            self._values[key] = _Value(origins, maybe, StorageWeakRef(y.untyped_storage()))
+        else:
+            self._read_by_others |= origins
+
+    def _takes(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        value = self._value(args[0]) if args else None
+        for origin in () if value is None else value.maybe:
+            self._readers[origin].add(name)
+        self._inside += 1
+
+    def _gave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        self._inside -= 1
+        if name in self._order:
+            self._order.remove(name)
+        self._order.append(name)
+        own = frozenset({name})
+        self._register(y, own, own)
+
+    def _enters(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inside += 1
+
+    def _leaves(self, norm: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        self._inside -= 1
+        value = self._value(args[0]) if args else None
+        if value is not None:
+            self._normed |= value.origins
+            self._register(y, value.origins, value.maybe)
+
+    def _left(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What the model returns, others read."""
+        for leaf in tree_leaves(output):
+            value = self._value(leaf)
+            self._read_by_others |= _NOBODY if value is None else value.origins

@@ -1,0 +1,104 @@
+"""ChannelsLast: a contiguous tensor between int8 convolutions, whose values lie with the channels last.
+
+Convolutions compute with the channels last. With an image whose channels are first, torch's outputs have them first,
+too, and each layer would turn its input and its output. Where calibration has seen that nothing but convolutions and
+operations on single values read an output, it stays as it was computed, behind a tensor that has torch's strides.
+Whatever else reads that gets it as torch would have given it. It lives no longer than the call of the innermost module
+that holds the convolution and its readers (`Scope`).
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torchq.modules.pending import Deferred, Scope
+from torchq.modules.writes import run_on_values
+
+_aten = torch.ops.aten
+KEEPING = frozenset(
+    {
+        *(_aten.relu.default, _aten.relu_.default, _aten.gelu.default, _aten.silu.default, _aten.silu_.default),
+        *(_aten.hardswish.default, _aten.hardswish_.default, _aten.hardtanh.default, _aten.hardtanh_.default),
+        *(_aten.sigmoid.default, _aten.tanh.default, _aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor),
+        *(_aten.glu.default, _aten.cat.default, _aten.max_pool2d_with_indices.default),
+        torch.ops.torchq.activate.default,
+    }
+)
+"""Operations that give the same values in either format, and in the format of their input."""
+
+
+def keeps(func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
+    """Whether an operation on these tensors, all of one format, gives that format: each value comes of its own place.
+
+    >>> x = torch.zeros(1, 2, 3, 3)
+    >>> keeps(_aten.add.Tensor, (x, x), {}, [x, x]), keeps(_aten.add.Tensor, (x, x[:, :, :1]), {}, [x, x[:, :, :1]])
+    (True, False)
+    """
+    if func not in KEEPING or tensors[0].dim() < 3:
+        return False
+    if func in (_aten.glu.default, _aten.cat.default):
+        dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0 if func is _aten.cat.default else -1)
+        return dimension == 1 and all(each.dim() == tensors[0].dim() for each in tensors)
+    return all(each.shape == tensors[0].shape for each in tensors)
+
+
+class ChannelsLast(Deferred):
+    """A contiguous tensor (N, C, *spatial) of these values, which lie with the channels last."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scope: Scope) -> Any:
+        """In whose call it is made, and ends."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=values.dtype, device=values.device, storage_size=0
+        )
+
+    def __init__(self, values: Tensor, scope: Scope) -> None:
+        self._last: Tensor | None = values
+        self._value: Tensor | None = None
+        self._scope = scope
+
+    def make(self) -> Tensor:
+        """The values as torch would have them. Every call gives the same tensor."""
+        last = self._last
+        if last is not None:
+            self._value = last.contiguous()
+            self._last = None
+        return self._value  # type: ignore[return-value]
+
+    def values(self) -> Tensor:
+        """The values as they lie: with the channels last, until something else has read them."""
+        last = self._last
+        return self.make() if last is None else last
+
+    def held(self) -> "ChannelsLast":
+        """Itself, to be made at the end of the call that it belongs to."""
+        self._scope.deferred().append(weakref.ref(self))  # type: ignore[union-attr]
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Runs an operation that keeps the format on the values as they lie, and any other on those that torch has."""
+        if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        tensors: list[Any] = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        kept = all(type(each) is cls and each._last is not None for each in tensors)
+        if kept and keeps(func, args, kwargs, tensors) and tensors[0]._scope.deferred() is not None:
+            args, kwargs = tree_map_only(cls, lambda each: each.values(), (args, kwargs))
+            return _given(run_on_values(func, args, kwargs), tensors[0], func._schema.is_mutable)
+        args, kwargs = tree_map_only(cls, lambda each: each.make(), (args, kwargs))
+        return run_on_values(func, args, kwargs)
+
+
+def _given(y: Any, first: ChannelsLast, in_place: bool) -> Any:
+    """What an operation gave: of several results, the first has the format."""
+    if in_place:
+        return first
+    if isinstance(y, tuple):
+        return (_given(y[0], first, False), *(each.contiguous() for each in y[1:]))
+    if not y.movedim(1, -1).is_contiguous():
+        return y.contiguous()
+    return ChannelsLast(y, first._scope).held()
