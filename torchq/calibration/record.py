@@ -82,6 +82,7 @@ class Record:
             rounded with it. If `config.rounding` is "auto", only rows of batches that are not held out count.
         held_rows: how many rows were held out of it.
         patches: how rows are made of the input of a convolution; None where its last dimension is a row already.
+        shape: of the last such input, (N, C, *spatial).
     """
 
     observer: Observer
@@ -93,6 +94,7 @@ class Record:
     gram_rows: int = 0
     held_rows: int = 0
     patches: Patches | None = None
+    shape: tuple[int, ...] | None = None
 
     @classmethod
     def empty(
@@ -119,6 +121,7 @@ class Record:
             values = x.detach().float().movedim(1, -1).reshape(-1, x.shape[1])
             random = torch.Generator(device="cpu").manual_seed(self.calls)
             rows = self.patches.rows(x, PATCHES, random)
+            self.shape = tuple(x.shape)
         self.observer.observe(values)
         self.sample.add(rows, batch)
         self.calls += 1
@@ -142,6 +145,7 @@ class Record:
         self.sample.merge(other.sample, self.gram_rows, other.gram_rows)
         self.calls += other.calls
         self.held_rows += other.held_rows
+        self.shape = self.shape or other.shape
         self.gram_rows += other.gram_rows
         if self.gram is None or other.gram is None:
             self.gram, self.gram_rows = None, 0

@@ -27,9 +27,12 @@ def geometry_of(conv: Any) -> Geometry:
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of floats, with the padding that the geometry has."""
-    x = nn.functional.pad(x, [each for pair in reversed(geometry.padding) for each in pair])
+    padding = [before for before, _ in geometry.padding]
+    if any(before != after for before, after in geometry.padding):
+        x = nn.functional.pad(x, [each for pair in reversed(geometry.padding) for each in pair])
+        padding = [0] * len(padding)
     convolve = _CONVOLVE[len(geometry.kernel) - 1]
-    y: Tensor = convolve(x, weight, bias, geometry.stride, 0, geometry.dilation, geometry.groups)
+    y: Tensor = convolve(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
     return y
 
 

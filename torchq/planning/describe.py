@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
+from torchq.modules.registry import Layer
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
 from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize, weight_blocks, weight_scale
 from torchq.planning.plan import InputHistogram, LayerPlan, LayerStats, Plan
@@ -36,8 +37,16 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         count = max(1, round(record.sample.rows_seen / record.calls))
         dynamic = None if patches is None else patches.sample_qparams(record.sample.rows, scale)
         stats = layer_stats(error, rows, layer.input_qparams, count, dynamic)
+        if evidence.layers[name].kind.absorbs:
+            stats = dataclasses.replace(stats, input_shape=record.shape or _pointwise(evidence.layers[name], count))
         layers[name] = dataclasses.replace(layer, stats=stats)
     return dataclasses.replace(plan, layers=layers)
+
+
+def _pointwise(layer: Layer, rows: int) -> tuple[int, ...]:
+    """An input of so many places, (1, C, rows, 1, ...)."""
+    rank = layer.kind.weight(layer.module, layer.part).dim()
+    return (1, layer.channels, rows, 1, 1)[:rank]
 
 
 def _weights(weight: Tensor, layer: LayerPlan, channel_scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -45,6 +45,7 @@ class LayerStats:
         clipped_above: the share above it.
         rows: the mean number of rows (tokens) per call in calibration.
         histogram: the sample's values, for the report page.
+        input_shape: of a convolution: what it was called with last, (N, C, *spatial); with padding, if not of zeros.
     """
 
     weight_db: float
@@ -53,6 +54,7 @@ class LayerStats:
     clipped_above: float
     rows: int
     histogram: InputHistogram | None = None
+    input_shape: tuple[int, ...] | None = None
 
     @property
     def clipped(self) -> float:
@@ -62,10 +64,11 @@ class LayerStats:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerStats":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
-        numbers = {key: float(data[key]) for key in data if key not in ("rows", "histogram")}
+        numbers = {key: float(data[key]) for key in data if key not in ("rows", "histogram", "input_shape")}
         lo, hi, counts = data.get("histogram") or (0.0, 0.0, ())
         histogram = InputHistogram(float(lo), float(hi), tuple(map(int, counts))) if counts else None
-        return cls(rows=int(data["rows"]), histogram=histogram, **numbers)
+        shape = data.get("input_shape") and tuple(map(int, data["input_shape"]))
+        return cls(rows=int(data["rows"]), histogram=histogram, input_shape=shape or None, **numbers)
 
 
 class Rounded(NamedTuple):
@@ -105,6 +108,7 @@ class LayerPlan:
             weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
         alpha: the migration strength that gave it.
         smoothing_db: output SQNR without it, and with it, on held-out rows where rows were few.
+        no_smoothing: why it was not tried, where the config asked for it.
         rounding: how the weights are rounded: "nearest", or "gptq" with calibration data.
         gptq_db: output SQNR on held-out rows with weights rounded to nearest, and with GPTQ, whichever was chosen.
         no_gptq: why GPTQ was not tried, where the config asked for it.
@@ -128,6 +132,7 @@ class LayerPlan:
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
     alpha: float | None = None
     smoothing_db: tuple[float, float] | None = None
+    no_smoothing: str | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
     gptq_db: tuple[float, float] | None = None
     no_gptq: str | None = None

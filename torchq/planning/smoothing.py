@@ -48,7 +48,9 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
         layer = evidence.layers.get(name)
         if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
             continue
-        if layer.takes_scale and not _would_not_shrink(layer):
+        if not layer.takes_scale:
+            layers[name] = dataclasses.replace(planned, no_smoothing="a convolution with groups takes no channel_scale")
+        elif not _would_not_shrink(layer):
             least = FED_GAIN_DB if name in fed else MIN_GAIN_DB
             layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config, least)
     return dataclasses.replace(plan, layers=layers)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchq.errors import BadValueError, door
 from torchq.modules.int8_sequential import Watch
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.numerics.metrics import count_clipped
 from torchq.numerics.qparams import QParams
@@ -133,11 +134,14 @@ def _watching(qmodel: nn.Module, plan: Plan, threshold: float) -> Iterator[Drift
     drift, handles = Drift(threshold), []
     for name, planned in plan.layers.items():
         layer = qmodel.get_submodule(name)
-        if not isinstance(layer, QuantizedLinear) or layer.input_qparams is None:
+        if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or layer.input_qparams is None:
             continue
         drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
         count = partial(drift.layers[name].count, qparams=layer.input_qparams)
-        handles.append(layer.register_forward_pre_hook(Watch(partial(_count, count, layer.channel_scale))))
+        scale = layer.channel_scale
+        if scale is not None and isinstance(layer, QuantizedConv):  # channels are no longer last
+            scale = scale.reshape(-1, *[1] * layer.dimensions)
+        handles.append(layer.register_forward_pre_hook(Watch(partial(_count, count, scale))))
     try:
         yield drift
     finally:

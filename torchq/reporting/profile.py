@@ -9,6 +9,8 @@ from torch.nn.functional import linear
 
 from torchq import _C
 from torchq.errors import door
+from torchq.modules.convolving import convolved
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.planning.plan import attached_plan
 from torchq.timing import interleaved
@@ -16,7 +18,10 @@ from torchq.timing import interleaved
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer's times on `rows` input rows (tokens): the mean number of rows per call in calibration."""
+    """One layer's times on `rows` input rows (tokens): the mean number of rows per call in calibration.
+
+    Of a convolution they are the places of its output, for the input that it was called with last.
+    """
 
     rows: int
     float_seconds: float
@@ -35,8 +40,8 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
 
     Each layer runs alone, on random input in cache. Int8 and float are interleaved, and the best of `rounds` rounds
     counts. The int8 layer runs as planned: with its fused activation, and with u8 codes if it takes or gives them.
-    The float time is torch's `linear` only. Layers in float are left out, and so are layers without calibration data,
-    since their shape is not known.
+    The float time is torch's `linear` or `conv` only, while a sum that is a part of a convolution is in its int8 time.
+    Layers in float are left out, and so are layers without calibration data, since their shape is not known.
 
     Args:
         qmodel: from `torchq.convert`.
@@ -55,11 +60,14 @@ def profile_layers(qmodel: nn.Module, *, rounds: int = 5) -> dict[str, LayerTime
     times = {}
     plans = attached_plan(qmodel).layers
     for name, plan in plans.items():
-        layer = qmodel.get_submodule(name)
-        if isinstance(layer, QuantizedLinear) and plan.stats is not None:
-            reader = qmodel.get_submodule(plan.feeds) if plan.feeds else None
-            takes_codes = any(other.feeds == name for other in plans.values())
+        if plan.stats is None:
+            continue
+        layer, reader = qmodel.get_submodule(name), qmodel.get_submodule(plan.feeds) if plan.feeds else None
+        takes_codes = any(other.feeds == name for other in plans.values())
+        if isinstance(layer, QuantizedLinear):
             times[name] = _time(layer, reader, takes_codes, plan.stats.rows, rounds)
+        elif isinstance(layer, QuantizedConv) and plan.stats.input_shape is not None:
+            times[name] = _time_conv(layer, reader, takes_codes, plan.stats.input_shape, rounds)
     return times
 
 
@@ -77,3 +85,23 @@ def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, r
     calls = {"float": partial(linear, x, weight, bias), "int8": int8}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])
+
+
+def _time_conv(
+    layer: QuantizedConv, reader: nn.Module | None, takes_codes: bool, shape: tuple[int, ...], rounds: int
+) -> LayerTime:
+    geometry, fold = layer.geometry, layer.fold
+    x = torch.randn(shape, dtype=torch.float32, device="cpu").to(layer.dtype)
+    given = x
+    if takes_codes:
+        given = torch.randint(256, (shape[0], *shape[2:], shape[1]), dtype=torch.uint8, device="cpu")
+    like = torch.empty(shape[0], layer.out_channels, *geometry.out_sizes(shape[2:]), dtype=layer.dtype, device="cpu")
+    residual = torch.randn_like(like) if fold.adds else None
+    y_qparams = reader.input_qparams if isinstance(reader, QuantizedConv) else None
+    weight, bias = layer.weight.contiguous().clone(), None if layer.bias is None else layer.bias.clone()
+    calls = {
+        "float": partial(convolved, x, weight, bias, geometry),
+        "int8": partial(layer.computed, like, given, fold.activation, residual, y_qparams),
+    }
+    best = interleaved(calls, rounds=rounds)
+    return LayerTime(like.numel() // max(1, layer.out_channels), best["float"], best["int8"])

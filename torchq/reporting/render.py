@@ -173,6 +173,8 @@ def _remarks(layers: tuple[LayerReport, ...]) -> list[str]:
             remarks.setdefault(f"left in float, {layer.reason}", []).append(name)
         elif layer.reason not in _USUAL:
             remarks.setdefault(layer.reason, []).append(name)
+        if layer.no_smoothing is not None:
+            remarks.setdefault(f"not smoothed: {layer.no_smoothing}", []).append(name)
         if layer.no_gptq is not None:
             remarks.setdefault(f"rounded to nearest, no gptq: {layer.no_gptq}", []).append(name)
     return [f"{remark}: {_listed(names, len(layers))}" for remark, names in remarks.items()]

@@ -45,6 +45,7 @@ class LayerReport:
         dynamic_db: SQNR of the output with ranges per row, with weights rounded to nearest.
         smoothing_db: the gain in SQNR by smoothing.
         alpha: how far smoothing moves the range of the input's channels into the weight, in [0, 1].
+        no_smoothing: why smoothing was not tried.
         gptq_db: the gain in SQNR by GPTQ on held-out rows, also if GPTQ was not taken (see `rounding`).
         rounding: "nearest" or "gptq".
         no_gptq: why GPTQ was not tried.
@@ -72,6 +73,7 @@ class LayerReport:
     dynamic_db: float | None = None
     smoothing_db: float | None = None
     alpha: float | None = None
+    no_smoothing: str | None = None
     gptq_db: float | None = None
     rounding: str = "nearest"
     no_gptq: str | None = None
@@ -233,6 +235,7 @@ def _layer_report(
         dynamic_db=layer.sqnr_db.get("dynamic"),
         smoothing_db=None if layer.smoothing_db is None else layer.smoothing_db[1] - layer.smoothing_db[0],
         alpha=layer.alpha,
+        no_smoothing=layer.no_smoothing,
         gptq_db=None if layer.gptq_db is None else layer.gptq_db[1] - layer.gptq_db[0],
         rounding=layer.rounding,
         no_gptq=layer.no_gptq,
