@@ -10,12 +10,27 @@ from helpers.numbers import normal
 from torchq import QConfig, convert
 from torchq.calibration import sharing
 from torchq.calibration.calibrate import calibrate
+from torchq.calibration.readers import Readers
 from torchq.calibration.record import Record
 from torchq.calibration.sharing import Recorder
 from torchq.modules.registry import find_layers
 from torchq.observers import Histogram
 
 CONFIG = QConfig(sample_rows=8)
+
+
+def test_recording_is_not_watched(monkeypatch):
+    """What looks for the readers of outputs is told of the model's operations, not of those that record its inputs."""
+    watched, dispatch = [], Readers.__torch_dispatch__
+    monkeypatch.setattr(
+        Readers, "__torch_dispatch__", lambda self, func, *args: watched.append(func) or dispatch(self, func, *args)
+    )
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    records = records_of(model, [normal(20, 16)])
+    assert all(record.observer.count == 320 for record in records.values())
+    names = {func.name() for func in watched}
+    assert "aten::relu" in names
+    assert not names & {"aten::bincount", "aten::amin", "aten::addmm_"}
 
 
 class Attention(nn.Module):

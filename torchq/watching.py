@@ -1,9 +1,11 @@
 """Modes that watch torch's operations."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
@@ -29,3 +31,12 @@ class Watch(TorchDispatchMode):
             kind.__torch_dispatch__, kind._hidden = torch.compiler.disable(kind.__torch_dispatch__), True
         super().__enter__()
         return self
+
+
+def unwatched(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, no mode is told of operations on plain tensors such as x: to be told takes longer than most of them.
+
+    On a tensor subclass, which may itself be told of operations, this does nothing.
+    """
+    plain = type(x) in (Tensor, nn.Parameter)
+    return torch._C._DisableTorchDispatch() if plain else nullcontext()  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.registry import Layer
+from torchq.watching import unwatched
 
 MIN_ROWS = 16
 """A layer with fewer input rows gets a warning.
@@ -234,7 +235,8 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
             if not isinstance(x, Tensor) or not _fits(layer, x):
                 continue  # the module's own forward will raise the error
             try:
-                recorder.observe(layer.name, x, layer.patches)
+                with unwatched(x):
+                    recorder.observe(layer.name, x, layer.patches)
             except ValueError as error:
                 raise BadValueError(
                     f"layer {layer.name!r} got an input that is not finite in batch {evidence.batches} of "

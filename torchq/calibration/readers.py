@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
@@ -122,7 +121,7 @@ class Readers(Watch):
             return func(*args, **(kwargs or {}))
         summand = self._summand(func, args, kwargs)
         allowed = self._inside[-1] if self._inside else None
-        for tensor in tree_leaves((args, kwargs)):
+        for tensor in _tensors((args, kwargs)):
             key = storage_key(tensor)
             output = self._alive(key)
             if output is None or key == summand:
@@ -188,3 +187,14 @@ class Readers(Watch):
             self._register((name,), y)
         elif key is not None and (output := self._alive(key)) is not None and output.chain[0] in self._convolutions:
             self._register((*output.chain, name), y)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an operation's arguments. (What torch has for any nested structure takes as long as the rest.)"""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
