@@ -143,6 +143,21 @@ def test_the_closed_form_is_the_integral():
         )
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("bins", [4, 64, 2048])
+def test_mse_is_never_worse_than_minmax_on_its_histogram(name, bins):
+    """Nor than any range half as wide on a side; with bins too few to be merged as well."""
+    torch.manual_seed(0)
+    observer = observed(MSEObserver(bins=bins), SAMPLES[name]())
+    edges = observer.edges().clamp(*observer.seen)[None]
+    counts = observer.counts.double()[None]
+    counts[0, bins // 2] -= observer.zeros
+    lo, hi = (bound.double().reshape(1, 1) for bound in MinMaxObserver.range(observer))
+    tried = torch.tensor([[1.0, 1.0, 0.5, 0.5]]), torch.tensor([[1.0, 0.5, 1.0, 0.5]])
+    found = squared_error(counts, edges, *(bound.double().reshape(1, 1) for bound in observer.range()))
+    assert (found <= 1.001 * squared_error(counts, edges, lo * tried[0], hi * tried[1])).all()
+
+
 def test_exact_zeros_make_no_error():
     """So many zeros do not lead to finer steps: the range is the same as without them."""
     x = heavy_tailed()

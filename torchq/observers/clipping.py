@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchq.observers.histogram import Histogram
 
@@ -100,6 +100,8 @@ class MSEObserver(Histogram):
         # The outermost bins end at the smallest and largest value, so that min-max has no saturation error.
         edges = self.edges().reshape(-1, self.bins + 1).clamp(*extremes)
         counts = _without_zeros(self)
+        first, last = _filled(counts)
+        counts, edges = counts[:, first:last], edges[:, first : last + 1]
         parts = [each.split(_BLOCK) for each in (counts, edges, lo, hi)]
         best = [_least_squared_error(*part) for part in zip(*parts, strict=True)]
         lo, hi = (torch.cat(bounds).float().reshape(self._shape) for bounds in zip(*best, strict=True))
@@ -172,6 +174,7 @@ _FROM_EXTREMES = 2 ** (-torch.arange(21, dtype=torch.float64, device="cpu") / 2)
 _AROUND = [
     2 ** (torch.arange(-5, 6, dtype=torch.float64, device="cpu") / steps) for steps in (8, 32, 64)
 ]  # 0.65 to 1.54, ...
+_MERGED = 8  # bins taken as one while the steps are large
 
 
 def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -198,26 +201,38 @@ def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tens
     scale = (hi - lo) / 255
     scale = torch.where(scale > 0, scale, 1.0)
     zero_point = (-lo / scale).round()
-    code = (edges / scale).round_().maximum(-zero_point).minimum(255 - zero_point)
-    error = edges - code * scale
+    code = (edges / scale).round_().clamp_(-zero_point, 255 - zero_point)
+    error = torch.addcmul(edges, code, scale, value=-1)
     left, right = error[..., :-1], error[..., 1:]
-    within = (left * left + left * right + right * right) / 3
+    within = (left * (left + right)).addcmul_(right, right).div_(3)
     across = (code * (scale**3 / 12) + error**3 / 3).diff() / edges.diff()
     mean = torch.where(code[..., :-1] == code[..., 1:], within, across)
     return (counts * mean).sum(-1)
+
+
+def _filled(counts: Tensor) -> tuple[int, int]:
+    """From which to which bin, in blocks of `_MERGED`, there are values in any channel."""
+    filled = counts.any(0).nonzero().flatten()
+    first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, 0)
+    return first // _MERGED * _MERGED, min((last // _MERGED + 1) * _MERGED, counts.shape[1])
 
 
 def _least_squared_error(counts: Tensor, edges: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds (lo, hi), each float64 [C], with the least `squared_error` in [lowest, highest]."""
     lowest, highest = lowest.unsqueeze(-1), highest.unsqueeze(-1)
     lo, hi = lowest, highest
+    merge = _MERGED if counts.shape[1] >= _MERGED**2 and counts.shape[1] % _MERGED == 0 else 1
+    merged = counts.unflatten(1, (-1, merge)).sum(-1), edges[:, ::merge]  # will do for the large steps
     for grid in (_FROM_EXTREMES, _FROM_EXTREMES, *_AROUND):
         above, below = (highest, lowest) if grid is _FROM_EXTREMES else (hi, lo)
+        filled, borders = merged if grid is _FROM_EXTREMES else (counts, edges)
         tried = (above * grid).minimum(highest)
-        hi = tried.gather(-1, squared_error(counts, edges, lo, tried).argmin(-1, keepdim=True))
+        hi = tried.gather(-1, squared_error(filled, borders, lo, tried).argmin(-1, keepdim=True))
         tried = (below * grid).maximum(lowest)
-        lo = tried.gather(-1, squared_error(counts, edges, tried, hi).argmin(-1, keepdim=True))
-    return lo.squeeze(-1), hi.squeeze(-1)
+        lo = tried.gather(-1, squared_error(filled, borders, tried, hi).argmin(-1, keepdim=True))
+    lo, hi = torch.cat([lo, lowest], -1), torch.cat([hi, highest], -1)
+    best = squared_error(counts, edges, lo, hi).argmin(-1, keepdim=True)
+    return lo.gather(-1, best).squeeze(-1), hi.gather(-1, best).squeeze(-1)
 
 
 # ---- KL divergence -----------------------------------------------------------------------------------------------
@@ -244,25 +259,27 @@ def divergence(counts: Tensor, windows: Tensor) -> Tensor:
     Returns:
         float64 [C, J].
     """
-    half, windows = counts.shape[-1] // 2, windows.unsqueeze(-1)
-    offsets = torch.arange(-half, half, dtype=torch.int64, device="cpu")
-    position = offsets + windows  # of each bin, from the window's first bin: [C, J, bins]
-    is_inside = (position >= 0) & (position < 2 * windows)
-    level = (position * LEVELS).div_(2 * windows, rounding_mode="floor").clamp_(0, LEVELS - 1)
+    half, widths = counts.shape[-1] // 2, 2 * windows.unsqueeze(-1)
+    levels = torch.arange(LEVELS + 1, dtype=torch.int64, device="cpu")
+    borders = half - windows.unsqueeze(-1) + (levels * widths + LEVELS - 1).div(LEVELS, rounding_mode="floor")
 
-    inside = counts.unsqueeze(1) * is_inside
+    def below(values: Tensor) -> Tensor:
+        """The sum of `values` (C, bins) before each border, (C, J, LEVELS + 1)."""
+        sums = nn.functional.pad(values.cumsum(-1), (1, 0))
+        return sums.unsqueeze(1).expand(-1, windows.shape[1], -1).gather(-1, borders)
+
+    # All is said by sums over levels, but for the window's first and last bin, which also have what lies beyond.
+    before = below(counts)
+    inside, members, logs = before.diff(), below((counts > 0).double()).diff(), below(counts.xlogy(counts)).diff()
+    beyond = torch.stack([before[..., 0], counts.sum(-1, keepdim=True) - before[..., -1]], -1)
+    ends = torch.stack([borders[..., 0], borders[..., -1] - 1], -1)
+    ends = counts.unsqueeze(1).expand(-1, windows.shape[1], -1).gather(-1, ends)
+    at_ends = [0, LEVELS - 1]
+    members[..., at_ends] += ((ends == 0) & (beyond > 0)).double()
     reference = inside.clone()
-    total = counts.cumsum(-1).unsqueeze(1).expand_as(inside)
-    below = total.gather(-1, half - windows) - counts.unsqueeze(1).expand_as(inside).gather(-1, half - windows)
-    above = total[..., -1:] - total.gather(-1, half + windows - 1)
-    reference.scatter_add_(-1, half - windows, below).scatter_add_(-1, half + windows - 1, above)
-
-    occupied = (reference > 0).double()
-    empty = torch.zeros(*inside.shape[:2], LEVELS, dtype=torch.float64, device="cpu")
-    merged, members = empty.scatter_add(-1, level, inside), empty.scatter_add(-1, level, occupied)
-    spread = (merged / members.clamp(min=1)).gather(-1, level).clamp_(min=_EMPTY) * occupied
-
-    p = reference / reference.sum(-1, keepdim=True)
-    q = spread / spread.sum(-1, keepdim=True)
-    result = torch.where(occupied > 0, p * (p / q).log(), 0.0).sum(-1)
-    return torch.where(inside.sum(-1) > 0, result, torch.inf)
+    reference[..., at_ends] += beyond
+    spread = (inside / members.clamp(min=1)).clamp_(min=_EMPTY)
+    total = reference.sum(-1)
+    own = logs.sum(-1) + ((ends + beyond).xlogy(ends + beyond) - ends.xlogy(ends)).sum(-1)
+    coded = (reference * (spread / (spread * members).sum(-1, keepdim=True)).log()).sum(-1)
+    return torch.where(inside.sum(-1) > 0, (own - coded) / total - total.log(), torch.inf)
