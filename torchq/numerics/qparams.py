@@ -230,10 +230,14 @@ def quantize_weight(weight: Tensor, *, per_channel: bool, channel_scale: Tensor 
     (tensor([[127,   0],
             [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
     """
-    scale = weight_scale(weight, per_channel=per_channel, channel_scale=channel_scale)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if not per_channel:
+        scale.copy_(weight_scale(weight, per_channel=False, channel_scale=channel_scale))
     for rows, values in weight_blocks(weight, channel_scale):
-        codes[rows] = quantize(values, scale[rows], axis=0)
+        if per_channel:
+            scale[rows] = choose_qparams(values, axis=0)[0]
+        codes[rows] = (values.float() * scale[rows].reciprocal().unsqueeze(1)).round_()  # in [-127, 127] by its scale
     return codes, scale
 
 
