@@ -29,6 +29,24 @@ def test_every_second_batch_is_held_out_of_the_products():
     assert observed(batches, rounding="gptq").held_rows == 0  # asked for: nothing is judged
 
 
+@pytest.mark.parametrize(("rows", "others"), [(0, 6), (6, 0), (6, 6), (0, 0)])
+def test_products_of_processes_without_rows_of_their_own_merge(rows, others):
+    """Without rows, XᵀX has no values yet: none of what lies in its memory may count."""
+    parts = [normal(rows, 8), normal(others, 8, seed=1)]
+    one, other = (observed([part]) for part in parts)
+    for record in (one, other):
+        if record.gram_rows == 0:
+            record.gram.fill_(torch.nan)
+    one.merge(other)
+    assert one.gram_rows == rows + others
+    if one.gram_rows:
+        seen = torch.cat(parts)
+        assert torch.allclose(one.products(), seen.T @ seen, rtol=1e-5, atol=1e-5)
+    one.observe(normal(3, 8, seed=2), batch=2)
+    seen = torch.cat([*parts, normal(3, 8, seed=2)])
+    assert torch.allclose(one.products(), seen.T @ seen, rtol=1e-5, atol=1e-5)
+
+
 def test_the_sample_knows_whose_rows_are_held_out():
     sample = Sample(capacity=50)
     for batch in range(9):

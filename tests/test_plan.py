@@ -105,6 +105,19 @@ def test_the_numbers_are_those_of_the_converted_layer(data, scheme):
         assert layer.measured_db == layer.sqnr_db[scheme] == sqnr_db(model(data), qmodel(data))
 
 
+@pytest.mark.parametrize(("weight", "step"), [("per_channel", 2), ("per_tensor", 1)])
+def test_of_many_channels_every_nth_is_measured(weight, step):
+    """Some 512 of those that have a scale each; the others have outliers here."""
+    model, data = nn.Sequential(nn.Linear(64, 1100)), even()
+    with torch.no_grad():
+        model[0].weight[1::2, :3] *= 40
+    config = QConfig(weight=weight, activation="dynamic", smoothing="none", rounding="nearest")
+    qmodel = convert(model, [data], config=config)
+    with torch.no_grad():
+        expected = sqnr_db(*(each(data)[:, ::step].contiguous() for each in (model, qmodel)))
+    assert qmodel.torchq_plan.layers["0"].sqnr_db["dynamic"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_below_the_floor_a_layer_stays_float_and_says_by_how_much():
     for config in (QConfig(min_sqnr_db=90), QConfig(min_sqnr_db=90, activation="static", weight="per_tensor")):
         layer = planned(linear(), even(), config)["0"]

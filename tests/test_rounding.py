@@ -29,9 +29,9 @@ def correlated(rows, k, seed):
     return normal(rows, 8, seed=seed) @ normal(8, k, seed=77) + 0.2 * normal(rows, k, seed=seed + 1)
 
 
-@pytest.mark.parametrize("k", [1, 3, 127, 128, 129, 300])
+@pytest.mark.parametrize("k", [1, 3, 255, 256, 257, 600])
 def test_without_correlation_it_rounds_to_nearest(k):
-    """Bit for bit, for a diagonal H too, and also with several blocks of 128 channels."""
+    """Bit for bit, for a diagonal H too, and also with several blocks of 256 channels."""
     weight = normal(17, k)
     scale, _ = choose_qparams(weight, axis=0)
     nearest = quantize(weight, scale, axis=0)
@@ -72,9 +72,8 @@ def test_it_is_the_textbook_algorithm():
 
 
 @pytest.mark.parametrize("k", [1, 5, 130])
-def test_dependent_channels_and_single_precision_give_a_factor(monkeypatch, k):
+def test_dependent_channels_give_a_factor(monkeypatch, k):
     """H of rank 1, in float32: without more damping than 1 % its factor may not exist."""
-    monkeypatch.setattr(gptq_module, "_DOUBLE_DEPTH", 0)
     weight, x = normal(7, k), normal(1, k) * 1e3
     scale, _ = choose_qparams(weight, axis=0)
     codes = gptq(weight, scale, x.T @ x)
@@ -84,6 +83,27 @@ def test_dependent_channels_and_single_precision_give_a_factor(monkeypatch, k):
     assert error.abs().max() < exact.abs().max()
     monkeypatch.setattr(gptq_module, "_DAMPING", 0.0)  # then it must find a damping by itself
     assert torch.equal(gptq(weight, scale, torch.zeros(k, k)), quantize(weight, scale, axis=0))
+
+
+@pytest.mark.parametrize("k", [1, 40, 600])
+def test_a_scale_of_the_inputs_is_that_of_a_scaled_problem(k):
+    """Codes of w / c for inputs x · c, with c powers of two, so that nothing else is rounded."""
+    weight, x, factors = normal(9, k), correlated(400, k, 1), torch.arange(k).remainder(5).sub(2).exp2()
+    scale, _ = choose_qparams(weight / factors, axis=0)
+    gram = x.T @ x
+    whole = gram * factors * factors.unsqueeze(1)
+    assert torch.equal(gptq(weight, scale, gram, factors), gptq(weight / factors, scale, whole))
+    assert torch.equal(gram, x.T @ x)
+
+
+@pytest.mark.parametrize("k", [3, 256, 600])
+def test_only_the_upper_half_of_the_factor_is_read(monkeypatch, k):
+    """What lies below is memory that was never written."""
+    weight, x = normal(9, k), correlated(400, k, 1)
+    scale, _ = choose_qparams(weight, axis=0)
+    expected, empty_like = gptq(weight, scale, x.T @ x), torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(77))
+    assert torch.equal(gptq(weight, scale, x.T @ x), expected)
 
 
 def test_rows_are_rounded_each_for_itself():

@@ -19,7 +19,7 @@ from torchq.modules.qat_linear import QATLayer
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
 from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
-from torchq.planning.choose import measure, plan_layer
+from torchq.planning.choose import measure, plan_by
 from torchq.planning.layers import select_layers, too_small
 from torchq.planning.plan import Kind, LayerPlan, Plan
 from torchq.planning.smoothing import smooth
@@ -182,7 +182,7 @@ def _channel_scales(evidence: Evidence) -> dict[str, Tensor]:
     """What multiplies the channels of the input, for the layers that smoothing helps."""
     reached = [name for name, record in evidence.records.items() if record.has_data]
     plan = Plan(
-        {name: plan_layer(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached}
+        {name: plan_by(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached}
     )
     layers = smooth(plan, evidence).layers
     return {name: scale for name, layer in layers.items() if (scale := layer.scale_vector) is not None}

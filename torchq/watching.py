@@ -39,4 +39,4 @@ def unwatched(x: Tensor) -> AbstractContextManager[None]:
     On a tensor subclass, which may itself be told of operations, this does nothing.
     """
     plain = type(x) in (Tensor, nn.Parameter)
-    return torch._C._DisableTorchDispatch() if plain else nullcontext()  # type: ignore[no-any-return]
+    return torch._C._DisableTorchDispatch() if plain else nullcontext()

@@ -60,11 +60,12 @@ class Trial:
     @cached_property
     def ranges(self) -> dict[str, QParams]:
         """The scale and zero point that each observer proposes for a static input."""
-        qparams = {}
-        for name, observer in self.observers.items():
-            scale, zero_point = observer.qparams(dtype=torch.uint8, symmetric=False)
-            qparams[name] = QParams(float(scale), int(zero_point))
-        return qparams
+        return {name: self.range_of(name) for name in self.observers}
+
+    def range_of(self, name: str) -> QParams:
+        """The scale and zero point that the observer of this name proposes."""
+        scale, zero_point = self.observers[name].qparams(dtype=torch.uint8, symmetric=False)
+        return QParams(float(scale), int(zero_point))
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Record:
         calls: how many calls were recorded.
         extremes: the smallest and the largest value of each channel, (2, K).
         gram: XᵀX of the first `gram_rows` rows, float32 (K, K), on and above its diagonal; None if no weights will be
-            rounded with it. If `config.rounding` is "auto", only rows of batches that are not held out count.
+            rounded with it. Without rows it has no values yet, and below the diagonal none: memory that nobody touches
+            costs nothing. If `config.rounding` is "auto", only rows of batches that are not held out count.
         held_rows: how many rows were held out of it.
         patches: how rows are made of the input of a convolution; None where its last dimension is a row already.
         shape: of the last such input, (N, C, *spatial).
@@ -105,7 +107,7 @@ class Record:
         rows = max(1, min(config.sample_rows, SAMPLE_BYTES // (4 * max(1, width))))
         wanted = in_features <= MAX_GRAM_DEPTH[config.rounding] and 4 * in_features**2 <= room
         wanted &= patches is None or patches.geometry.groups == 1
-        gram = torch.zeros(in_features, in_features, dtype=torch.float32, device="cpu") if wanted else None
+        gram = torch.empty(in_features, in_features, dtype=torch.float32, device="cpu") if wanted else None
         return cls(_new_observer(config), Sample(rows), config, gram=gram, patches=patches)
 
     @property
@@ -146,11 +148,13 @@ class Record:
         self.calls += other.calls
         self.held_rows += other.held_rows
         self.shape = self.shape or other.shape
-        self.gram_rows += other.gram_rows
         if self.gram is None or other.gram is None:
             self.gram, self.gram_rows = None, 0
-        else:
+        elif self.gram_rows == 0:
+            self.gram, self.gram_rows = other.gram, other.gram_rows
+        elif other.gram_rows:
             self.gram += other.gram
+            self.gram_rows += other.gram_rows
         if self.extremes is None or other.extremes is None:
             self.extremes = other.extremes if self.extremes is None else self.extremes
         else:
@@ -231,12 +235,11 @@ class Record:
         return self.sample.rows_seen < ROWS_PER_CHANNEL * channels and len(rows) >= 2
 
     def products(self) -> Tensor:
-        """XᵀX as a new, whole matrix."""
+        """XᵀX, (K, K), below the diagonal too: `gram` itself, which is not to be changed."""
         assert self.gram is not None
-        whole = self.gram.clone()
-        for some, _ in _column_blocks(len(whole)):
-            whole[some.stop :, some] = whole[some, some.stop :].T
-        return whole
+        for some, _ in _column_blocks(len(self.gram)):
+            self.gram[some.stop :, some] = self.gram[some, some.stop :].T
+        return self.gram
 
     def _sum_products(self, rows: Tensor) -> None:
         """Adds rows to XᵀX, until it has as many as it wants."""
@@ -245,8 +248,9 @@ class Record:
         if self.gram is None or self.gram_rows >= wanted:
             return
         first = rows[: wanted - self.gram_rows]
+        beta = 1 if self.gram_rows else 0
         for some, start in _column_blocks(depth):
-            self.gram[some, start:].addmm_(first[:, some].T, first[:, start:])
+            self.gram[some, start:].addmm_(first[:, some].T, first[:, start:], beta=beta)
         self.gram_rows += len(first)
 
     def _trial(self, range_rows: Tensor, rows: Tensor, extremes: Tensor, channel_scale: Tensor | None) -> Trial:

@@ -1,7 +1,7 @@
 """Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torchq.config import QConfig
 from torchq.errors import BadValueError
 from torchq.modules.base import Matrix, Trained
 from torchq.modules.patches import Patches
-from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
-from torchq.numerics.qparams import QParams, dequantize, quantize_weight, weight_rows
+from torchq.numerics.qparams import QParams, dequantize, quantize_weight
 from torchq.planning.plan import LayerPlan, Plan
 
-_ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scale of its inputs from another
+_ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scheme from another
+_PART_VALUES = 2**21  # of a weight, measured at a time
 
 SMALL_INPUT = 0.05
 """Without data, the first input products of a recurrent module stay in float up to this share of its weights.
@@ -28,6 +28,63 @@ With data, the model's output tells whether it must (selfcheck.py).
 """
 
 TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
+
+
+class Yardstick:
+    """What a float matrix gives for some rows: what every scheme of the layer is compared with.
+
+    Of many output channels with a scale each, about 512 are measured, which is enough to tell one scheme from another.
+
+    Args:
+        matrix: the float matrix.
+        rows: float32 (R, K); of a convolution, as `patches` gives them.
+        per_channel: whether each output channel has a weight scale of its own.
+        patches: how rows are made of the input of a convolution.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, matrix: Matrix, rows: Tensor, *, per_channel: bool = True, patches: Patches | None = None
+    ) -> None:
+        self._rows, self._per_channel, self._patches = rows, per_channel, patches
+        if patches is None:
+            self._parts = list(_parts(matrix, rows, per_channel))
+        else:
+            some = enough_channels(len(matrix.weight), per_channel and patches.geometry.groups == 1)
+            weight, bias = matrix.weight[some].float(), None if matrix.bias is None else matrix.bias[some].float()
+            self._parts = [(Matrix(weight, bias), patches.multiplied(patches.values(rows), weight, bias))]
+
+    @torch.no_grad()
+    def measure(self, ranges: Mapping[str, QParams], channel_scale: Tensor | None = None) -> dict[str, float]:
+        """As the function of this name."""
+        sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
+        for part, exact in self._parts:
+            for name, y in self._outputs(part, ranges, channel_scale):
+                sums[name] += energies(exact, y)
+        return {name: decibels(both) for name, both in sums.items()}
+
+    def _outputs(
+        self, part: Matrix, ranges: Mapping[str, QParams], channel_scale: Tensor | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What this part of the matrix gives in int8: by a range per row, and by each static range."""
+        rows, patches = self._rows, self._patches
+        scale = channel_scale if patches is None else patches.tiled_scale(channel_scale)
+        codes, scales = quantize_weight(part.weight, per_channel=self._per_channel, channel_scale=scale)
+        if patches is None:
+            packed = ops.pack(codes, scales, None if part.bias is None else part.bias.float(), channel_scale)
+            yield "dynamic", ops.linear_dynamic(rows, packed)
+            for name, (step, zero_point) in ranges.items():
+                yield name, ops.linear_static(rows, packed, step, zero_point, torch.float32)
+            return
+        weight = dequantize(codes, scales, axis=0)
+        for name in ("dynamic", *ranges):
+            values = patches.quantized(rows, channel_scale, ranges.get(name))
+            yield name, patches.multiplied(values, weight, part.bias)
+
+
+def enough_channels(count: int, per_channel: bool) -> slice:
+    """Which of so many output channels are measured: all where they share a scale, which depends on all of them."""
+    return slice(None, None, max(1, count // _ENOUGH_CHANNELS) if per_channel else 1)
 
 
 def choose(plan: Plan, evidence: Evidence) -> Plan:
@@ -76,7 +133,7 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
-    return plan_layer(layer, record.whole, config, few=record.is_too_few)
+    return plan_by(layer, record.whole, config, few=record.is_too_few)
 
 
 def _first_input(layer: Layer) -> float:
@@ -85,23 +142,25 @@ def _first_input(layer: Layer) -> float:
     return sum(size for part, size in sizes.items() if layer.kind.is_first_input(part)) / sum(sizes.values())
 
 
+def yardstick_of(layer: Layer, trial: Trial, config: QConfig) -> Yardstick:
+    """What this layer gives for the rows of `trial`."""
+    return Yardstick(layer.matrix, trial.rows, per_channel=config.weight == "per_channel", patches=layer.patches)
+
+
+def plan_by(layer: Layer, trial: Trial, config: QConfig, *, few: bool = False) -> LayerPlan:
+    """The plan of this layer by `trial`, as `plan_layer` makes it."""
+    return plan_layer(yardstick_of(layer, trial, config), trial, config, few=few)
+
+
 def plan_layer(
-    layer: Layer, trial: Trial, config: QConfig, *, channel_scale: Tensor | None = None, few: bool = False
+    yardstick: Yardstick, trial: Trial, config: QConfig, *, channel_scale: Tensor | None = None, few: bool = False
 ) -> LayerPlan:
     """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
 
-    The layer has this `channel_scale` (K,), for which the trial's ranges were made. Rows that are `few` give no static
-    range unless asked for.
+    `yardstick` has the same rows. The layer has this `channel_scale` (K,), for which the trial's ranges were made. Rows
+    that are `few` give no static range unless asked for.
     """
-    per_channel = config.weight == "per_channel"
-    measured = measure(
-        layer.matrix,
-        trial.rows,
-        trial.ranges,
-        per_channel=per_channel,
-        channel_scale=channel_scale,
-        patches=layer.patches,
-    )
+    per_channel, measured = config.weight == "per_channel", yardstick.measure(trial.ranges, channel_scale)
     observer = max(trial.ranges, key=lambda name: measured[name])
     static, dynamic = measured[observer], measured["dynamic"]
     if config.activation == "auto":
@@ -139,7 +198,6 @@ def _plan_trained(layer: Layer, trained: Trained, trial: Trial | None) -> LayerP
     return LayerPlan("int8 static", reason, trained.per_channel, qparams, "trained", measured, channel_scale=scale)
 
 
-@torch.no_grad()
 def measure(
     matrix: Matrix,
     rows: Tensor,
@@ -152,75 +210,23 @@ def measure(
     """Output SQNR in dB of each scheme, computed with the real integer ops, against the float matrix on `rows` (R, K).
 
     The layer has this `channel_scale` (K,), for which the ranges were made. Of a convolution, rows are as `patches`
-    gives them, the scale is one for each channel, and the products are those of the simulated path.
+    gives them, the scale is one for each channel, and the products are those of the simulated path. Of many output
+    channels, some are measured (`Yardstick`).
 
     >>> _ = torch.manual_seed(0)
     >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
     >>> sorted(measure(matrix, rows, {"minmax": QParams(0.03, 128)}))
     ['dynamic', 'minmax']
     """
-    sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
-    if patches is not None:
-        exact, weight, bias = _patches_parts(matrix, rows, per_channel, channel_scale, patches)
-        for name in sums:
-            values = patches.quantized(rows, channel_scale, ranges.get(name))
-            sums[name] += energies(exact, patches.multiplied(values, weight, bias))
-        return {name: decibels(both) for name, both in sums.items()}
-    for part, exact in _parts(matrix, rows, per_channel):
-        packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=channel_scale).packed
-        sums["dynamic"] += energies(exact, ops.linear_dynamic(rows, packed))
-        for name, (scale, zero_point) in ranges.items():
-            sums[name] += energies(exact, ops.linear_static(rows, packed, scale, zero_point, torch.float32))
-    return {name: decibels(both) for name, both in sums.items()}
-
-
-@torch.no_grad()
-def measure_scales(
-    matrix: Matrix,
-    rows: Tensor,
-    scales: Sequence[Tensor | None],
-    *,
-    per_channel: bool = True,
-    patches: Patches | None = None,
-) -> list[float]:
-    """Output SQNR in dB under the dynamic scheme with each of these channel scales (K,), as `measure`.
-
-    Of many output channels with a scale each, about 512 are measured.
-
-    >>> _ = torch.manual_seed(0)
-    >>> matrix, rows = Matrix(torch.randn(64, 64), None), torch.randn(32, 64)
-    >>> measure_scales(matrix, rows, [None]) == [measure(matrix, rows, {})["dynamic"]]
-    True
-    """
-    if patches is not None:
-        return [
-            measure(matrix, rows, {}, per_channel=per_channel, channel_scale=scale, patches=patches)["dynamic"]
-            for scale in scales
-        ]
-    if per_channel:
-        some = slice(None, None, max(1, len(matrix.weight) // _ENOUGH_CHANNELS))
-        matrix = Matrix(matrix.weight[some], None if matrix.bias is None else matrix.bias[some])
-    sums = torch.zeros(len(scales), 2, dtype=torch.float64, device="cpu")
-    for part, exact in _parts(matrix, rows, per_channel):
-        for both, scale in zip(sums, scales, strict=True):
-            packed = QuantizedLinear.from_float(part, per_channel=per_channel, channel_scale=scale).packed
-            both += energies(exact, ops.linear_dynamic(rows, packed))
-    return [decibels(both) for both in sums]
-
-
-def _patches_parts(
-    matrix: Matrix, rows: Tensor, per_channel: bool, channel_scale: Tensor | None, patches: Patches
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a convolution gives for rows of patches, and its int8 weight and bias as floats."""
-    weight, bias = matrix.weight.float(), None if matrix.bias is None else matrix.bias.float()
-    exact = patches.multiplied(patches.values(rows), weight, bias)
-    codes, scale = quantize_weight(weight, per_channel=per_channel, channel_scale=patches.tiled_scale(channel_scale))
-    return exact, dequantize(codes, scale.contiguous(), axis=0), bias
+    return Yardstick(matrix, rows, per_channel=per_channel, patches=patches).measure(ranges, channel_scale)
 
 
 def _parts(matrix: Matrix, rows: Tensor, per_channel: bool) -> Iterator[tuple[Matrix, Tensor]]:
     """Some output channels at a time, and what they give for `rows`: a float32 copy of a whole large layer is large."""
-    for some in weight_rows(matrix.weight, per_channel=per_channel):
-        part = Matrix(matrix.weight[some], None if matrix.bias is None else matrix.bias[some])
-        bias = None if part.bias is None else part.bias.float()
-        yield part, nn.functional.linear(rows, part.weight.float(), bias)
+    weight, bias = matrix.weight, matrix.bias
+    some = enough_channels(len(weight), per_channel)
+    count = max(1, _PART_VALUES // max(1, weight.shape[1])) if per_channel else len(weight)
+    biases = [None] * len(weight) if bias is None else bias[some].split(count)
+    for part, its_bias in zip(weight[some].split(max(1, count)), biases, strict=bias is not None):
+        exact = nn.functional.linear(rows, part.float(), None if its_bias is None else its_bias.float())
+        yield Matrix(part, its_bias), exact

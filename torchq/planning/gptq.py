@@ -17,20 +17,20 @@ change numbers: the layer is as fast as before.
 import torch
 from torch import Tensor
 
-_DAMPING, _BLOCK, _PANEL = 0.01, 128, 16  # a panel of 16 channels stays in L1 or L2
+_DAMPING, _BLOCK, _PANEL = 0.01, 256, 16  # a panel of 16 channels stays in L1 or L2
 _ROWS = 1024  # how many rows of a weight are rounded at a time
-_DOUBLE_DEPTH = 2048  # up to this K, U is computed in float64; beyond, in float32: 256 MiB for K = 8192
 
 
-def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
-    """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of 128 channels.
+def gptq(weight: Tensor, scale: Tensor, gram: Tensor, channel_scale: Tensor | None = None) -> Tensor:
+    """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of 256 channels.
 
-    Time N·K² + K³/6 multiplications, and 3 temporary matrices of K x K.
+    Time N·K² + K³/6 multiplications, and one temporary matrix of K x K, of which half is touched.
 
     Args:
         weight: float32 (N, K).
         scale: float32 (N,), positive.
         gram: XᵀX of the inputs, (K, K). A channel that was always zero is rounded to nearest.
+        channel_scale: float32 (K,), positive: the codes are of the weight divided by it, for inputs times it.
 
     Returns:
         int8 (N, K), in [-127, 127].
@@ -41,48 +41,83 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     >>> gptq(weight, torch.ones(1), torch.ones(3, 3) + 0.1 * torch.eye(3))  # 0.4 x + 0.4 x is nearly 1 x
     tensor([[  0,   1, 127]], dtype=torch.int8)
     """
-    order = gram.diagonal().argsort(descending=True, stable=True).flip(0)
-    factor = _unit_factor(gram[order][:, order])
+    factors = torch.ones(len(gram), dtype=torch.float32, device="cpu") if channel_scale is None else channel_scale
+    order = (gram.diagonal() * factors.square()).argsort(descending=True, stable=True).flip(0)
+    factors = factors[order]
+    unit = _unit_factor(gram, order, factors)
     codes = torch.empty(weight.shape, dtype=torch.int8, device="cpu")
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
-        codes[rows, order] = _rounded(weight[rows].T[order], scale[rows], factor).T
+        codes[rows, order] = _rounded(weight[rows].T[order].div_(factors.unsqueeze(1)), scale[rows], unit).T
     return codes
 
 
-def _rounded(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+def _rounded(weight: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
     """The codes (K, N) of a weight (K, N), float32, in which a channel is a row, the last one rounded first.
 
     Writes its errors into the weight.
     """
-    errors, targets = weight, weight.clone()  # a row of errors is the weight until it is rounded, and then its error
-    codes, code, inverse = torch.empty_like(errors, dtype=torch.int8), torch.empty_like(errors[0]), scale.reciprocal()
+    errors = weight  # a row of errors is the weight until it is rounded, and then its error
+    inverse = scale.reciprocal()
+    result = torch.empty_like(errors, dtype=torch.int8)
+    targets, codes = torch.empty(2, _BLOCK, errors.shape[1], dtype=torch.float32, device="cpu")
     for stop in range(len(errors), 0, -_BLOCK):
         start = max(0, stop - _BLOCK)
-        for last in range(stop, start, -_PANEL):
-            first = max(start, last - _PANEL)
+        count, block, within = stop - start, errors[start:stop], unit[start:stop, start:stop]
+        torch.addmm(block, unit[start:stop, stop:], errors[stop:], out=targets[:count])
+        for last in range(count, 0, -_PANEL):
+            first = max(0, last - _PANEL)
             for j in range(last - 1, first - 1, -1):
-                torch.mul(targets[j], inverse, out=code).round_().clamp_(-127, 127)
-                errors[j].addcmul_(code, scale, value=-1)
-                targets[first:j].addr_(factor[first:j, j], errors[j])
-                codes[j] = code
-            targets[start:first].addmm_(factor[start:first, first:last], errors[first:last])
-        targets[:start].addmm_(factor[:start, start:stop], errors[start:stop])
-    return codes
+                torch.mul(targets[j], inverse, out=codes[j]).round_().clamp_(-127, 127)
+                block[j].addcmul_(codes[j], scale, value=-1)
+                targets[first:j].addr_(within[first:j, j], block[j])
+            targets[:first].addmm_(within[:first, first:last], block[first:last])
+        result[start:stop] = codes[:count]
+    return result
 
 
-def _unit_factor(gram: Tensor) -> Tensor:
-    """R of H = `gram` (K, K), float32: upper triangular, with ones on its diagonal."""
-    damped = gram.to(torch.float64 if len(gram) <= _DOUBLE_DEPTH else torch.float32, copy=True)
-    diagonal = damped.diagonal()
-    damping = _DAMPING * float(diagonal.mean()) if len(gram) else 0.0
-    diagonal.add_(damping or 1.0)  # 1 if H is all zero, for which R is the identity
-    factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
-    while failed:  # float32 sums of nearly dependent channels: rounding errors larger than the damping
-        diagonal.add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
-    unit: Tensor = factor.div_(factor.diagonal().clone().unsqueeze(1)).float()
+def _unit_factor(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """R of H, float32 (K, K): upper triangular, with ones on its diagonal. What is below has no meaning.
+
+    H is `gram` in this order, each row and column times one of the `factors` (K,).
+    """
+    damping = _DAMPING * float((gram.diagonal()[order] * factors.square()).mean()) if len(gram) else 0.0
+    damping, tries = damping or 1.0, 1  # 1 if H is all zero, for which R is the identity
+    while not _factorized(unit := _reordered(gram, order, factors), damping * tries):
+        tries += 1  # sums of nearly dependent channels: rounding errors larger than the damping
     return unit
+
+
+def _reordered(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """H on and above its diagonal."""
+    result = torch.empty_like(gram)
+    for start in range(0, len(gram), _BLOCK):
+        rows, columns = order[start : start + _BLOCK], order[start:]
+        values = gram[rows].gather(1, columns.expand(len(rows), -1))  # several times as fast as by both indices at once
+        some = slice(start, start + _BLOCK)
+        torch.mul(values.mul_(factors[start:]), factors[some].unsqueeze(1), out=result[some, start:])
+    return result
+
+
+def _factorized(h: Tensor, damping: float) -> bool:
+    """Replaces H (K, K), on and above its diagonal, by R, of the U of UᵀU = H + damping·I. False if there is no U.
+
+    In place and by blocks: LAPACK would copy it twice, which takes as long as a third of its work.
+    """
+    h.diagonal().add_(damping)
+    for start in range(0, len(h), _BLOCK):
+        stop = min(start + _BLOCK, len(h))
+        corner, failed = torch.linalg.cholesky_ex(h[start:stop, start:stop], upper=True)
+        if failed:
+            return False
+        h[start:stop, start:stop] = corner
+        right = h[start:stop, stop:]
+        right.copy_(torch.linalg.solve_triangular(corner.T, right, upper=False))
+        for first in range(0, right.shape[1], _BLOCK):
+            some, below = right[:, first : first + _BLOCK], h[stop + first : stop + first + _BLOCK, stop + first :]
+            below.addmm_(some.T, right[:, first:], alpha=-1)
+        h[start:stop, start:].div_(corner.diagonal().unsqueeze(1))
+    return True
 
 
 def mean_error(exact: Tensor, actual: Tensor) -> Tensor:

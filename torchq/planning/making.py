@@ -14,7 +14,7 @@ from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer, layers_of
 from torchq.ops import Activation
 from torchq.planning.plan import LayerPlan, Plan
-from torchq.planning.rounding import take_rounded, warn_of_missing
+from torchq.planning.rounding import check_rounded, warn_of_missing
 
 
 class FromFloat:
@@ -37,14 +37,20 @@ class FromFloat:
     def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
         """The int8 layer that `plan` makes of this one."""
         planned = plan.layers[layer.name]
-        quantized = with_norm(model, planned, layer).quantized(
-            per_channel=planned.per_channel,
-            input_qparams=planned.input_qparams if planned.kind == "int8 static" else None,
-            fold=fold_of(model, planned),
-            channel_scale=planned.scale_vector,
-        )
-        if planned.rounding == "gptq":
-            take_rounded(layer.name, quantized, planned.weights)
+        whole, rounded = with_norm(model, planned, layer), planned.weights if planned.rounding == "gptq" else None
+        settings: dict[str, Any] = {
+            "input_qparams": planned.input_qparams if planned.kind == "int8 static" else None,
+            "fold": fold_of(model, planned),
+            "channel_scale": planned.scale_vector,
+        }
+        if rounded is not None:
+            check_rounded(whole, planned)
+            quantized = whole.with_codes(*rounded[:3], dtype=layer.dtype, **settings)
+            quantized.had_bias = layer.matrix.bias is not None
+            return quantized
+        quantized = whole.quantized(per_channel=planned.per_channel, **settings)
+        if planned.rounding == "gptq":  # bias correction gives every layer a bias: so a state_dict still fits
+            quantized.replace_weight(*quantized.rows()[:3])
         return quantized
 
     def float_part(self, layer: Layer) -> nn.Linear:

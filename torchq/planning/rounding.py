@@ -15,6 +15,7 @@ from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.planning.choose import enough_channels
 from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
 from torchq.planning.tables import heads_of_tables
@@ -28,9 +29,9 @@ invertible.
 """
 
 MIN_LIKENESS_DB = 10.0
-"""The minimum SQNR between a layer's weights rounded to nearest and those in its plan.
+"""The minimum SQNR between a layer's float weights and the rounded ones in its plan.
 
-In practice the same weight rounded both ways agrees to 30 dB or more. Below 10 dB the plan has another layer's weights.
+In practice they agree to 30 dB or more. Below 10 dB the plan has another layer's weights.
 """
 
 _MIN_REMAINING = 0.01
@@ -111,32 +112,26 @@ def _weights_of(quantized: PackedWeights) -> Rounded:
     return Rounded(*quantized.rows())
 
 
-def take_rounded(name: str, quantized: PackedWeights, rounded: Rounded | None) -> None:
-    """Replaces a layer's nearest-rounded weights by those of its plan.
-
-    If the plan holds none, the layer keeps its weights and gets a bias of zeros if it had no bias. GPTQ's bias
-    correction gives every layer a bias, so a state_dict of the converted model then still fits.
-
-    Raises:
-        ValueError: the weights belong to another layer, or were made for a different channel_scale.
-    """
-    nearest = _weights_of(quantized)
-    rounded = nearest if rounded is None else rounded
-    if rounded.weight.shape != nearest.weight.shape or not _alike(nearest, rounded):
+def check_rounded(layer: Layer, plan: LayerPlan) -> None:
+    """Raises ValueError where the weights of a plan belong to another layer, or to a different channel_scale."""
+    if plan.weights is not None and not _alike(layer, plan, plan.weights):
         raise BadValueError(
-            f"the weights of layer {name!r} in the plan are not this layer's weights by its channel_scale. Take "
+            f"the weights of layer {layer.name!r} in the plan are not this layer's weights by its channel_scale. Take "
             "the plan whole from torchq.plan_of(qmodel), and set rounding='nearest' where you edit a channel_scale."
         )
-    quantized.replace_weight(*rounded[:3])
 
 
-def _alike(nearest: Rounded, rounded: Rounded) -> bool:
-    """Whether these can be the same weight, rounded in two ways for the same channel_scale."""
+def _alike(layer: Layer, plan: LayerPlan, rounded: Rounded) -> bool:
+    """Whether these can be the layer's weight, rounded for the plan's channel_scale."""
     none = torch.empty(0, dtype=torch.float32, device="cpu")
-    if not torch.equal(*(none if each.channel_scale is None else each.channel_scale for each in (nearest, rounded))):
+    asked, given = (none if scale is None else scale for scale in (plan.scale_vector, rounded.channel_scale))
+    weight = layer.weight.detach()
+    if rounded.weight.shape != weight.shape or not torch.equal(asked, given):
         return False
-    some = slice(None, None, max(1, len(nearest.weight) // 64))  # about 64 rows: a whole layer in float is large
-    exact = dequantize(nearest.weight[some], nearest.scale[some], axis=0)
+    some = slice(None, None, max(1, len(weight) // 64))  # about 64 rows: a whole layer in float is large
+    exact, tiled = weight[some].float(), asked if layer.patches is None else layer.patches.tiled_scale(asked)
+    if plan.channel_scale is not None and tiled is not None:
+        exact = exact / tiled
     likeness_db = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
     return likeness_db > MIN_LIKENESS_DB or not exact.any()
 
@@ -202,30 +197,28 @@ def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded
     """The matrix rounded by GPTQ, and the output SQNR on held-out rows: rounded to nearest, and by GPTQ."""
     matrix, patches, counted = layer.matrix, layer.patches, _held_out_of_gram(record)
     gram, channel_scale = record.products(), plan.scale_vector
-    gram.addmm_(counted.T, counted, alpha=-1)
+    if len(counted):
+        gram = gram.addmm(counted.T, counted, alpha=-1)
     judge, rows = _judge(record), record.sample.rows
     held_out, correction_rows = rows[judge], rows[~judge]
     weight = matrix.weight.float()
     tiled = channel_scale if patches is None else patches.tiled_scale(channel_scale)
     nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=tiled)
-    scale = scale.contiguous()
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
+    some, everything = enough_channels(len(weight), plan.per_channel), slice(None)
 
-    def run(x: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
-        return _output(x, plan, record, Rounded(codes, scale, bias, channel_scale))
+    def exactly(x: Tensor, some: slice) -> Tensor:
+        return nn.functional.linear(record.values(x), weight[some], bias[some])
 
-    exact = nn.functional.linear(record.values(held_out), weight, bias)
-    before = sqnr_db(exact, run(held_out, nearest, bias))
-    if tiled is None:
-        codes = gptq(weight, scale, gram)
-    else:
-        gram = gram.mul_(tiled).mul_(tiled.unsqueeze(1))
-        codes = gptq(weight / tiled, scale, gram)
-    corrected = bias + mean_error(
-        nn.functional.linear(record.values(correction_rows), weight, bias), run(correction_rows, codes, bias)
-    )
-    after = run(held_out, codes, corrected)
-    return Rounded(codes, scale, corrected, channel_scale), before, sqnr_db(exact, after)
+    def run(x: Tensor, codes: Tensor, bias: Tensor, some: slice) -> Tensor:
+        return _output(x, plan, record, Rounded(codes[some], scale[some], bias[some], channel_scale))
+
+    exact = exactly(held_out, some)
+    before = sqnr_db(exact, run(held_out, nearest, bias, some))
+    codes = gptq(weight, scale, gram, tiled)
+    left = mean_error(exactly(correction_rows, everything), run(correction_rows, codes, bias, everything))
+    after = run(held_out, codes, bias + left, some)
+    return Rounded(codes, scale, bias + left, channel_scale), before, sqnr_db(exact, after)
 
 
 def _output(x: Tensor, plan: LayerPlan, record: Record, rounded: Rounded) -> Tensor:
@@ -257,5 +250,7 @@ def corrected(layer: Layer, plan: LayerPlan, record: Record) -> LayerPlan:
     plain = plan.weights._replace(bias=start)
     error = mean_error(exact(rows[~judge]), _output(rows[~judge], plan, record, plain))
     weights = plain._replace(bias=start + error)
-    db = sqnr_db(exact(rows[judge]), _output(rows[judge], plan, record, weights))
+    some = enough_channels(len(weight), plan.per_channel)
+    part = Rounded(weights.weight[some], weights.scale[some], weights.bias[some], weights.channel_scale)
+    db = sqnr_db(exact(rows[judge])[:, some], _output(rows[judge], plan, record, part))
     return dataclasses.replace(plan, weights=weights, sqnr_db={**plan.sqnr_db, "gptq": db})

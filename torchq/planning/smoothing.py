@@ -13,21 +13,25 @@ rows, with the real integer ops.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
-from torchq.calibration.record import Record, Trial
+from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.modules.registry import Layer
-from torchq.planning.choose import measure_scales, plan_layer
+from torchq.planning.choose import Yardstick, plan_layer, yardstick_of
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.tables import heads_of_tables
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
+
+_ALWAYS = 3  # of ALPHAS, so many are tried on every layer
 
 MIN_GAIN_DB = 0.5
 """Up to this gain in output SQNR, a layer is not smoothed."""
@@ -80,7 +84,15 @@ def channel_scale(x_peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
     >>> channel_scale(torch.tensor([16.0, 1.0]), torch.ones(3, 2), alpha=0.5)
     tensor([0.5000, 2.0000])
     """
-    w_peak = torch.maximum(weight.detach().amax(dim=0), -weight.detach().amin(dim=0)).float()  # abs() would copy it
+    return _scale(x_peak, _peak(weight), alpha)
+
+
+def _peak(weight: Tensor) -> Tensor:
+    """max|w_k| of each column."""
+    return torch.maximum(weight.detach().amax(dim=0), -weight.detach().amin(dim=0)).float()  # abs() would copy it
+
+
+def _scale(x_peak: Tensor, w_peak: Tensor, alpha: float) -> Tensor:
     used = (x_peak > 0) & (w_peak > 0)
     logs = torch.where(used, (1 - alpha) * w_peak.double().log2() - alpha * x_peak.double().log2(), 0.0)
     logs = torch.where(used, logs - logs.sum() / max(1, int(used.sum())), 0.0)
@@ -95,23 +107,27 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     to be static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale
     must be better than the better one without.
     """
+    trials, w_peak = record.trials(), _peak(layer.channel_rows)
+    yardsticks = [yardstick_of(layer, trial, config) for trial in trials]
+    scales = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in ALPHAS}
 
     def plans(scale: Tensor | None) -> list[LayerPlan]:
-        few = record.is_too_few
-        return [plan_layer(layer, trial, config, channel_scale=scale, few=few) for trial in record.trials(scale)]
+        few, pairs = record.is_too_few, zip(yardsticks, record.trials(scale), strict=True)
+        return [plan_layer(*pair, config, channel_scale=scale, few=few) for pair in pairs]
 
-    alphas = _promising(layer, record.trials()[0], config, least)
-    if not alphas:
+    best = _best_alpha(yardsticks[0], scales, least)
+    if best is None:
         return planned
     before = plans(None) if record.is_few else [planned]
-    options = {alpha: plans(scale) for alpha, scale in alphas.items()}
+    tried = ALPHAS if config.activation == "static" else (best,)
+    options = {alpha: plans(scales[alpha]) for alpha in tried}
     alpha = max(options, key=lambda alpha: _db(options[alpha][0]))
     after = options[alpha]
     if not all(_is_better(new, old, config.margin_db, least) for new in after for old in before):
         return planned
-    scale, ranges = channel_scale(record.whole.peak, layer.channel_rows, alpha), None
+    scale, ranges = _scale(record.whole.peak, w_peak, alpha), None
     if after[0].observer is not None:  # a range from all data, where the trial may have used a part of the sample
-        ranges = record.trial(scale).ranges[after[0].observer]
+        ranges = record.trial(scale).range_of(after[0].observer)
     return dataclasses.replace(
         after[0],
         input_qparams=ranges,
@@ -121,17 +137,22 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     )
 
 
-def _promising(layer: Layer, trial: Trial, config: QConfig, least: float) -> dict[float, Tensor]:
-    """The alphas worth a closer look, with their scales: none if the best gains too little with a range per row."""
-    scales = {alpha: channel_scale(trial.peak, layer.channel_rows, alpha) for alpha in ALPHAS}
-    tried, per_channel = [None, *scales.values()], config.weight == "per_channel"
-    unscaled_db, *scaled_db = measure_scales(
-        layer.matrix, trial.rows, tried, per_channel=per_channel, patches=layer.patches
-    )
-    alpha, top_db = max(zip(scales, scaled_db, strict=True), key=lambda each: each[1])
-    if not top_db > unscaled_db + least:
-        return {}
-    return scales if config.activation == "static" else {alpha: scales[alpha]}
+def _best_alpha(yardstick: Yardstick, scales: Mapping[float, Tensor], least: float) -> float | None:
+    """The alpha that is best with a range per row; None if it gains too little to be worth a closer look.
+
+    The larger ones are tried only while they gain: they are for inputs with large outliers.
+    """
+
+    @cache
+    def db(alpha: float | None) -> float:
+        return yardstick.measure({}, scales[alpha] if alpha is not None else None)["dynamic"]
+
+    best = max(ALPHAS[:_ALWAYS], key=db)
+    for alpha in ALPHAS[_ALWAYS:]:
+        if not db(alpha) > db(best):
+            break
+        best = alpha
+    return best if db(best) > db(None) + least else None
 
 
 def _is_better(after: LayerPlan, before: LayerPlan, margin_db: float, least: float) -> bool:
