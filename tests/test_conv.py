@@ -131,6 +131,17 @@ def test_memory_formats(weight_last, x_last, kernel, config):
     assert_identical(layer(part).contiguous(), layer(x).contiguous())
 
 
+@both_schemes
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_keeps_the_format_that_torch_keeps(mode, config):
+    """Its circular padding gives contiguous tensors."""
+    conv = nn.Conv2d(16, 16, 3, padding=1, padding_mode=mode)
+    x = normal(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    qmodel = convert(nn.Sequential(conv).eval(), [x], config=config)
+    assert qmodel(x).stride() == conv(x).stride()
+    assert conv(x).is_contiguous() == (mode == "circular")
+
+
 @pytest.mark.parametrize("case", ["1d", "2d", "2d, pointwise", "3d", "reflect"])
 def test_without_a_batch_dimension(case):
     conv, layer, x = layers(case, DYNAMIC)

@@ -312,6 +312,29 @@ def test_modes_gradients_and_simulation_see_no_pending():
         assert_identical(qmodel(X), twin(X))
 
 
+class Sums(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()
+
+    def forward(self, x, y):
+        return self.act(self.conv(x) + y)
+
+
+@MODES
+def test_tensors_whose_memory_is_not_what_they_mean(mode):
+    """A negated view, and zeros that have no memory."""
+    qmodel = convert(Sums().eval(), [(x, x.roll(1)) for x in DATA], config=STATIC)
+    assert qmodel.torchq_plan.layers["conv"].adds
+    with mode():
+        x, zeros = X + 0, torch.zeros_like(X)
+        assert_identical(qmodel(torch._neg_view(x), x), qmodel(-x, x))
+        assert_identical(qmodel(x, torch._neg_view(x)), qmodel(x, -x))
+        nothing = torch._efficientzerotensor(X.shape)
+        assert_identical(qmodel(nothing, x), qmodel(zeros, x))
+        assert_identical(qmodel(x, nothing), qmodel(x, zeros))
+
+
 @pytest.mark.slow(seconds=15)
 def test_compiled_blocks():
     qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)

@@ -12,6 +12,7 @@ and to the other summand; where somebody has written to one of them before it wa
 """
 
 import weakref
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.pending import Deferred
+from torchq.modules.refusals import explained
 from torchq.modules.writes import Unwritten, run_on_values
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
@@ -54,8 +56,8 @@ class PendingConv(Deferred):
         return self._value
 
     def end(self) -> None:
-        """That call ends, or fails. If something was written to what it needs, only who reads it gets the error."""
-        if self._value is None and self._x.is_unwritten() and (self._residual is None or self._residual.is_unwritten()):
+        """That call ends, or fails. If its values can't be had, only who reads it gets the error."""
+        with suppress(RuntimeError, MemoryError):
             self.make()
 
     def codes(self, qparams: QParams) -> Tensor | None:
@@ -64,7 +66,14 @@ class PendingConv(Deferred):
 
     def _run(self, y_qparams: QParams | None) -> Tensor:
         residual = None if self._residual is None else self._residual.values()
-        y: Tensor = self.layer.computed(self, self._x.values(), self._activation, residual, y_qparams)
+        x = self._x.values()
+        try:
+            y: Tensor = self.layer.computed(self, x, self._activation, residual, y_qparams)
+        except RuntimeError as error:
+            known = explained(error, x, type(self.layer).__name__)
+            if known is error:
+                raise
+            raise known from None
         return y
 
     def _copy(self) -> "PendingConv":

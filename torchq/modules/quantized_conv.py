@@ -187,11 +187,11 @@ class QuantizedConv(PackedWeights, Leaf):
         x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
-                not_codes()
+                not_codes(type(self).__name__)
                 if x.dtype == torch.uint8
                 else TypeError(f"{type(self).__name__}: x must be float32, bfloat16 or float16, got {x.dtype}.")
             )
-        refuse_layout(x)
+        refuse_layout(x, type(self).__name__)
         self._check_shape(x)
         dtype, last = autocast_dtype() or x.dtype, self._last(given)
         x = padded(x, self)
@@ -204,14 +204,15 @@ class QuantizedConv(PackedWeights, Leaf):
                     return in_format(self._differentiable(x, activation).to(dtype), last)
             return self._int8_or_later(x, dtype, last, x.shape[2:], activation, given)
         except RuntimeError as error:
-            known = explained(error, x)
+            known = explained(error, x, type(self).__name__)
             if known is error:
                 raise
             raise known from None
 
     def _last(self, x: Tensor) -> bool:
-        """Whether torch would give the output channels last."""
-        return self.dimensions > 1 and (self._weight_last or is_channels_last(x))
+        """Whether torch would give the output channels last. Its circular padding loses the format of x."""
+        kept = self.padding_mode != "circular" and is_channels_last(x)
+        return self.dimensions > 1 and (self._weight_last or kept)
 
     def _takes_codes_of(self, layer: "QuantizedConv") -> bool:
         return layer.fold.codes and self.takes_codes and _has_no_hooks(self)
@@ -353,7 +354,8 @@ OF_DIMENSIONS: tuple[type[QuantizedConv], ...] = (QuantizedConv1d, QuantizedConv
 def _is_eager(x: Tensor) -> bool:
     """Whether x is a plain tensor in a plain call, in which operations can be watched, and writes be told."""
     told = torch.is_inference_mode_enabled() or not x.is_inference()
-    plain = type(x) is Tensor and told and not writes.modes() and not torch._C._get_tracing_state()
+    holds = not x.is_neg() and not x._is_zerotensor()  # its memory what it means, which not all ways to the op ask
+    plain = type(x) is Tensor and told and holds and not writes.modes() and not torch._C._get_tracing_state()
     return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
 
 
