@@ -60,7 +60,7 @@ def test_tensors_that_are_refused(models):
         qmodel(freed)
     refused = {
         "QuantizedConv2d: x must be dense, got torch.sparse_coo": X.to_sparse(),
-        "QuantizedConv2d: x must be dense, got a nested tensor": torch.nested.nested_tensor([X[0], X[1]], layout=torch.jagged),
+        "QuantizedConv2d: x must be dense, got a nested tensor": torch.nested.as_nested_tensor(X, layout=torch.jagged),
         "QuantizedConv2d: x must be float32, bfloat16 or float16, got torch.int32": X.int(),
         "QuantizedConv2d: x must be float32, bfloat16 or float16, got uint8": X.byte(),
     }
