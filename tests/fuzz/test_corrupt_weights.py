@@ -6,6 +6,7 @@ What is right is said here once more, from the description of the header in csrc
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from helpers.fuzzing import MINUTES, seeds
 from torchq import _C, QuantizedLinear, kernels, ops
 from torchq.numerics.qparams import QParams
+from torchq.ops.convolution import Geometry, convolve
 
 pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.slow(seconds=3)]
 
@@ -165,3 +167,29 @@ def test_the_direct_call_refuses_it_too():
     assert _C.call_linear(layer, QuantizedLinear, x) is not NotImplemented
     layer._buffers["packed"] = layer._buffers["packed"][:-1]
     assert _C.call_linear(layer, QuantizedLinear, x) is NotImplemented
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_corrupt_weights_of_convolutions():
+    """The op knows the shape that its weight must have."""
+    whole = [packed.numpy().tobytes() for packed in packed_weights()]
+    whole = [blob for blob in whole if all(HEADER.unpack(blob[:32])[2:4])]
+    readable = {layout_of(blob) for blob in whole}
+    for seed in seeds():
+        rng, taken = random.Random(seed), 0
+        for _ in range(CORRUPTIONS // 4):
+            blob = bytearray(rng.choice(whole))
+            n, k = HEADER.unpack(blob[:32])[2:4]
+            rng.choice(CHANGES)(blob, rng)
+            packed = torch.frombuffer(bytes(blob) or b"\0", dtype=torch.uint8)[: len(blob)].clone()
+            geometry, x = Geometry(k, n, (1,), (1,), ((0, 0),), (1,)), torch.ones(2, k, 3)
+            plain, scaled = (ops.packed_bytes(n, k, each) for each in (False, True))
+            found = shape_of(blob[: plain if len(blob) < plain + 64 else scaled])  # groups have some bytes behind it
+            if found is None or found[:2] != (n, k):
+                refused("packed holds no packed weights", partial(convolve, x, packed, geometry))
+            elif layout_of(blob) not in readable:
+                refused("the weight was packed in layout", partial(convolve, x, packed, geometry))
+            else:
+                taken += 1
+                assert convolve(x, packed, geometry).shape == (2, n, 3)
+        assert taken > 0.02 * CORRUPTIONS
