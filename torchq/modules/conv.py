@@ -83,7 +83,8 @@ class ConvType(ModuleType):
         others = [name for name in held if name not in ("weight", "bias", *sources(module))]
         if others:
             return f"it holds {others[0]!r} beside its weight and bias, which a swap would drop"
-        out, depth = weight_of(module).shape[0], weight_of(module)[0].numel()
+        shape = weight_of(module).shape
+        out, depth = shape[0], shape[1:].numel()
         if depth > ops.MAX_DEPTH:
             return f"a patch has {depth} values; int32 sums are exact up to {ops.MAX_DEPTH}"
         if not self._is_fast(module):

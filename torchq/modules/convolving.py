@@ -127,4 +127,4 @@ def as_rows(weight: Tensor) -> Tensor:
     >>> as_rows(torch.tensor([[[1, 2], [3, 4]]]))
     tensor([[1, 3, 2, 4]])
     """
-    return weight.movedim(1, -1).reshape(len(weight), -1)
+    return weight.movedim(1, -1).reshape(len(weight), weight.shape[1:].numel())

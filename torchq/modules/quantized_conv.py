@@ -96,7 +96,7 @@ class QuantizedConv(PackedWeights, Leaf):
         self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         self.geometry = geometry_of(conv)
         self._numbers = self.geometry.numbers()
-        self.out_features, self.in_features = weight_int8.shape[0], weight_int8[0].numel()
+        self.out_features, self.in_features = weight_int8.shape[0], weight_int8.shape[1:].numel()
         self.has_bias = self.had_bias = bias is not None
         self.input_qparams = float32_qparams(input_qparams)
         self.fold, self.dtype, self.includes = fold, dtype, includes
