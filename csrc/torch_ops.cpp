@@ -156,6 +156,17 @@ Tensor linear_static(const Tensor& x, const Tensor& packed, double x_scale, int6
   return multiply(op, "x", x, x_dtype, packed, out_dtype, y_dtype, layer);
 }
 
+// Whether the values of a tensor lie side by side, in whatever order of its dimensions.
+bool has_no_gaps(const Tensor& t) {
+  int64_t together = 1;
+  for (int64_t found = 0, i = 0; found < t.dim(); ++found) {
+    for (i = 0; i < t.dim() && (t.size(i) == 1 || t.stride(i) != together); ++i) {
+    }
+    if (i < t.dim()) together *= t.size(i);
+  }
+  return together == t.numel() && together > 0;
+}
+
 Tensor activate(const Tensor& x, int64_t activation) {
   const char* op = "torchq::activate";
   const std::optional<DType> dtype = float_dtype(x.scalar_type());
@@ -164,8 +175,10 @@ Tensor activate(const Tensor& x, int64_t activation) {
   CHECK(x.dim() <= kMaxDims, op, ": x may have up to ", kMaxDims, " dimensions, got ", x.dim(),
         ". Flatten some: x.flatten().");
   const torchq::Activation kind = activation_of(op, activation);
-  const Tensor input = x.is_contiguous() ? x : contiguous(op, x);
-  Tensor y = empty(op, x.sizes().data(), x.dim(), x.scalar_type());
+  const bool as_it_lies = has_no_gaps(x);
+  const Tensor input = as_it_lies ? x : contiguous(op, x);
+  const Tensor& like = as_it_lies ? x : input;
+  Tensor y = empty_strided(op, x.sizes().data(), like.strides().data(), x.dim(), x.scalar_type());
   torchq::activate(torchq::active_kernel(), kind, {*dtype, input.const_data_ptr(), y.mutable_data_ptr(), x.numel()});
   return y;
 }

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
 from torchq.modules.activations import activation_of
+from torchq.modules.convolving import is_zero_padding
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
@@ -26,10 +27,13 @@ from torchq.watching import Watch
 ADDITION = "+"
 """In a chain: the output is one of two summands of the same shape."""
 
+PADDING = "0"
+"""In a chain: zeros are added around the output."""
+
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 Chain = tuple[str, ...]
-"""A layer, and the modules and additions behind it that each alone read the output of what stands before."""
+"""A layer, and the modules, additions and paddings behind it that each alone read the output of what stands before."""
 
 
 class _Output(NamedTuple):
@@ -119,20 +123,29 @@ class Readers(Watch):
         """Runs the operation, and notes which outputs it touches outside of a module that takes them."""
         if not self._outputs:
             return func(*args, **(kwargs or {}))
-        summand = self._summand(func, args, kwargs)
+        step, key_taken = self._step(func, args, kwargs)
         allowed = self._inside[-1] if self._inside else None
         for tensor in _tensors((args, kwargs)):
             key = storage_key(tensor)
             output = self._alive(key)
-            if output is None or key == summand:
+            if output is None or key == key_taken:
                 continue
             writes = func._schema.is_mutable and output.chain[0] not in self._convolutions
             if key != allowed or writes:
                 self._found[output.chain].add(None)
         y = func(*args, **(kwargs or {}))
-        if summand is not None:
-            self._add((*self._outputs[summand].chain, ADDITION), summand, y)
+        if key_taken is not None:
+            self._add((*self._outputs[key_taken].chain, step), key_taken, y)
         return y
+
+    def _step(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, int | None]:
+        """What this operation is in a chain, and the output of a convolution that it takes, if it takes one."""
+        if is_zero_padding(func, args, kwargs):
+            key = storage_key(args[0])
+            output = self._alive(key)
+            taken = output is not None and output.chain[0] in self._convolutions and PADDING not in output.chain
+            return PADDING, key if taken else None
+        return ADDITION, self._summand(func, args, kwargs)
 
     def _summand(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> int | None:
         """The output of a convolution that this operation adds another tensor of the same shape to."""

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from torchq.modules.convolving import is_zero_padding
 from torchq.modules.pending import Deferred, Scope
 from torchq.modules.writes import run_on_values
 
 _aten = torch.ops.aten
+_ACTIVATIONS = (
+    *(_aten.relu.default, _aten.relu_.default, _aten.relu6.default, _aten.relu6_.default, _aten.gelu.default),
+    *(_aten.silu.default, _aten.silu_.default, _aten.hardswish.default, _aten.hardswish_.default),
+    *(_aten.hardtanh.default, _aten.hardtanh_.default, _aten.sigmoid.default, _aten.tanh.default),
+    torch.ops.torchq.activate.default,
+)
 KEEPING = frozenset(
     {
-        *(_aten.relu.default, _aten.relu_.default, _aten.gelu.default, _aten.silu.default, _aten.silu_.default),
-        *(_aten.hardswish.default, _aten.hardswish_.default, _aten.hardtanh.default, _aten.hardtanh_.default),
-        *(_aten.sigmoid.default, _aten.tanh.default, _aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor),
-        *(_aten.glu.default, _aten.cat.default, _aten.max_pool2d_with_indices.default),
-        torch.ops.torchq.activate.default,
+        *_ACTIVATIONS,
+        *(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.glu.default, _aten.cat.default),
+        *(_aten.max_pool2d_with_indices.default, _aten.constant_pad_nd.default),
     }
 )
 """Operations that give the same values in either format, and in the format of their input."""
@@ -42,6 +47,8 @@ def keeps(func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
     if func in (_aten.glu.default, _aten.cat.default):
         dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0 if func is _aten.cat.default else -1)
         return dimension == 1 and all(each.dim() == tensors[0].dim() for each in tensors)
+    if func is _aten.constant_pad_nd.default:
+        return is_zero_padding(func, args, kwargs)
     return all(each.shape == tensors[0].shape for each in tensors)
 
 

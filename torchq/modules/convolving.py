@@ -43,6 +43,13 @@ def padded(x: Tensor, conv: Any) -> Tensor:
     return nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
 
 
+def is_zero_padding(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation adds zeros around the spatial dimensions of (N, C, *spatial)."""
+    if func is not torch.ops.aten.constant_pad_nd.default or kwargs or any(args[2:]):
+        return False
+    return len(args[1]) <= 2 * (args[0].dim() - 2) and all(count >= 0 for count in args[1])
+
+
 def is_pointwise(conv: Any) -> bool:
     """Whether each place of the output is a linear function of one place of the input, the same place."""
     ones = all(each == 1 for each in (*conv.kernel_size, *conv.stride))

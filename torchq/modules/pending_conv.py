@@ -16,10 +16,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
+from torchq.modules.convolving import is_channels_last, is_zero_padding, strides_of
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
 from torchq.modules.writes import Unwritten, run_on_values
@@ -46,6 +47,7 @@ class PendingConv(Deferred):
         self.layer, self._x = layer, x
         self._activation: int = Activation.NONE
         self._residual: Unwritten | None = None
+        self._padding: tuple[int, ...] = ()  # zeros around the values, as nn.functional.pad takes them
         self._value: Tensor | None = None
 
     def make(self) -> Tensor:
@@ -74,11 +76,20 @@ class PendingConv(Deferred):
             if known is error:
                 raise
             raise known from None
-        return y
+        if not any(self._padding):
+            return y
+        if y_qparams is None:
+            return nn.functional.pad(y, self._padding)
+        return nn.functional.pad(y, (0, 0, *self._padding), value=y_qparams.zero_point)
 
-    def _copy(self) -> "PendingConv":
-        other = PendingConv(self.layer, self._x, tuple(self.shape), self.stride(), self.dtype)
-        other._activation, other._residual = self._activation, self._residual
+    def _copy(self, padding: tuple[int, ...] = ()) -> "PendingConv":
+        """Another one, with zeros around its values."""
+        shape = list(self.shape)
+        for i, count in enumerate(padding):
+            shape[-1 - i // 2] += count
+        strides = strides_of(shape, is_channels_last(self)) if padding else self.stride()
+        other = PendingConv(self.layer, self._x, tuple(shape), strides, self.dtype)
+        other._activation, other._residual, other._padding = self._activation, self._residual, padding
         return other.held()
 
     def held(self) -> "PendingConv":
@@ -93,6 +104,7 @@ class PendingConv(Deferred):
         if first is not None:
             taken = first._sum(func, args, kwargs or {})
             taken = first._activated(func, args, kwargs or {}) if taken is None else taken
+            taken = first._padded(func, args, kwargs or {}) if taken is None else taken
             if taken is not None:
                 return taken
         args, kwargs = tree_map_only(PendingConv, lambda pending: pending.make(), (args, kwargs or {}))
@@ -129,6 +141,12 @@ class PendingConv(Deferred):
         result: PendingConv = self if found.in_place else self._copy()
         result._activation = found.kind
         return result._settled(in_place=found.in_place)
+
+    def _padded(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """It with zeros around, which codes have exactly; None if this is another operation, or no codes are wanted."""
+        fold = self.layer.fold
+        waits = fold.codes and self._residual is None and self._activation == fold.activation and not self._padding
+        return self._copy(tuple(args[1])) if waits and is_zero_padding(func, args, kwargs) else None
 
     def _settled(self, *, in_place: bool) -> Tensor:
         """Itself, if more is to come; else its values, so that it need not refer to other tensors any longer."""

@@ -236,7 +236,7 @@ def activate(x: Tensor, activation: int) -> Tensor:
         activation: an `Activation`.
 
     Returns:
-        contiguous, the shape and dtype of x.
+        the shape, dtype and memory format of x; contiguous, if the values of x have gaps between them.
 
     >>> activate(torch.tensor([-1.0, 0.0, 1.0]), Activation.GELU).round(decimals=4)
     tensor([-0.1587,  0.0000,  0.8413])
@@ -386,7 +386,8 @@ def _(
 
 @torch.library.register_fake("torchq::activate")
 def _(x: Tensor, activation: int) -> Tensor:
-    return x.new_empty(x.shape)
+    no_gaps = torch.ops.aten.is_non_overlapping_and_dense.default(x)
+    return torch.empty_like(x) if no_gaps else x.new_empty(x.shape)
 
 
 @torch.library.register_fake("torchq::quantize_per_token")

@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
-from torchq.calibration.readers import ADDITION
+from torchq.calibration.readers import ADDITION, PADDING
 from torchq.modules.activations import activation_named
 from torchq.modules.folding import followers
 from torchq.ops import Activation
@@ -60,6 +60,7 @@ def _of_chain(name: str, chain: list[str], plans: dict[str, LayerPlan], evidence
     activation = None
     if chain and activation_named(evidence.model, chain[0]) != Activation.NONE:
         activation = chain.pop(0)
+    del chain[: int(chain[:1] == [PADDING])]
     feeds = chain[0] if chain and not adds and _takes_codes(chain[0], plans, evidence) else None
     feeds = feeds if planned.kind == "int8 static" else None
     return dataclasses.replace(planned, adds=adds, activation=activation, feeds=feeds)
