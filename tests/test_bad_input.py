@@ -11,7 +11,7 @@ from helpers.numbers import normal
 from torchq import QConfig, convert, kernels
 
 X = normal(6, 8)
-STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
+STATIC, DYNAMIC = QConfig(activation="static", observer="minmax"), QConfig(activation="dynamic")
 
 
 def poisoned(bad):

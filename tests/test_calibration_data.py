@@ -131,7 +131,7 @@ def test_few_rows_are_one_warning_with_the_numbers_and_a_model_that_works(roundi
 @pytest.mark.parametrize("activation", ["auto", "static", "dynamic"])
 def test_the_bound_is_as_stated(activation, inplace):
     """One row less gives the warning. If warnings are errors, the model stays as it was, also in place."""
-    config = QConfig(activation=activation)
+    config = QConfig(activation=activation, observer="minmax")
     assert MIN_ROWS == 16
     convert(model(), [ROWS[:10], ROWS[10:MIN_ROWS]], config=config)
     given = model()

@@ -74,19 +74,19 @@ def mse(x, lo, hi):
 
 def heavy_tailed():
     """Student's t with 2 degrees of freedom: a small share of the values has most of the energy."""
-    return normal(50_000, seed=2) / (normal(2, 50_000, seed=3).square().mean(0)).sqrt()
+    return normal(20_000, seed=2) / (normal(2, 20_000, seed=3).square().mean(0)).sqrt()
 
 
 SAMPLES = {
-    "normal": lambda: normal(50_000),
-    "relu": lambda: normal(50_000).relu(),
-    "gelu": lambda: torch.nn.functional.gelu(2 * normal(50_000)),
-    "laplace": lambda: torch.distributions.Laplace(0.0, 1.0).icdf(torch.linspace(1e-5, 1 - 1e-5, 50_001)),
+    "normal": lambda: normal(20_000),
+    "relu": lambda: normal(20_000).relu(),
+    "gelu": lambda: torch.nn.functional.gelu(2 * normal(20_000)),
+    "laplace": lambda: torch.distributions.Laplace(0.0, 1.0).icdf(torch.linspace(1e-5, 1 - 1e-5, 20_001)),
     "heavy tails": heavy_tailed,
-    "outliers": lambda: torch.cat([normal(50_000), torch.tensor([100.0, -70.0])]),
-    "one-sided outlier": lambda: torch.cat([normal(50_000), torch.full([40], 30.0)]),
-    "shifted": lambda: normal(50_000) - 3,
-    "sparse": lambda: torch.nn.functional.dropout(normal(50_000), 0.9),
+    "outliers": lambda: torch.cat([normal(20_000), torch.tensor([100.0, -70.0])]),
+    "one-sided outlier": lambda: torch.cat([normal(20_000), torch.full([40], 30.0)]),
+    "shifted": lambda: normal(20_000) - 3,
+    "sparse": lambda: torch.nn.functional.dropout(normal(20_000), 0.9),
 }
 
 
@@ -99,7 +99,7 @@ def test_mse_is_the_best_range_of_a_dense_search(name):
     factors = [0.9**i for i in range(40)]
     best = min(mse(x, lo * f, hi * g) for f in (factors if lo < 0 else [1]) for g in factors)
     found = mse(x, *(bound.item() for bound in observed(MSEObserver(), *x.split(999)).range()))
-    # The observer's bounds are 1 % apart, and it assumes evenly filled bins. The sums are over 50,000 values, and a few
+    # The observer's bounds are 1 % apart, and it assumes evenly filled bins. The sums are over 20,000 values, and a few
     # of those saturate.
     assert found <= 1.02 * best
 

@@ -102,10 +102,12 @@ def test_rounding_shows_in_the_stats():
     assert gptq.stats.weight_db < nearest.stats.weight_db - 0.01
 
 
-@by_config
-@pytest.mark.parametrize("floats", [0, 1, 2, 3, 4])
-def test_a_budget_keeps_smoothings_and_rounded_weights(config, floats):
-    model = Block()
+@pytest.mark.parametrize(
+    ("choice", "floats"),
+    [*(("gptq", floats) for floats in range(5)), ("dynamic", 1), ("dynamic", 4), ("static", 0), ("static", 3)],
+)
+def test_a_budget_keeps_smoothings_and_rounded_weights(choice, floats):
+    model, config = Block(), CONFIGS[choice]
     exact, tried = model(X).clone(), []
 
     def evaluate(candidate):

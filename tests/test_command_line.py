@@ -1,23 +1,27 @@
 """The command `torchq` as a user meets it: what it prints where, exit codes, errors without a traceback."""
 
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 import torchq
+from conftest import TOO_SMALL
 from helpers import ROOT
 from helpers.commands import environment_here
 from torchq import command_line, kernels
 from torchq.command_line import bench, environment, look, models
 from torchq.command_line.app import run
 from torchq.command_line.console import UserError, guarded
+from torchq.planning import layers
 
 WORDS = [f"word{i}" for i in range(295)]
 
@@ -60,11 +64,16 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(bert):
-    """The same in int8, calibrated on the texts."""
-    command = [sys.executable, "-m", "torchq", "convert", "bert", "int8", "--calib", "texts.txt", "--batch-size", "4"]
-    run = subprocess.run(command, cwd=bert, env=environment_here(), capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return bert / "int8", run
+    """The same in int8, calibrated on the texts, and what the command wrote to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(bert)
+        patch.setattr(layers, "too_small", TOO_SMALL)
+        patch.setattr(sys, "argv", ["torchq", "convert", "bert", "int8", "--calib", "texts.txt", "--batch-size", "4"])
+        with pytest.raises(SystemExit) as done:
+            run()
+    assert done.value.code == 0, err.getvalue()
+    return bert / "int8", out.getvalue(), err.getvalue()
 
 
 # ---- env ----
@@ -105,27 +114,25 @@ def test_more_threads_than_cores_are_remarked(torchq_command, monkeypatch):
 # ---- convert, report, verify, bench of a model ----
 
 
-@pytest.mark.subprocess
-@pytest.mark.slow(seconds=20)
+@pytest.mark.slow(seconds=4)
 def test_convert_writes_a_directory_that_loads(converted, bert):
     import torchq.hf
 
-    directory, run = converted
+    directory, out, err = converted
     assert torchq.hf
     assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in (bert / "bert").iterdir())
     assert (directory / "README.md").read_text() == "how to use it"
     loaded = BertForSequenceClassification.from_pretrained(directory)
     assert isinstance(loaded.bert.encoder.layer[0].output.dense, torchq.QuantizedLinear)
     assert loaded.torchq_plan.checked.batches > 0
-    assert run.stdout.splitlines()[0].startswith("whole model: ")
-    assert run.stdout.splitlines()[-1].startswith("wrote int8, ")
-    lines = run.stderr.splitlines()
+    assert out.splitlines()[0].startswith("whole model: ")
+    assert out.splitlines()[-1].startswith("wrote int8, ")
+    lines = err.splitlines()
     assert lines[0] == "loading bert"
     assert "calibrating on 40 texts in 10 batches" in lines
     assert not [name for name in os.listdir(bert) if name.startswith(".int8")]
 
 
-@pytest.mark.subprocess
 @pytest.mark.small_layers_stay_float
 def test_a_converted_model_gives_what_python_gives(converted, bert):
     """The command is convert() on the same batches."""
@@ -139,7 +146,6 @@ def test_a_converted_model_gives_what_python_gives(converted, bert):
         assert torch.equal(loaded(**batches[0]).logits, expected(**batches[0]).logits)
 
 
-@pytest.mark.subprocess
 def test_report(converted, torchq_command, tmp_path):
     code, out, err = torchq_command("report", converted[0])
     assert (code, err) == (0, f"loading {converted[0]}\n")
@@ -155,7 +161,6 @@ def test_report(converted, torchq_command, tmp_path):
     assert f"wrote {tmp_path / 'page.html'}" in err
 
 
-@pytest.mark.subprocess
 @pytest.mark.parametrize("texts", [False, True])
 def test_verify(converted, bert, torchq_command, texts):
     more = ("--texts", bert / "texts.txt", "--batch", "2") if texts else ("--tokens", "14", "--batch", "2")
@@ -166,7 +171,6 @@ def test_verify(converted, bert, torchq_command, texts):
     assert json.loads(torchq_command("verify", converted[0], *more, "--json")[1])["ok"] is True
 
 
-@pytest.mark.subprocess
 def test_verify_exits_with_1_if_a_kernel_is_wrong(converted, torchq_command, monkeypatch):
     real = torchq.verify
 
@@ -182,7 +186,6 @@ def test_verify_exits_with_1_if_a_kernel_is_wrong(converted, torchq_command, mon
     assert "WRONG: layer 'a.layer': kernel avx2 differs from reference in 3 of 4 elements, first at (0, 1)" in out
 
 
-@pytest.mark.subprocess
 @pytest.mark.parametrize("which", ["bert", "int8"])
 def test_bench_of_a_model(converted, bert, torchq_command, which, monkeypatch):
     monkeypatch.setattr(

@@ -1,15 +1,11 @@
 """torch.compile with torchq's options: activations fold into the layers before them, and nothing else changes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 import torchq
-from helpers import ROOT
+from helpers.commands import run_code
 from helpers.compare import assert_identical
 from helpers.numbers import normal
 from torchq.compiling import fold_activations
@@ -93,7 +89,7 @@ def test_training_around_frozen_layers_is_not_touched():
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=60)
+@pytest.mark.slow(seconds=10)
 def test_an_exported_model_runs_ahead_of_time(tmp_path):
     """AOTInductor compiles the program into a library, which calls torchq's ops, in any process that imports torchq."""
     model = torchq.convert(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
@@ -102,11 +98,12 @@ def test_an_exported_model_runs_ahead_of_time(tmp_path):
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     loaded = torch._inductor.aoti_load_package(path)
     assert_identical(loaded(x), model(x).detach())
-    torch.save((x, model(x).detach()), tmp_path / "numbers.pt")
+    numbers = str(tmp_path / "numbers.pt")
+    torch.save((x, model(x).detach()), numbers)
     code = (
         "import torch, torchq\n"
-        "x, y = torch.load('numbers.pt')\n"
+        f"x, y = torch.load({numbers!r})\n"
         f"assert torch.equal(torch._inductor.aoti_load_package({path!r})(x), y)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    exit_code, _, err = run_code(code)
+    assert exit_code == 0, err

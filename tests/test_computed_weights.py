@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from helpers.compare import snapshot
+from helpers.covers import pairs_of
 from helpers.linear_like import Conv1D, FalconLinear
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, prepare_qat
@@ -48,11 +49,9 @@ def plain(model):
     return twin
 
 
-@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-@pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_it_is_the_weight_of_eval_mode(norm, data, mode):
-    model = network(norm)
+@pytest.mark.parametrize(("name", "calibrated", "mode"), pairs_of(NORMS, [False, True], ["train", "eval"]))
+def test_it_is_the_weight_of_eval_mode(name, calibrated, mode):
+    model, data = network(NORMS[name]), DATA if calibrated else None
     for _ in range(3):
         model.train()(X)  # so that power iterations come near to the norm
     getattr(model, mode)()

@@ -386,5 +386,8 @@ def test_a_whole_network(act):
     torch.testing.assert_close(y, unfused(qmodel)(IMAGE), rtol=0.02, atol=0.02 * float(y.abs().max()))
     assert sqnr_db(model(IMAGE), y) > 30
     assert_identical(apply_plan(model, plan_of(qmodel))(IMAGE), y)
-    plain = convert(model, IMAGES, config=QConfig(activation="static", fuse=False))
+
+
+def test_without_fusion_a_network_has_none():
+    plain = convert(resnet(), IMAGES, config=QConfig(activation="static", observer="minmax", fuse=False))
     assert not any(layer.feeds or layer.norm or layer.adds for layer in plain.torchq_plan.layers.values())

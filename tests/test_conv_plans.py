@@ -22,7 +22,7 @@ from torchq.numerics.qparams import fake_quantize
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-STATIC = QConfig(activation="static")
+STATIC = QConfig(activation="static", observer="minmax")
 GEOMETRIES = {
     "1d": (nn.Conv1d(6, 16, 3, stride=2, padding=1), (6, 11)),
     "2d": (nn.Conv2d(6, 16, (3, 2), (1, 2), (1, 0), (1, 2)), (6, 7, 8)),
@@ -127,7 +127,7 @@ def test_outlier_channels_are_smoothed(kernel):
 @pytest.mark.slow(seconds=5)
 def test_a_plan_survives_json():
     model = resnet()
-    qmodel = convert(model, IMAGES, config=QConfig(activation="static", rounding="nearest"))
+    qmodel = convert(model, IMAGES, config=QConfig(activation="static", observer="minmax", rounding="nearest"))
     plan = qmodel.torchq_plan
     again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert again == plan

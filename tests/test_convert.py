@@ -14,13 +14,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from helpers.compare import assert_close_to_float, snapshot
+from helpers.covers import pairs_of
 from helpers.models import DATA, Doubled, Nested, X, load_digits, mlp, with_and_without_data
 from torchq import QConfig, QuantizedLinear, convert, simulate
 from torchq.planning.apply import apply_plan
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
+AUTO, DYNAMIC = QConfig(), QConfig(activation="dynamic")
+STATIC = QConfig(activation="static", observer="minmax")
 by_activation = pytest.mark.parametrize("config", [AUTO, STATIC, DYNAMIC], ids=lambda config: config.activation)
 
 
@@ -251,16 +253,14 @@ def test_multihead_attention(data):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
-@with_and_without_data
-def test_transformer_encoder(data, inplace, norm_first, grad):
+@pytest.mark.parametrize(("calibrated", "inplace", "norm_first", "grad"), pairs_of(*[[False, True]] * 4))
+def test_transformer_encoder(calibrated, inplace, norm_first, grad):
     """In eval mode without gradients, torch runs fused kernels that read float weights. A converted model must not."""
     layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, norm_first=norm_first)
     model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval(), X.reshape(3, 11, 24)
     mask = torch.arange(11) >= torch.tensor([[11], [7], [4]])
-    qmodel = convert(copy.deepcopy(model), data and [batch.reshape(2, 8, 24) for batch in data], inplace=inplace)
+    data = [batch.reshape(2, 8, 24) for batch in DATA] if calibrated else None
+    qmodel = convert(copy.deepcopy(model), data, inplace=inplace)
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "linear1", "linear2")
     assert int8_names(qmodel) == [f"layers.{i}.{part}" for i in (0, 1) for part in parts]
     with torch.set_grad_enabled(grad):

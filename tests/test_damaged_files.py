@@ -35,7 +35,7 @@ def saved(tmp_path_factory):
     """The bytes of a file."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("saved") / "m.safetensors"
-    torchq.save(convert(Net().eval(), DATA, config=QConfig(activation="static")), path)
+    torchq.save(convert(Net().eval(), DATA, config=QConfig(activation="static", observer="minmax")), path)
     return path.read_bytes()
 
 

@@ -6,7 +6,9 @@ An accumulator on the stack gives the right answer at half the speed, so no othe
 import itertools
 import platform
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 
@@ -35,22 +37,26 @@ class Line:
         return int(jump[1], 16) if jump and int(jump[1], 16) <= self.address else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     name: str
     lines: list[Line]
 
+    @cached_property
+    def loops(self) -> list[range]:
+        """The places of the lines from the target of each backward jump to the jump."""
+        addresses = [line.address for line in self.lines]
+        starts = [(line.jumps_back_to(), end) for end, line in enumerate(self.lines, 1)]
+        return [range(bisect_left(addresses, start), end) for start, end in starts if start is not None]
+
     def dot_loops(self, dot: str) -> list[list[Line]]:
-        """The innermost loops that multiply: the lines from the target of a backward jump to the jump."""
-        loops = []
-        for line in self.lines:
-            start = line.jumps_back_to()
-            if start is not None:
-                body = [x for x in self.lines if start <= x.address <= line.address]
-                loops += [body] if count(dot, body) else []
+        """The innermost loops that multiply."""
+        dots = [place for place, line in enumerate(self.lines) if re.search(dot, line.text)]
+        loops = [loop for loop in self.loops if bisect_left(dots, loop.start) < bisect_left(dots, loop.stop)]
         # The epilogue may be placed behind the function's end and also jump back, over the loops. A range of lines that
         # contains a loop is therefore not an innermost one.
-        return [a for a in loops if not any(b is not a and set(b) < set(a) for b in loops)]
+        inner = [a for a in loops if not any(b != a and a.start <= b.start and b.stop <= a.stop for b in loops)]
+        return [self.lines[loop.start : loop.stop] for loop in inner]
 
     def spills(self, body: list[Line]) -> list[str]:
         """The vector loads and stores on the stack, and all other vector stores. A multiply loop has none."""

@@ -159,7 +159,7 @@ def test_counting_stops_with_the_block_and_two_watchers_count_for_themselves():
 
 
 def test_only_static_layers_are_watched():
-    qmodel = convert(chain(), DATA, config=QConfig(activation="static", exclude=("0",)))
+    qmodel = convert(chain(), DATA, config=QConfig(activation="static", observer="minmax", exclude=("0",)))
     assert list(watched(qmodel, FRESH).layers) == ["2", "4"]
     dynamic = watched(convert(chain()), FRESH)
     assert (dynamic.layers, str(dynamic)) == ({}, "no drift in 0 static layers")

@@ -207,7 +207,7 @@ def test_every_scheme_and_a_plan_as_json(config):
 def test_an_expert_that_no_data_reached_is_dynamic_and_says_so():
     model = Layer(reached=3).eval()
     for activation in ("auto", "static"):
-        qmodel = convert(model, DATA, config=QConfig(activation=activation, exclude=("router",)))
+        qmodel = convert(model, DATA, config=QConfig(activation=activation, observer="minmax", exclude=("router",)))
         planned = qmodel.torchq_plan.layers["experts.3.down_proj"]
         assert (planned.kind, planned.reason) == ("int8 dynamic", "no calibration data reached it")
         assert "no calibration data reached it: experts.3.gate_up_proj, experts.3.down_proj" in str(report(qmodel))

@@ -119,7 +119,7 @@ class Logits(nn.Module):
 
 
 GOLDEN = "b15a36eb48476ff63650d2db83b095014e4e15e2186d2df5147dedd77ecaf1b5"
-STATIC, GPTQ = QConfig(activation="static"), QConfig(rounding="gptq")
+STATIC, GPTQ = QConfig(activation="static", observer="minmax"), QConfig(rounding="gptq")
 LAYER = nn.TransformerEncoderLayer
 CASES = {
     "dynamic": (lambda: mlp(24, 40, 32, 8), None, QConfig()),

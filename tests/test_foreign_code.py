@@ -265,7 +265,7 @@ def test_a_float_model_reports_an_int8_checkpoint():
 def test_the_plan_and_the_state_make_the_same_model():
     """Static, fused, biased by correction: exactly."""
     model = chain()
-    qmodel = convert(model, DATA, config=QConfig(activation="static", rounding="gptq"))
+    qmodel = convert(model, DATA, config=QConfig(activation="static", observer="minmax", rounding="gptq"))
     assert qmodel.torchq_plan.layers["0"].feeds == "2"
     from torchq import Plan, apply_plan
 
@@ -278,7 +278,7 @@ def test_the_plan_and_the_state_make_the_same_model():
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_checkpoint_of_another_scheme_says_how_to_load_it(strict):
-    static, dynamic = convert(chain(), DATA, config=QConfig(activation="static")), convert(chain())
+    static, dynamic = convert(chain(), DATA, config=QConfig(activation="static", observer="minmax")), convert(chain())
     before = dynamic(DATA[0])
     with pytest.raises(RuntimeError, match=r"0\.input_scale: the saved layer is static.*apply_plan"):
         dynamic.load_state_dict(saved(static), strict=strict)
@@ -311,8 +311,8 @@ BAD = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD for value in BAD[name]])
 @pytest.mark.parametrize("key", ["0", "2"])
 def test_a_bad_value_is_named_and_nothing_is_loaded(key, name, value):
-    qmodel = convert(chain(), DATA, config=QConfig(activation="static"))
-    other = convert(chain(), DATA, config=QConfig(activation="static"))
+    config = QConfig(activation="static", observer="minmax", smoothing="none", rounding="nearest")
+    qmodel, other = (convert(chain(), DATA, config=config) for _ in range(2))
     state, before = saved(other), qmodel(DATA[0])
     state[f"{key}.{name}"].fill_(value) if name != "weight_scale" else state[f"{key}.{name}"][3:4].fill_(value)
     with pytest.raises(RuntimeError, match=rf"nothing of it was:\s+{key}\.{name}: "):
@@ -369,7 +369,7 @@ def test_a_module_that_loads_in_its_own_way_does_so():
 
 def test_codes_mean_what_their_reader_says():
     """The layer that gives them keeps no scale of its own, so another checkpoint can't part the two."""
-    qmodel = convert(chain(), DATA, config=QConfig(activation="static"))
+    qmodel = convert(chain(), DATA, config=QConfig(activation="static", observer="minmax"))
     state, before = saved(qmodel), qmodel(DATA[0])
     assert not any("output" in key for key in state)
     state["2.input_scale"] *= 2
@@ -379,7 +379,7 @@ def test_codes_mean_what_their_reader_says():
     assert not torch.equal(y, before)
 
 
-@pytest.mark.parametrize("config", [QConfig(activation="static"), QConfig(activation="dynamic")])
+@pytest.mark.parametrize("config", [QConfig(activation="static", observer="minmax"), QConfig(activation="dynamic")])
 def test_meta_device_and_back(config):
     qmodel = convert(chain(), DATA, config=config)
     state, expected = saved(qmodel), qmodel(DATA[0])

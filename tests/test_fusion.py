@@ -19,7 +19,8 @@ from torchq.ops import Activation
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-AUTO, STATIC, DYNAMIC = (QConfig(activation=name) for name in ("auto", "static", "dynamic"))
+AUTO = QConfig()
+STATIC, DYNAMIC = (QConfig(activation=name, rounding="nearest", smoothing="none") for name in ("static", "dynamic"))
 
 
 def chain(kinds, width=24):
@@ -75,8 +76,7 @@ def oracle(model, plan, x):
 @pytest.mark.parametrize("kinds", ["ll", "lrl", "lRl", "lrdl", "lirdl", "ldil", "lrrl", "lrlrlr", "lrlrl"])
 def test_a_static_chain_hands_over_codes_and_is_exact(kinds, dtype):
     model = chain(kinds).to(dtype)
-    config = QConfig(activation="static", smoothing="none", rounding="nearest")
-    qmodel = convert(model, [x.to(dtype) for x in DATA], config=config)
+    qmodel = convert(model, [x.to(dtype) for x in DATA], config=STATIC)
     x = X.to(dtype)
     assert torch.equal(qmodel(x), oracle(model, qmodel.torchq_plan, x))
     inner = [torch.uint8] * (kinds.count("l") - 1)
@@ -119,7 +119,7 @@ def test_codes_are_for_static_neighbours_only_but_a_relu_is_fused_anyway(kinds, 
 @pytest.mark.parametrize(("excluded", "activation"), [("2", Activation.RELU), ("0", Activation.NONE)])
 def test_a_float_neighbour_gets_floats(excluded, activation):
     model = chain("lrl")
-    qmodel = convert(model, DATA, config=QConfig(activation="static", exclude=(excluded,)))
+    qmodel = convert(model, DATA, config=QConfig(activation="static", observer="minmax", exclude=(excluded,)))
     (layer,) = layers_of(qmodel)
     assert layer.fold == Fold(activation)
     assert type(qmodel.get_submodule(excluded)) is nn.Linear
@@ -152,7 +152,7 @@ def test_a_chain_agrees_with_its_simulation(kinds):
 
 def test_it_can_be_switched_off():
     model = chain("lrdl")
-    qmodel = convert(model, DATA, config=QConfig(activation="static", fuse=False))
+    qmodel = convert(model, DATA, config=dataclasses.replace(STATIC, fuse=False))
     assert type(qmodel) is nn.Sequential
     assert [(p.activation, p.skipped, p.feeds) for p in qmodel.torchq_plan.layers.values()] == [(None, (), None)] * 2
     assert {layer.fold for layer in layers_of(qmodel)} == {Fold()}

@@ -167,15 +167,13 @@ def test_double_backward(generator, mode, scheme, activation):
         assert error(actual, expected) < (10 * CLOSE if mode is nullcontext else 1e-3)
 
 
-@pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@each_mode
-def test_transforms(generator, mode, scheme, activation):
+@pytest.mark.parametrize(("name", "scheme", "activation"), pairs_of(MODES, SCHEMES, Activation))
+def test_transforms(generator, name, scheme, activation):
     """Jacobians by reverse and forward mode, and gradients of single samples, whichever transform is the outer one.
 
     simulate() has its own float32 sums, whose rounding the formula does not see: 1e-3.
     """
-    model = build(scheme, generator, activation)
+    mode, model = MODES[name], build(scheme, generator, activation)
     x, tangent = inputs(generator, 6, K), torch.randn(6, K, generator=generator)
     expected = torch.stack([torch.autograd.functional.jacobian(lambda v: formula(model, v), row) for row in x.double()])
     close = CLOSE if mode is nullcontext else 1e-3

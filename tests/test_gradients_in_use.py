@@ -67,7 +67,7 @@ def test_residual_blocks_and_saliency(activation):
     torch.manual_seed(0)
     head = [nn.Linear(32, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)]
     model, x = nn.Sequential(Block(), Block(), *head).eval(), torch.randn(256, 32)
-    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation=activation), progress=False)
+    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation=activation, observer="minmax"), progress=False)
     assert sum(isinstance(m, QuantizedLinear) for m in qmodel.modules()) == 7
     if activation == "static":
         assert any(m.fold.codes for m in qmodel.modules() if isinstance(m, QuantizedLinear))
@@ -91,7 +91,7 @@ def test_adapters_train(activation):
     """In front of the int8 layers and beside them: their gradients are those beside the float layers."""
     torch.manual_seed(0)
     model, x = MLP().eval().requires_grad_(False), torch.randn(64, 32)
-    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation=activation), progress=False)
+    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation=activation, observer="minmax"), progress=False)
     front, up, down = nn.Linear(32, 32), LoRA(model.up), LoRA(model.down)
 
     def gradients(frozen):
@@ -115,7 +115,7 @@ def test_adapters_learn():
         nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval(),
         torch.randn(128, 16),
     )
-    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation="static"), progress=False)
+    qmodel = torchq.convert(model, [x], config=torchq.QConfig(activation="static", observer="minmax"), progress=False)
     target = model(x @ torch.linalg.qr(torch.randn(16, 16))[0]).detach()
     losses = []
     for frozen in (model, qmodel):

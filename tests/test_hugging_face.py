@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-STATIC = QConfig(activation="static", attention="int8")
+STATIC = QConfig(activation="static", observer="minmax", attention="int8")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_sentences_are_converted_as_the_model_is_loaded_and_saved(sentences, tmp
 def test_sentences_are_calibrated_on_texts_and_saved(sentences, tmp_path):
     model = of(sentences)
     exact = embedded(model, texts(20))
-    config = QConfig(activation="static", rounding="gptq")
+    config = QConfig(activation="static", observer="minmax", rounding="gptq")
     qmodel = hf.convert_sentence_transformer(model, texts(100, seed=1), config=config, progress=False)
     assert_identical(embedded(model, texts(20)), exact)
     y = embedded(qmodel, texts(20))
@@ -193,7 +193,7 @@ def test_sentences_are_calibrated_on_texts_and_saved(sentences, tmp_path):
 
 def test_padding_of_texts_is_no_data(sentences):
     """Words beside long texts are calibrated as they are alone: the ranges are those of the words."""
-    config = QConfig(activation="static", observer="minmax", smoothing="none", attention="none")
+    config = QConfig(activation="static", observer="minmax", smoothing="none", rounding="nearest", attention="none")
     words, ranges = texts(64), []
     for size in (1, 64):
         qmodel = hf.convert_sentence_transformer(of(sentences), words, config=config, batch_size=size, progress=False)

@@ -56,7 +56,7 @@ def test_inplace_stays_right_between_the_layers_of_a_chain(monkeypatch, failing)
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 40), nn.SiLU(), nn.Linear(40, 8)).eval()
     before, x = copy.deepcopy(model), torch.randn(64, 24)
     from_float, calls = QuantizedLinear.from_float, []
-    config = QConfig(activation="static")
+    config = QConfig(activation="static", observer="minmax")
     plan = convert(model, [x], config=config).torchq_plan
     assert plan.layers["0"].feeds == "2"
 

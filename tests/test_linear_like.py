@@ -33,7 +33,7 @@ DATA = [normal(200, 32, seed=i) for i in range(4)]
 X = normal(50, 32, seed=9)
 CONFIGS = {
     "auto": QConfig(),
-    "static": QConfig(activation="static"),
+    "static": QConfig(activation="static", observer="minmax"),
     "gptq": QConfig(activation="dynamic", rounding="gptq"),
 }
 MAKERS = {"Conv1D": lambda: Conv1D(48, 32), "FalconLinear": lambda: FalconLinear(32, 48)}
@@ -114,7 +114,7 @@ def test_a_converted_subclass_keeps_its_attributes():
 
 
 def test_it_is_saved_and_loaded():
-    config = QConfig(activation="static", rounding="nearest")
+    config = QConfig(activation="static", observer="minmax", rounding="nearest")
     qmodel = convert(network(Conv1D(48, 32)), DATA, config=config)
     assert {key for key in qmodel.state_dict() if key.startswith("2.")} >= {"2.weight_int8", "2.weight_scale", "2.bias"}
     other = apply_plan(network(Conv1D(48, 32)), qmodel.torchq_plan)

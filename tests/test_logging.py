@@ -14,7 +14,9 @@ MODEL = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 def test_convert_logs_a_summary_and_each_layer(caplog):
     with caplog.at_level(logging.DEBUG, logger="torchq"):
-        qmodel = convert(MODEL, [normal(80, 64)], config=QConfig(exclude=("2",), activation="static"))
+        qmodel = convert(
+            MODEL, [normal(80, 64)], config=QConfig(exclude=("2",), activation="static", observer="minmax")
+        )
     plan = qmodel.torchq_plan
     summary, first, second = caplog.records
     assert {record.name for record in caplog.records} == {"torchq.convert"}

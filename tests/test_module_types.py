@@ -103,7 +103,7 @@ def network(*middle):
 
 DATA = [normal(200, 16, seed=i) for i in range(3)]
 X = normal(50, 16, seed=9)
-CONFIGS = [QConfig(), QConfig(activation="static"), QConfig(activation="dynamic", rounding="gptq")]
+CONFIGS = [QConfig(), QConfig(activation="static", observer="minmax"), QConfig(activation="dynamic", rounding="gptq")]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["auto", "static", "gptq"])

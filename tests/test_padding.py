@@ -96,7 +96,7 @@ def test_weights_and_ranges_are_those_of_the_texts_alone(padding):
         }
         for x in texts
     ]
-    config = QConfig(activation="static", exclude=("flat",))
+    config = QConfig(activation="static", observer="minmax", exclude=("flat",))
     plain, converted = (convert(model, data, config=config) for data in (texts, padded))
     layers = plain.torchq_plan.layers["tokens"], converted.torchq_plan.layers["tokens"]
     assert layers[0].input_qparams == layers[1].input_qparams

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("seeded", "quiet_transformers")
 IDS = [torch.randint(5, 90, (8, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 MORE = {"intermediate_size": 48}
 GQA = {**MORE, "num_key_value_heads": 2, "pad_token_id": 0}
-STATIC = QConfig(activation="static", rounding="gptq", attention="int8", embeddings=True)
+STATIC = QConfig(activation="static", observer="minmax", rounding="gptq", attention="int8", embeddings=True)
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
 VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}

@@ -25,7 +25,9 @@ def made(name):
         model = QuantizedLinear.from_float(nn.Linear(32, 20))
     elif name == "static layers":
         float_model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-        model = convert(float_model, [torch.randn(64, 32)], config=QConfig(activation="static"), progress=False)
+        model = convert(
+            float_model, [torch.randn(64, 32)], config=QConfig(activation="static", observer="minmax"), progress=False
+        )
     elif name == "a layer twice":
         layer = QuantizedLinear.from_float(nn.Linear(32, 32))
         model = nn.Sequential(layer, nn.Tanh(), layer)

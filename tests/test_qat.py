@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 import torchq
 from helpers.compare import assert_identical, bound
+from helpers.covers import pairs_of
 from helpers.models import DATA, Doubled, X
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, freeze_ranges, prepare_qat, simulate
@@ -39,7 +40,7 @@ def mlp():
 def prepared(scheme, model=None, *, weight="per_channel", dtype=torch.float32):
     data, activation, ranges = SCHEMES[scheme]
     data = data and [x.to(dtype) for x in data]
-    config = QConfig(weight=weight, activation=activation)
+    config = QConfig(weight=weight, activation=activation, observer="minmax")
     return prepare_qat((model or mlp()).to(dtype), data, config=config, ranges=ranges)
 
 
@@ -61,9 +62,10 @@ def layers_of(model, kind=QATLinear):
 # ---- training computes what will run ----
 
 
-@by_scheme
-@pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "weight", "dtype"),
+    pairs_of(SCHEMES, ["per_channel", "per_tensor"], [torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(scheme, weight, dtype):
     """Bit for bit, since both multiply the same values in float32. A fused activation is not rounded to 16 bits."""
     model = step(prepared(scheme, weight=weight, dtype=dtype))

@@ -28,7 +28,7 @@ def mlp():
 @pytest.mark.parametrize("activation", SCHEMES)
 def test_files_are_4_times_smaller(mlp, activation, tmp_path):
     """An output feature takes 4 K bytes in float32 and K + 4 in int8: 4 K / (K + 4) = 3.98 for K = 1024."""
-    qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation))
+    qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation, observer="minmax"))
     for name, save in [("pt", torch.save), ("safetensors", safetensors.torch.save_file)]:
         save(mlp.state_dict(), tmp_path / f"float.{name}")
         save(qmodel.state_dict(), tmp_path / f"int8.{name}")
@@ -47,7 +47,7 @@ def resident_bytes(model):
 @pytest.mark.parametrize("activation", SCHEMES)
 def test_resident_weights_are_4_times_smaller(mlp, activation):
     """Also after a run, so no unpacked weight is kept."""
-    qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation))
+    qmodel = convert(mlp, [normal(32, 1024)], config=QConfig(activation=activation, observer="minmax"))
     qmodel(normal(3, 1024))
     with simulate():
         qmodel(normal(3, 1024))

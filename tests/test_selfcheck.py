@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.covers import pairs_of
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, apply_plan, conversion, convert
 from torchq.numerics.metrics import sqnr_db
@@ -84,16 +85,14 @@ def ran_in_int8(qmodel, x):
     return ran
 
 
-@pytest.mark.parametrize("data", [None, DATA], ids=["without data", "calibrated"])
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
-def test_what_a_model_keeps_beside_its_modules_follows_the_swap(keep, inplace, data):
-    model = Kept(keep).eval()
+@pytest.mark.parametrize(("kept", "inplace", "calibrated"), pairs_of(KEEPS, [False, True], [False, True]))
+def test_what_a_model_keeps_beside_its_modules_follows_the_swap(kept, inplace, calibrated):
+    model, data = Kept(KEEPS[kept]).eval(), DATA if calibrated else None
     x = normal(32, 64, seed=9)
     exact = model(x)
     qmodel = convert(model, data, inplace=inplace)
     assert sqnr_db(exact, qmodel(x)) > 30
-    if keep is not KEEPS["bound method"]:  # a method's own call runs no hooks
+    if kept != "bound method":  # a method's own call runs no hooks
         assert ran_in_int8(qmodel, x) == set(qmodel.torchq_plan.int8_layers()) == {"fc", "out"}
     if not inplace:
         assert torch.equal(model(x), exact)

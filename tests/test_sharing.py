@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.covers import pairs_of
 from helpers.models import with_own_norms
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert
@@ -16,9 +17,10 @@ from torchq.numerics.metrics import sqnr_db
 pytestmark = pytest.mark.usefixtures("seeded")
 
 K = 32
-STATIC, DYNAMIC = QConfig(activation="static"), QConfig(activation="dynamic")
+STATIC, DYNAMIC = QConfig(activation="static", observer="minmax"), QConfig(activation="dynamic")
 inplace_or_not = pytest.mark.parametrize("inplace", [False, True])
-by_rounding = pytest.mark.parametrize("rounding", ["nearest", "gptq", "auto"])
+ROUNDINGS = ["nearest", "gptq", "auto"]
+by_rounding = pytest.mark.parametrize("rounding", ROUNDINGS)
 
 
 def correlated(rows, seed):
@@ -108,9 +110,7 @@ class TiedLinears(nn.Module):
         return self.a(self.norm(x)), self.b(self.other(self.mix(x)))
 
 
-@inplace_or_not
-@by_rounding
-@pytest.mark.parametrize("smoothing", ["none", "auto"])
+@pytest.mark.parametrize(("inplace", "rounding", "smoothing"), pairs_of([False, True], ROUNDINGS, ["none", "auto"]))
 def test_linears_that_share_a_weight_are_quantized_each_by_its_own_inputs(inplace, rounding, smoothing):
     """The smoothed layer gets its own scales. The other layer, and the Parameter, do not change."""
     model = TiedLinears().eval()

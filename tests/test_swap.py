@@ -127,7 +127,7 @@ def test_what_is_replaced_is_destroyed_afterwards():
 def test_codes_are_read_in_the_range_they_were_made_in(read):
     """Another range arrives anywhere between the layer that makes codes and the layer that reads them."""
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
-    qmodel = convert(model, [normal(64, 16)], config=QConfig(activation="static"))
+    qmodel = convert(model, [normal(64, 16)], config=QConfig(activation="static", observer="minmax"))
     assert qmodel[0].fold.codes
     reader, ranges, wanted = qmodel[2], [qmodel[2].input_qparams, QParams(0.5, 3)], []
     for reader.input_qparams in ranges:

@@ -164,10 +164,11 @@ def test_export_round_trip(generator, scheme, strict):
     torch.export.save(exported, file)
     file.seek(0)
     loaded = torch.export.load(file)
+    modules = [program.module() for program in (exported, loaded, loaded.run_decompositions())]
     for size in (2, 5, 64):
         x = random_float(size, 3, K, generator=generator)
-        for program in (exported, loaded, loaded.run_decompositions()):
-            assert_identical(program.module()(x), model(x), f"{size=}")
+        for module in modules:
+            assert_identical(module(x), model(x), f"{size=}")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -288,7 +288,7 @@ def test_a_wrong_convolution_is_found(static, monkeypatch):
         exact, allowed = convolved(given, geometry)
         return exact + 1e-4, allowed
 
-    config = QConfig(activation="static" if static else "dynamic", rounding="nearest")
+    config = QConfig(activation="static" if static else "dynamic", rounding="nearest", smoothing="none")
     qmodel = convert(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)), [normal(2, 16, 9, 9)], config=config)
     assert verify(qmodel, normal(2, 16, 9, 9)).ok
     monkeypatch.setattr(verification, "convolved", off)

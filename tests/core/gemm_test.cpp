@@ -51,7 +51,8 @@ void compare_curves(const char* fill, const Rows& rows, const Weights& weights, 
       now("%s", describe(rows, weights, out, fill).c_str());
       const std::vector<uint8_t> want = with_one_nan(stage.run(kernel_reference, out), dtype);
       for (const Kernel* kernel : runnable())
-        stage.compare(kernel->name, out, with_one_nan(stage.run(*kernel, out), dtype), want);
+        if (kernel != &kernel_reference)
+          stage.compare(kernel->name, out, with_one_nan(stage.run(*kernel, out), dtype), want);
     }
 }
 
@@ -75,7 +76,8 @@ void check_problem(const char* fill, const Rows& rows, const Weights& weights, c
       // The reference reads either layout; the loop above gave it P16c4.
       stage.compare("reference", out, stage.run(kernel_reference, out, {0}, 1, Layout::p16c8), want);
     }
-  if (problems % 5 == 0) compare_curves(fill, rows, weights, outputs, stage, y_qparams);
+  const bool quick = rows.m * weights.n * weights.k < int64_t{1} << 20;  // what a tile does with its sums is the same
+  if (quick && problems % 5 == 0) compare_curves(fill, rows, weights, outputs, stage, y_qparams);
 }
 
 void check_problem(const char* fill, const Rows& rows, const Weights& weights) {
@@ -125,9 +127,9 @@ void test_shapes(bool quick) {
 }
 
 // Several blocks of rows, the last one not full. Deep, so that few rows fill the scratch a block may take.
-void test_blocks(bool quick) {
+void test_blocks() {
   constexpr DType outputs[] = {DType::f32, DType::u8};
-  const int64_t m = quick ? 49 : 67, n = 17, k = 16 * 1024 + 3;
+  const int64_t m = 49, n = 17, k = 16 * 1024 + 3;
   Weights weights = random_weights(n, k);
   for (const Kind& kind : kKinds) {
     weights.channel_scale = kind.dtype == DType::f32 ? random_channel_scale(k) : std::vector<float>();
@@ -320,7 +322,7 @@ void test_sweeps() {
 void test_gemm(bool quick) {
   constexpr DType exact[] = {DType::i32, DType::f32};
   test_shapes(quick);
-  test_blocks(quick);
+  test_blocks();
   test_sweeps();
   test_tiles_are_released();
   test_corners(7, 33, 13, kOutputs);
