@@ -21,7 +21,7 @@ class QConfig:
         weight: int8 weights with one scale per output channel, or one per tensor.
         activation: "dynamic": a scale and zero point per row (token), computed at run time. "static": one pair per
             layer, from calibration. "auto": per layer, static where it costs no more than `margin_db` of output SQNR.
-            Of convolutions more are static: as many as cost the model's output no more than 0.5 dB (docs/accuracy.md).
+            Of convolutions more are static: as many as cost the model's output no more than 1 dB (docs/accuracy.md).
         observer: how calibration data gives a static range (see `torchq.observers`). "auto": min-max, percentile, MSE
             or entropy, whichever gives the layer's output the highest SQNR.
         percentile: the share of values, in %, that the percentile observer keeps inside the range.
