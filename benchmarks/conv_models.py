@@ -10,6 +10,7 @@ against float32, in dB. `torchq static` is `QConfig(activation="static")`: u8 co
 
 import copy
 import gc
+import time
 from typing import Any
 
 import torch
@@ -141,10 +142,13 @@ CONTESTANTS = [
 
 def main() -> None:
     """Measures the cells, and prints each."""
-    arguments = parser_of(__doc__, CELLS).parse_args()
+    parser = parser_of(__doc__, CELLS)
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread on a busy machine: CPU time, not wall")
+    arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     cells, peers = begin(arguments, CELLS, CONTESTANTS)
     for cell in cells:
-        result = measure(cell, peers, arguments.threads, arguments.rounds)
+        result = measure(cell, peers, arguments.threads, arguments.rounds, clock)
         print(f"{cell.name}, ms (dB): {'; '.join(f'{name} {shown(result, name)}' for name in result['ms'])}")
         for name, reason in result["failed"].items():
             print(f"  not built: {name}: {reason}")

@@ -18,8 +18,9 @@ import json
 import logging
 import math
 import statistics
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def task_of(cell: Cell) -> tuple[Task, torch.Tensor]:
     return Task(cell.name, cell.model(), calibration, []), cell.sample(cell.batch, generator)
 
 
-def measure(cell: Cell, peers: list[Peer], threads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    cell: Cell, peers: list[Peer], threads: int, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Milliseconds and output SQNR of each contestant, and for those that failed the reason."""
     task, x = task_of(cell)
     runs: dict[str, Run] = {}
@@ -74,7 +77,7 @@ def measure(cell: Cell, peers: list[Peer], threads: int, rounds: int) -> dict[st
         else:
             runs[peer.name], errors[peer.name] = run, error
     with torch.inference_mode():
-        times = interleaved(runs, rounds=rounds, seconds=0.1, before=settle)
+        times = interleaved(runs, rounds=rounds, seconds=0.1, before=settle, clock=clock)
     return {
         "cell": cell.name,
         "kind": cell.kind,

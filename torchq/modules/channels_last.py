@@ -91,10 +91,15 @@ class ChannelsLast(Deferred):
         if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
-        tensors: list[Any] = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        flat = not kwargs and func is not _aten.cat.default  # then there is nothing to search through
+        leaves = args if flat else tree_leaves((args, kwargs))
+        tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kept = all(type(each) is cls and each._last is not None for each in tensors)
         if kept and keeps(func, args, kwargs, tensors) and tensors[0]._scope.deferred() is not None:
-            args, kwargs = tree_map_only(cls, lambda each: each.values(), (args, kwargs))
+            if flat:
+                args = tuple(each.values() if type(each) is cls else each for each in args)
+            else:
+                args, kwargs = tree_map_only(cls, lambda each: each.values(), (args, kwargs))
             return _given(run_on_values(func, args, kwargs), tensors[0], func._schema.is_mutable)
         args, kwargs = tree_map_only(cls, lambda each: each.make(), (args, kwargs))
         return run_on_values(func, args, kwargs)
