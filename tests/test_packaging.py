@@ -18,6 +18,7 @@ import torchq
 from helpers import ROOT
 from torchq import _C
 
+THIS_TORCH = f"__version__ = {torch.__version__!r}"  # to import it takes longer than what is tested
 RELEASE = re.compile(r"(?m)^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$")
 
 
@@ -45,18 +46,16 @@ def build(tmp_path, *, path, torch_stub=None, **environment):
     return run.stderr
 
 
-@pytest.mark.slow(seconds=2)
 @pytest.mark.subprocess
 def test_build_without_a_compiler_says_so(tmp_path):
-    error = build(tmp_path, path=str(tmp_path))
+    error = build(tmp_path, path=str(tmp_path), torch_stub=THIS_TORCH)
     assert "needs a C++17 compiler" in error
     assert "apt-get install g++" in error
 
 
-@pytest.mark.slow(seconds=2)
 @pytest.mark.subprocess
 def test_build_with_a_wrong_cxx_names_it(tmp_path):
-    error = build(tmp_path, path=os.environ["PATH"], CXX="no-such-compiler")
+    error = build(tmp_path, path=os.environ["PATH"], torch_stub=THIS_TORCH, CXX="no-such-compiler")
     assert "'no-such-compiler' was not found" in error
 
 
@@ -103,17 +102,23 @@ def test_the_changelog_is_in_the_form_of_keep_a_changelog():
     assert set(re.findall(r"(?m)^\[(.+)\]: http", text)) == {"Unreleased", *(name for name, _ in releases)}
 
 
-def metadata_in(folder):
-    """What the package says of itself, as `email` reads it."""
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """The folder of the package's metadata."""
+    folder = tmp_path_factory.mktemp("metadata")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+def metadata_in(folder):
+    """What the package says of itself, as `email` reads it."""
     return email.message_from_string((folder / "torchq.egg-info/PKG-INFO").read_text())
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=3)
-def test_the_metadata_are_complete(tmp_path):
-    metadata = metadata_in(tmp_path)
+def test_the_metadata_are_complete(described):
+    metadata = metadata_in(described)
     urls = {url.partition(",")[0] for url in metadata.get_all("Project-URL")}
     assert urls == {"Homepage", "Documentation", "Source", "Issues", "Changelog"}
     assert {"hf", "cli", "bench", "docs", "plot", "test", "dev"} == set(metadata.get_all("Provides-Extra"))
@@ -123,7 +128,7 @@ def test_the_metadata_are_complete(tmp_path):
 
 @pytest.mark.subprocess
 @pytest.mark.slow(seconds=4)
-def test_wheels_are_described_for_every_python_and_architecture(tmp_path):
+def test_wheels_are_described_for_every_python_and_architecture(described):
     """By cibuildwheel; the classifiers name the same Pythons."""
     command = shutil.which("cibuildwheel", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if command is None:
@@ -133,7 +138,7 @@ def test_wheels_are_described_for_every_python_and_architecture(tmp_path):
         asked = [command, "--print-build-identifiers", "--platform", "linux", "--archs", machine]
         printed = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         assert printed.split() == [f"cp{python.replace('.', '')}-manylinux_{machine}" for python in pythons]
-    classifiers = metadata_in(tmp_path).get_all("Classifier")
+    classifiers = metadata_in(described).get_all("Classifier")
     versions = [line.removeprefix("Programming Language :: Python :: ") for line in classifiers]
     assert [version for version in versions if version[:2] == "3."] == pythons
 
@@ -156,19 +161,18 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path):
 @pytest.mark.slow(seconds=8)
 @pytest.mark.subprocess
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_an_exported_program_loads_where_nobody_imports_torchq(tmp_path):
+def test_an_exported_program_loads_where_nobody_imports_torchq(tmp_path, described):
     """The entry point of the package tells torch where `torch.ops.torchq` comes from."""
     model = torchq.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)))
     x = torch.linspace(-1, 1, 4 * 64).reshape(4, 64)
     program, numbers = tmp_path / "model.pt2", tmp_path / "y.pt"
     torch.export.save(torch.export.export(model, (x,)), program)
-    metadata_in(tmp_path)
     code = (
         "import sys, torch; assert 'torchq' not in sys.modules\n"
         f"y = torch.export.load({str(program)!r}).module()(torch.linspace(-1, 1, 256).reshape(4, 64))\n"
         f"torch.save(y.detach(), {str(numbers)!r})"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(described), str(ROOT)])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert torch.equal(torch.load(numbers), model(x).detach())
 

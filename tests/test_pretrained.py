@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
 import sys
 import types
 from functools import cache
@@ -15,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import torchq
-from helpers import ROOT
+from helpers.commands import run_code
 from helpers.compare import assert_identical
 from helpers.texts import SIZES
 from torchq import QConfig, convert
@@ -175,48 +173,33 @@ def test_modules_to_not_convert(tmp_path):
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, quantization_config=config)
 
 
-WITHOUT = "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1]); print('loaded')"
-
-
-@pytest.mark.subprocess
-@pytest.mark.slow(seconds=8)
-def test_without_torchq_it_fails(tmp_path):
-    """Not with random weights, as transformers would go on with an unknown quantization."""
-    qmodel = convert(bert(), config=QConfig(embeddings=False))
-    qmodel.save_pretrained(tmp_path)
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode != 0
-    assert run.stdout == ""
-    assert "Unknown quantization type, got torchq" in run.stderr
-
-
-SAVES_AND_LOADS = """
-import sys, torch, torchq, transformers
+IN_A_NEW_PROCESS = """
+import transformers
+try:
+    transformers.AutoModel.from_pretrained({int8!r})
+    print("loaded")
+except Exception:
+    print("failed")
+import torch, torchq
 from helpers.compare import assert_identical
 sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 ids = torch.arange(64).reshape(4, 16)
-qmodel = torchq.convert(transformers.BertModel(transformers.BertConfig(**sizes)).eval(), [{"input_ids": ids}])
-qmodel.save_pretrained(sys.argv[1])
-again = transformers.AutoModel.from_pretrained(sys.argv[1])
+qmodel = torchq.convert(transformers.BertModel(transformers.BertConfig(**sizes)).eval(), [{{"input_ids": ids}}])
+qmodel.save_pretrained({folder!r})
+again = transformers.AutoModel.from_pretrained({folder!r})
 with torch.no_grad():
     assert_identical(again(ids).last_hidden_state, qmodel(ids).last_hidden_state)
 """
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=8)
-def test_what_was_converted_is_loaded_without_another_import(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", SAVES_AND_LOADS, tmp_path],
-        cwd=ROOT / "tests",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+@pytest.mark.slow(seconds=4)
+def test_without_torchq_it_fails_and_with_it_needs_no_other_import(tmp_path):
+    """It fails, and not with random weights, as transformers would go on with an unknown quantization."""
+    convert(bert(), config=QConfig(embeddings=False)).save_pretrained(tmp_path / "int8")
+    code, out, err = run_code(IN_A_NEW_PROCESS.format(int8=str(tmp_path / "int8"), folder=str(tmp_path / "again")))
+    assert (code, out) == (0, "failed\n"), err
+    assert "Unknown quantization type, got torchq" in err
 
 
 def test_a_missing_and_a_bad_tensor_are_named(tmp_path):

@@ -122,8 +122,9 @@ def test_inductor_equals_eager(generator, mode):
         assert_identical(torch.compile(model, fullgraph=True)(x), model(x))
 
 
-@pytest.mark.parametrize("mode", [nullcontext, simulate], ids=["int8", "simulated"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "mode"), [*((scheme, nullcontext) for scheme in SCHEMES), ("dynamic", simulate), ("chain", simulate)]
+)
 def test_one_compiled_graph_serves_every_batch_size(generator, scheme, mode):
     model = build(scheme, generator)
     counter = CompileCounterWithBackend("aot_eager")

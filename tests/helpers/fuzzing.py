@@ -28,8 +28,9 @@ def seeds() -> Iterator[int]:
 def fuzz(check: Callable[..., None], *cases: SearchStrategy[object], examples: int) -> None:
     """Calls `check` with what Hypothesis draws from these strategies: so many examples for each seed.
 
-    Hypothesis makes a failing case as small as it can, and shows it.
+    Without minutes, half as many. Hypothesis makes a failing case as small as it can, and shows it.
     """
+    examples = examples if MINUTES or FIRST_SEED else examples // 2
     options = settings(
         max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False
     )
