@@ -108,7 +108,7 @@ def test_a_flipped_bit_anywhere(path):
     assert any("its metadata is not what was saved" in name for name in names)
 
 
-def test_another_file(tmp_path, path):
+def test_another_file(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     refused(tmp_path / "other.safetensors", Net(), "no file of torchq.save: its metadata lacks 'torchq'")
     (tmp_path / "text").write_text("hello")

@@ -51,16 +51,6 @@ class LoRA(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-def converted(model, example):
-    return torchq.convert(model, [example], progress=False)
-
-
-def grads_of(module, loss):
-    module.zero_grad()
-    loss.backward()
-    return [p.grad.clone() for p in module.parameters()]
-
-
 @pytest.mark.parametrize("activation", ["auto", "static", "dynamic"])
 def test_residual_blocks_and_saliency(activation):
     """Against the float model: within 10 %, which no error of quantization comes near, and a missing path exceeds."""

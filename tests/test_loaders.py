@@ -102,7 +102,7 @@ def test_batches_that_are_understood(model, loader):
     assert torch.equal(record.extremes, torch.stack([X.amin(0), X.amax(0)]))
 
 
-def test_a_compiled_model_is_calibrated_without_compiling(monkeypatch):
+def test_a_compiled_model_is_calibrated_without_compiling():
     graphs = []
 
     def backend(graph, inputs):

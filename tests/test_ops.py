@@ -17,7 +17,6 @@ from torchq.ops import Activation
 MAX_DEPTH = 65793
 # K around a group of 4, a vector of 16, 32 or 64 codes, and the 64 values of an iteration of the range() loop.
 DEPTHS = [0, 1, 3, 4, 5, 15, 16, 17, 33, 63, 64, 65, 130]
-CODES = [0, 1, 127, 128, 255]
 INT8_CORNERS = [-128, -127, 127, 0]
 EPILOGUES = list(itertools.product([False, True], repeat=2))  # (bias, relu)
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)

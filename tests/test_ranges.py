@@ -159,7 +159,7 @@ def test_observed_gradients_are_clipped_and_reach_x_only():
     assert not list(observed.parameters())
 
 
-def test_a_range_used_twice_before_backward(generator):
+def test_a_range_used_twice_before_backward():
     """In a shared layer, the second batch moves the buffer. The first gradient must still use the first range."""
     observed = ObservedRange(momentum=0.5)
     x = torch.tensor([1.0, 3.0], requires_grad=True)

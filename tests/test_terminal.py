@@ -5,42 +5,42 @@ import os
 import pty
 import subprocess
 import sys
+from multiprocessing.connection import wait
 
 import pytest
 import torch
 from rich.console import Console
 
 import torchq
-from helpers.commands import environment_here
+from helpers.commands import environment_here, start_code
 from torchq import kernels
 from torchq.command_line import console, look
+
+AS_A_USER = """
+import os, runpy, sys
+os.environ.clear()
+os.environ.update({environment!r})
+sys.argv = ["torchq", *{arguments!r}]
+runpy.run_module("torchq", run_name="__main__")
+"""
 
 
 def on_a_terminal(*arguments, **variables):
     """What `python -m torchq ...` writes to a terminal of 100 columns, and its exit code."""
     parent, child = pty.openpty()
-    run = subprocess.Popen(
-        [sys.executable, "-m", "torchq", *arguments],
-        env=environment_here(TERM="xterm-256color", COLUMNS="100", **variables),
-        stdout=child,
-        stderr=child,
-    )
-    os.close(child)
+    environment = environment_here(TERM="xterm-256color", COLUMNS="100", **variables)
+    code = AS_A_USER.format(environment=environment, arguments=arguments)
+    process = start_code(code, [os.ttyname(child)] * 2, {})
     written = b""
-    while True:
-        try:
-            piece = os.read(parent, 4096)
-        except OSError:  # the terminal is closed
-            break
-        if not piece:
-            break
-        written += piece
+    while parent in wait([parent, process.sentinel]):
+        written += os.read(parent, 4096)
+    process.join()
+    os.close(child)
     os.close(parent)
-    return written.decode(), run.wait()
+    return written.decode(), process.exitcode
 
 
 @pytest.mark.subprocess
-@pytest.mark.slow(seconds=6)
 def test_a_terminal_has_colours_unless_they_are_declined():
     coloured, code = on_a_terminal("env")
     assert code == 0

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from torch import multiprocessing
@@ -22,14 +24,20 @@ def run_code(code: str, **environment: str) -> tuple[int | None, str, str]:
     """Runs Python code in a process that has not imported torchq. Gives its exit code, and what it printed and said."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        process = AFRESH.Process(target=_execute, args=(code, environment, files))
-        process.start()
+        process = start_code(code, files, environment)
         process.join()
         out, err = (file.read_text() if file.exists() else "" for file in files)
         return process.exitcode, out, err
 
 
-def _execute(code: str, environment: dict[str, str], files: list[Path]) -> None:
+def start_code(code: str, files: Sequence[str | Path], environment: Mapping[str, str]) -> BaseProcess:
+    """The process, which writes its output and its errors to these two files."""
+    process = AFRESH.Process(target=_execute, args=(code, files, environment))
+    process.start()
+    return process
+
+
+def _execute(code: str, files: Sequence[str | Path], environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
