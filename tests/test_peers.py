@@ -5,14 +5,14 @@ import datetime
 import os
 import re
 import signal
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
 from torch import distributed, nn
 
 from helpers import ROOT
+from helpers.commands import start_code
 from helpers.numbers import normal
 from helpers.processes import together
 from torchq import QConfig, convert, observers, prepare_qat
@@ -353,14 +353,19 @@ def test_a_merged_sample_that_has_room_has_all_rows():
 
 
 def test_the_program_of_the_page_runs_under_torchrun(tmp_path):
+    """With the variables that it sets. Itself it starts an example, in test_examples.py."""
     (page,) = re.findall(
         r'```python title="calibrate.py"\n(.*?)```', (ROOT / "docs/distributed.md").read_text(), re.DOTALL
     )
-    (tmp_path / "calibrate.py").write_text(page)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "calibrate.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("whole model: ") == 1  # one report
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    files = [[tmp_path / f"{rank}.{name}" for name in ("out", "err")] for rank in range(2)]
+    code = f"import os, torch; os.chdir({str(tmp_path)!r}); torch.set_num_threads(1)\n{page}"
+    processes = [start_code(code, files[rank], {**shared, "RANK": str(rank)}) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], [err.read_text() for _, err in files]
+    assert "".join(out.read_text() for out, _ in files).count("whole model: ") == 1  # one report
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert state["0.weight_int8"].shape == (256, 64)

@@ -65,10 +65,10 @@ def spawned(index, model, x, expected):
     check(model, x, expected)
 
 
-def test_torch_multiprocessing_spawn():
+def test_processes_started_by_torch():
     """Two processes, from the same arguments."""
     model, x = made("many layers")
-    torch.multiprocessing.spawn(spawned, args=(model, x, model(x)), nprocs=2)
+    torch.multiprocessing.start_processes(spawned, (model, x, model(x)), nprocs=2, start_method="forkserver")
 
 
 class Features(Dataset):

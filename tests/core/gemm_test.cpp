@@ -128,12 +128,12 @@ void test_shapes(bool quick) {
 
 // Several blocks of rows, the last one not full. Deep, so that few rows fill the scratch a block may take.
 void test_blocks() {
-  constexpr DType outputs[] = {DType::f32, DType::u8};
   const int64_t m = 49, n = 17, k = 16 * 1024 + 3;
   Weights weights = random_weights(n, k);
   for (const Kind& kind : kKinds) {
     weights.channel_scale = kind.dtype == DType::f32 ? random_channel_scale(k) : std::vector<float>();
     const Rows rows = random_rows(m, k, kind);
+    const DType outputs[] = {kind.per_token ? DType::f32 : DType::u8};
     check_problem("random", rows, weights, outputs);
     Stage stage(rows, weights, Side::end, 0);
     const Problem problem = stage.problem({DType::f32, Activation::none, {1.0f, 0}});

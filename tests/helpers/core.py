@@ -137,7 +137,7 @@ def required_kernels() -> list[str]:
 
 def check_core(objects: list[Path], flags: list[str], arguments: list[str], folder: Path) -> None:
     """Links the core, compiled with these flags, with its tests in tests/core, and runs them with these arguments."""
-    tests = built("tests", jobs(program_sources(), *PLAIN, "-O2", *WARNINGS))
+    tests = built("tests", jobs(program_sources(), *PLAIN, "-O1", *WARNINGS))
     program = folder / "core_test"
     run([*compiler(), *flags, *objects, *tests, "-o", program, "-pthread"])
 
