@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 #include <vector>
 
@@ -76,8 +75,9 @@ void keep_freed_memory() {
 void* thread_scratch(size_t bytes) {
   static thread_local std::vector<uint8_t> scratch;
   if (scratch.size() < bytes) {
-    static std::once_flag once;
-    std::call_once(once, keep_freed_memory);
+    // Once in a process. Not by std::call_once, which asks for glibc 2.34.
+    static const bool kept = (keep_freed_memory(), true);
+    (void)kept;
     scratch.resize(bytes);
   }
   return scratch.data();
