@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchq.modules.convolving import is_zero_padding
+from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred, Scope
 from torchq.modules.writes import run_on_values
 
@@ -91,6 +92,9 @@ class ChannelsLast(Deferred):
         if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
+        parts = taken_apart(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         flat = not kwargs and func is not _aten.cat.default  # then there is nothing to search through
         leaves = args if flat else tree_leaves((args, kwargs))
         tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

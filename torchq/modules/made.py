@@ -4,10 +4,26 @@ It is what torch calls a wrapper subclass: it has a shape, a dtype and a device,
 (`__torch_dispatch__`). This is what all such tensors share: the ways to values that pass torch's operations by.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def taken_apart(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation run as those that it consists of; NotImplemented where it is one.
+
+    In torch.inference_mode a tensor is handed operations whole that reach it in parts elsewhere, such as max_pool2d.
+    """
+    if not torch.is_inference_mode_enabled() or not _is_composite(func):
+        return NotImplemented
+    return func.decompose(*args, **kwargs)
 
 
 class MadeTensor(Tensor):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.convolving import is_channels_last, is_zero_padding, strides_of
+from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
 from torchq.modules.writes import Unwritten, run_on_values
@@ -100,6 +101,9 @@ class PendingConv(Deferred):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Makes the operation a part of it, if the layer's plan names it; any other operation gets the values."""
+        parts = taken_apart(func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         first = next((arg for arg in args[:2] if isinstance(arg, PendingConv) and arg._value is None), None)
         if first is not None:
             taken = first._sum(func, args, kwargs or {})
