@@ -3,17 +3,24 @@
     taskset -c 0 python -m benchmarks.calibration                # rounding nearest, and auto, convert's default
     taskset -c 0 python -m benchmarks.calibration --rounding nearest --outliers 5
     taskset -c 0 python -m benchmarks.calibration --sharing      # what one record for q, k and v saves
+    taskset -c 0 python -m benchmarks.calibration --cells BERT ResNet   # cells of transformers and conv_models
 
 The limit is 1.5 times the float forward passes over the same loader, plus 20 s. Everything runs on one thread and is
 measured in CPU time, which other work on the machine affects less than wall-clock time. The float passes are timed
-before and after, and the faster of the two counts.
+before and after, and the faster of the two counts. Each cell runs in a process of its own, whose peak memory beyond the
+float model is measured too.
 """
 
 import argparse
 import importlib
+import logging
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,17 +28,24 @@ import torch
 from torch import Tensor, nn
 
 import torchq
+from benchmarks import conv_models, transformer_models
+from benchmarks.demo import markdown
+from benchmarks.scaling import resident
 from benchmarks.smoothing import transformer
+from benchmarks.timing import machine
+from benchmarks.transformers import task_of
 from torchq.calibration.calibrate import calibrate
 from torchq.calibration.record import Record
 from torchq.calibration.sharing import _Stream
 from torchq.config import Rounding
 from torchq.modules.registry import find_layers
+from torchq.numerics.metrics import sqnr_db
 from torchq.observers import Histogram
 
 WIDTH, BLOCKS, HEADS, TOKENS = 768, 12, 12, 10_000
 LOADER = (8, 8, 128)  # batches, sequences of each, tokens of each
 FACTOR, EXTRA = 1.5, 20.0
+CELLS = [*transformer_models.CELLS, *conv_models.CELLS]
 PARTS = ("calibrate", "choose", "smooth", "fuse", "round_weights", "describe", "applied")
 
 
@@ -108,13 +122,53 @@ def print_times(model: nn.Module, loader: list[Tensor], roundings: list[Rounding
         print(f"limit {FACTOR} x {passes:.1f} + {EXTRA:g} = {limit:.1f} s: {verdict}", flush=True)
 
 
+def cell_row(name: str) -> list[str]:
+    """A row of the table of cells: what converting this one costs, with as many inputs as the other benchmarks have."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    cell = next(cell for cell in CELLS if cell.name == name)
+    task, x = task_of(cell)
+    loader = list(task.calibration)
+    float_seconds(task.model, loader[:1])
+    passes, before = float_seconds(task.model, loader), resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS (man 5 proc)
+    start = time.process_time()
+    qmodel = torchq.convert(task.model, loader)
+    total, peak = time.process_time() - start, resident("VmHWM")
+    start = time.process_time()
+    torchq.convert(task.model)
+    without = time.process_time() - start
+    passes = min(passes, float_seconds(task.model, loader))
+    with torch.inference_mode():
+        error = sqnr_db(task.model(x), qmodel(x))
+    millions, limit = sum(p.numel() for p in task.model.parameters()) / 1e6, FACTOR * passes + EXTRA
+    verdict = f"{limit:.1f} s{'' if total <= limit else ': ABOVE'}"
+    row = [name, f"{millions:.0f} M", f"{passes:.1f} s", f"{total:.1f} s", verdict, f"{without:.1f} s"]
+    return [*row, f"{(peak - before) >> 20} MiB", f"{error:.1f} dB"]
+
+
+def print_cells(prefixes: list[str]) -> None:
+    """Prints the table of the cells whose names start so."""
+    rows = [["cell", "parameters", "float passes", "convert", "limit", "without data", "extra memory", "SQNR"]]
+    for name in dict.fromkeys(cell.name for cell in CELLS if cell.name.startswith(tuple(prefixes))):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(cell_row, name).result())
+        print(" ".join(rows[-1]), flush=True)
+    print(f"\n{markdown(rows)}\n\n{machine()}")
+
+
 def main() -> None:
     """Prints what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounding", nargs="+", default=["nearest", "auto"], help="of QConfig")
     parser.add_argument("--outliers", type=int, default=0, help="outlier channels of each norm")
     parser.add_argument("--sharing", action="store_true", help="what one record for q, k and v saves, instead")
+    parser.add_argument("--cells", nargs="+", metavar="PREFIX", help="these models of other benchmarks, instead")
     arguments = parser.parse_args()
+    if arguments.cells:
+        print_cells(arguments.cells)
+        return
     torch.set_num_threads(1)
     model = language_model(arguments.outliers)
     loader = list(torch.randint(TOKENS, LOADER, generator=torch.Generator().manual_seed(0)))

@@ -106,8 +106,9 @@ def test_only_the_upper_half_of_the_factor_is_read(monkeypatch, k):
     assert torch.equal(gptq(weight, scale, x.T @ x), expected)
 
 
-def test_rows_are_rounded_each_for_itself():
+def test_rows_are_rounded_each_for_itself(monkeypatch):
     """Also where there are more than are rounded at a time."""
+    monkeypatch.setattr(gptq_module, "_VALUES", 1024 * 20)
     weight, x = normal(1030, 20), correlated(400, 20, 1)
     scale, _ = choose_qparams(weight, axis=0)
     codes = gptq(weight, scale, x.T @ x)

@@ -18,7 +18,7 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import QParams, dequantize, quantize_weight
 from torchq.planning.plan import LayerPlan, Plan
 
-_ENOUGH_CHANNELS = 512  # of a layer's outputs, to tell one scheme from another
+_ENOUGH_CHANNELS = 256  # of a layer's outputs, to tell one scheme from another
 _PART_VALUES = 2**21  # of a weight, measured at a time
 
 SMALL_INPUT = 0.05
@@ -33,7 +33,7 @@ TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 class Yardstick:
     """What a float matrix gives for some rows: what every scheme of the layer is compared with.
 
-    Of many output channels with a scale each, about 512 are measured, which is enough to tell one scheme from another.
+    Of many output channels with a scale each, about 256 are measured, which is enough to tell one scheme from another.
 
     Args:
         matrix: the float matrix.
