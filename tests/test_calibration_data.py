@@ -20,7 +20,8 @@ from torchq.observers import OBSERVERS
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 K = 16
-GPTQ, AUTO = QConfig(rounding="gptq"), QConfig(rounding="auto")
+GPTQ = QConfig(rounding="gptq", smoothing="none")  # whether alpha gains 0.5 dB may hang on which rows are held out
+AUTO = QConfig(rounding="auto")
 
 
 ROWS = normal(96, K)

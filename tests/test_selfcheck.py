@@ -18,6 +18,7 @@ from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, apply_plan, conversion, convert
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams
+from torchq.planning import selfcheck
 from torchq.planning.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -210,6 +211,19 @@ def test_the_plan_says_how_far_the_output_is_from_float():
     only = convert(model, DATA[:1]).torchq_plan.checked
     assert (only.batches, only.apart) == (1, False)
     assert convert(model).torchq_plan.checked is None
+
+
+def test_a_batch_of_many_values_judges_alone(monkeypatch):
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    values = DATA[3].numel() // 64 * 8
+    for enough, count in ((values, 1), (values + 1, 2)):
+        monkeypatch.setattr(selfcheck, "ENOUGH_VALUES", enough)
+        checked = convert(model, DATA).torchq_plan.checked
+        assert checked.batches == count
+    qmodel = convert(model, DATA)
+    monkeypatch.setattr(selfcheck, "ENOUGH_VALUES", values)
+    checked = convert(model, DATA).torchq_plan.checked
+    assert checked.model_db == pytest.approx(sqnr_db(model(DATA[3]), qmodel(DATA[3])), abs=1e-3)  # the last
 
 
 def worse(db):

@@ -13,9 +13,12 @@ from helpers.numbers import normal
 from helpers.smoothable import DATA, OUTLIERS, Block, K, X, assert_unchanged, parameters, smoothed
 from torchq import QConfig, QuantizedLinear, convert, plan_of, simulate
 from torchq.calibration.calibrate import calibrate
+from torchq.modules.base import Matrix
 from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
+from torchq.numerics.qparams import dequantize, quantize_weight
 from torchq.planning.apply import apply_plan
+from torchq.planning.choose import Yardstick
 from torchq.planning.plan import Plan
 from torchq.planning.smoothing import ALPHAS, channel_scale
 
@@ -156,6 +159,32 @@ def test_scales_follow_the_formula_and_leave_dead_channels():
     raw = torch.tensor([0.5**0.25 / 8**0.75, 2**0.25 / 2**0.75])
     expected = raw / raw.prod().sqrt()
     torch.testing.assert_close(channel_scale(peak, weight, 0.75), torch.tensor([*expected.tolist(), 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_noise_of_rounding_is_a_part_of_the_whole(scaled):
+    """By hand: the float rows times the rounded weights."""
+    weight, rows = normal(40, 64), normal(500, 64, seed=1) * normal(64, seed=2).exp()
+    scale = rows.abs().amax(dim=0).rsqrt() if scaled else None
+    codes, steps = quantize_weight(weight, per_channel=True, channel_scale=scale)
+    rounded = dequantize(codes, steps, axis=0) * (1 if scale is None else scale)
+    expected = 10 ** (-sqnr_db(rows @ weight.T, rows @ rounded.T) / 10)
+    yardstick = Yardstick(Matrix(weight, None), rows)
+    assert yardstick.rounding_noise(scale) == pytest.approx(expected, rel=0.1)  # rounding errors of 64 inputs
+    assert yardstick.rounding_noise(scale) < 10 ** (-yardstick.measure({}, scale)["dynamic"] / 10)
+
+
+def test_alpha_moves_more_into_weights_that_will_be_rounded_by_gptq():
+    """Their errors shrink, and those of the inputs do not."""
+    mixed, (inner, outer) = normal(64, 64, seed=5) / 8, (normal(64, seed=i).div(2).exp() for i in (9, 11))
+    model, data = nn.Sequential(nn.Linear(64, 48)).eval(), [normal(600, 64, seed=i) * inner for i in range(2)]
+    data, found = [x @ mixed * outer for x in data], {}
+    for rounding in ("nearest", "gptq"):
+        config = QConfig(activation="dynamic", rounding=rounding)
+        found[rounding] = convert(model, data, config=config).torchq_plan.layers["0"]
+    assert found["gptq"].alpha > found["nearest"].alpha
+    assert found["gptq"].measured_db == pytest.approx(found["gptq"].smoothing_db[1], abs=2)  # as was expected
+    assert found["gptq"].measured_db > found["nearest"].measured_db + 1
 
 
 def test_the_alpha_is_the_best_of_all_on_the_layers_own_rows():

@@ -39,6 +39,11 @@ GRAM_ROWS, DEEP_ROWS = 4, 3072
 PATCHES = 1024
 """How many patches of a convolution's input one call adds. They overlap: all would be many times the input."""
 
+INPUTS_PER_ROW = 4
+"""A layer of K inputs needs at least K/4 rows. With fewer than K rows H is singular, and only the damping makes it
+invertible.
+"""
+
 _GRAM_COLUMNS = 256  # computed at a time
 
 
@@ -233,6 +238,11 @@ class Record:
         rows = self.sample.rows
         channels = rows.shape[1] if self.patches is None else self.patches.channels
         return self.sample.rows_seen < ROWS_PER_CHANNEL * channels and len(rows) >= 2
+
+    @property
+    def may_round(self) -> bool:
+        """Whether there is enough to round weights by."""
+        return self.gram is not None and INPUTS_PER_ROW * self.gram_rows >= len(self.gram)
 
     def products(self) -> Tensor:
         """XᵀX, (K, K), below the diagonal too: `gram` itself, which is not to be changed."""

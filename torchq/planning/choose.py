@@ -63,6 +63,21 @@ class Yardstick:
                 sums[name] += energies(exact, y)
         return {name: decibels(both) for name, both in sums.items()}
 
+    @torch.no_grad()
+    def rounding_noise(self, channel_scale: Tensor | None = None) -> float:
+        """The energy of the error that rounding the weights to nearest makes, over the signal's. Not of convolutions.
+
+        Rounding errors are independent of each other: their energy is that of each weight's error times its inputs'.
+        """
+        inputs = (self._rows if channel_scale is None else self._rows * channel_scale).square().sum(0)
+        noise, signal = 0.0, 0.0
+        for part, exact in self._parts:
+            weight = part.weight.float() if channel_scale is None else part.weight.float() / channel_scale
+            codes, scales = quantize_weight(weight, per_channel=self._per_channel)
+            noise += float(codes.float().mul_(scales.unsqueeze(1)).sub_(weight).square_().sum(0) @ inputs)
+            signal += float(exact.square().sum())
+        return noise / signal if signal else 0.0
+
     def _outputs(
         self, part: Matrix, ranges: Mapping[str, QParams], channel_scale: Tensor | None
     ) -> Iterator[tuple[str, Tensor]]:

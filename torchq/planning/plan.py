@@ -107,7 +107,8 @@ class LayerPlan:
         channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
             weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
         alpha: the migration strength that gave it.
-        smoothing_db: output SQNR without it, and with it, on held-out rows where rows were few.
+        smoothing_db: output SQNR without it, and with it, on held-out rows where rows were few. Where weights may be
+            rounded by GPTQ, what is expected of that.
         no_smoothing: why it was not tried, where the config asked for it.
         rounding: how the weights are rounded: "nearest", or "gptq" with calibration data.
         gptq_db: output SQNR on held-out rows with weights rounded to nearest, and with GPTQ, whichever was chosen.

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from torchq import ops
 from torchq.calibration.calibrate import MIN_ROWS, Evidence
-from torchq.calibration.record import GRAM_SHARE, MAX_GRAM_DEPTH, Record
+from torchq.calibration.record import GRAM_SHARE, INPUTS_PER_ROW, MAX_GRAM_DEPTH, Record
 from torchq.errors import BadValueError, door
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer
@@ -22,11 +22,6 @@ from torchq.planning.tables import heads_of_tables
 
 MIN_GAIN_DB = 0.5
 """The minimum gain for which "auto" takes GPTQ, in output SQNR on held-out rows."""
-
-INPUTS_PER_ROW = 4
-"""A layer of K inputs needs at least K/4 rows. With fewer than K rows H is singular, and only the damping makes it
-invertible.
-"""
 
 MIN_LIKENESS_DB = 10.0
 """The minimum SQNR between a layer's float weights and the rounded ones in its plan.

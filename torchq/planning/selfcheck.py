@@ -43,6 +43,9 @@ h is bounded, and its codes are fine; x is not, and where a network's steps ampl
 are the largest. In float it costs little, since it is outside of the steps.
 """
 
+ENOUGH_VALUES = 2**20
+"""A batch whose output has so many values judges alone: another one would say the same."""
+
 MADE, WITHOUT_DATA = "as made", "without data"
 _FLOAT_INPUTS = "recurrent inputs in float"
 
@@ -71,7 +74,9 @@ class SelfCheck:
         self._apart = evidence.apart
         self._inputs = [name for name, layer in evidence.layers.items() if layer.kind.is_first_input(layer.part)]
         names = {id(layer.module): layer.path for layer in find_layers(evidence.model).values()}
-        for run in evidence.judges:
+        for run in reversed(evidence.judges):
+            if sum(exact.output.numel() for exact in self._exact) >= ENOUGH_VALUES:
+                break
             try:
                 output, called = _listened(evidence.model, run)
             except Exception:  # the float model's own; calibration has run this batch, so it can't be run twice
@@ -155,7 +160,7 @@ class SelfCheck:
                 )
             if exact.numel() and exact.shape == output.shape:
                 finite = exact.isfinite()  # masked scores are -inf
-                sums += energies(exact[finite], output[finite])
+                sums += energies(*((exact, output) if finite.all() else (exact[finite], output[finite])))
                 comparable = True
         db = decibels(sums) if comparable else math.nan
         return None if math.isnan(db) else db

@@ -13,8 +13,9 @@ rows, with the real integer ops.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torchq.calibration.calibrate import Evidence
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.modules.registry import Layer
-from torchq.planning.choose import Yardstick, plan_layer, yardstick_of
+from torchq.planning.choose import plan_layer, yardstick_of
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.tables import heads_of_tables
 
@@ -38,6 +39,11 @@ MIN_GAIN_DB = 0.5
 
 FED_GAIN_DB = 3.0
 """The same for a convolution that another one could hand u8 codes to: one that scales its input takes floats only."""
+
+_ROUNDED = 0.25
+"""What GPTQ is expected to leave of the error of rounding weights to nearest: so alpha may move more of the range into
+them. (In the models of benchmarks/accuracy.py it leaves 0.1 to 0.6 of a layer's.)
+"""
 
 _LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
 
@@ -99,6 +105,13 @@ def _scale(x_peak: Tensor, w_peak: Tensor, alpha: float) -> Tensor:
     return logs.clamp(-math.log2(_LIMIT), math.log2(_LIMIT)).exp2().float()
 
 
+class _Try(NamedTuple):
+    """A plan of a layer, and the SQNR that is expected of it when its weights are rounded as they will be."""
+
+    plan: LayerPlan
+    db: float
+
+
 def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig, least: float) -> LayerPlan:
     """The plan of this layer with the best alpha, or as it is.
 
@@ -109,44 +122,51 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     """
     trials, w_peak = record.trials(), _peak(layer.channel_rows)
     yardsticks = [yardstick_of(layer, trial, config) for trial in trials]
-    scales = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in ALPHAS}
+    scales: dict[float | None, Tensor] = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in ALPHAS}
 
-    def plans(scale: Tensor | None) -> list[LayerPlan]:
-        few, pairs = record.is_too_few, zip(yardsticks, record.trials(scale), strict=True)
-        return [plan_layer(*pair, config, channel_scale=scale, few=few) for pair in pairs]
+    @cache
+    def leaving(alpha: float | None) -> float:
+        """What GPTQ is expected to take of the noise."""
+        if layer.kind.absorbs or not record.may_round:  # convolutions are faster without a scale
+            return 0.0
+        return (1 - _ROUNDED) * yardsticks[0].rounding_noise(scales.get(alpha))
 
-    best = _best_alpha(yardsticks[0], scales, least)
+    @cache
+    def dynamic(alpha: float | None) -> float:
+        return _less(yardsticks[0].measure({}, scales.get(alpha))["dynamic"], leaving(alpha))
+
+    def tries(alpha: float | None) -> list[_Try]:
+        scale, few = scales.get(alpha), record.is_too_few
+        pairs = zip(yardsticks, record.trials(scale), strict=True)
+        plans = [plan_layer(*pair, config, channel_scale=scale, few=few) for pair in pairs]
+        return [_Try(plan, _less(_db(plan), leaving(alpha))) for plan in plans]
+
+    best = _best_alpha(dynamic, least)
     if best is None:
         return planned
-    before = plans(None) if record.is_few else [planned]
-    tried = ALPHAS if config.activation == "static" else (best,)
-    options = {alpha: plans(scales[alpha]) for alpha in tried}
-    alpha = max(options, key=lambda alpha: _db(options[alpha][0]))
+    before = tries(None) if record.is_few else [_Try(planned, _less(_db(planned), leaving(None)))]
+    options = {alpha: tries(alpha) for alpha in (ALPHAS if config.activation == "static" else (best,))}
+    alpha = max(options, key=lambda alpha: options[alpha][0].db)
     after = options[alpha]
     if not all(_is_better(new, old, config.margin_db, least) for new in after for old in before):
         return planned
-    scale, ranges = _scale(record.whole.peak, w_peak, alpha), None
-    if after[0].observer is not None:  # a range from all data, where the trial may have used a part of the sample
-        ranges = record.trial(scale).range_of(after[0].observer)
+    chosen, scale, ranges = after[0].plan, _scale(record.whole.peak, w_peak, alpha), None
+    if chosen.observer is not None:  # a range from all data, where the trial may have used a part of the sample
+        ranges = record.trial(scale).range_of(chosen.observer)
     return dataclasses.replace(
-        after[0],
+        chosen,
         input_qparams=ranges,
         channel_scale=tuple(scale.tolist()),
         alpha=alpha,
-        smoothing_db=(_db(before[0]), _db(after[0])),
+        smoothing_db=(before[0].db, after[0].db),
     )
 
 
-def _best_alpha(yardstick: Yardstick, scales: Mapping[float, Tensor], least: float) -> float | None:
+def _best_alpha(db: Callable[[float | None], float], least: float) -> float | None:
     """The alpha that is best with a range per row; None if it gains too little to be worth a closer look.
 
     The larger ones are tried only while they gain: they are for inputs with large outliers.
     """
-
-    @cache
-    def db(alpha: float | None) -> float:
-        return yardstick.measure({}, scales[alpha] if alpha is not None else None)["dynamic"]
-
     best = max(ALPHAS[:_ALWAYS], key=db)
     for alpha in ALPHAS[_ALWAYS:]:
         if not db(alpha) > db(best):
@@ -155,16 +175,24 @@ def _best_alpha(yardstick: Yardstick, scales: Mapping[float, Tensor], least: flo
     return best if db(best) > db(None) + least else None
 
 
-def _is_better(after: LayerPlan, before: LayerPlan, margin_db: float, least: float) -> bool:
+def _is_better(after: _Try, before: _Try, margin_db: float, least: float) -> bool:
     """Whether to smooth: it gains more than `least`, or makes the layer static or int8 at no cost."""
-    if not (after.is_int8 and before.is_int8):
-        return after.is_int8
-    if after.kind == "int8 static" != before.kind:
-        return _db(after) >= _db(before) - margin_db
-    return _db(after) > _db(before) + least
+    if not (after.plan.is_int8 and before.plan.is_int8):
+        return after.plan.is_int8
+    if after.plan.kind == "int8 static" != before.plan.kind:
+        return after.db >= before.db - margin_db
+    return after.db > before.db + least
 
 
 def _db(plan: LayerPlan) -> float:
     """The layer's output SQNR: as planned, or the best candidate's for a layer that stays float."""
     chosen = plan.measured_db if plan.is_int8 else max(plan.sqnr_db.values())
     return math.nan if chosen is None else chosen
+
+
+def _less(db: float, noise: float) -> float:
+    """The SQNR without this part of the noise (as a share of the signal), of which no more than 90 % can go."""
+    if not math.isfinite(db):
+        return db
+    whole = 10 ** (-db / 10)
+    return -10 * math.log10(max(whole - noise, 0.1 * whole))
