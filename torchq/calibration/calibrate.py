@@ -243,15 +243,11 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
                     f"calib_loader: {error}"
                 ) from error
 
-    model, handles = evidence.model, []
-    for path, layers in by_module.items():
-        hook = own_thread(partial(record, layers))
-        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for path, layers in by_module.items():
+            module, hook = evidence.model.get_submodule(path), own_thread(partial(record, layers))
+            stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _fits(layer: Layer, x: Tensor) -> bool:

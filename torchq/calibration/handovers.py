@@ -6,7 +6,7 @@ whether handing over pays.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,19 +69,16 @@ class Handovers(TorchDispatchMode):
         if len(self._convolutions) < 2:
             yield
             return
-        handles = [self._model.register_forward_hook(own_thread(self._left))]
-        for name, module in self._convolutions.items():
-            handles.append(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
-            handles.append(module.register_forward_hook(own_thread(partial(self._gave, name))))
-        for norm in self._norms:
-            handles.append(norm.register_forward_pre_hook(own_thread(self._enters)))
-            handles.append(norm.register_forward_hook(own_thread(self._leaves)))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            stack.enter_context(self._model.register_forward_hook(own_thread(self._left)))
+            for name, module in self._convolutions.items():
+                stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
+                stack.enter_context(module.register_forward_hook(own_thread(partial(self._gave, name))))
+            for norm in self._norms:
+                stack.enter_context(norm.register_forward_pre_hook(own_thread(self._enters)))
+                stack.enter_context(norm.register_forward_hook(own_thread(self._leaves)))
+            stack.enter_context(self)
+            yield
 
     def end_batch(self) -> None:
         """Forgets the tensors, and a batch that failed."""

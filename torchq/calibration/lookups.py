@@ -32,18 +32,12 @@ class Lookups(Watch):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Installs the hooks, and the mode if there are tables to watch."""
-        handles = [
-            module.register_forward_pre_hook(own_thread(partial(self._note, name)))
-            for name, module in self._embeddings.items()
-        ]
-        try:
-            with ExitStack() as stack:
-                if self._tables:
-                    stack.enter_context(self)
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for name, module in self._embeddings.items():
+                stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._note, name))))
+            if self._tables:
+                stack.enter_context(self)
+            yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and notes the tables that it reads."""

@@ -7,7 +7,7 @@ called as it was seen here.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,17 +101,12 @@ class Readers(Watch):
         if not (self._layers and (self._activations or self._convolutions)):
             yield
             return
-        handles = []
-        for name, module in {**self._activations, **self._norms, **self._layers}.items():
-            take = partial(self._takes, name)
-            handles.append(module.register_forward_pre_hook(own_thread(take)))
-            handles.append(module.register_forward_hook(own_thread(partial(self._gave, name))))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for name, module in {**self._activations, **self._norms, **self._layers}.items():
+                stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
+                stack.enter_context(module.register_forward_hook(own_thread(partial(self._gave, name))))
+            stack.enter_context(self)
+            yield
 
     def end_batch(self) -> None:
         """Forgets what is left of the outputs, and of a batch that failed. An output that nobody took has no reader."""

@@ -240,8 +240,5 @@ def _listening(called: list[nn.Module]) -> Iterator[None]:
         if isinstance(module, Int8Module) or type_of(module) is not None:
             called.append(module)
 
-    handle = register_module_forward_pre_hook(own_thread(note))
-    try:
+    with register_module_forward_pre_hook(own_thread(note)):
         yield
-    finally:
-        handle.remove()

@@ -16,7 +16,7 @@ Hooks need eager calls: watch the model itself, not the result of torch.compile 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -131,22 +131,19 @@ def watch_drift(qmodel: nn.Module, *, threshold: float = THRESHOLD) -> AbstractC
 
 @contextmanager
 def _watching(qmodel: nn.Module, plan: Plan, threshold: float) -> Iterator[Drift]:
-    drift, handles = Drift(threshold), []
-    for name, planned in plan.layers.items():
-        layer = qmodel.get_submodule(name)
-        if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or layer.input_qparams is None:
-            continue
-        drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
-        count = partial(drift.layers[name].count, qparams=layer.input_qparams)
-        scale = layer.channel_scale
-        if scale is not None and isinstance(layer, QuantizedConv):  # channels are no longer last
-            scale = scale.reshape(-1, *[1] * layer.dimensions)
-        handles.append(layer.register_forward_pre_hook(Watch(partial(_count, count, scale))))
-    try:
+    drift = Drift(threshold)
+    with ExitStack() as stack:
+        for name, planned in plan.layers.items():
+            layer = qmodel.get_submodule(name)
+            if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or layer.input_qparams is None:
+                continue
+            drift.layers[name] = LayerDrift(0.0 if planned.stats is None else planned.stats.clipped)
+            count = partial(drift.layers[name].count, qparams=layer.input_qparams)
+            scale = layer.channel_scale
+            if scale is not None and isinstance(layer, QuantizedConv):  # channels are no longer last
+                scale = scale.reshape(-1, *[1] * layer.dimensions)
+            stack.enter_context(layer.register_forward_pre_hook(Watch(partial(_count, count, scale))))
         yield drift
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _count(count: Callable[[Tensor], None], channel_scale: Tensor | None, x: Tensor) -> None:

@@ -14,7 +14,7 @@ A table's rows are looked up by one function on all CPUs, so they are not compar
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -123,12 +123,10 @@ class _Checks(Watch):
         def named(name: str) -> Callable[..., None]:
             return lambda *_: setattr(self, "_attention", name or "(root)")
 
-        handles = [module.register_forward_pre_hook(named(name)) for name, module in attention_modules(qmodel).items()]
-        try:
+        with ExitStack() as stack:
+            for name, module in attention_modules(qmodel).items():
+                stack.enter_context(module.register_forward_pre_hook(named(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # ---- One kind of op each -----------------------------------------------------------------------------------------
 
