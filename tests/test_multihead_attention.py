@@ -173,7 +173,7 @@ def test_autocast():
 )
 def test_bad_input(arguments, call, error, message):
     int8 = convert(attention())
-    with pytest.raises(error, match=f"QuantizedMultiheadAttention: {message}"):
+    with pytest.raises(error, match=f"nn.MultiheadAttention: {message}"):
         int8(*[torch.zeros(shape) for shape in arguments], **call)
 
 

@@ -15,7 +15,7 @@ from torchq.calibration.peers import Peers
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError, door
-from torchq.modules.qat_linear import QATLayer
+from torchq.modules.qat_linear import QATProduct
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
 from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
@@ -108,6 +108,7 @@ def prepare_qat(
         layer = layers[name]
         layer.kind.prepare(
             model.get_submodule(layer.path),
+            layer.part,
             start,
             per_channel=config.weight == "per_channel",
             channel_scale=scales.get(name),
@@ -132,11 +133,11 @@ def freeze_ranges(model: nn.Module) -> None:
     >>> [name for name, p in model.named_parameters() if not p.requires_grad]
     ['0.input_range.ends']
     """
-    prepared = [module for module in model.modules() if isinstance(module, QATLayer)]
+    prepared = [module for module in model.modules() if isinstance(module, QATProduct)]
     if not prepared:
         raise ValueError("torchq.freeze_ranges: no layer of the model is a QATLinear. Call torchq.prepare_qat() first.")
-    for layer in prepared:
-        layer.input_range.freeze()
+    for product in prepared:
+        product.input_range.freeze()
 
 
 def _check(

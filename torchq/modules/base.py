@@ -25,6 +25,7 @@ from torchq.numerics.qparams import QParams
 if TYPE_CHECKING:
     from torchq.modules.packed_weights import PackedWeights
     from torchq.modules.patches import Patches
+    from torchq.modules.qat_linear import QATProduct
     from torchq.modules.ranges import InputRange
 
 
@@ -36,7 +37,7 @@ class Matrix(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """How a module was trained to be quantized (`prepare_qat`).
+    """How a matrix was trained to be quantized (`prepare_qat`).
 
     Args:
         input_qparams: the static range of its input; None for a range per token.
@@ -138,8 +139,8 @@ class ModuleType(ABC):
 
     # ---- Quantization-aware training -----------------------------------------------------------------------------
 
-    def trained(self, module: nn.Module) -> Trained | None:
-        """How the module was trained to be quantized; None for a plain float module."""
+    def training_form(self, module: nn.Module, part: str) -> "QATProduct | None":
+        """The product with this matrix as `prepare` made it; None for a plain float one."""
         return None
 
     def why_untrainable(self, module: nn.Module) -> str | None:
@@ -149,12 +150,16 @@ class ModuleType(ABC):
     def prepare(
         self,
         module: nn.Module,
+        part: str,
         input_range: "InputRange",
         *,
         per_channel: bool,
         channel_scale: Tensor | None = None,
     ) -> None:
-        """Turns `module` itself into its training form. To be called only if `why_untrainable` gives no reason."""
+        """Turns `module` itself into its training form, and the product with this matrix into one on int8's values.
+
+        To be called only if `why_untrainable` gives no reason.
+        """
         raise TypeError(f"{self.name} has no training form")
 
     def release(self, module: nn.Module) -> None:

@@ -6,13 +6,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from torchq import ops
-from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.base import Matrix, ModuleType
 from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.convolving import as_rows, geometry_of, is_pointwise, is_tiled, padded
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
 from torchq.modules.qat_conv import QAT_OF_DIMENSIONS, QATConv
-from torchq.modules.qat_linear import trained_form
+from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import OF_DIMENSIONS, QuantizedConv
 from torchq.modules.ranges import InputRange
 from torchq.ops.convolution import packs_as_one
@@ -103,7 +103,13 @@ class ConvType(ModuleType):
         return "its weight is computed, not trained" if is_computed(module) else None
 
     def prepare(
-        self, module: nn.Module, input_range: InputRange, *, per_channel: bool, channel_scale: Tensor | None = None
+        self,
+        module: nn.Module,
+        part: str,
+        input_range: InputRange,
+        *,
+        per_channel: bool,
+        channel_scale: Tensor | None = None,
     ) -> None:
         form = QAT_OF_DIMENSIONS[weight_of(module).dim() - 3]
         form.adopt(module, input_range, per_channel=per_channel, channel_scale=channel_scale)
@@ -118,12 +124,10 @@ class QATConvType(ConvType):
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
         if type(module).forward is not QATConv.forward or "forward" in vars(module):
             return f"{type(module).__name__} has a forward of its own"
-        if not cast(QATConv, module).input_range.is_ready():
-            return "its trained range is not finite: no training batch reached it, or training diverged"
         return None
 
-    def trained(self, module: nn.Module) -> Trained:
-        return trained_form(cast(QATConv, module))
+    def training_form(self, module: nn.Module, part: str) -> QATProduct:
+        return cast(QATConv, module)
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         return "it is prepared already"

@@ -20,6 +20,9 @@ from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_s
 from torchq.modules.pending import Scope
 from torchq.modules.tracing import Leaf
 
+SKIPPED = "skipped_padding"
+"""The attribute of an nn.TransformerEncoder that says what its `use_nested_tensor` was."""
+
 
 class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
     """An nn.TransformerEncoder with int8 layers, with the same results, in less time where there is padding.
@@ -38,10 +41,12 @@ class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
     def adopt(encoder: nn.Module) -> None:
         """Makes an nn.TransformerEncoder itself an Int8TransformerEncoder, if torch would skip padding in it.
 
-        That is what its `use_nested_tensor` says, as long as torch's own way is not turned off. Some layers, or parts
-        of them, may be float.
+        That is what its `use_nested_tensor` says, or said before `prepare_qat` turned torch's own way off. Some layers,
+        or parts of them, may be float.
         """
-        if type(encoder) is not nn.TransformerEncoder or not encoder.use_nested_tensor:
+        if type(encoder) is not nn.TransformerEncoder:
+            return
+        if not vars(encoder).pop(SKIPPED, encoder.use_nested_tensor):
             return
         if all(map(_is_torchs, encoder.layers)) and any(isinstance(part, Int8Module) for part in encoder.modules()):
             encoder.__class__ = Int8TransformerEncoder

@@ -5,11 +5,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.base import Matrix, ModuleType
 from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.linear_proof import proof_of
 from torchq.modules.plain_code import is_plain_value
-from torchq.modules.qat_linear import QATLayer, QATLinear, trained_form
+from torchq.modules.qat_linear import QATLayer, QATLinear, QATProduct
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.ranges import InputRange
 
@@ -61,7 +61,13 @@ class LinearType(ModuleType):
         return None
 
     def prepare(
-        self, module: nn.Module, input_range: InputRange, *, per_channel: bool, channel_scale: Tensor | None = None
+        self,
+        module: nn.Module,
+        part: str,
+        input_range: InputRange,
+        *,
+        per_channel: bool,
+        channel_scale: Tensor | None = None,
     ) -> None:
         linear = cast(nn.Linear, module)
         QATLinear.adopt(linear, input_range, per_channel=per_channel, channel_scale=channel_scale)
@@ -79,12 +85,10 @@ class QATLinearType(LinearType):
     def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
         if type(module).forward is not QATLayer.forward or "forward" in vars(module):
             return f"{type(module).__name__} has a forward of its own"
-        if not cast(QATLayer, module).input_range.is_ready():
-            return "its trained range is not finite: no training batch reached it, or training diverged"
         return None
 
-    def trained(self, module: nn.Module) -> Trained:
-        return trained_form(cast(QATLayer, module))
+    def training_form(self, module: nn.Module, part: str) -> QATProduct:
+        return cast(QATLayer, module)
 
     def why_untrainable(self, module: nn.Module) -> str | None:
         return "it is prepared already"

@@ -27,7 +27,13 @@ class LinearLikeType(LinearType):
         return None
 
     def prepare(
-        self, module: nn.Module, input_range: InputRange, *, per_channel: bool, channel_scale: Tensor | None = None
+        self,
+        module: nn.Module,
+        part: str,
+        input_range: InputRange,
+        *,
+        per_channel: bool,
+        channel_scale: Tensor | None = None,
     ) -> None:
         transposed = proof_of(module).transposed
         QATLinearLike.adopt(module, input_range, per_channel=per_channel, channel_scale=channel_scale)

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention as a module type, and the int8 module that takes its place.
+"""nn.MultiheadAttention in int8, and what lies between its matrices.
 
 Its matrices are four, `q_proj`, `k_proj`, `v_proj` and `out_proj`, also where the float module stores the first three
 in one parameter: query, key and value may be three inputs, and so each has a range and a channel scale of its own.
@@ -7,7 +7,6 @@ kernels read weights directly. They are never taken, since the int8 module has a
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -20,82 +19,21 @@ from torch.nn.functional import dropout, linear, pad, scaled_dot_product_attenti
 from torchq.modules import gradients
 from torchq.modules.attention import SDPA, OwnAttention, attend
 from torchq.modules.attention_weights import AttentionWeights, Form, weights_of
-from torchq.modules.base import Int8Module, Matrix, ModuleType, float_size
+from torchq.modules.base import Int8Module, Matrix, float_size
 from torchq.modules.float_view import FloatView, read_only
 from torchq.modules.refusals import refuse_layout
 from torchq.modules.tracing import Leaf
 
-_INPUTS = ("q_proj", "k_proj", "v_proj")
-_MASKS = ("key_padding_mask", "attn_mask", "is_causal")
+INPUTS = ("q_proj", "k_proj", "v_proj")
 _FLOAT_NAMES = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-_FORWARD = inspect.signature(nn.MultiheadAttention.forward)
 
 
-class MultiheadAttentionType(ModuleType):
-    """nn.MultiheadAttention, and subclasses that keep its forward."""
+class Attending(nn.MultiheadAttention):
+    """The forward of an nn.MultiheadAttention whose four products are called one by one."""
 
-    name = "nn.MultiheadAttention"
-    attends = True
-
-    def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.MultiheadAttention) or isinstance(module, Int8Module):
-            return False
-        return type(module).forward is nn.MultiheadAttention.forward and "forward" not in vars(module)
-
-    def matrices(self, module: nn.Module) -> dict[str, Matrix]:
-        attention = cast(nn.MultiheadAttention, module)
-        if attention.in_proj_weight is not None:
-            weights = attention.in_proj_weight.chunk(3)
-        else:
-            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-        bias = attention.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        found = {part: Matrix(*each) for part, *each in zip(_INPUTS, weights, biases, strict=True)}
-        return {**found, "out_proj": Matrix(attention.out_proj.weight, attention.out_proj.bias)}
-
-    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments, and for `out_proj` what the heads give: computed here once more, since no module is called."""
-        try:
-            call = _FORWARD.bind(module, *args, **kwargs).arguments
-            read = (call["query"], call["key"], call["value"])
-            projected = [linear(x, *self.matrices(module)[part]) for part, x in zip(_INPUTS, read, strict=True)]
-            masks: dict[str, Any] = {name: call[name] for name in _MASKS if name in call}
-            heads, _ = attended(cast(nn.MultiheadAttention, module), *projected, **masks)
-        except (TypeError, ValueError, RuntimeError):
-            return {}  # the module's own forward will raise the error
-        return {**dict(zip(_INPUTS, read, strict=True)), "out_proj": heads}
-
-    def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-        return QuantizedMultiheadAttention(cast(nn.MultiheadAttention, module), parts)
-
-
-class QuantizedMultiheadAttention(Leaf, OwnAttention, nn.MultiheadAttention):
-    """nn.MultiheadAttention in int8: the same call, the same attributes, the same results to the error of int8.
-
-    It is an nn.MultiheadAttention to whoever asks. `in_proj_weight` and the like are read-only float views of what the
-    four layers hold. Dropout acts in training mode, as in torch.
-
-    Args:
-        attention: the float module.
-        parts: a QuantizedLinear, or an nn.Linear that stays in float, for `q_proj`, `k_proj`, `v_proj` and `out_proj`.
-
-    >>> from torchq import convert
-    >>> attention = convert(nn.MultiheadAttention(64, 4, batch_first=True).eval())
-    >>> x = torch.randn(2, 5, 64)
-    >>> y, weights = attention(x, x, x)
-    >>> y.shape, weights.shape, attention.in_proj_weight.shape
-    (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]), torch.Size([192, 64]))
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
-        nn.Module.__init__(self)
-        for name in ("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "head_dim"):
-            setattr(self, name, getattr(attention, name))
-        self.dropout, self.batch_first = attention.dropout, attention.batch_first
-        self.add_zero_attn = attention.add_zero_attn
-        self.bias_k, self.bias_v = copy.deepcopy(attention.bias_k), copy.deepcopy(attention.bias_v)
-        self.q_proj, self.k_proj, self.v_proj = (parts[name] for name in _INPUTS)
-        self.out_proj = parts["out_proj"]  # type: ignore[assignment]
+    def multiplied(self, part: str, x: Tensor) -> Tensor:
+        """The product of x with this matrix."""
+        raise NotImplementedError(f"{type(self).__name__} has no products")
 
     def forward(
         self,
@@ -120,15 +58,15 @@ class QuantizedMultiheadAttention(Leaf, OwnAttention, nn.MultiheadAttention):
         self._check(query, key, value)
         heads, weights = attended(
             self,
-            self.q_proj(query),
-            self.k_proj(key),
-            self.v_proj(value),
+            self.multiplied("q_proj", query),
+            self.multiplied("k_proj", key),
+            self.multiplied("v_proj", value),
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
             is_causal=is_causal,
             weights=Form(average_attn_weights, batched=query.dim() == 3) if need_weights else None,
         )
-        y = self.out_proj(heads)
+        y = self.multiplied("out_proj", heads)
         if query.dim() == 2:
             return y.squeeze(0), weights
         return y if self.batch_first else y.transpose(0, 1), weights
@@ -151,6 +89,39 @@ class QuantizedMultiheadAttention(Leaf, OwnAttention, nn.MultiheadAttention):
                 f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, batch_first="
                 f"{self.batch_first}"
             )
+
+
+class QuantizedMultiheadAttention(Leaf, OwnAttention, Attending):
+    """nn.MultiheadAttention in int8: the same call, the same attributes, the same results to the error of int8.
+
+    It is an nn.MultiheadAttention to whoever asks. `in_proj_weight` and the like are read-only float views of what the
+    four layers hold. Dropout acts in training mode, as in torch.
+
+    Args:
+        attention: the float module.
+        parts: a QuantizedLinear, or an nn.Linear that stays in float, for `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+
+    >>> from torchq import convert
+    >>> attention = convert(nn.MultiheadAttention(64, 4, batch_first=True).eval())
+    >>> x = torch.randn(2, 5, 64)
+    >>> y, weights = attention(x, x, x)
+    >>> y.shape, weights.shape, attention.in_proj_weight.shape
+    (torch.Size([2, 5, 64]), torch.Size([2, 5, 5]), torch.Size([192, 64]))
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, parts: Mapping[str, nn.Module]) -> None:
+        nn.Module.__init__(self)
+        for name in ("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "head_dim"):
+            setattr(self, name, getattr(attention, name))
+        self.dropout, self.batch_first = attention.dropout, attention.batch_first
+        self.add_zero_attn = attention.add_zero_attn
+        self.bias_k, self.bias_v = copy.deepcopy(attention.bias_k), copy.deepcopy(attention.bias_v)
+        self.q_proj, self.k_proj, self.v_proj = (parts[name] for name in INPUTS)
+        self.out_proj = parts["out_proj"]  # type: ignore[assignment]
+
+    def multiplied(self, part: str, x: Tensor) -> Tensor:
+        """The product of x with this matrix."""
+        return getattr(self, part)(x)  # type: ignore[no-any-return]
 
     # ---- What foreign code reads -------------------------------------------------------------------------------------
 
@@ -211,7 +182,19 @@ class QuantizedMultiheadAttention(Leaf, OwnAttention, nn.MultiheadAttention):
         return sum(sizes) + sum(each.nbytes for each in (self.bias_k, self.bias_v) if each is not None)
 
 
-# ---- Between the projections ----------------------------------------------------------------------------------------
+# ---- Its matrices, and what is between them -------------------------------------------------------------------------
+
+
+def matrices_of(attention: nn.MultiheadAttention) -> dict[str, Matrix]:
+    """Those of a float module, by name."""
+    if attention.in_proj_weight is not None:
+        weights = attention.in_proj_weight.chunk(3)
+    else:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    bias = attention.in_proj_bias
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    found = {part: Matrix(*each) for part, *each in zip(INPUTS, weights, biases, strict=True)}
+    return {**found, "out_proj": Matrix(attention.out_proj.weight, attention.out_proj.bias)}
 
 
 def attended(
@@ -273,8 +256,8 @@ def of_sequences(attention: nn.MultiheadAttention, x: Tensor, lengths: Sequence[
     if isinstance(attention, QuantizedMultiheadAttention):
         projected = [part(x) for part in attention._projections()]
     else:
-        matrices = MultiheadAttentionType().matrices(attention)
-        projected = [linear(x, *matrices[part]) for part in _INPUTS]
+        matrices = matrices_of(attention)
+        projected = [linear(x, *matrices[part]) for part in INPUTS]
     by_head = [y.unflatten(-1, (attention.num_heads, attention.head_dim)).split(lengths) for y in projected]
     heads = [_of_sequence(attention, *each) for each in zip(*by_head, strict=True)]
     y: Tensor = attention.out_proj(torch.cat(heads).flatten(1))
@@ -338,7 +321,7 @@ def _attn_mask(mask: Tensor, q: Tensor, keys: int) -> Tensor:
 def _added(name: str, mask: Tensor, q: Tensor, shapes: list[tuple[int, ...]], form: tuple[int, ...]) -> Tensor:
     """The mask as numbers that are added to the scores, in this form; `shapes` are those it may have."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"QuantizedMultiheadAttention: {name} must be bool or float, got {mask.dtype}.")
+        raise TypeError(f"nn.MultiheadAttention: {name} must be bool or float, got {mask.dtype}.")
     if len(q) == 1 and mask.dim() == 1 and name == "key_padding_mask":
         mask = mask.unsqueeze(0)
     if tuple(mask.shape) not in shapes:
@@ -350,4 +333,4 @@ def _added(name: str, mask: Tensor, q: Tensor, shapes: list[tuple[int, ...]], fo
 
 
 def _error(problem: str) -> ValueError:
-    return ValueError(f"QuantizedMultiheadAttention: {problem}.")
+    return ValueError(f"nn.MultiheadAttention: {problem}.")

@@ -1,7 +1,7 @@
 """QATLinear: an nn.Linear that trains with the quantized values QuantizedLinear will use; and its relatives."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,57 @@ from torchq.modules.base import Trained
 from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 
 
-class QATLayer(nn.Module):
+class QATProduct(nn.Module):
+    """One product that trains on int8's values: `y = x̂ · ŵᵀ + b` in float32, and how x and w are rounded.
+
+    With a channel_scale c, x̂ is made of x · c and ŵ of w / c.
+    """
+
+    input_range: InputRange
+    per_channel: bool
+    channel_scale: Tensor | None
+
+    def begin(self, input_range: InputRange, per_channel: bool, channel_scale: Tensor | None) -> None:
+        """Gives it all that it rounds by."""
+        self.input_range = input_range.train(self.training)
+        self.per_channel = per_channel
+        self.register_buffer("channel_scale", channel_scale)
+
+    @property
+    def trained(self) -> Trained:
+        """How it was trained to be quantized."""
+        origin = self.input_range.origin
+        return Trained(self.input_range.qparams(), self.per_channel, origin, self.channel_scale)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """ŵ, float32 (N, K), of a weight (N, K).
+
+        Raises:
+            ValueError: the weight has NaN or infinity.
+        """
+        if self.channel_scale is not None:
+            weight = weight.float() / self.channel_scale.float()
+        return fake_quantize_weight(weight, per_channel=self.per_channel)
+
+    def times(self, x: Tensor, rounded: Tensor, bias: Tensor | None) -> Tensor:
+        """x̂ · ŵᵀ + b, (..., N), for x (..., K) and ŵ as `rounded` gives it.
+
+        Raises:
+            TypeError: x is not float32, bfloat16 or float16.
+        """
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            if self.channel_scale is not None:
+                rows = rows * self.channel_scale.float()
+            y = nn.functional.linear(self.input_range(rows), rounded, None if bias is None else bias.float())
+            return y.reshape(*x.shape[:-1], len(rounded)).to(dtype)
+
+
+class QATLayer(QATProduct):
     """`y = x̂ · ŵᵀ + b` in float32, in place of a module with a weight and a bias.
 
     Args:
@@ -20,9 +70,6 @@ class QATLayer(nn.Module):
 
     weight: Any
     bias: Any
-    input_range: InputRange
-    per_channel: bool
-    channel_scale: Tensor | None
     transposed: bool = False
     float_class: type[nn.Module] = nn.Linear
     OWN: ClassVar[tuple[str, ...]] = ("input_range", "per_channel", "channel_scale", "transposed", "float_class")
@@ -46,9 +93,7 @@ class QATLayer(nn.Module):
         if type(module) is not cls.float_class:
             vars(module)["float_class"] = type(module)
         module.__class__ = cls
-        module.input_range = input_range.train(module.training)
-        module.per_channel = per_channel  # type: ignore[assignment]
-        module.register_buffer("channel_scale", channel_scale)
+        cast(QATProduct, module).begin(input_range, per_channel, channel_scale)
 
     def release(self) -> None:
         """Turns this layer back into the float module that it was: the inverse of `adopt`.
@@ -77,30 +122,13 @@ class QATLayer(nn.Module):
             TypeError: x is not float32, bfloat16 or float16.
             ValueError: the weight has NaN or infinity.
         """
-        x = input
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"QATLinear: x must be float32, bfloat16 or float16, got {x.dtype}. Pass x.float().")
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            rows, weight = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1]), self.matrix
-            if self.channel_scale is not None:
-                scale = self.channel_scale.float()
-                rows, weight = rows * scale, weight.float() / scale
-            rows, weight = self.input_range(rows), fake_quantize_weight(weight, per_channel=self.per_channel)
-            y = nn.functional.linear(rows, weight, None if self.bias is None else self.bias.float())
-            return y.reshape(*x.shape[:-1], len(weight)).to(dtype)
+        return self.times(input, self.rounded(self.matrix), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and weight scheme, for `repr`."""
         n, k = self.matrix.shape
         sizes = f"in_features={k}, out_features={n}, bias={self.bias is not None}"
         return f"{sizes}, weight={'per_channel' if self.per_channel else 'per_tensor'}"
-
-
-def trained_form(layer: QATLayer) -> Trained:
-    """How it was trained to be quantized."""
-    return Trained(layer.input_range.qparams(), layer.per_channel, layer.input_range.origin, layer.channel_scale)
 
 
 class QATLinearLike(QATLayer):
@@ -144,6 +172,4 @@ class QATLinear(QATLayer, nn.Linear):
         channel_scale: Tensor | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.input_range = PerToken() if input_range is None else input_range
-        self.per_channel = per_channel
-        self.register_buffer("channel_scale", channel_scale)
+        self.begin(PerToken() if input_range is None else input_range, per_channel, channel_scale)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from torchq import ops
+from torchq.modules.attention_types import MultiheadAttentionType, QATMultiheadAttentionType
 from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.conv import ConvType, QATConvType
 from torchq.modules.experts import ExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
-from torchq.modules.multihead_attention import MultiheadAttentionType
 from torchq.modules.norms import folded
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
@@ -26,6 +26,7 @@ TYPES: list[ModuleType] = [
     QATLinearType(),
     LinearType(),
     *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    QATMultiheadAttentionType(),
     MultiheadAttentionType(),
     *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
     *map(CellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
@@ -122,7 +123,14 @@ class Layer:
     @property
     def trained(self) -> Trained | None:
         """How the layer was trained to be quantized; None for a plain float layer."""
-        return self.kind.trained(self.module)
+        form = self.kind.training_form(self.module, self.part)
+        return None if form is None else form.trained
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its range is known, if it was to be trained."""
+        form = self.kind.training_form(self.module, self.part)
+        return form is None or form.input_range.is_ready()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,11 +12,12 @@ from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
-from torchq.modules.encoder import Int8TransformerEncoder
+from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
+from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
@@ -82,9 +83,9 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             if plan.int8_layers():
                 LayerNorm.adopt(module)
         _open_scopes(model, plan)
-        for module in model.modules():  # training forms that stay float become plain layers again
+        for module in list(model.modules()):  # training forms that stay float become plain modules again
             kind = type_of(module)
-            if kind is not None and kind.trained(module) is not None:
+            if kind is not None:
                 kind.release(module)
     finally:
         leave_fast_path(model)
@@ -260,13 +261,9 @@ def _forget_defaults(module: nn.Module, copied: Any) -> None:
 def leave_fast_path(model: nn.Module) -> None:
     """Turns off torch's fused encoder kernels where torchq changed a layer: they read weights without calling it."""
     for module in model.modules():
-        changed = any(_is_changed(child) for child in module.modules())
+        changed = any(isinstance(child, (Int8Module, QATProduct)) for child in module.modules())
         if isinstance(module, nn.TransformerEncoderLayer) and changed:
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder) and changed:
+            vars(module).setdefault(SKIPPED, module.use_nested_tensor)
             module.use_nested_tensor = False
-
-
-def _is_changed(module: nn.Module) -> bool:
-    kind = type_of(module)
-    return isinstance(module, Int8Module) or (kind is not None and kind.trained(module) is not None)

@@ -117,6 +117,8 @@ def why_float(model: nn.Module, layer: Layer) -> str | None:
         return "it has forward hooks, which a swap would drop"
     if reason is not None:
         return reason
+    if not layer.is_ready:
+        return "its trained range is not finite: no training batch reached it, or training diverged"
     if (reason := why_opaque(module)) is not None:
         return reason
     if layer.dtype not in FLOATS:
