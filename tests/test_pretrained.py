@@ -234,6 +234,16 @@ def test_a_config_of_another_kind(tmp_path):
             transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_a_config_of_the_first_version(tmp_path):
+    qmodel = static_bert()
+    qmodel.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    about = json.loads(path.read_text())
+    about["quantization_config"]["guard"] = "bert.encoder.layer.0.attention.self.query.weight"
+    path.write_text(json.dumps(about))
+    assert_same(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path), qmodel, {"input_ids": IDS[0]})
+
+
 @pytest.mark.parametrize("version", ["4.57.1", None])
 def test_transformers_that_is_old_or_missing(version, monkeypatch):
     fake = None if version is None else types.SimpleNamespace(__version__=version)

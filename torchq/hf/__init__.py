@@ -10,6 +10,7 @@ from torchq.hf import availability  # noqa: F401 first
 from torchq.hf.compressed import from_compressed_tensors, save_compressed_tensors
 from torchq.hf.quantizer import TorchqHfQuantizer
 from torchq.hf.sentences import convert_sentence_transformer
+from torchq.modules.attention import register as register_attention
 from torchq.planning.pretrained import TorchqConfig
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "int8_lora",
     "save_compressed_tensors",
 ]
+
+
+register_attention()  # a checkpoint may ask for it
 
 
 def int8_lora(config: Any) -> Any:

@@ -185,7 +185,7 @@ def from_compressed_tensors(auto_class: Any, path: str | os.PathLike[str], **set
 @register_quantization_config(_METHOD)
 class _Said(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, said: dict[str, Any], quant_method: str = _METHOD) -> None:
-        self.said, self.quant_method, self.guard = said, quant_method, None
+        self.said, self.quant_method = said, quant_method
 
 
 class _Scheme(NamedTuple):

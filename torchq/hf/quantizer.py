@@ -24,7 +24,7 @@ from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import find_layers
 from torchq.planning.names import Rename, renamed
 from torchq.planning.plan import Plan
-from torchq.planning.pretrained import METHOD, Int8Quantizer, TorchqConfig
+from torchq.planning.pretrained import ADVICE, METHOD, Int8Quantizer, TorchqConfig, guards
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton
 from torchq.planning.tables import find_tables
 
@@ -65,8 +65,9 @@ class TorchqHfQuantizer(Int8Quantizer):
         except BadValueError as error:
             raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        guard = (self.quantization_config.guard or "no guard").removeprefix(f"{model.base_model_prefix}.")
-        model._keys_to_ignore_on_load_unexpected = {*ignored, f"{re.escape(guard)}$"}
+        left_out = [f"{head}.weight" for head, _ in self._moved]
+        known = [ADVICE, *left_out, *(key.removeprefix(f"{model.base_model_prefix}.") for key in guards(model))]
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *(f"{re.escape(key)}$" for key in known)}
         put_placeholders(model, self.placeholder)
         floats = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         model.all_tied_weights_keys = {

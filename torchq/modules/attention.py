@@ -113,6 +113,11 @@ def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
         config._attn_implementation_internal = NAME
 
 
+def attends(module: nn.Module) -> bool:
+    """Whether a module of transformers has a scheme: its attention is torchq's."""
+    return "torchq_attention" in vars(module)
+
+
 # ---- The function ---------------------------------------------------------------------------------------------------
 
 

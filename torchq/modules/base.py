@@ -55,6 +55,9 @@ class Trained(NamedTuple):
 class Int8Module(nn.Module, ABC):
     """The base class of int8 modules. A subclass says how many bytes the float module took."""
 
+    float_key: str | None = None
+    """The name of a parameter that the float module had and this one's checkpoint lacks; None if there is none."""
+
     @property
     @abstractmethod
     def float_bytes(self) -> int:

@@ -32,6 +32,7 @@ class QuantizedTable(PackedWeights):
     """
 
     _source: type[nn.Module]  # the float module's class
+    float_key = "weight"
     has_bias = had_bias = False
     input_qparams = None
     _owner: tuple[PackedWeights] | None = None  # in a tuple, so that it is no child

@@ -21,7 +21,7 @@ from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
-from torchq.planning.attach import attach_plan, offer_save_pretrained
+from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
 from torchq.planning.plan import Plan, attention_schemes
@@ -93,7 +93,6 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
         offer_attention(model, attention_schemes(plan.attentions))
     if plan.int8_layers() or plan.int8_tables():
         model.register_load_state_dict_pre_hook(check_state)
-        offer_save_pretrained(model)
     attach_plan(model, plan)
     return model
 

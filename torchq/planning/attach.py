@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from torchq.modules.attention import attends
 from torchq.modules.base import Int8Module
 from torchq.planning.plan import Plan
 
 
 def attach_plan(model: nn.Module, plan: Plan) -> None:
     """Makes `plan` that of the converted model: its attribute `torchq_plan`, and what `save_pretrained` writes."""
+    _offer_save_pretrained(model)
     model.torchq_plan = plan.without_weights()  # type: ignore[assignment]
     for path, module in model.named_modules():
         quantizer = vars(module).get("hf_quantizer")
@@ -25,11 +27,11 @@ def attach_plan(model: nn.Module, plan: Plan) -> None:
             quantizer.take_plan(model.torchq_plan, path)
 
 
-def offer_save_pretrained(model: nn.Module) -> None:
+def _offer_save_pretrained(model: nn.Module) -> None:
     """Lets the parts of a model that could save themselves do so with their int8 layers; or say why they can't."""
     for module in model.modules():
         saves = hasattr(module, "save_pretrained") and getattr(module, "hf_quantizer", None) is None
-        if saves and any(isinstance(child, Int8Module) for child in module.modules()):
+        if saves and any(isinstance(child, Int8Module) or attends(child) for child in module.modules()):
             module.hf_quantizer = _quantizer(module)
 
 

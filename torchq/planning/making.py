@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchq.modules.activations import activation_named
+from torchq.modules.base import Int8Module
 from torchq.modules.embedding import QuantizedTable
 from torchq.modules.folding import Fold
 from torchq.modules.packed_weights import PackedWeights
@@ -32,7 +33,10 @@ class FromFloat:
             planned = plan.layers.get(layer.name)
             int8 = planned is not None and planned.is_int8
             parts[layer.part] = self.layer(model, plan, layer) if int8 else self.float_part(layer)
-        return layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
+        made = layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
+        if isinstance(made, Int8Module):
+            made.float_key = _lost_key(layers[0].module, made)
+        return made
 
     def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
         """The int8 layer that `plan` makes of this one."""
@@ -136,6 +140,12 @@ def _nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _without_values(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _lost_key(module: nn.Module, made: Int8Module) -> str | None:
+    """The first parameter of the float module of which the int8 one has none of this name in its checkpoints."""
+    own = made.expected() if isinstance(made, PackedWeights) else made._parameters
+    return next((name for name, _ in module.named_parameters() if name not in own), None)
 
 
 FROM_FLOAT = FromFloat()

@@ -14,8 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchq.config import QConfig
 from torchq.errors import BadValueError
+from torchq.modules.attention import NAME
 from torchq.modules.base import Int8Module
-from torchq.modules.packed_weights import PackedWeights
 from torchq.planning.names import renamed, within
 from torchq.planning.plan import Plan
 from torchq.planning.skeleton import to_stored
@@ -24,6 +24,9 @@ METHOD = "torchq"
 """The name under which transformers knows torchq."""
 
 FORMAT = 1
+
+ADVICE = "TO LOAD THIS INT8 MODEL: import torchq.hf"
+"""The name of a tensor without values in each int8 checkpoint. Who can't load one is shown the names of its tensors."""
 
 
 class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -40,7 +43,7 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         embeddings: see there.
         fuse: see there.
         plan: what `save_pretrained` wrote, not for users.
-        guard: likewise.
+        guard: what that of 0.2.0 wrote, and no one reads.
         format_version: likewise.
         quant_method: "torchq".
 
@@ -74,7 +77,7 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = FORMAT
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.weight, self.attention, self.embeddings, self.fuse = weight, attention, embeddings, fuse
-        self.plan, self.guard = plan, guard
+        self.plan = plan
         self.qconfig(())
 
     def qconfig(self, exclude: tuple[str, ...]) -> QConfig:
@@ -140,24 +143,31 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """What `save_pretrained` writes. It puts the plan into the model's config, which is written next."""
         assert self.plan is not None
         config: Any = copy.copy(self.quantization_config)
-        extra = guard(model)
-        config.plan, config.guard = to_stored(self.plan), next(iter(extra), None)
+        config.plan = to_stored(self.plan)
         model.config.quantization_config = config  # type: ignore[union-attr]
         model._weight_conversions = []  # type: ignore[assignment] # the tensors keep the model's own names
+        extra = guards(model)
+        if extra:
+            extra[ADVICE] = torch.empty(0, dtype=torch.int8, device="cpu")
+        else:  # attention alone: transformers refuses one that nobody has registered
+            model.config.attn_implementation = NAME  # type: ignore[union-attr]
         state: dict[str, Tensor] = model.state_dict()
         return state | extra, {}
 
 
-def guard(model: nn.Module) -> dict[str, Tensor]:
-    """A tensor that no float model takes: its first int8 layer's `weight`, of another shape.
+def guards(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that no float model takes: parameters of its int8 modules, of another shape.
 
     transformers without `import torchq.hf` warns that it does not know "torchq", and loads the checkpoint all the same,
-    with random weights. A tensor of another shape stops it.
+    with random weights. A tensor of another shape stops it. There is one for each part of the model that has int8
+    modules, since a part may be loaded alone: `vision_model.encoder`, `lm_head`.
     """
+    found: dict[str, str] = {}
     inside: tuple[str, ...] = ()  # modules whose parts have no name in the float model
     for name, module in model.named_modules():
-        if isinstance(module, PackedWeights) and module.expected() and not name.startswith(inside):
-            return {f"{name}.weight": torch.empty(0, dtype=torch.int8, device="cpu")}
-        if isinstance(module, Int8Module):
-            inside = (*inside, f"{name}.")
-    return {}
+        if not isinstance(module, Int8Module) or name.startswith(inside):
+            continue
+        inside = (*inside, f"{name}.")
+        if module.float_key is not None:
+            found.setdefault(".".join(name.split(".")[:2]), f"{name}.{module.float_key}")
+    return {key: torch.empty(0, dtype=torch.int8, device="cpu") for key in found.values()}
