@@ -23,6 +23,7 @@ std::vector<std::string> feature_names(uint32_t bits) {
   if (bits & torchq::kAvx512Vnni) names.push_back("avx512_vnni");
   if (bits & torchq::kAvx512Bf16) names.push_back("avx512_bf16");
   if (bits & torchq::kAmxInt8) names.push_back("amx_int8");
+  if (bits & torchq::kAmxBf16) names.push_back("amx_bf16");
   if (bits & torchq::kAsimd) names.push_back("asimd");
   if (bits & torchq::kAsimdDp) names.push_back("asimddp");
   if (bits & torchq::kI8mm) names.push_back("i8mm");

@@ -230,7 +230,9 @@ def test_threads_change_no_bit(kernel, generator, set_threads):
 
 def test_the_kernel_goes_with_the_forced_one(kernel):
     """Attention uses the vectors of the GEMM kernel that is forced, and no wider ones."""
-    widest = "avx512_bf16" if "avx512_bf16" in _C.cpu_features() else "avx512"
-    beside = {"reference": "reference", "avx2": "avx2", "avx_vnni": "avx2"}
-    beside |= dict.fromkeys(("avx512_vnni", "avx512vl_vnni", "amx_int8"), widest)
+    features = _C.cpu_features()
+    widest = "avx512_bf16" if "avx512_bf16" in features else "avx512"
+    tiles = "amx_bf16" if {"amx_bf16", "avx512_bf16"} <= set(features) else widest
+    beside = {"reference": "reference", "avx2": "avx2", "avx_vnni": "avx2", "amx_int8": tiles}
+    beside |= dict.fromkeys(("avx512_vnni", "avx512vl_vnni"), widest)
     assert kernels.active_attention() == beside.get(kernel, "neon")

@@ -170,9 +170,18 @@ def test_main_tile_loads_everything_once(listings, kernel):
 @pytest.mark.parametrize(("tall", "wide"), [(3, 1), (2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
 def test_tiles_are_loaded_once_a_step(listings, tall, wide):
     """A step of 64 k loads each tile of codes and of weights once, and uses no zmm (xmm may hold pointers)."""
-    (function,) = [f for f in listings[f"kernel_{AMX}"] if f"torchq::{AMX}::multiply<{tall}, {wide}>(" in f.name]
-    steps = [loop for loop in function.dot_loops("tdpbusd") if not count("tilestored", loop)]  # without the first step
-    counts = {(count("tdpbusd", loop), count("tileloadd", loop), count("%[yz]mm", loop)) for loop in steps}
+    check_tile_steps(listings[f"kernel_{AMX}"], "tdpbusd", tall, wide)
+
+
+@pytest.mark.parametrize(("tall", "wide"), [(2, 2), (2, 1), (1, 4), (1, 3), (1, 2), (1, 1)])
+def test_tiles_of_attention_are_loaded_once_a_step(listings, tall, wide):
+    check_tile_steps(listings["attention_kernel_amx_bf16"], "tdpbf16ps", tall, wide)
+
+
+def check_tile_steps(listing: list[Function], dot: str, tall: int, wide: int) -> None:
+    (function,) = [f for f in listing if f"::multiply<{tall}, {wide}>(" in f.name]
+    steps = [loop for loop in function.dot_loops(dot) if not count("tilestored", loop)]  # without the first step
+    counts = {(count(dot, loop), count("tileloadd", loop), count("%[yz]mm", loop)) for loop in steps}
     assert counts == {(tall * wide, tall + wide, 0)}
 
 
@@ -202,6 +211,7 @@ def test_no_avx_outside_kernels(listings):
 ATTENTION = {
     "avx512": ("vfmadd", 4, ["Multiply"]),
     "avx512_bf16": ("vfmadd|vdpbf16ps", 4, ["Multiply", "MultiplyHalves"]),
+    "amx_bf16": ("vfmadd", 4, ["Multiply"]),  # those of bfloat16 are in tiles
     "avx2": ("vfmadd", 1, ["Multiply"]),
 }
 

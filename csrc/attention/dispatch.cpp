@@ -9,9 +9,10 @@ namespace {
 // Best first.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__)
-    &kernel_avx512_bf16,
-    &kernel_avx512,
-    &kernel_avx2,
+#if TORCHQ_HAS_AMX
+    &kernel_amx_bf16,
+#endif
+    &kernel_avx512_bf16, &kernel_avx512, &kernel_avx2,
 #elif defined(__aarch64__)
     &kernel_neon,
 #endif

@@ -37,11 +37,18 @@ struct Ranges {
   float *lo, *hi, *zero;
 };
 
+// How the rows of a head are cut into blocks, which pass over the keys together: whole tiles of up to so many rows.
+struct Blocking {
+  int64_t tile_rows = 6, most_tiles = 8;
+  int64_t most_tiles_of_band = 2;  // where rows see different keys: fewer rows, fewer keys that only some see
+};
+
 struct Kernel {
   const char* name = nullptr;
   uint32_t needs = 0;  // Feature bits
   // The features of its vectors, any of which a GEMM kernel must need for this one to run beside it; 0: beside any.
   uint32_t beside = 0;
+  Blocking blocking = {};
 
   // x[i] · factor for i < n, then zeros up to the next multiple of 16. Each 16 start `stride` floats after the last:
   // 16 for a row, the distance of panels for a row across panels.
@@ -86,6 +93,7 @@ extern const Kernel kernel_reference;
 extern const Kernel kernel_avx2;
 extern const Kernel kernel_avx512;
 extern const Kernel kernel_avx512_bf16;
+extern const Kernel kernel_amx_bf16;
 #elif defined(__aarch64__)
 extern const Kernel kernel_neon;
 #endif

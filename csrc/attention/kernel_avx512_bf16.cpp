@@ -24,6 +24,7 @@ namespace avx512_bf16 {
 #include "softmax.inc"
 #include "codes.inc"
 #include "in_place.inc"
+#include "halves.inc"
 
 constexpr int kMaxRows = 6, kMaxPanels = 4, kAhead = 64;
 
@@ -36,22 +37,6 @@ struct MultiplyHalves {
 };
 
 void multiply_halves(const Product& p) { multiply_by<MultiplyHalves>(p); }
-
-inline __m256i halves_of(Floats x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-
-void to_halves(const float* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), halves_of(load(x + i)));
-}
-
-void join_halves(const float* x, int64_t stride, int64_t n, float* out, int64_t panel_stride) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Ints first = _mm512_cvtepu16_epi32(halves_of(load(x + i)));
-    const Ints second = _mm512_cvtepu16_epi32(halves_of(load(x + stride + i)));
-    const Ints both = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
-    store(reinterpret_cast<int32_t*>(out + i / kPanel * panel_stride), both);
-  }
-}
 
 }  // namespace avx512_bf16
 

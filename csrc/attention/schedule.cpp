@@ -11,11 +11,9 @@ namespace torchq {
 namespace attention {
 namespace {
 
-constexpr int64_t kMaxParts = 1 << 16;            // more than there are threads
-constexpr int64_t kWorkPerThread = 1 << 19;       // multiply-adds that justify waking one more thread
-constexpr int64_t kScoresBytes = 48 * 1024;       // of a block: they are written and read again, so they stay in L2
-constexpr int64_t kTileRows = 6, kMostTiles = 8;  // of a block, for which each panel is read once
-constexpr int64_t kMostTilesOfBand = 2;  // where rows see different keys: fewer rows, fewer keys that only some see
+constexpr int64_t kMaxParts = 1 << 16;       // more than there are threads
+constexpr int64_t kWorkPerThread = 1 << 19;  // multiply-adds that justify waking one more thread
+constexpr int64_t kScoresBytes = 48 * 1024;  // of a block: they are written and read again, so they stay in L2
 
 constexpr int64_t kFewRows = 4;  // of all heads that share one of k and v: they are computed in place
 
@@ -40,10 +38,11 @@ Job schedule(const Kernel& kernel, const torchq::Kernel& gemm, const Problem& p)
   choose_products(p, job);
   const int64_t fit = kScoresBytes / (4 * std::max<int64_t>(p.keys, 1));
   const bool sees_all = p.band.first <= 1 - p.rows && p.band.last >= p.keys - 1;
-  const int64_t most = sees_all ? kMostTiles : kMostTilesOfBand;
-  job.tiles = ceil_div(p.rows, kTileRows);
-  job.blocks = ceil_div(job.tiles, std::min(std::max<int64_t>(fit / kTileRows, 1), most));
-  job.block_rows = ceil_div(job.tiles, job.blocks) * kTileRows;
+  const Blocking& by = kernel.blocking;
+  const int64_t most = sees_all ? by.most_tiles : by.most_tiles_of_band;
+  job.tiles = ceil_div(p.rows, by.tile_rows);
+  job.blocks = ceil_div(job.tiles, std::min(std::max<int64_t>(fit / by.tile_rows, 1), most));
+  job.block_rows = ceil_div(job.tiles, job.blocks) * by.tile_rows;
   const int64_t heads = p.batch * p.heads;
   const int64_t work = heads * p.rows * p.keys * (p.depth + p.columns) / kWorkPerThread;
   job.parts = static_cast<int>(std::max<int64_t>(std::min({work, heads * job.blocks, kMaxParts}), 1));

@@ -52,10 +52,11 @@ uint32_t detect() {
   if (ymm && f16c && fma && (b & bit_AVX2)) have |= kAvx2;
   constexpr uint32_t avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
   if (zmm && (b & avx512) == avx512 && (c & bit_AVX512VNNI)) have |= kAvx512Vnni;
-  constexpr uint32_t amx = (1u << 24) | (1u << 25);  // AMX-TILE and AMX-INT8
-  if (tiles && (d & amx) == amx && may_use_tiles()) have |= kAmxInt8;
+  constexpr uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+  if (tiles && (d & amx_tile) && may_use_tiles())
+    have |= (d & amx_int8 ? kAmxInt8 : 0u) | (d & amx_bf16 ? kAmxBf16 : 0u);
 #ifdef TORCHQ_TILES  // see kernel_amx_int8.cpp
-  have |= kAmxInt8;
+  have |= kAmxInt8 | kAmxBf16;
 #endif
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
     if (ymm && (a & (1u << 4))) have |= kAvxVnni;

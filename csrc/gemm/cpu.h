@@ -15,6 +15,7 @@ enum Feature : uint32_t {
   kI8mm = 1u << 5,        // USMMLA
   kAvx512Bf16 = 1u << 7,  // VDPBF16PS, beside kAvx512Vnni
   kAmxInt8 = 1u << 6,     // AMX tiles and TDPBUSD, and the operating system's permission to use them
+  kAmxBf16 = 1u << 8,     // the same with TDPBF16PS
 };
 
 // The Feature bits of this CPU. Detected at the first call.

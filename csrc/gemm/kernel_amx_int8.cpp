@@ -73,6 +73,7 @@ constexpr int64_t kWeightsInL2 = 3 << 19;  // bytes of weights that stay in an L
 #else
 #include "tiles.inc"
 #endif
+#include "tile_step.inc"
 
 // ---- The epilogue -----------------------------------------------------------------------------------------------
 
@@ -146,38 +147,6 @@ struct Accumulators {
   }
 };
 
-// One step of 64 k. It calls exchange.at<i>() before it adds to accumulator i.
-template <int kTall, int kWide, class Exchange>
-TORCHQ_INLINE void step(const uint8_t* codes, int64_t codes_stride, int64_t second, const uint8_t* weights,
-                        int64_t panel_stride, const Exchange& exchange) {
-  if constexpr (kTall == 3) {
-    load_tile<7>(weights, 64);
-    load_tile<4>(codes, codes_stride), exchange.template at<0>(), dot_tile<0, 4, 7>();
-    load_tile<5>(codes + second, codes_stride), exchange.template at<1>(), dot_tile<1, 5, 7>();
-    load_tile<6>(codes + 2 * second, codes_stride), exchange.template at<2>(), dot_tile<2, 6, 7>();
-  } else if constexpr (kTall == 2) {
-    load_tile<6>(weights, 64);
-    load_tile<4>(codes, codes_stride);
-    exchange.template at<0>(), dot_tile<0, 4, 6>();
-    if constexpr (kWide == 2) load_tile<7>(weights + panel_stride, 64), exchange.template at<1>(), dot_tile<1, 4, 7>();
-    load_tile<5>(codes + second, codes_stride);
-    exchange.template at<2>(), dot_tile<2, 5, 6>();
-    if constexpr (kWide == 2) exchange.template at<3>(), dot_tile<3, 5, 7>();
-  } else {
-    load_tile<4>(codes, codes_stride);
-    load_tile<5>(weights, 64), exchange.template at<0>(), dot_tile<0, 4, 5>();
-    if constexpr (kWide > 1) load_tile<6>(weights + panel_stride, 64), exchange.template at<1>(), dot_tile<1, 4, 6>();
-    if constexpr (kWide > 2)
-      load_tile<7>(weights + 2 * panel_stride, 64), exchange.template at<2>(), dot_tile<2, 4, 7>();
-    if constexpr (kWide > 3)
-      load_tile<5>(weights + 3 * panel_stride, 64), exchange.template at<3>(), dot_tile<3, 4, 5>();
-  }
-}
-
-struct NoExchange {
-  template <int kIndex>
-  TORCHQ_INLINE void at() const {}
-};
 template <int kTall, int kWide>
 struct FirstExchange {
   Accumulators<kTall, kWide> accumulators;
@@ -213,13 +182,13 @@ __attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64
                                         const OutputTile& t, Prefetch& ahead) {
   const int64_t codes_stride = b.codes_stride, panel_stride = b.panel_stride, second = second_row * codes_stride;
   const uint8_t *codes = t.codes, *weights = t.weights;
-  step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride,
-                     FirstExchange<kTall, kWide>{{second_row}, before, t});
+  step<DotCodes, kTall, kWide>(codes, codes_stride, second, weights, panel_stride,
+                               FirstExchange<kTall, kWide>{{second_row}, before, t});
   prefetch<kWide>(ahead);
   if (before.complete) finish_rows<kWide>(e, b, before.waiting);
   for (int64_t s = 1; s < t.steps; ++s) {
     codes += kTileDepth, weights += kTileBytes;
-    step<kTall, kWide>(codes, codes_stride, second, weights, panel_stride, NoExchange());
+    step<DotCodes, kTall, kWide>(codes, codes_stride, second, weights, panel_stride, NoExchange());
     prefetch<kWide>(ahead);
   }
 }

@@ -19,9 +19,10 @@ struct Shape {
 };
 
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 1, 1, 1, false},     {2, 2, 5, 7, 3, 5, false},     {1, 1, 6, 16, 16, 16, true},
-    {1, 2, 13, 33, 20, 31, true},  {2, 1, 49, 70, 64, 64, false}, {1, 1, 97, 65, 80, 17, true},
-    {1, 3, 1, 100, 32, 48, false}, {1, 1, 7, 0, 8, 8, false},     {1, 1, 9, 129, 256, 100, true},
+    {1, 1, 1, 1, 1, 1, false},     {2, 2, 5, 7, 3, 5, false},      {1, 1, 6, 16, 16, 16, true},
+    {1, 2, 13, 33, 20, 31, true},  {2, 1, 49, 70, 64, 64, false},  {1, 1, 97, 65, 80, 17, true},
+    {1, 1, 64, 64, 32, 32, false}, {1, 2, 67, 147, 72, 70, true},  {1, 3, 1, 100, 32, 48, false},
+    {1, 1, 7, 0, 8, 8, false},     {1, 1, 9, 129, 256, 100, true},
 };
 
 std::vector<float> values(int64_t count) {
@@ -123,9 +124,105 @@ void check_case(const Case& c, const attention::Kernel& kernel, const Kernel& ge
   }
 }
 
+// ---- The product with panels by itself ---------------------------------------------------------------------------
+
+// Small integers, of which all kernels must give the exact sums. What lies between the rows is NaN, and must neither be
+// read into a sum nor, in the output, be overwritten.
+struct PanelProduct {
+  int64_t m, panels, pairs;  // twice as many products to a sum
+  std::vector<int> a, b;     // (m, 2 · pairs), (2 · pairs, 16 · panels)
+  std::vector<float> sums;   // (m, 16 · panels)
+
+  PanelProduct(int64_t rows, int64_t its_panels, int64_t its_pairs)
+      : m(rows), panels(its_panels), pairs(its_pairs), a(rows * 2 * its_pairs), b(2 * its_pairs * 16 * its_panels) {
+    for (std::vector<int>* x : {&a, &b})
+      for (int& one : *x) one = static_cast<int>(random_source.between(-8, 8));
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t c = 0; c < 16 * panels; ++c) {
+        int sum = 0;
+        for (int64_t k = 0; k < 2 * pairs; ++k) sum += a[r * 2 * pairs + k] * b[k * 16 * panels + c];
+        sums.push_back(static_cast<float>(sum));
+      }
+  }
+};
+
+// Two numbers as one float of two halves, the first lower.
+float joined(int first, int second) {
+  const float low = static_cast<float>(first), high = static_cast<float>(second);
+  uint32_t bits[2];
+  std::memcpy(bits, &low, 4), std::memcpy(bits + 1, &high, 4);
+  const uint32_t both = bits[0] >> 16 | bits[1];
+  float result;
+  std::memcpy(&result, &both, 4);
+  return result;
+}
+
+constexpr float kGap = std::numeric_limits<float>::quiet_NaN();
+
+void check_product(const PanelProduct& of, const attention::Kernel& kernel, bool halves) {
+  now("%s of %s, %lld rows, %lld panels, %lld pairs", halves ? "multiply_halves" : "multiply", kernel.name,
+      static_cast<long long>(of.m), static_cast<long long>(of.panels), static_cast<long long>(of.pairs));
+  const int64_t depth = halves ? of.pairs : 2 * of.pairs, n = 16 * of.panels;
+  const int64_t a_stride = depth + 3, panel_stride = (depth + 1) * 16, out_stride = n + 5;
+  std::vector<float> a((of.m - 1) * a_stride + depth, kGap), b((of.panels - 1) * panel_stride + depth * 16, kGap);
+  const auto left = [&](int64_t r, int64_t k) { return of.a[r * 2 * of.pairs + k]; };
+  const auto right = [&](int64_t k, int64_t c) { return of.b[k * n + c]; };
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < of.m; ++r)
+      a[r * a_stride + k] = halves ? joined(left(r, 2 * k), left(r, 2 * k + 1)) : static_cast<float>(left(r, k));
+    for (int64_t c = 0; c < n; ++c)
+      b[c / 16 * panel_stride + k * 16 + c % 16] =
+          halves ? joined(right(2 * k, c), right(2 * k + 1, c)) : static_cast<float>(right(k, c));
+  }
+  static Guarded a_memory, b_memory, out_memory;
+  float* out = guarded(out_memory, std::vector<float>((of.m - 1) * out_stride + n, kGap));
+  const attention::Product product{
+      of.m, of.panels, depth, guarded(a_memory, a), a_stride, guarded(b_memory, b), panel_stride, out, out_stride};
+  halves ? kernel.multiply_halves(product) : kernel.multiply(product);
+  bool right_sums = true, gaps = true;
+  for (int64_t r = 0; r < of.m; ++r) {
+    for (int64_t c = 0; c < n; ++c) right_sums &= out[r * out_stride + c] == of.sums[r * n + c];
+    for (int64_t c = n; c < out_stride && r + 1 < of.m; ++c) gaps &= std::isnan(out[r * out_stride + c]);
+  }
+  check(kernel.name, right_sums, "other sums than those of the integers");
+  check(kernel.name, gaps, "wrote between the rows of the output");
+}
+
+// Around tiles of 16 rows and of 16 pairs, groups of panels, and 64 rows.
+void test_products() {
+  for (int64_t m : {1, 5, 16, 17, 31, 33, 47, 64, 65, 97})
+    for (int64_t panels : {1, 2, 3, 4, 5, 7})
+      for (int64_t pairs : {0, 1, 15, 16, 17, 32, 45}) {
+        const PanelProduct product(m, panels, pairs);
+        for (int i = 0; i < attention::kernel_count(); ++i) {
+          const attention::Kernel& kernel = attention::kernel_at(i);
+          if (!attention::can_run(kernel)) continue;
+          check_product(product, kernel, false);
+          if (kernel.multiply_halves) check_product(product, kernel, true);
+        }
+      }
+}
+
+// Others that use a thread's tiles must find them as they left them.
+void test_attentions_tiles_are_released() {
+#if defined(__x86_64__) && TORCHQ_HAS_AMX
+  if (!attention::can_run(attention::kernel_amx_bf16)) return;
+  if (!__builtin_cpu_supports("amx-bf16")) return;  // the tiles are in memory (tiles_in_memory.inc)
+  for (const PanelProduct& product : {PanelProduct(1, 1, 1), PanelProduct(65, 3, 17)}) {
+    check_product(product, attention::kernel_amx_bf16, true);
+    uint8_t config[64];
+    std::memset(config, 0xAA, sizeof(config));
+    __asm__ volatile("sttilecfg %0" : "=m"(config));
+    check("amx_bf16", std::all_of(config, config + 64, [](uint8_t byte) { return byte == 0; }), "still configured");
+  }
+#endif
+}
+
 }  // namespace
 
 void test_attention() {
+  test_products();
+  test_attentions_tiles_are_released();
   for (const Shape& shape : kShapes) {
     const Case c(shape);
     for (const Kernel* gemm : runnable())

@@ -130,8 +130,9 @@ def test_it_is_this_extension_that_is_tested(name):
 def test_core_under_address_and_undefined(tmp_path):
     """The core alone, with its own tests.
 
-    The tile registers of AMX are in memory: so any CPU with AVX512-VNNI tests the kernel amx_int8, and the sanitizers
-    see what its loads and stores touch, which in assembly they do not.
+    The tile registers of AMX are in memory: so any CPU with AVX512-VNNI tests the kernel amx_int8, and one with
+    AVX512-BF16 attention's amx_bf16 too. The sanitizers see what loads and stores of tiles touch, which in assembly
+    they do not.
     """
     tiles = f'-DTORCHQ_TILES="{PROGRAM / "tiles_in_memory.inc"}"'
     core = built("sanitized", jobs(core_sources(), *PLAIN, "-O1", "-g1", *SANITIZERS, tiles))
