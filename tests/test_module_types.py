@@ -200,7 +200,7 @@ def test_a_type_without_a_training_form_stays_float_in_training():
     assert model.torchq_plan.layers["1"].reason == "Transposed has no training form"
     assert isinstance(model[1], Transposed)
     with pytest.raises(TypeError, match="Transposed has no training form"):
-        TransposedType().prepare(model[1], None, per_channel=True)
+        TransposedType().prepare(model[1], "", None, per_channel=True)
 
 
 def test_messages_name_all_types():

@@ -174,7 +174,7 @@ def _beginnings(evidence: Evidence, ranges: Ranges) -> tuple[dict[str, Tensor], 
     if evidence.config.activation == "dynamic":
         return {}, {name: PerToken() for name in evidence.layers}
     if not evidence.batches:
-        return {}, {name: ObservedRange() for name in evidence.layers}
+        return {}, {name: _without_data(layer) for name, layer in evidence.layers.items()}
     scales = _channel_scales(evidence)
     return scales, _starts(evidence, scales, ranges)
 
@@ -209,17 +209,22 @@ def _plan(
 
 
 def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) -> dict[str, InputRange]:
-    """The initial static range of each layer. A layer without data is left out if its range is to be learned."""
+    """The initial range of each layer. One without data is left out if its range is to be learned, but for experts."""
     starts: dict[str, InputRange] = {}
     for name, layer in evidence.layers.items():
         record = evidence.records[name]
         if not record.has_data:
-            if ranges == "observed":
-                starts[name] = ObservedRange()
+            if ranges == "observed" or layer.kind.dynamic_unreached:
+                starts[name] = _without_data(layer)
             continue
         lo, hi = _best_range(layer, record, scales.get(name), evidence.config)
         starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)
     return starts
+
+
+def _without_data(layer: Layer) -> InputRange:
+    """The range of a layer that no batch has reached: of an expert, which training may not reach either, per token."""
+    return PerToken() if layer.kind.dynamic_unreached else ObservedRange()
 
 
 def _best_range(layer: Layer, record: Record, scale: Tensor | None, config: QConfig) -> tuple[float, float]:

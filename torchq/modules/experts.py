@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
-from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix, ModuleType
+from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix
 from torchq.modules.float_view import FloatView, read_only
+from torchq.modules.qat_parts import QAT_PARTS, QATParts, TrainableParts, TrainedParts
 from torchq.modules.tracing import exporting
 
 _PROBES, _PROBED_EXPERTS = 6, 5
@@ -56,14 +57,27 @@ def _form(module: nn.Module) -> _Form | None:
 
 
 def _count(module: nn.Module) -> int:
-    """How many experts the float module has."""
+    """How many experts the module has."""
+    if isinstance(module, QuantizedExperts):
+        return module._count
     down = module._parameters["down_proj"]
     return 0 if down is None else len(down)
 
 
-def _gate(owner: nn.Module, source: type[nn.Module], up: str, y: Tensor) -> Tensor:
+def _matrix(module: nn.Module, part: str) -> Matrix:
+    """The matrix of this name, "3.down_proj", of a module with float parameters."""
+    expert, _, name = part.partition(".")
+    form, weights = _form(module), module._parameters[name]
+    biases = module._parameters.get(f"{name}_bias")
+    assert form is not None
+    assert weights is not None
+    weight = weights[int(expert)]
+    return Matrix(weight.T if form.transposed else weight, None if biases is None else biases[int(expert)])
+
+
+def _gate(owner: nn.Module, up: str, y: Tensor) -> Tensor:
     """What lies between an expert's two matrices, as the class of the float module computes it."""
-    own: Callable[..., Tensor] | None = getattr(source, "_apply_gate", None)
+    own: Callable[..., Tensor] | None = getattr(_source(owner), "_apply_gate", None)
     if up == "up_proj":
         return owner.act_fn(y)  # type: ignore[no-any-return, operator]
     if own is not None:
@@ -111,7 +125,7 @@ def _routed(call: _Call, count: int, expert: Callable[[int, Tensor], Tensor]) ->
     if not parts:
         return torch.zeros_like(call.hidden)
     y = torch.cat(parts) * call.weights.reshape(-1, 1)[order]
-    total = torch.zeros(rows.shape, dtype=y.dtype, device="cpu").index_add(0, source, y)
+    total = torch.zeros(rows.shape, dtype=y.dtype, device=y.device).index_add(0, source, y)
     return total.to(rows.dtype).reshape(call.hidden.shape)
 
 
@@ -124,6 +138,22 @@ def _dense(call: _Call, count: int, expert: Callable[[int, Tensor], Tensor]) -> 
         y = expert(each, call.hidden) * share
         total = total + torch.where(hit.any(dim=-1, keepdim=True), y, 0)
     return total.to(call.hidden.dtype)
+
+
+def _run(module: nn.Module, expert: Callable[[int, Tensor], Tensor], args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """A call of `module`, one of the two classes below."""
+    call, count = _arguments(_source(module), args, kwargs), _count(module)
+    if exporting():
+        return _dense(call, count, expert)
+    # A graph can't know how many rows an expert gets. Disabled here: at import, that would import torch._dynamo.
+    run = torch.compiler.disable(_routed) if torch.compiler.is_compiling() else _routed
+    return run(call, count, expert)
+
+
+def _source(module: nn.Module) -> type[nn.Module]:
+    """The class of the float module that this one is, or was."""
+    source: type[nn.Module] = vars(module).get("float_class", type(module))
+    return source
 
 
 class QuantizedExperts(Int8Module):
@@ -144,8 +174,9 @@ class QuantizedExperts(Int8Module):
         assert form is not None
         kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN}
         self.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
-        self._modules.update(copy.deepcopy(module._modules))
-        self._source, self._form, self._count = type(module), form, _count(module)
+        children = {name: child for name, child in module._modules.items() if name != QAT_PARTS}
+        self._modules.update(copy.deepcopy(children))
+        self.float_class, self._form, self._count = _source(module), form, _count(module)
         self._stacked = {
             name: (tuple(parameter.shape), parameter.dtype)
             for name, parameter in module._parameters.items()
@@ -163,17 +194,12 @@ class QuantizedExperts(Int8Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states (..., H), ids (..., k) and weights (..., k), to (..., H)."""
-        call = _arguments(self._source, args, kwargs)
-        if exporting():
-            return _dense(call, self._count, self._expert)
-        # A graph can't know how many rows an expert gets. Disabled here: at import, that would import torch._dynamo.
-        run = torch.compiler.disable(_routed) if torch.compiler.is_compiling() else _routed
-        return run(call, self._count, self._expert)
+        return _run(self, self._expert, args, kwargs)
 
     def _expert(self, expert: int, rows: Tensor) -> Tensor:
         both: Any = self._modules[str(expert)]
         up, down = both._modules[self._form.up], both._modules["down_proj"]
-        y: Tensor = down(_gate(self, self._source, self._form.up, up(rows)))
+        y: Tensor = down(_gate(self, self._form.up, up(rows)))
         return _normed(self, y)
 
     @property
@@ -211,7 +237,7 @@ class QuantizedExperts(Int8Module):
 
     def extra_repr(self) -> str:
         """How many experts, for `repr`."""
-        return f"{self._source.__name__}, {self._count} experts"
+        return f"{self.float_class.__name__}, {self._count} experts"
 
 
 def _group(part: str) -> str:
@@ -223,10 +249,33 @@ def _normed(module: nn.Module, y: Tensor) -> Tensor:
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y  # type: ignore
 
 
-class ExpertsType(ModuleType):
+class QATExperts(QATParts):
+    """Stacked experts in training: the products of their int8 form, on the rows of each expert."""
+
+    def matrix(self, part: str) -> Matrix:
+        """The matrix of this name, "3.down_proj"."""
+        return _matrix(self, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As that of the float module."""
+        return _run(self, self._expert, args, kwargs)
+
+    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+        form = _form(self)
+        assert form is not None
+        y = _gate(self, form.up, self.multiplied(f"{expert}.{form.up}", rows))
+        return _normed(self, self.multiplied(f"{expert}.down_proj", y))
+
+    def extra_repr(self) -> str:
+        """How many experts, for `repr`."""
+        return f"{self.float_class.__name__}, {_count(self)} experts"
+
+
+class ExpertsType(TrainableParts):
     """Stacked experts: two matrices for each, "3.gate_up_proj" and "3.down_proj"."""
 
     name = "stacked experts"
+    form = QATExperts
     dynamic_unreached = True
 
     def __init__(self) -> None:
@@ -242,17 +291,11 @@ class ExpertsType(ModuleType):
         return {part: self.matrix(module, part) for part in parts}
 
     def matrix(self, module: nn.Module, part: str) -> Matrix:
-        expert, _, name = part.partition(".")
-        form, weights = _form(module), module._parameters[name]
-        biases = module._parameters.get(f"{name}_bias")
-        assert form is not None
-        assert weights is not None
-        weight = weights[int(expert)]
-        return Matrix(weight.T if form.transposed else weight, None if biases is None else biases[int(expert)])
+        return _matrix(module, part)
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The rows of each expert that has any, and what its gate makes of them in float."""
-        form, call = _form(module), _arguments(type(module), args, kwargs)
+        form, call = _form(module), _arguments(_source(module), args, kwargs)
         assert form is not None
         rows, ids = call.hidden.reshape(-1, call.hidden.shape[-1]), call.ids.reshape(-1, call.ids.shape[-1])
         found, count = {}, _count(module)
@@ -261,7 +304,7 @@ class ExpertsType(ModuleType):
                 x = rows[(ids == expert).any(dim=-1)]
                 found[f"{expert}.{form.up}"] = x
                 y = linear(x, *self.matrix(module, f"{expert}.{form.up}"))
-                found[f"{expert}.down_proj"] = _gate(module, type(module), form.up, y)
+                found[f"{expert}.down_proj"] = _gate(module, form.up, y)
         return found
 
     def become(self, module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -309,5 +352,9 @@ class ExpertsType(ModuleType):
 
     def _float_expert(self, module: nn.Module, form: _Form, expert: int, rows: Tensor) -> Tensor:
         y = linear(rows, *self.matrix(module, f"{expert}.{form.up}"))
-        y = linear(_gate(module, type(module), form.up, y), *self.matrix(module, f"{expert}.down_proj"))
+        y = linear(_gate(module, form.up, y), *self.matrix(module, f"{expert}.down_proj"))
         return _normed(module, y)
+
+
+class QATExpertsType(TrainedParts, ExpertsType):
+    """What `prepare_qat` made of stacked experts."""

@@ -15,6 +15,9 @@ from torchq.modules.base import Matrix, ModuleType
 from torchq.modules.qat_linear import QATProduct
 from torchq.modules.ranges import InputRange
 
+QAT_PARTS = "qat_parts"
+"""The name of that child."""
+
 
 class QATPart(QATProduct):
     """How one matrix of a module, and what it multiplies, are rounded. The weight is the module's."""

@@ -26,7 +26,7 @@ from torchq.modules.float_view import read_only
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.sequences import CELLS, Given, arrange, arrange_cell, directions, joined, returned, run_layers
 from torchq.modules.tracing import Leaf
-from torchq.numerics.recurrent import Cell, Curves, State, run_direction
+from torchq.numerics.recurrent import FLOAT_CURVES, Cell, Curves, Function, State, run_direction
 from torchq.ops import Activation
 
 CURVES = Curves(
@@ -38,10 +38,69 @@ CURVES = Curves(
 _OPTIONS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
-class _Recurrent(Leaf, Int8Module):
+class ByLayer(nn.Module):
+    """A recurrent module whose layers are run one by one."""
+
+    mode: Any
+    proj_size: int
+
+    def run_layer(self, names: Sequence[Sequence[str]], x: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
+        """One layer: the input product of each direction, and the steps.
+
+        Args:
+            names: of each direction, its parts: ih, hh and, with projections, hr.
+            x: float32 (rows, features).
+            state: h (directions, B, P), and of an LSTM c.
+            given: the call, for the rows of each step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no layers")
+
+
+class Layered(ByLayer):
+    """The forward of nn.LSTM, nn.GRU and nn.RNN."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the float module's: output, and (h_n, c_n) or h_n.
+
+        Args:
+            input: (steps, batch, input_size), or (batch, steps, input_size) with batch_first; (steps, input_size);
+                or a PackedSequence.
+            hx: (h_0, c_0) or h_0; zeros without.
+
+        Raises:
+            TypeError: the input or the state is no tensor of floats.
+            ValueError: it has another shape.
+        """
+        given = arrange(self, input, hx)
+        kinds = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
+
+        def run_layer(number: int, x: Tensor, state: State) -> tuple[Tensor, State]:
+            names = [[f"{kind}_l{number}{end}" for kind in kinds] for end in directions(self)]
+            return self.run_layer(names, x, state, given)
+
+        return returned(self, given, *run_layers(self, given, run_layer))
+
+
+class OneStep(ByLayer):
+    """The forward of their cells."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the float cell's: (h, c) or h, for an input (batch, input_size) or (input_size,).
+
+        Raises:
+            TypeError: the input or the state is no tensor of floats.
+            ValueError: it has another shape.
+        """
+        given = arrange_cell(self, input, hx)
+        _, state = self.run_layer([("ih", "hh")], given.x, given.state, given)
+        shape = (*input.shape[:-1], self.hidden_size)
+        state = state.each(lambda t: t.to(given.dtype).view(shape))
+        return state.h if state.c is None else tuple(state)
+
+
+class _Recurrent(Leaf, Int8Module, ByLayer):
     """What sequences and cells have in common: the parts, and what foreign code reads."""
 
-    mode: str
     _names: list[list[str]]  # of the float parameters, by layer
 
     def __init__(self, parts: Mapping[str, nn.Module], names: Sequence[Sequence[str]]) -> None:
@@ -79,15 +138,8 @@ class _Recurrent(Leaf, Int8Module):
             raise read_only(name)
         super().__setattr__(name, value)
 
-    def _layer(self, names: Sequence[Sequence[str]], x: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
-        """One layer: the input product of each direction, and the steps.
-
-        Args:
-            names: of each direction, its parts: ih, hh and, with projections, hr.
-            x: float32 (rows, features).
-            state: h (directions, B, P), and of an LSTM c.
-            given: the call, for the rows of each step.
-        """
+    def run_layer(self, names: Sequence[Sequence[str]], x: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
+        """One layer: its steps by the op, if nobody can tell."""
         cell, children = CELLS[self.mode], cast(dict[str, nn.Module], self._modules)
         parts = [[children[name] for name in each] for each in names]
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
@@ -95,21 +147,31 @@ class _Recurrent(Leaf, Int8Module):
             stepped = [own[i] for i in range(1, len(parts[0])) for own in parts]  # hh of each direction, and hr
             if _are_plain(stepped) and not any(map(gradients.wanted, (*gates, *state))):
                 return _by_op(cell, gates, stepped, state, given)
-            runs = [
-                run_direction(
-                    cell,
-                    gates[i],
-                    partial(_multiplied, hh),
-                    partial(_multiplied, hr[0]) if hr else None,
-                    state.each(itemgetter(i)),
-                    given.sizes,
-                    backwards=i == 1,
-                    curves=CURVES,
-                )
-                for i, (_, hh, *hr) in enumerate(parts)
-            ]
-        h, c = torch.stack([last.h for _, last in runs]), joined([last.c for _, last in runs], torch.stack)
-        return torch.cat([y for y, _ in runs], dim=-1), State(h, c)
+            return by_parts(
+                cell, gates, [[partial(_multiplied, part) for part in own[1:]] for own in parts], state, given
+            )
+
+
+def by_parts(
+    cell: Cell, gates: Sequence[Tensor], stepped: Sequence[Sequence[Function]], state: State, given: Given
+) -> tuple[Tensor, State]:
+    """A layer step by step. `stepped`: of each direction, the products with hh and, with projections, hr."""
+    curves = CURVES if state.h.device.type == "cpu" else FLOAT_CURVES
+    runs = [
+        run_direction(
+            cell,
+            gates[i],
+            hh,
+            hr[0] if hr else None,
+            state.each(itemgetter(i)),
+            given.sizes,
+            backwards=i == 1,
+            curves=curves,
+        )
+        for i, (hh, *hr) in enumerate(stepped)
+    ]
+    h, c = torch.stack([last.h for _, last in runs]), joined([last.c for _, last in runs], torch.stack)
+    return torch.cat([y for y, _ in runs], dim=-1), State(h, c)
 
 
 def _by_op(
@@ -151,7 +213,7 @@ def _are_plain(parts: Sequence[nn.Module]) -> bool:
     )
 
 
-class QuantizedRecurrent(_Recurrent):
+class QuantizedRecurrent(_Recurrent, Layered):
     """nn.LSTM, nn.GRU or nn.RNN in int8: takes and returns what the float module does, with the same options.
 
     Products are those of the layers it has; all else is computed in float32, by the formulas of `ops.recurrent`. The
@@ -177,27 +239,6 @@ class QuantizedRecurrent(_Recurrent):
         if isinstance(module, nn.RNN):
             self.nonlinearity = module.nonlinearity
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the float module's: output, and (h_n, c_n) or h_n.
-
-        Args:
-            input: (steps, batch, input_size), or (batch, steps, input_size) with batch_first; (steps, input_size);
-                or a PackedSequence.
-            hx: (h_0, c_0) or h_0; zeros without.
-
-        Raises:
-            TypeError: the input or the state is no tensor of floats.
-            ValueError: it has another shape.
-        """
-        given = arrange(self, input, hx)
-        kinds = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
-
-        def run_layer(number: int, x: Tensor, state: State) -> tuple[Tensor, State]:
-            names = [[f"{kind}_l{number}{end}" for kind in kinds] for end in directions(self)]
-            return self._layer(names, x, state, given)
-
-        return returned(self, given, *run_layers(self, given, run_layer))
-
     def _get_name(self) -> str:
         return f"Quantized{self.mode.partition('_')[0]}"
 
@@ -206,7 +247,7 @@ class QuantizedRecurrent(_Recurrent):
         return nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
 
 
-class QuantizedCell(_Recurrent):
+class QuantizedCell(_Recurrent, OneStep):
     """nn.LSTMCell, nn.GRUCell or nn.RNNCell in int8: one step, with the parts `ih` and `hh`.
 
     >>> from torchq import convert
@@ -223,19 +264,6 @@ class QuantizedCell(_Recurrent):
         if isinstance(module, nn.RNNCell):
             self.nonlinearity = module.nonlinearity
         self.proj_size = 0
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the float cell's: (h, c) or h, for an input (batch, input_size) or (input_size,).
-
-        Raises:
-            TypeError: the input or the state is no tensor of floats.
-            ValueError: it has another shape.
-        """
-        given = arrange_cell(self, input, hx)
-        _, state = self._layer([("ih", "hh")], given.x, given.state, given)
-        shape = (*input.shape[:-1], self.hidden_size)
-        state = state.each(lambda t: t.to(given.dtype).view(shape))
-        return state.h if state.c is None else tuple(state)
 
     def _get_name(self) -> str:
         return f"Quantized{self.mode.partition('_')[0]}Cell"

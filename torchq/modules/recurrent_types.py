@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from torchq.modules.base import Matrix, ModuleType
+from torchq.modules.base import Matrix
+from torchq.modules.qat_parts import TrainableParts, TrainedParts
+from torchq.modules.qat_recurrent import QAT_OF_KIND
 from torchq.modules.recurrent import QuantizedCell, QuantizedRecurrent, mode_of_cell
 from torchq.modules.sequences import CELLS, Given, arrange, arrange_cell, as_input, directions, run_layers
 from torchq.numerics.recurrent import State, run_direction
 
 
-class RecurrentType(ModuleType):
+class RecurrentType(TrainableParts):
     """Layers of this class, and subclasses that keep its forward: a matrix for each weight, named without `weight_`."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
-        self.kind, self.name = kind, f"nn.{kind.__name__}"
+        self.kind, self.name, self.form = kind, f"nn.{kind.__name__}", QAT_OF_KIND[kind]
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.kind)
@@ -65,11 +67,15 @@ class RecurrentType(ModuleType):
         return None
 
 
-class CellType(ModuleType):
+class QATRecurrentType(TrainedParts, RecurrentType):
+    """What `prepare_qat` made of such a layer."""
+
+
+class CellType(TrainableParts):
     """Cells of this class, and subclasses that keep its forward: the matrices `ih` and `hh`."""
 
     def __init__(self, kind: type[nn.RNNCellBase]) -> None:
-        self.kind, self.name = kind, f"nn.{kind.__name__}"
+        self.kind, self.name, self.form = kind, f"nn.{kind.__name__}", QAT_OF_KIND[kind]
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.kind)
@@ -91,6 +97,10 @@ class CellType(ModuleType):
         if type(module).forward is not self.kind.forward or "forward" in vars(module):
             return f"{type(module).__name__} has a forward of its own"
         return None
+
+
+class QATCellType(TrainedParts, CellType):
+    """What `prepare_qat` made of such a cell."""
 
 
 class _Described:

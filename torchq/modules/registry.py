@@ -10,14 +10,14 @@ from torchq import ops
 from torchq.modules.attention_types import MultiheadAttentionType, QATMultiheadAttentionType
 from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.conv import ConvType, QATConvType
-from torchq.modules.experts import ExpertsType
+from torchq.modules.experts import ExpertsType, QATExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
 from torchq.modules.linear_like import LinearLikeType
 from torchq.modules.norms import folded
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.recurrent_types import CellType, RecurrentType
+from torchq.modules.recurrent_types import CellType, QATCellType, QATRecurrentType, RecurrentType
 from torchq.numerics.qparams import quantize_weight
 from torchq.ops.convolution import packs_as_one
 
@@ -28,9 +28,12 @@ TYPES: list[ModuleType] = [
     *map(ConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     QATMultiheadAttentionType(),
     MultiheadAttentionType(),
+    *map(QATRecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
     *map(RecurrentType, (nn.LSTM, nn.GRU, nn.RNN)),
+    *map(QATCellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     *map(CellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     LinearLikeType(),
+    QATExpertsType(),
     ExpertsType(),
 ]
 """A module has the first type here that matches it, so a subclass comes before its base."""

@@ -196,7 +196,7 @@ class SelfCheck:
     def _float_inputs(self, plan: Plan, db: float) -> dict[str, Plan]:
         """The plan with the input products of recurrent modules in float, where it does too little for the model."""
         names = [name for name in self._inputs if plan.layers[name].is_int8]
-        if not names or db >= ENOUGH_DB or self._config.activation != "auto":
+        if self._trained or not names or db >= ENOUGH_DB or self._config.activation != "auto":
             return {}
         reason = f"the model's output has {db:.1f} dB with it in int8: the steps amplify its errors"
         layers = {name: LayerPlan("float", reason, sqnr_db=plan.layers[name].sqnr_db) for name in names}
