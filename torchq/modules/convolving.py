@@ -1,7 +1,8 @@
 """Convolutions as torch has them: the geometry of a float module, its padding, and memory formats."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,25 @@ def strides_of(shape: Sequence[int], last: bool) -> tuple[int, ...]:
         strides[axis] = step
         step *= max(1, shape[axis])
     return tuple(strides)
+
+
+class Output(NamedTuple):
+    """A tensor that a convolution gives: its shape, its strides, and whether its channels are last in memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    last: bool
+
+
+@lru_cache(maxsize=4096)
+def output_of(geometry: Geometry, batch: int, sizes: Sequence[int], last: bool) -> Output:
+    """What a convolution gives for a batch of these sizes. A network asks for the same ones in each call.
+
+    >>> output_of(Geometry(3, 8, (3,), (1,), ((0, 0),), (1,)), 2, (7,), last=False)
+    Output(shape=(2, 8, 5), strides=(40, 5, 1), last=False)
+    """
+    shape = (batch, geometry.out_channels, *geometry.out_sizes(sizes))
+    return Output(shape, strides_of(shape, last), last)
 
 
 def as_rows(weight: Tensor) -> Tensor:

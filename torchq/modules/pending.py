@@ -119,8 +119,12 @@ class Scope:
             pending.end()
         if not _calls.entered:
             writes.stop()
+        if not alive or type(output) is Tensor:
+            return None
         own = set(map(id, alive))  # others end with the calls that they belong to
-        return tree_map_only(Deferred, lambda pending: _made(pending, own), output) if alive else None
+        if isinstance(output, Tensor):
+            return _made(output, own)
+        return tree_map_only(Deferred, lambda pending: _made(pending, own), output)
 
     @contextmanager
     def entered(self, module: nn.Module) -> Iterator[None]:
@@ -133,7 +137,11 @@ class Scope:
 
     def deferred(self) -> list[weakref.ref[Any]] | None:
         """What is deferred in the innermost call of the module that this thread is inside of; None outside."""
-        return next((deferred for scope, deferred in reversed(_calls.entered) if scope is self), None)
+        found: list[weakref.ref[Any]] | None
+        for scope, found in reversed(_calls.entered):
+            if scope is self:
+                return found
+        return None
 
     def defer(self, layer: Any, x: Any) -> Tensor | None:
         """The Pending of a plain call with enough work, if this thread is inside the module's call. Else None."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
-from torchq.modules.convolving import is_channels_last, is_zero_padding, strides_of
+from torchq.modules.convolving import Output, is_zero_padding, strides_of
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
@@ -32,20 +32,26 @@ MIN_VALUES = 1 << 12
 """A convolution waits if it gives at least so many values: what follows costs no more than waiting on fewer."""
 
 _aten = torch.ops.aten
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 
 
 class PendingConv(Deferred):
     """`act(conv(x) + residual)`, computed when it is read."""
 
     @staticmethod
-    def __new__(cls, layer: Any, x: Unwritten, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> Any:
-        """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last."""
+    def __new__(cls, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: Any) -> Any:
+        """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last.
+
+        It is made at the end of the call that it belongs to, where `deferred` is what waits for that.
+        """
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=x.tensor.device, storage_size=0
+            cls, output.shape, strides=output.strides, dtype=dtype, device=x.tensor.device, storage_size=0
         )
 
-    def __init__(self, layer: Any, x: Unwritten, shape: Any, strides: Any, dtype: Any) -> None:
-        self.layer, self._x = layer, x
+    def __init__(self, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: list[Any]) -> None:
+        self.layer, self._x, self.output = layer, x, output
+        self._deferred = deferred
+        deferred.append(weakref.ref(self))
         self._activation: int = Activation.NONE
         self._residual: Unwritten | None = None
         self._padding: tuple[int, ...] = ()  # zeros around the values, as nn.functional.pad takes them
@@ -54,7 +60,7 @@ class PendingConv(Deferred):
     def make(self) -> Tensor:
         """The values. Every call gives the same tensor, so a write into it is seen by all later readers."""
         if self._value is None:
-            self._value = self._run(None)
+            self._value = self._run(None, self._activation)
             del self._x, self._residual
         return self._value
 
@@ -65,13 +71,13 @@ class PendingConv(Deferred):
 
     def codes(self, qparams: QParams) -> Tensor | None:
         """u8 codes (N, *spatial, C) of the values; None if they are there as floats."""
-        return None if self._value is not None or self._residual is not None else self._run(qparams)
+        return None if self._value is not None or self._residual is not None else self._run(qparams, self._activation)
 
-    def _run(self, y_qparams: QParams | None) -> Tensor:
+    def _run(self, y_qparams: QParams | None, activation: int) -> Tensor:
         residual = None if self._residual is None else self._residual.values()
         x = self._x.values()
         try:
-            y: Tensor = self.layer.computed(self, x, self._activation, residual, y_qparams)
+            y: Tensor = self.layer.computed(self.dtype, self.output.last, x, activation, residual, y_qparams)
         except RuntimeError as error:
             known = explained(error, x, type(self.layer).__name__)
             if known is error:
@@ -85,18 +91,15 @@ class PendingConv(Deferred):
 
     def _copy(self, padding: tuple[int, ...] = ()) -> "PendingConv":
         """Another one, with zeros around its values."""
-        shape = list(self.shape)
-        for i, count in enumerate(padding):
-            shape[-1 - i // 2] += count
-        strides = strides_of(shape, is_channels_last(self)) if padding else self.stride()
-        other = PendingConv(self.layer, self._x, tuple(shape), strides, self.dtype)
+        output = self.output
+        if padding:
+            shape = list(output.shape)
+            for i, count in enumerate(padding):
+                shape[-1 - i // 2] += count
+            output = Output(tuple(shape), strides_of(shape, output.last), output.last)
+        other = PendingConv(self.layer, self._x, output, self.dtype, self._deferred)
         other._activation, other._residual, other._padding = self._activation, self._residual, padding
-        return other.held()
-
-    def held(self) -> "PendingConv":
-        """Itself, to be made at the end of the call that it belongs to."""
-        self.layer.scope.deferred().append(weakref.ref(self))
-        return self
+        return other
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -104,22 +107,27 @@ class PendingConv(Deferred):
         parts = taken_apart(func, args, kwargs or {})
         if parts is not NotImplemented:
             return parts
-        first = next((arg for arg in args[:2] if isinstance(arg, PendingConv) and arg._value is None), None)
-        if first is not None:
-            taken = first._sum(func, args, kwargs or {})
-            taken = first._activated(func, args, kwargs or {}) if taken is None else taken
-            taken = first._padded(func, args, kwargs or {}) if taken is None else taken
-            if taken is not None:
-                return taken
+        for first in args[:2]:
+            if isinstance(first, PendingConv) and first._value is None:
+                taken = first._taken(func, args, kwargs or {})
+                if taken is not None:
+                    return taken
+                break
         args, kwargs = tree_map_only(PendingConv, lambda pending: pending.make(), (args, kwargs or {}))
         return run_on_values(func, args, kwargs)
+
+    def _taken(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The operation as a part of it; None if its plan names no such operation."""
+        if func in _SUMS:
+            return self._sum(func, args, kwargs)
+        found = _activation_of(func, args, kwargs)
+        return self._padded(func, args, kwargs) if found is None else self._activated(found, args)
 
     def _sum(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The sum with another tensor, as one pending; None if this is no such operation."""
         fold = self.layer.fold
-        if func not in (_aten.add.Tensor, _aten.add_.Tensor) or kwargs or len(args) != 2:
-            return None
-        if not fold.adds or self._residual is not None or self._activation != Activation.NONE:
+        waits = fold.adds and self._residual is None and self._activation == Activation.NONE
+        if not waits or kwargs or len(args) != 2:
             return None
         if func is _aten.add_.Tensor and args[0] is not self:
             return None
@@ -133,18 +141,21 @@ class PendingConv(Deferred):
         result._residual = Unwritten.now(values, other)
         return result._settled(in_place=result is self)
 
-    def _activated(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+    def _activated(self, found: "_Found", args: Any) -> Tensor | None:
         """The activation of it; None if this is not the one that the plan names."""
         fold = self.layer.fold
-        found = _activation_of(func, args, kwargs)
-        expected = fold.adds == (self._residual is not None) and self._activation == Activation.NONE
-        if found is None or found.kind != fold.activation or found.kind == Activation.NONE or not expected:
+        waits = fold.adds == (self._residual is not None) and self._activation == Activation.NONE
+        alone = args[0] is self
+        if found.kind != fold.activation or found.kind == Activation.NONE or not waits or not alone:
             return None
-        if args[0] is not self:
-            return None
-        result: PendingConv = self if found.in_place else self._copy()
+        if found.in_place:
+            self._activation = found.kind
+            return self._settled(in_place=True)
+        if not fold.codes or self._residual is not None:  # nothing more to wait for
+            return self._run(None, found.kind)
+        result = self._copy()
         result._activation = found.kind
-        return result._settled(in_place=found.in_place)
+        return result
 
     def _padded(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """It with zeros around, which codes have exactly; None if this is another operation, or no codes are wanted."""

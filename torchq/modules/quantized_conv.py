@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,8 +21,8 @@ from torchq.modules.convolving import (
     in_format,
     is_channels_last,
     is_tiled,
+    output_of,
     padded,
-    strides_of,
     tiles,
 )
 from torchq.modules.float_view import FloatView
@@ -108,7 +109,9 @@ class QuantizedConv(PackedWeights, Leaf):
     def takes_codes(self) -> bool:
         """Whether codes could be handed to it: it is static, pads with zeros and has no channel_scale."""
         return (
-            self.input_qparams is not None and self.padding_mode == "zeros" and not self._scales_channels(self.packed)
+            self.input_qparams is not None
+            and self.padding_mode == "zeros"
+            and not self._scales_channels(cast(Tensor, self._buffers["packed"]))
         )
 
     @property
@@ -142,7 +145,7 @@ class QuantizedConv(PackedWeights, Leaf):
     def _scales_channels(self, packed: Tensor) -> bool:
         if self.groups > 1:  # the packed form may have a place for one, but no plan gives one
             return False
-        return int(packed.numel()) >= ops.packed_bytes(self.out_channels, self.in_features, channel_scale=True)
+        return packed.numel() >= _bytes_with_scale(self.out_channels, self.in_features)
 
     def _float_weight(self, packed: Tensor) -> Tensor:
         weight, scale, _, channel_scale = self._unpacked(packed)
@@ -183,7 +186,7 @@ class QuantizedConv(PackedWeights, Leaf):
         if type(x) is PendingConv:
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
             if codes is not None:
-                return self._int8_or_later(codes, x.dtype, self._last(x), x.shape[2:], activation)
+                return self._int8_or_later(codes, x.dtype, self._last(x), x.output.shape[2:], activation)
         x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
@@ -211,8 +214,10 @@ class QuantizedConv(PackedWeights, Leaf):
 
     def _last(self, x: Tensor) -> bool:
         """Whether torch would give the output channels last. Its circular padding loses the format of x."""
-        kept = self.padding_mode != "circular" and is_channels_last(x)
-        return self.dimensions > 1 and (self._weight_last or kept)
+        if self.dimensions == 1:
+            return False
+        last = x.output.last if type(x) is PendingConv else is_channels_last(x)
+        return self._weight_last or (last and self.padding_mode != "circular")
 
     def _takes_codes_of(self, layer: "QuantizedConv") -> bool:
         return layer.fold.codes and self.takes_codes and _has_no_hooks(self)
@@ -229,22 +234,28 @@ class QuantizedConv(PackedWeights, Leaf):
         """The output for x, which was given as `given`: floats, or codes in the layer's qparams, channels last."""
         if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
             fold, deferred = self.fold, self.scope.deferred()
-            shape = (len(x), self.out_channels, *self.geometry.out_sizes(sizes))
             waits = fold.codes or fold.adds or fold.activation != Activation.NONE
-            if waits and deferred is not None and math.prod(shape) >= MIN_VALUES and _is_eager(x):
-                if torch.is_inference_mode_enabled():
-                    writes.start()
-                return PendingConv(self, Unwritten.now(x, given), shape, strides_of(shape, last), dtype).held()
+            if waits and deferred is not None and _is_eager(x):
+                output = output_of(self.geometry, x.shape[0], sizes, last)
+                if math.prod(output.shape) >= MIN_VALUES:
+                    if torch.is_inference_mode_enabled():
+                        writes.start()
+                    return PendingConv(self, Unwritten.now(x, given), output, dtype, deferred)
         return self._floats(x, activation, dtype, last)
 
     def computed(
-        self, like: Tensor, x: Tensor, activation: int, residual: Tensor | None, y_qparams: QParams | None
+        self,
+        dtype: torch.dtype,
+        last: bool,
+        x: Tensor,
+        activation: int,
+        residual: Tensor | None,
+        y_qparams: QParams | None,
     ) -> Tensor:
-        """`act(conv(x) + residual)` in the dtype and memory format of `like`, or as codes, channels last."""
-        last = is_channels_last(like)
+        """`act(conv(x) + residual)` in this dtype, channels last or first, or as codes, channels last."""
         if y_qparams is None:
-            return self._floats(x, activation, like.dtype, last, residual)
-        return self._int8(x, activation, like.dtype, last, residual, y_qparams)
+            return self._floats(x, activation, dtype, last, residual)
+        return self._int8(x, activation, dtype, last, residual, y_qparams)
 
     def _floats(
         self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None = None
@@ -357,6 +368,11 @@ def _is_eager(x: Tensor) -> bool:
     holds = not x.is_neg() and not x._is_zerotensor()  # its memory what it means, which not all ways to the op ask
     plain = type(x) is Tensor and told and holds and not writes.modes() and not torch._C._get_tracing_state()
     return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
+
+
+@cache
+def _bytes_with_scale(n: int, k: int) -> int:
+    return ops.packed_bytes(n, k, channel_scale=True)
 
 
 def _has_no_hooks(module: nn.Module) -> bool:

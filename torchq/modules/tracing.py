@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
@@ -21,7 +21,8 @@ class Leaf(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), or where torch.fx traces, a node of its graph."""
-        if not is_dynamo_compiling():
+        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not plain and not is_dynamo_compiling():
             proxy = next((each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)), None)
             if proxy is not None and (path := path_in_graph(self, proxy)):
                 return proxy.tracer.create_proxy("call_module", path, args, kwargs)

@@ -101,7 +101,7 @@ def _time_conv(
     weight, bias = layer.weight.contiguous().clone(), None if layer.bias is None else layer.bias.clone()
     calls = {
         "float": partial(convolved, x, weight, bias, geometry),
-        "int8": partial(layer.computed, like, given, fold.activation, residual, y_qparams),
+        "int8": partial(layer.computed, like.dtype, False, given, fold.activation, residual, y_qparams),
     }
     best = interleaved(calls, rounds=rounds)
     return LayerTime(like.numel() // max(1, layer.out_channels), best["float"], best["int8"])
