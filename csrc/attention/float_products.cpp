@@ -158,8 +158,9 @@ void multiply_keys_in_halves(const Job& job, const Block& block, const Keys& key
 
 float weigh_in_halves(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
   float* x = s.scores + row * s.score_stride;
+  if (has_halves(job)) return job.kernel->weigh_halves(x, keys.count(), s.largest[row]);
   const float sum = weigh(job, row, keys, s);
-  has_halves(job) ? job.kernel->to_halves(x, keys.count(), x) : round_to_halves(job, x, keys.count());
+  round_to_halves(job, x, keys.count());
   return sum;
 }
 

@@ -75,6 +75,8 @@ struct Kernel {
   void (*multiply_halves)(const Product& product) = nullptr;
   // n / 2 floats of two halves each; x and out may be the same.
   void (*to_halves)(const float* x, int64_t n, float* out) = nullptr;
+  // weigh() and to_halves() in one pass: n / 2 floats at x become the weights.
+  float (*weigh_halves)(float* x, int64_t n, float largest) = nullptr;
   // Two rows of x, `stride` floats apart, to one of halves across panels of 16 columns, panel_stride floats apart.
   void (*join_halves)(const float* x, int64_t stride, int64_t n, float* out, int64_t panel_stride) = nullptr;
 

@@ -200,6 +200,7 @@ constexpr Kernel kernel_amx_bf16 = [] {
   k.multiply = amx_bf16::multiply;
   k.multiply_halves = amx_bf16::multiply_halves;
   k.to_halves = amx_bf16::to_halves;
+  k.weigh_halves = amx_bf16::weigh_halves;
   k.join_halves = amx_bf16::join_halves;
   k.largest = amx_bf16::largest;
   k.largest_masked = amx_bf16::largest_masked;

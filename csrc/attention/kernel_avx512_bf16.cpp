@@ -51,6 +51,7 @@ constexpr Kernel kernel_avx512_bf16 = [] {
   k.multiply = avx512_bf16::multiply;
   k.multiply_halves = avx512_bf16::multiply_halves;
   k.to_halves = avx512_bf16::to_halves;
+  k.weigh_halves = avx512_bf16::weigh_halves;
   k.join_halves = avx512_bf16::join_halves;
   k.largest = avx512_bf16::largest;
   k.largest_masked = avx512_bf16::largest_masked;
