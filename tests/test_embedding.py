@@ -273,7 +273,7 @@ def test_config_and_exclude():
     with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
         convert(nn.ModuleList([table()]), config=QConfig(embeddings=False))
     with pytest.raises(ValueError, match=r"the model has no nn\.Linear"):
-        prepare_qat(nn.ModuleList([table()]))
+        prepare_qat(nn.ModuleList([table()]), config=QConfig(embeddings=False))
 
 
 # ---- Foreign code ----

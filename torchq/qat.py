@@ -15,14 +15,17 @@ from torchq.calibration.peers import Peers
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError, door
+from torchq.modules.embedding import is_prepared
+from torchq.modules.qat_embedding import QATTable
 from torchq.modules.qat_linear import QATProduct
 from torchq.modules.ranges import InputRange, LearnedRange, ObservedRange, PerToken
 from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
 from torchq.planning.choose import measure, plan_by
-from torchq.planning.layers import select_layers, too_small
-from torchq.planning.plan import Kind, LayerPlan, Plan
+from torchq.planning.layers import Selection, select_layers, too_small
+from torchq.planning.plan import Kind, LayerPlan, Plan, TablePlan
 from torchq.planning.smoothing import smooth
+from torchq.planning.tables import keep_together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,20 +46,20 @@ def prepare_qat(
     progress: bool | None = None,
     group: "ProcessGroup | None" = None,
 ) -> M:
-    """Returns the model with its nn.Linear layers ready to train on int8 values; `convert` then makes them int8.
+    """Returns the model with its layers ready to train on int8 values; `convert` then makes them int8.
 
-    It takes the layers that `convert` would take, and turns each into a `QATLinear` with the same parameters. There is
-    an example in docs/qat.md, and the gradients are in torchq/modules/ranges.py. `torchq_plan`, an attribute of the
-    model, says what each layer will become.
+    It takes what `convert` would take, and turns each module into its training form with the same parameters, an
+    nn.Linear into a `QATLinear`. There is an example in docs/qat.md, with a table of what trains how, and the gradients
+    are in torchq/modules/ranges.py. `torchq_plan`, an attribute of the model, says what each layer will become.
 
     Args:
         model: a model on the CPU. Once prepared, it may be trained on any device. Left as it was, unless `inplace`.
         calib_loader: typical batches, as for `convert`. They give the initial static ranges. A layer they never reach
             stays float if its range is to be learned.
-        config: a QConfig. Only `weight`, `activation`, `smoothing`, `exclude` and the options of the observers are
-            used. "auto" means "static" here: training compensates what a fixed range loses, and static is faster at
-            inference. A smoothed layer multiplies the channels of its input by fixed factors, and divides its weight by
-            them, before it quantizes both.
+        config: a QConfig. Only `weight`, `activation`, `smoothing`, `embeddings`, `exclude` and the options of the
+            observers are used. "auto" means "static" here: training compensates what a fixed range loses, and static is
+            faster at inference. A smoothed layer multiplies the channels of its input by fixed factors, and divides its
+            weight by them, before it quantizes both.
         ranges: of static inputs. "learned": parameters, trained with the weights. "observed": buffers, a moving
             average over the training batches. "auto": learned with a calib_loader, observed without.
         forward: `forward(model, batch)`: how to run one batch of calib_loader.
@@ -81,40 +84,42 @@ def prepare_qat(
     """
     config = QConfig() if config is None else config
     with Peers(group, model) as peers:
-        layers, barred = _check(model, calib_loader, config, ranges)
+        selection = _check(model, calib_loader, config, ranges)
+        layers, barred, tables = selection
         free = {name: layer for name, layer in layers.items() if name not in barred}
         evidence, calibrated = Evidence(model, free, config), False
         if calib_loader is not None and config.activation != "dynamic":
             static = dataclasses.replace(config, rounding="nearest", activation="static", min_sqnr_db=-math.inf)
+            owners = {name: row.owner for name, row in tables.items()}
             evidence = calibrate(
-                model, calib_loader, free, static, forward=forward, progress=progress, shard=peers.shard
+                model, calib_loader, free, static, forward=forward, tables=owners, progress=progress, shard=peers.shard
             )
             calibrated = True
         merged = peers.merged(evidence, data=calibrated)
         if merged is None:
-            scales, starts = peers.received()
+            scales, starts, plan = peers.received()
         else:
-            scales, starts = _beginnings(merged, ranges)
-            peers.send((scales, starts))
-    reasons = {name: "calib_loader never reached it" for name in free if name not in starts} | barred
-    if not starts:
-        name, reason = next(iter(reasons.items()))
-        if any(reason != too_small(layers[name]) for name, reason in reasons.items()):
-            raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
-        warnings.warn(f"torchq.prepare_qat: nothing was prepared; {name!r}: {reason}.", stacklevel=3)
+            scales, starts = _beginnings(merged, ranges, tables)
+            plan = keep_together(_plan(selection, starts, scales, config), merged)
+            peers.send((scales, starts, plan))
+    if not plan.int8_layers() and not plan.int8_tables():
+        _explain(plan, layers)
     if not inplace:
         model = _copy(model)
-    for name, start in starts.items():
+    for name in plan.int8_layers():
         layer = layers[name]
         layer.kind.prepare(
             model.get_submodule(layer.path),
             layer.part,
-            start,
+            starts[name],
             per_channel=config.weight == "per_channel",
             channel_scale=scales.get(name),
         )
+    for name in plan.int8_tables():
+        by_row = config.weight == "per_channel" or plan.tables[name].owner not in plan.layers
+        QATTable.adopt(model.get_submodule(name), by_row=by_row)
     leave_fast_path(model)
-    model.torchq_plan = _plan(layers, starts, reasons, scales, config)  # type: ignore[assignment]
+    model.torchq_plan = plan
     return model
 
 
@@ -140,20 +145,18 @@ def freeze_ranges(model: nn.Module) -> None:
         product.input_range.freeze()
 
 
-def _check(
-    model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, ranges: str
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Checks all arguments before any work. Returns the layers, and the reasons of those that must stay float."""
+def _check(model: nn.Module, calib_loader: Iterable[Any] | None, config: QConfig, ranges: str) -> Selection:
+    """Checks all arguments before any work. Returns what can be prepared, and why the rest must stay float."""
     if ranges not in get_args(Ranges):
         raise BadValueError(f"ranges must be one of {get_args(Ranges)}, got {ranges!r}.")
-    if isinstance(config, QConfig):  # select_layers refuses all else
-        config = dataclasses.replace(config, embeddings=False)
-    layers, barred, _ = select_layers(model, calib_loader, config)
-    prepared = [layer for layer in layers.values() if layer.trained]
+    layers, barred, tables = select_layers(model, calib_loader, config)
+    prepared = {layer.name: layer.module for layer in layers.values() if layer.trained}
+    prepared |= {name: table for name in tables if is_prepared(table := model.get_submodule(name))}
     if prepared:
+        name, module = next(iter(prepared.items()))
         raise BadValueError(
-            f"the model is already prepared ({prepared[0].name!r} is a {type(prepared[0].module).__name__}). Train it, "
-            "then call torchq.convert()."
+            f"the model is already prepared ({name!r} is a {type(module).__name__}). Train it, then call "
+            "torchq.convert()."
         )
     if config.activation == "dynamic" and ranges != "auto":
         raise BadValueError(f"ranges={ranges!r}, but activation='dynamic' has none. Leave one out.")
@@ -166,46 +169,58 @@ def _check(
         reason = layer.kind.why_untrainable(layer.module)
         if reason is not None:
             barred.setdefault(name, reason)
-    return layers, barred
+    return Selection(layers, barred, tables)
 
 
-def _beginnings(evidence: Evidence, ranges: Ranges) -> tuple[dict[str, Tensor], dict[str, InputRange]]:
+def _explain(plan: Plan, layers: Mapping[str, Layer]) -> None:
+    """Warns that nothing was prepared, where all layers are only too small; else it is an error.
+
+    Raises:
+        ValueError: there is another reason.
+    """
+    reasons = {name: row.reason for name, row in plan.layers.items()}
+    name, reason = next(iter((reasons or {name: row.reason for name, row in plan.tables.items()}).items()))
+    if not reasons or any(reason != too_small(layers[name]) for name, reason in reasons.items()):
+        raise BadValueError(f"no {type_names()} of the model can be quantized; {name!r}: {reason}.")
+    warnings.warn(f"torchq.prepare_qat: nothing was prepared; {name!r}: {reason}.", stacklevel=4)
+
+
+def _beginnings(
+    evidence: Evidence, ranges: Ranges, tables: dict[str, TablePlan]
+) -> tuple[dict[str, Tensor], dict[str, InputRange]]:
     """What multiplies the channels of the input, by layer, and the input ranges to begin with."""
     if evidence.config.activation == "dynamic":
         return {}, {name: PerToken() for name in evidence.layers}
     if not evidence.batches:
         return {}, {name: _without_data(layer) for name, layer in evidence.layers.items()}
-    scales = _channel_scales(evidence)
+    scales = _channel_scales(evidence, tables)
     return scales, _starts(evidence, scales, ranges)
 
 
-def _channel_scales(evidence: Evidence) -> dict[str, Tensor]:
+def _channel_scales(evidence: Evidence, tables: dict[str, TablePlan]) -> dict[str, Tensor]:
     """What multiplies the channels of the input, for the layers that smoothing helps."""
     reached = [name for name, record in evidence.records.items() if record.has_data]
     plan = Plan(
-        {name: plan_by(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached}
+        {name: plan_by(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached},
+        tables=tables,
     )
     layers = smooth(plan, evidence).layers
     return {name: scale for name, layer in layers.items() if (scale := layer.scale_vector) is not None}
 
 
 def _plan(
-    layers: Mapping[str, Layer],
-    starts: Mapping[str, InputRange],
-    reasons: Mapping[str, str],
-    scales: Mapping[str, Tensor],
-    config: QConfig,
+    selection: Selection, starts: Mapping[str, InputRange], scales: Mapping[str, Tensor], config: QConfig
 ) -> Plan:
-    """What each layer will become."""
+    """What each layer and table will become."""
     plans = {}
-    for name in layers:
+    for name in selection.layers:
         if name in starts:
             kind: Kind = "int8 dynamic" if isinstance(starts[name], PerToken) else "int8 static"
             reason = f"to be trained, {starts[name].origin}{'; input smoothed' if name in scales else ''}"
             plans[name] = LayerPlan(kind, reason, config.weight == "per_channel")
         else:
-            plans[name] = LayerPlan("float", reasons[name])
-    return Plan(plans)
+            plans[name] = LayerPlan("float", selection.barred.get(name, "calib_loader never reached it"))
+    return Plan(plans, tables=selection.tables)
 
 
 def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) -> dict[str, InputRange]:

@@ -170,6 +170,12 @@ class ModuleType(ABC):
         return
 
 
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or of the float module that a training form was."""
+    kind: type[nn.Module] = vars(module).get("float_class", type(module))
+    return kind
+
+
 def why_opaque(module: nn.Module) -> str | None:
     """Why the values of its parameters are not for others to read; None if they are.
 

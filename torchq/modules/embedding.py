@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import embedding_bag
 
-from torchq.modules.base import MODULE_OWN, Int8Module
+from torchq.modules.base import MODULE_OWN, Int8Module, float_class
 from torchq.modules.float_view import FloatView, FloatViews
 from torchq.modules.packed_weights import PackedWeights
 from torchq.numerics.qparams import dequantize, quantize_weight
@@ -22,6 +22,14 @@ from torchq.ops.lookup import embedding, pack_table, unpack_table
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """The float modules that become int8 here."""
+
+OF_TRAINING = frozenset(("float_class", "by_row"))
+"""What a training form (`qat_embedding`) has beside what the float module has."""
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether this is the training form of an embedding."""
+    return isinstance(module, TABLES) and "by_row" in vars(module)
 
 
 class QuantizedTable(PackedWeights):
@@ -52,8 +60,8 @@ class QuantizedTable(PackedWeights):
     @classmethod
     def empty(cls, module: nn.Module, owner: PackedWeights | None = None) -> "QuantizedTable":
         """The same on the meta device, without the table's values. A table that is its owner's has the owner's."""
-        table = cast(QuantizedTable, _new(type(module)))
-        kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN}
+        table = cast(QuantizedTable, _new(float_class(module)))
+        kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN | OF_TRAINING}
         table.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
         table._modules.update(copy.deepcopy(module._modules))
         table._buffers.update(copy.deepcopy(module._buffers))
@@ -217,25 +225,31 @@ class QuantizedEmbeddingBag(QuantizedTable, nn.EmbeddingBag):  # type: ignore[ov
         Raises:
             IndexError: an index is out of range.
         """
-        rows, kept = self.look_up(input.reshape(-1)), None
-        places = torch.arange(len(rows), dtype=torch.long, device="cpu")
-        if self.padding_idx is not None:  # rows that count for nothing: all of them are the last one, of zeros
-            kept = len(rows)
-            rows = torch.cat([rows, rows.new_zeros(1, self.in_features)])
-            places = torch.where(input.reshape(-1) == self.padding_idx, kept, places)
-        return embedding_bag(
-            places.reshape(input.shape),
-            rows,
-            offsets if offsets is None else offsets.long(),
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=kept,
-        )
+        return bagged(self, self.look_up(input.reshape(-1)), input, offsets, per_sample_weights)
 
     def extra_repr(self) -> str:
         """Sizes and scheme, for `repr`."""
         return f"{nn.EmbeddingBag.extra_repr(self)}, int8{', tied' if self._owner else ''}"
+
+
+def bagged(
+    bag: nn.EmbeddingBag, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """What an nn.EmbeddingBag gives for the rows (B, embedding_dim) of all indices of `input`, in their order."""
+    kept, places = None, torch.arange(len(rows), dtype=torch.long, device=rows.device)
+    if bag.padding_idx is not None:  # rows that count for nothing: all of them are the last one, of zeros
+        kept = len(rows)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        places = torch.where(input.reshape(-1) == bag.padding_idx, kept, places)
+    return embedding_bag(
+        places.reshape(input.shape),
+        rows,
+        offsets if offsets is None else offsets.long(),
+        mode=bag.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=bag.include_last_offset,
+        padding_idx=kept,
+    )
 
 
 @functools.cache
@@ -263,7 +277,8 @@ _PROBES, _PROBED_ROWS = 3, 64
 
 def why_float(module: nn.Module) -> str | None:
     """Why this nn.Embedding or nn.EmbeddingBag must stay in float, whatever the table holds; None if it need not."""
-    kind = type(module).__name__
+    source = float_class(module)
+    kind = source.__name__
     if getattr(module, "max_norm", None) is not None:
         return "max_norm rescales rows of its table as they are looked up: an int8 table can't be written"
     if module._parameters.get("weight") is None:
@@ -273,7 +288,7 @@ def why_float(module: nn.Module) -> str | None:
     if "forward" in vars(module) or isinstance(module, Int8Module):
         return f"{kind} has a forward of its own"
     base = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
-    if type(module).forward is base.forward:
+    if source.forward is base.forward or is_prepared(module):
         return None
     return None if _is_proven(module) else f"{kind} has a forward of its own, which can't be proven to look up rows"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.parameter import is_lazy
 
-from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix
+from torchq.modules.base import FLOATS, MODULE_OWN, Int8Module, Matrix, float_class
 from torchq.modules.float_view import FloatView, read_only
 from torchq.modules.qat_parts import QAT_PARTS, QATParts, TrainableParts, TrainedParts
 from torchq.modules.tracing import exporting
@@ -77,7 +77,7 @@ def _matrix(module: nn.Module, part: str) -> Matrix:
 
 def _gate(owner: nn.Module, up: str, y: Tensor) -> Tensor:
     """What lies between an expert's two matrices, as the class of the float module computes it."""
-    own: Callable[..., Tensor] | None = getattr(_source(owner), "_apply_gate", None)
+    own: Callable[..., Tensor] | None = getattr(float_class(owner), "_apply_gate", None)
     if up == "up_proj":
         return owner.act_fn(y)  # type: ignore[no-any-return, operator]
     if own is not None:
@@ -142,18 +142,12 @@ def _dense(call: _Call, count: int, expert: Callable[[int, Tensor], Tensor]) -> 
 
 def _run(module: nn.Module, expert: Callable[[int, Tensor], Tensor], args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """A call of `module`, one of the two classes below."""
-    call, count = _arguments(_source(module), args, kwargs), _count(module)
+    call, count = _arguments(float_class(module), args, kwargs), _count(module)
     if exporting():
         return _dense(call, count, expert)
     # A graph can't know how many rows an expert gets. Disabled here: at import, that would import torch._dynamo.
     run = torch.compiler.disable(_routed) if torch.compiler.is_compiling() else _routed
     return run(call, count, expert)
-
-
-def _source(module: nn.Module) -> type[nn.Module]:
-    """The class of the float module that this one is, or was."""
-    source: type[nn.Module] = vars(module).get("float_class", type(module))
-    return source
 
 
 class QuantizedExperts(Int8Module):
@@ -176,7 +170,7 @@ class QuantizedExperts(Int8Module):
         self.__dict__.update(copy.deepcopy(kept))  # the modules and tensors in it are the float model's
         children = {name: child for name, child in module._modules.items() if name != QAT_PARTS}
         self._modules.update(copy.deepcopy(children))
-        self.float_class, self._form, self._count = _source(module), form, _count(module)
+        self.float_class, self._form, self._count = float_class(module), form, _count(module)
         self._stacked = {
             name: (tuple(parameter.shape), parameter.dtype)
             for name, parameter in module._parameters.items()
@@ -295,7 +289,7 @@ class ExpertsType(TrainableParts):
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The rows of each expert that has any, and what its gate makes of them in float."""
-        form, call = _form(module), _arguments(_source(module), args, kwargs)
+        form, call = _form(module), _arguments(float_class(module), args, kwargs)
         assert form is not None
         rows, ids = call.hidden.reshape(-1, call.hidden.shape[-1]), call.ids.reshape(-1, call.ids.shape[-1])
         found, count = {}, _count(module)

@@ -96,8 +96,13 @@ def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
     >>> fake_quantize_weight(w, per_channel=True).tolist()
     [[127.0, 0.0], [1.2699999809265137, 0.3999999761581421]]
     """
-    rounded = fake_quantize(weight.detach().float(), weight_scale(weight, per_channel=per_channel), axis=0)
-    return _StraightThrough.apply(weight.float(), rounded)  # type: ignore[no-any-return]
+    return fake_quantize_rows(weight, weight_scale(weight, per_channel=per_channel))
+
+
+def fake_quantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values of some rows (N, K) of a weight in int8, by the scale (N,) of each: `rne(w / s) · s`."""
+    rounded = fake_quantize(rows.detach().float(), scale, axis=0)
+    return _StraightThrough.apply(rows.float(), rounded)  # type: ignore[no-any-return]
 
 
 class LearnedRange(nn.Module):

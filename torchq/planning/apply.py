@@ -17,6 +17,7 @@ from torchq.modules.int8_sequential import Int8Sequential
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
+from torchq.modules.qat_embedding import QATTable
 from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
@@ -87,6 +88,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             kind = type_of(module)
             if kind is not None:
                 kind.release(module)
+            elif isinstance(module, QATTable):
+                module.release()
     finally:
         leave_fast_path(model)
     if plan.attentions:

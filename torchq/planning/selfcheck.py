@@ -22,6 +22,8 @@ from torchq.calibration.calibrate import Evidence, evaluating
 from torchq.calibration.isolation import own_thread, uncompiled
 from torchq.errors import BadValueError
 from torchq.modules.base import Int8Module
+from torchq.modules.qat_embedding import QATTable
+from torchq.modules.qat_linear import QATProduct
 from torchq.modules.registry import find_layers, type_of
 from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
@@ -68,7 +70,7 @@ class SelfCheck:
     def __init__(self, evidence: Evidence) -> None:
         self._exact: list[_Exact] = []
         self._model_name = type(evidence.model).__name__
-        self._trained = any(layer.trained for layer in evidence.layers.values())
+        self._trained = any(isinstance(module, (QATProduct, QATTable)) for module in evidence.model.modules())
         self._config = evidence.config
         self.margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
         self._apart = evidence.apart
@@ -108,7 +110,7 @@ class SelfCheck:
 
         What int8 tables cost is measured with the heads that share them in int8, which are judged as other layers are.
         """
-        if self._config.embeddings != "auto" or not plan.int8_tables():
+        if self._trained or self._config.embeddings != "auto" or not plan.int8_tables():
             return plan, converted, db
         exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
         while exact_db is not None and plan.int8_tables():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchq.calibration.calibrate import Evidence
 from torchq.config import QConfig
 from torchq.modules.base import FLOATS, why_opaque
-from torchq.modules.embedding import TABLES, why_float
+from torchq.modules.embedding import TABLES, is_prepared, why_float
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import dequantize, quantize, weight_blocks, weight_scale
@@ -59,14 +59,16 @@ def first_tables(
     for name, module in tables.items():
         weight = module._parameters.get("weight")
         groups.setdefault(id(module) if weight is None else id(weight), []).append(name)
-    trained = any(layer.trained for layer in layers.values())
+    trained = any(layer.trained for layer in layers.values()) or any(map(is_prepared, tables.values()))
     rows = {}
     for key, names in groups.items():
         heads = weights.get(key, [])
         ours = [*(layers[name].module for name in heads), *(tables[name] for name in names)]
         reasons = [barred.get(name) or _why_float(tables[name], config) for name in names]
         reasons += [_of_others(model, ours, key), *(_of_head(name, barred) for name in heads)]
-        reason = TRAINED if trained else next(filter(None, reasons), None)
+        if trained and not all(is_prepared(tables[name]) for name in names):
+            reasons.append(TRAINED)
+        reason = next(filter(None, reasons), None)
         if reason is not None:
             rows.update({name: TablePlan("float", reason) for name in names})
             continue
@@ -124,10 +126,13 @@ def _sqnr_db(module: nn.Module) -> float:
 
 
 def keep_together(plan: Plan, evidence: Evidence) -> Plan:
-    """A stage: tables that the batches read otherwise than by calls, and those of heads in float, return to float."""
+    """A stage: tables that the batches read otherwise than by calls, and those of heads in float, return to float.
+
+    Trained ones do not: training compensated what int8 costs, and saw what is read.
+    """
     for name, row in plan.tables.items():
         group = {each for each, other in plan.tables.items() if (other.owner or each) == (row.owner or name)}
-        if row.kind != "int8" or not evidence.batches:
+        if row.kind != "int8" or not evidence.batches or is_prepared(evidence.model.get_submodule(name)):
             continue
         if not group & evidence.tables_called:
             plan = tables_in_float(plan, UNREACHED, name)
