@@ -54,10 +54,10 @@ def formats(monkeypatch):
     seen = []
     usual = QuantizedConv._int8
 
-    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None):
+    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None, around=()):
         floats = [each for each in (x, residual) if each is not None and each.is_floating_point()]
         seen.append(([is_channels_last(each) for each in floats], last or y_qparams is not None))
-        return usual(layer, x, activation, dtype, last, residual, y_qparams)
+        return usual(layer, x, activation, dtype, last, residual, y_qparams, around)
 
     monkeypatch.setattr(QuantizedConv, "_int8", spy)
     return seen

@@ -42,9 +42,9 @@ def runs(monkeypatch):
     seen = []
     usual = QuantizedConv._int8
 
-    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None):
+    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None, around=()):
         seen.append((x.dtype, Activation(activation), residual is not None, y_qparams is not None))
-        return usual(layer, x, activation, dtype, last, residual, y_qparams)
+        return usual(layer, x, activation, dtype, last, residual, y_qparams, around)
 
     monkeypatch.setattr(QuantizedConv, "_int8", spy)
     return seen

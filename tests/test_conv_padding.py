@@ -32,13 +32,13 @@ def unfused(qmodel):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Lists the products: the dtype of the input, the activation, and whether codes came out."""
+    """Lists the products: the input's dtype and the zeros around it, the activation, and whether codes came out."""
     seen = []
     usual = QuantizedConv._int8
 
-    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None):
-        seen.append((x.dtype, Activation(activation), y_qparams is not None))
-        return usual(layer, x, activation, dtype, last, residual, y_qparams)
+    def spy(layer, x, activation, dtype, last, residual=None, y_qparams=None, around=()):
+        seen.append((x.dtype, around, Activation(activation), y_qparams is not None))
+        return usual(layer, x, activation, dtype, last, residual, y_qparams, around)
 
     monkeypatch.setattr(QuantizedConv, "_int8", spy)
     return seen
@@ -64,7 +64,7 @@ def test_zeros_around_codes(runs):
     for x in (X, X.contiguous(memory_format=torch.channels_last)):
         runs.clear()
         y = qmodel(x)
-        assert runs == [(F32, Activation.RELU6, True), (U8, NONE, True), (U8, NONE, False)]
+        assert runs == [(F32, (), Activation.RELU6, True), (U8, (0, 1, 0, 1), NONE, True), (U8, (), NONE, False)]
         assert_identical(y, unfused(qmodel)(x))
         assert y.stride() == unfused(qmodel)(x).stride()
 

@@ -148,6 +148,29 @@ def output_of(geometry: Geometry, batch: int, sizes: Sequence[int], last: bool) 
     return Output(shape, strides_of(shape, last), last)
 
 
+@lru_cache(maxsize=4096)
+def with_zeros(output: Output, padding: tuple[int, ...]) -> Output:
+    """The same with zeros around it, counted as nn.functional.pad does, from the last dimension on.
+
+    >>> with_zeros(Output((2, 8, 5), (40, 5, 1), False), (1, 2))
+    Output(shape=(2, 8, 8), strides=(64, 8, 1), last=False)
+    """
+    shape = list(output.shape)
+    for i, count in enumerate(padding):
+        shape[-1 - i // 2] += count
+    return Output(tuple(shape), strides_of(shape, output.last), output.last)
+
+
+@lru_cache(maxsize=4096)
+def numbers_of(geometry: Geometry, padding: tuple[int, ...]) -> list[int]:
+    """What the op takes for an input whose zeros of that padding are left out. Nobody may change it.
+
+    >>> numbers_of(Geometry(3, 8, (3,), (1,), ((0, 0),), (1,)), (1, 2))
+    [1, 3, 8, 1, 3, 1, 1, 2, 1]
+    """
+    return geometry.with_zeros(padding).numbers()
+
+
 def as_rows(weight: Tensor) -> Tensor:
     """A weight (out, in / groups, *kernel) as rows (out, K) in the order of a patch: taps, then channels.
 

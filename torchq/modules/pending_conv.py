@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
-from torchq.modules.convolving import Output, is_zero_padding, strides_of
+from torchq.modules.convolving import Output, is_zero_padding, with_zeros
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
@@ -39,28 +39,32 @@ class PendingConv(Deferred):
     """`act(conv(x) + residual)`, computed when it is read."""
 
     @staticmethod
-    def __new__(cls, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: Any) -> Any:
+    def __new__(cls, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: Any, around: Any = ()) -> Any:
         """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last.
 
+        `around` are zeros that x lacks, as nn.functional.pad takes them.
         It is made at the end of the call that it belongs to, where `deferred` is what waits for that.
         """
         return torch.Tensor._make_wrapper_subclass(
             cls, output.shape, strides=output.strides, dtype=dtype, device=x.tensor.device, storage_size=0
         )
 
-    def __init__(self, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: list[Any]) -> None:
-        self.layer, self._x, self.output = layer, x, output
+    def __init__(
+        self, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: list[Any], around: tuple[int, ...] = ()
+    ) -> None:
+        self.layer, self._x, self.output, self._around = layer, x, output, around
         self._deferred = deferred
         deferred.append(weakref.ref(self))
         self._activation: int = Activation.NONE
         self._residual: Unwritten | None = None
-        self._padding: tuple[int, ...] = ()  # zeros around the values, as nn.functional.pad takes them
+        self.padding: tuple[int, ...] = ()  # zeros around the values, as nn.functional.pad takes them
         self._value: Tensor | None = None
 
     def make(self) -> Tensor:
         """The values. Every call gives the same tensor, so a write into it is seen by all later readers."""
         if self._value is None:
-            self._value = self._run(None, self._activation)
+            y = self._run(None, self._activation)
+            self._value = nn.functional.pad(y, self.padding) if self.padding else y
             del self._x, self._residual
         return self._value
 
@@ -70,35 +74,26 @@ class PendingConv(Deferred):
             self.make()
 
     def codes(self, qparams: QParams) -> Tensor | None:
-        """u8 codes (N, *spatial, C) of the values; None if they are there as floats."""
+        """u8 codes (N, *spatial, C) of the values, without their `padding`; None if they are there as floats."""
         return None if self._value is not None or self._residual is not None else self._run(qparams, self._activation)
 
     def _run(self, y_qparams: QParams | None, activation: int) -> Tensor:
         residual = None if self._residual is None else self._residual.values()
         x = self._x.values()
         try:
-            y: Tensor = self.layer.computed(self.dtype, self.output.last, x, activation, residual, y_qparams)
+            settings = (activation, residual, y_qparams, self._around)
+            return self.layer.computed(self.dtype, self.output.last, x, *settings)  # type: ignore[no-any-return]
         except RuntimeError as error:
             known = explained(error, x, type(self.layer).__name__)
             if known is error:
                 raise
             raise known from None
-        if not any(self._padding):
-            return y
-        if y_qparams is None:
-            return nn.functional.pad(y, self._padding)
-        return nn.functional.pad(y, (0, 0, *self._padding), value=y_qparams.zero_point)
 
     def _copy(self, padding: tuple[int, ...] = ()) -> "PendingConv":
         """Another one, with zeros around its values."""
-        output = self.output
-        if padding:
-            shape = list(output.shape)
-            for i, count in enumerate(padding):
-                shape[-1 - i // 2] += count
-            output = Output(tuple(shape), strides_of(shape, output.last), output.last)
-        other = PendingConv(self.layer, self._x, output, self.dtype, self._deferred)
-        other._activation, other._residual, other._padding = self._activation, self._residual, padding
+        output = with_zeros(self.output, padding) if padding else self.output
+        other = PendingConv(self.layer, self._x, output, self.dtype, self._deferred, self._around)
+        other._activation, other._residual, other.padding = self._activation, self._residual, padding
         return other
 
     @classmethod
@@ -160,8 +155,10 @@ class PendingConv(Deferred):
     def _padded(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """It with zeros around, which codes have exactly; None if this is another operation, or no codes are wanted."""
         fold = self.layer.fold
-        waits = fold.codes and self._residual is None and self._activation == fold.activation and not self._padding
-        return self._copy(tuple(args[1])) if waits and is_zero_padding(func, args, kwargs) else None
+        waits = fold.codes and self._residual is None and self._activation == fold.activation and not self.padding
+        if not waits or not is_zero_padding(func, args, kwargs):
+            return None
+        return self._copy(tuple(args[1]) if any(args[1]) else ())
 
     def _settled(self, *, in_place: bool) -> Tensor:
         """Itself, if more is to come; else its values, so that it need not refer to other tensors any longer."""

@@ -21,6 +21,7 @@ from torchq.modules.convolving import (
     in_format,
     is_channels_last,
     is_tiled,
+    numbers_of,
     output_of,
     padded,
     tiles,
@@ -186,7 +187,8 @@ class QuantizedConv(PackedWeights, Leaf):
         if type(x) is PendingConv:
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
             if codes is not None:
-                return self._int8_or_later(codes, x.dtype, self._last(x), x.output.shape[2:], activation)
+                sizes = x.output.shape[2:]
+                return self._int8_or_later(codes, x.dtype, self._last(x), sizes, activation, around=x.padding)
         x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
@@ -230,8 +232,12 @@ class QuantizedConv(PackedWeights, Leaf):
         sizes: Sequence[int],
         activation: int,
         given: Tensor | None = None,
+        around: tuple[int, ...] = (),
     ) -> Tensor:
-        """The output for x, which was given as `given`: floats, or codes in the layer's qparams, channels last."""
+        """The output for x, which was given as `given`: floats, or codes in the layer's qparams, channels last.
+
+        `sizes` are those of x with the zeros `around` it, which codes lack.
+        """
         if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
             fold, deferred = self.fold, self.scope.deferred()
             waits = fold.codes or fold.adds or fold.activation != Activation.NONE
@@ -240,8 +246,8 @@ class QuantizedConv(PackedWeights, Leaf):
                 if math.prod(output.shape) >= MIN_VALUES:
                     if torch.is_inference_mode_enabled():
                         writes.start()
-                    return PendingConv(self, Unwritten.now(x, given), output, dtype, deferred)
-        return self._floats(x, activation, dtype, last)
+                    return PendingConv(self, Unwritten.now(x, given), output, dtype, deferred, around)
+        return self._floats(x, activation, dtype, last, around=around)
 
     def computed(
         self,
@@ -251,20 +257,30 @@ class QuantizedConv(PackedWeights, Leaf):
         activation: int,
         residual: Tensor | None,
         y_qparams: QParams | None,
+        around: tuple[int, ...] = (),
     ) -> Tensor:
-        """`act(conv(x) + residual)` in this dtype, channels last or first, or as codes, channels last."""
+        """`act(conv(x) + residual)` in this dtype, channels last or first, or as codes, channels last.
+
+        `around` are zeros that x lacks, as nn.functional.pad takes them.
+        """
         if y_qparams is None:
-            return self._floats(x, activation, dtype, last, residual)
-        return self._int8(x, activation, dtype, last, residual, y_qparams)
+            return self._floats(x, activation, dtype, last, residual, around)
+        return self._int8(x, activation, dtype, last, residual, y_qparams, around)
 
     def _floats(
-        self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        activation: int,
+        dtype: torch.dtype,
+        last: bool,
+        residual: Tensor | None = None,
+        around: tuple[int, ...] = (),
     ) -> Tensor:
         """The output as torch lays it out; or as it is computed, behind a tensor that torch's readers see so."""
         hands = None if last or is_dynamo_compiling() else self.hands
         if hands is None or hands.deferred() is None or not _is_eager(x):
-            return self._int8(x, activation, dtype, last, residual)
-        y = self._int8(x, activation, dtype, True, residual)
+            return self._int8(x, activation, dtype, last, residual, None, around)
+        y = self._int8(x, activation, dtype, True, residual, None, around)
         return y.contiguous() if y.numel() < MIN_VALUES else ChannelsLast(y, hands).held()
 
     def _int8(
@@ -275,6 +291,7 @@ class QuantizedConv(PackedWeights, Leaf):
         last: bool,
         residual: Tensor | None = None,
         y_qparams: QParams | None = None,
+        around: tuple[int, ...] = (),
     ) -> Tensor:
         packed, pair = self._moment()
         if self.tiled and pair is None:
@@ -283,7 +300,8 @@ class QuantizedConv(PackedWeights, Leaf):
         if y_qparams is not None:
             qparams += map(float, y_qparams)
             dtype = torch.uint8
-        settings = (self._numbers, qparams, dtype, last, activation, residual)
+        numbers = numbers_of(self.geometry, around) if around else self._numbers
+        settings = (numbers, qparams, dtype, last, activation, residual)
         return writes.unseen(_convolution, x, packed, *settings)  # type: ignore[no-any-return]
 
     def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:

@@ -52,6 +52,18 @@ class Geometry(NamedTuple):
         each = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each]
 
+    def with_zeros(self, padding: Sequence[int]) -> "Geometry":
+        """The same with more zeros around the input, counted as nn.functional.pad does, from the last dimension on.
+
+        >>> Geometry(3, 8, (3, 3), (1, 1), ((0, 0), (1, 1)), (1, 1)).with_zeros((0, 2)).padding
+        ((0, 0), (1, 3))
+        """
+        pairs = [*self.padding]
+        for i, count in enumerate(padding):
+            before, after = pairs[-1 - i // 2]
+            pairs[-1 - i // 2] = (before, after + count) if i % 2 else (before + count, after)
+        return self._replace(padding=tuple(pairs))
+
     def numbers(self) -> list[int]:
         """What the op takes: dimensions, in, out, groups; and of each dimension kernel, stride, padding, dilation."""
         head = [len(self.kernel), self.in_channels, self.out_channels, self.groups]
