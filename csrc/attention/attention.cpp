@@ -56,8 +56,8 @@ float hide(const Job& job, const Block& block, int64_t row, const Keys& keys, co
   return job.kernel->largest(x, keys.count());
 }
 
-// What the next head reads of q, k and v, spread over the rows of this one. In a model the rows of a head lie far apart
-// in memory, and no hardware prefetcher finds them.
+// What the next head reads of q, k and v, and where this one will write, spread over its rows. In a model the rows of a
+// head lie far apart in memory, and no hardware prefetcher finds them.
 struct Prefetch {
   const Problem& p;
   const Block& block;
@@ -71,6 +71,8 @@ struct Prefetch {
   }
   void row(int64_t r) {
     prefetch_row({p.q, block.batch, block.head + 1, block.begin + r}, p.depth);
+    const uint8_t* y = output_row(p, block, block.begin + r);
+    for (int64_t i = 0, bytes = p.columns * element_bytes(p.y_dtype); i < bytes; i += 64) __builtin_prefetch(y + i, 1);
     for (const int64_t stop = std::min(key + per_row, end); key < stop; ++key) {
       prefetch_row({p.k, block.batch, block.kv_head + 1, key}, p.depth);
       prefetch_row({p.v, block.batch, block.kv_head + 1, key}, p.columns);

@@ -32,7 +32,7 @@ inline void prefetch_row(const Row& row, int64_t n) {
   const int64_t bytes = n * element_bytes(row.view.dtype);
   if (row.view.column != element_bytes(row.view.dtype)) return;
   const uint8_t* x = row.view.at(row.batch, row.head, row.row);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 3);
 }
 
 // What the mask adds to the scores of a row, key by key. It holds until the next call.
