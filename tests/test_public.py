@@ -81,6 +81,10 @@ assert "layer" in str(torchq.report(qmodel))
 assert torch.equal(pickle.loads(pickle.dumps(qmodel))(data), qmodel(data))
 assert torchq.verify(qmodel, data).ok
 torchq.prepare_qat(nn.Sequential(nn.Linear(16, 64)), [data])(data).sum().backward()
+images = torch.randn(4, 8, 16, 16)
+block = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+with torch.inference_mode():
+    torchq.convert(block, [images])(images)
 assert "torch._dynamo" not in sys.modules  # to import it takes as long as torch itself
 """
 

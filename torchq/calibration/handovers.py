@@ -1,7 +1,7 @@
 """Handovers: finds the convolutions whose output nothing but convolutions, and operations on single values, reads.
 
 Such an output may keep the memory format that it was computed in (`modules.channels_last`). It watches the calibration
-runs, as a TorchDispatchMode, and tells tensors by their storage. No wrong value can come of what it finds: it decides
+runs, as a mode, and tells tensors by their storage. No wrong value can come of what it finds: it decides
 whether handing over pays.
 """
 
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
@@ -21,6 +20,7 @@ from torchq.calibration.sharing import storage_key
 from torchq.modules.channels_last import keeps
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
+from torchq.watching import Watch
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -40,7 +40,7 @@ class _Value(NamedTuple):
     storage: StorageWeakRef
 
 
-class Handovers(TorchDispatchMode):
+class Handovers(Watch):
     """Watches runs of a model, and finds for a convolution the convolutions that alone read its output.
 
     Or what operations that keep the format (`keeps`) have made of it, together with other such outputs.

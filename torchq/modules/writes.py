@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from torchq.watching import Watch
 
 
 class Unwritten(NamedTuple):
@@ -49,7 +50,7 @@ class Unwritten(NamedTuple):
         return self.tensor
 
 
-class Writes(TorchDispatchMode):
+class Writes(Watch):
     """Counts the writes of this thread, by storage."""
 
     def __init__(self) -> None:
