@@ -59,11 +59,13 @@ class Padded(nn.Module):
         return self.thin(nn.functional.pad(self.deep(y), (0, 0, 0, 0)))
 
 
-def test_zeros_around_codes(runs):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_zeros_around_codes(mode, runs):
     qmodel = convert(Padded().eval(), DATA, config=STATIC)
     for x in (X, X.contiguous(memory_format=torch.channels_last)):
         runs.clear()
-        y = qmodel(x)
+        with mode():
+            y = qmodel(x)
         assert runs == [(F32, (), Activation.RELU6, True), (U8, (0, 1, 0, 1), NONE, True), (U8, (), NONE, False)]
         assert_identical(y, unfused(qmodel)(x))
         assert y.stride() == unfused(qmodel)(x).stride()
@@ -74,11 +76,21 @@ def test_zeros_around_codes(runs):
     [((2, 0, 1, 3), 0.0, True), ((1, 1, 1, 1), 0.5, False), ((-1, 0, 0, 0), 0.0, False), ((1, 0), 0.0, True)],
     ids=str,
 )
-def test_other_paddings(padding, value, codes, runs):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_paddings(padding, value, codes, mode, runs):
     """What is no padding with zeros is computed on floats."""
     qmodel = convert(Padded().eval(), DATA, config=STATIC)
     qmodel.padding, qmodel.value = padding, value
     runs.clear()
-    y = qmodel(X)
+    with mode():
+        y = qmodel(X)
     assert (runs[1][0] is U8) == codes
     assert_identical(y, unfused(qmodel)(X))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_half_a_pair_is_refused_as_in_float(mode):
+    qmodel = convert(Padded().eval(), DATA, config=STATIC)
+    qmodel.padding = (1,)
+    with mode(), pytest.raises(RuntimeError, match="divisible by 2"):
+        qmodel(X)

@@ -45,10 +45,19 @@ def padded(x: Tensor, conv: Any) -> Tensor:
 
 
 def is_zero_padding(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation adds zeros around the spatial dimensions of (N, C, *spatial)."""
-    if func is not torch.ops.aten.constant_pad_nd.default or kwargs or any(args[2:]):
+    """Whether an operation adds zeros around the spatial dimensions of (N, C, *spatial).
+
+    In torch.inference_mode that is nn.functional.pad as a whole, with the mode before the value.
+    """
+    rest = args[2:]
+    if func is torch.ops.aten.pad.default and rest[:1] in ((), ("constant",)):
+        rest = rest[1:]
+    elif func is not torch.ops.aten.constant_pad_nd.default:
         return False
-    return len(args[1]) <= 2 * (args[0].dim() - 2) and all(count >= 0 for count in args[1])
+    if kwargs or any(rest):
+        return False
+    counts = args[1]
+    return len(counts) % 2 == 0 and len(counts) <= 2 * (args[0].dim() - 2) and all(count >= 0 for count in counts)
 
 
 def is_pointwise(conv: Any) -> bool:

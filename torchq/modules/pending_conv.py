@@ -99,15 +99,15 @@ class PendingConv(Deferred):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Makes the operation a part of it, if the layer's plan names it; any other operation gets the values."""
-        parts = taken_apart(func, args, kwargs or {})
-        if parts is not NotImplemented:
-            return parts
         for first in args[:2]:
             if isinstance(first, PendingConv) and first._value is None:
                 taken = first._taken(func, args, kwargs or {})
                 if taken is not None:
                     return taken
                 break
+        parts = taken_apart(func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         args, kwargs = tree_map_only(PendingConv, lambda pending: pending.make(), (args, kwargs or {}))
         return run_on_values(func, args, kwargs)
 
