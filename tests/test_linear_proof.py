@@ -265,7 +265,7 @@ def test_what_it_holds_beside_is_not_dropped():
 
 
 def test_what_is_not_linear_is_no_layer():
-    others = [nn.Embedding(48, 32), nn.Bilinear(4, 4, 4), nn.PReLU(), nn.ConvTranspose1d(4, 4, 1), nn.LayerNorm(32)]
+    others = [nn.Embedding(48, 32), nn.PReLU(), nn.ConvTranspose1d(4, 4, 1), nn.LayerNorm(32)]
     model = nn.ModuleList([nn.Linear(32, 32), *others])
     assert list(find_layers(model)) == ["0"]
     assert list(find_layers(convert(model))) == []

@@ -195,14 +195,11 @@ class Inner(nn.Module):
 
 
 def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps():
-    model = nn.ModuleDict({"pair": nn.Bilinear(8, 8, 64), "body": Inner(), "conv": nn.ConvTranspose1d(4, 4, 3)})
+    model = nn.ModuleDict({"body": Inner(), "conv": nn.ConvTranspose1d(4, 4, 3)})
     model["normed"] = nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 4, 3))
     model["raw"] = nn.ParameterList([nn.Parameter(normal(64, 32)), nn.Parameter(normal(64))])
     result = report(convert(model))
     left = {each.kind: each for each in result.model.left}
-    assert left["Bilinear"].matrices == ("pair.weight",)
-    assert left["Bilinear"].bytes == 4 * (64 * 8 * 8 + 64)
-    assert "nn.Linear(in2_features, in1_features * out_features)" in left["Bilinear"].advice
     assert left["Inner's own parameters"].matrices == ("body.qkv",)
     assert left["Inner's own parameters"].bytes == 4 * (192 * 64 + 64)
     assert left["ParameterList"].matrices == ("raw.0",)
@@ -216,16 +213,6 @@ def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps(
     assert "48.2 KiB in 1 Inner's own parameters" in text
     assert "Inner's own parameters (body.qkv): parameters of its own: what it multiplies by" in text
     assert all(len(line) <= 120 for line in str(result).splitlines())
-
-
-def test_the_advice_for_a_bilinear_is_right():
-    """The products of one nn.Linear with the first input, summed, are what nn.Bilinear gives."""
-    pair, x, y = nn.Bilinear(8, 16, 12), normal(5, 8), normal(5, 16)
-    linear = nn.Linear(16, 8 * 12, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(pair.weight.reshape(-1, 16))
-        products = linear(y).unflatten(-1, (12, 8)) * x[:, None]
-        assert torch.allclose(products.sum(-1) + pair.bias, pair(x, y), atol=1e-5)
 
 
 def test_what_has_a_reason_in_the_plan_has_no_second_one():

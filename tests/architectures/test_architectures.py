@@ -27,13 +27,11 @@ LEAST_DB = 30
 LEFT: dict[str, tuple[str, ...]] = {
     "Mixtral": ("MixtralTopKRouter",),
     "Qwen3-MoE": ("Qwen3MoeTopKRouter",),
-    "Bilinear and EmbeddingBag": ("Bilinear",),
     "fused QKV parameter": ("FusedQKV",),
 }
 """The types of modules whose multiplied weights stay in float."""
 
 LARGE: dict[str, str] = {
-    "Bilinear and EmbeddingBag": "most of it is nn.Bilinear",
     "YOLOS": "position embeddings of a table for each layer",
     "fused QKV parameter": "most of it is one parameter that no module holds",
 }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchq import ops
 from torchq.modules.attention_types import MultiheadAttentionType, QATMultiheadAttentionType
 from torchq.modules.base import Matrix, ModuleType, Trained
+from torchq.modules.bilinear import BilinearType, QATBilinearType
 from torchq.modules.conv import ConvType, QATConvType
 from torchq.modules.experts import ExpertsType, QATExpertsType
 from torchq.modules.linear import LinearType, QATLinearType
@@ -33,6 +34,8 @@ TYPES: list[ModuleType] = [
     *map(QATCellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     *map(CellType, (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     LinearLikeType(),
+    QATBilinearType(),
+    BilinearType(),
     QATExpertsType(),
     ExpertsType(),
 ]

@@ -19,8 +19,6 @@ _LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 _ADVICE: dict[type, str] = {
     nn.modules.conv._ConvNd: "transposed convolutions stay in float; one whose kernel is as wide as its stride is an "
     "nn.Linear and a rearranged output, which becomes int8",
-    nn.Bilinear: "as an nn.Linear(in2_features, in1_features * out_features), and a sum over products of its output "
-    "with the first input, it becomes int8",
     parametrize.ParametrizationList: "a weight is computed of them, for a module that stays in float",
     nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
 }
