@@ -161,6 +161,20 @@ def test_report(converted, torchq_command, tmp_path):
     assert f"wrote {tmp_path / 'page.html'}" in err
 
 
+def test_report_as_a_page_without_a_name(converted, torchq_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = torchq_command("report", "--html", converted[0])
+    assert (code, out) == (0, "")
+    assert "<title>torchq report: " in (tmp_path / "report.html").read_text()
+    assert "wrote report.html, " in err
+    code, out, _ = torchq_command("report", converted[0], "other.html")
+    assert (code, out) == (0, "")
+    assert (tmp_path / "other.html").exists()
+    code, _, err = torchq_command("report", converted[0], "--html", "nowhere/report.html")
+    assert code == 2
+    assert "No such file or directory: 'nowhere/report.html'" in err
+
+
 @pytest.mark.parametrize("texts", [False, True])
 def test_verify(converted, bert, torchq_command, texts):
     more = ("--texts", bert / "texts.txt", "--batch", "2") if texts else ("--tokens", "14", "--batch", "2")

@@ -97,14 +97,19 @@ def convert(
 @app.command()
 def report(
     directory: Directory,
-    html: Annotated[Path | None, typer.Option(help="Write a page to this file instead of printing.")] = None,
+    page: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="Where to write the page; report.html by default.")
+    ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write a page instead of printing.")] = False,
     times: Annotated[bool, typer.Option("--times", help="Time each layer in float and int8.")] = False,
     as_json: Json = False,
 ) -> None:
     """What each layer became: scheme, bytes, accuracy, and why."""
     from torchq.command_line import look
 
-    look.report(directory, html=html, times=times, as_json=as_json)
+    if page is None and html:
+        page = Path("report.html")
+    look.report(directory, page=page, times=times, as_json=as_json)
 
 
 @app.command()
@@ -128,7 +133,7 @@ def verify(
 @app.command()
 def bench(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A model, in float or int8. Without, single layers.")
+        Path | None, typer.Argument(metavar="DIR", help="A model, in float or int8. Without, single layers.")
     ] = None,
     shape: Annotated[
         list[str] | None,

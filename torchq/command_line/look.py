@@ -13,7 +13,7 @@ WIDE = 110
 """Columns of a terminal from which on it shows the times of every kernel, and not only of the active one."""
 
 
-def report(directory: Path, *, html: Path | None, times: bool, as_json: bool) -> None:
+def report(directory: Path, *, page: Path | None, times: bool, as_json: bool) -> None:
     """Prints the report of the model, or writes it as a page."""
     opened = open_int8(directory)
     profile = None
@@ -21,12 +21,12 @@ def report(directory: Path, *, html: Path | None, times: bool, as_json: bool) ->
         with working("timing each layer"):
             profile = torchq.profile_layers(opened.model)
     found = torchq.report(opened.model, profile=profile)
-    if html is not None:
-        found.save(html)
-        note(f"wrote {html}, {text.size(html.stat().st_size)}")
+    if page is not None:
+        found.save(page)
+        note(f"wrote {page}, {text.size(page.stat().st_size)}")
     if as_json:
         print_json(found.to_dict())
-    elif html is None:
+    elif page is None:
         out.print(str(found), markup=False)
 
 
