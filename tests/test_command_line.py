@@ -280,6 +280,23 @@ def test_wrong_input_is_a_line_that_says_what_to_do(bert, converted, torchq_comm
         assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", "config.json can't be read: Expecting property name"),
+        ("config.json", "[1]", "config.json should hold a dict, and holds a list."),
+        ("modules.json", "{}", "modules.json should hold a list, and holds a dict."),
+        ("config.json", '{"quantization_config": 8}', "is quantized already, by another tool."),
+    ],
+)
+def test_files_of_a_directory_that_are_damaged(torchq_command, tmp_path, name, text, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    code, printed, err = torchq_command("convert", tmp_path, tmp_path / "out")
+    assert (code, printed) == (2, "")
+    assert message in err
+
+
 def test_wrong_usage(torchq_command):
     for arguments, message in {
         ("envv",): "Did you mean 'env'?",

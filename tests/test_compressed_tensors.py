@@ -180,6 +180,10 @@ CHANGES = {
     "groups": (lambda group: group["weights"].update(strategy="group"), "must be symmetric, by channel or tensor"),
     "weights only": (lambda group: group.update(input_activations=None), "input_activations of group_0 must be 8 bits"),
     "float": (lambda group: group.update(format="float-quantized"), "has format 'float-quantized', and torchq reads"),
+    "int8 in float's place": (
+        lambda group: group.update(targets=["re:.*query"]),
+        "key.weight: is torch.int8, but config.json says that the layer is in float",
+    ),
     "local": (lambda group: group["input_activations"].update(dynamic="local"), "must be dynamic by token or static"),
 }
 

@@ -113,6 +113,7 @@ def test_another_file(tmp_path):
     refused(tmp_path / "other.safetensors", Net(), "no file of torchq.save: its metadata lacks 'torchq'")
     (tmp_path / "text").write_text("hello")
     refused(tmp_path / "text", Net(), "is damaged, or no safetensors file")
+    refused(tmp_path, Net(), "is a folder. What save_pretrained wrote is loaded by from_pretrained, after `import")
     with pytest.raises(FileNotFoundError, match="missing"):
         torchq.load(tmp_path / "missing", Net())
 

@@ -375,6 +375,11 @@ def test_an_error_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_folder_that_is_missing(tmp_path):
+    with pytest.raises(OSError, match=r"torchq.save: .*nowhere/m can't be written: "):
+        torchq.save(convert(mlp(24, 8)), tmp_path / "nowhere" / "m")
+
+
 def test_a_link_goes_on_pointing_to_the_file(tmp_path, path):
     link = tmp_path / "link"
     link.symlink_to(path)

@@ -68,7 +68,10 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     text = json.dumps(about, separators=(",", ":"), allow_nan=False)
     with _replacing(os.path.realpath(path)) as temporary:  # one key: several would come in any order
-        save_file(tensors, temporary, {"torchq": f"{VERSION} {_of_text(text)} {text}"})
+        try:
+            save_file(tensors, temporary, {"torchq": f"{VERSION} {_of_text(text)} {text}"})
+        except SafetensorError as error:
+            raise OSError(f"torchq.save: {os.fspath(path)} can't be written: {error}") from error
 
 
 @door("torchq.load")
@@ -197,6 +200,8 @@ def _sync(path: str) -> None:
 
 def _read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, mapped into memory, and what its metadata says; all of it is checked against checksums."""
+    if os.path.isdir(path):
+        raise BadValueError(f"{path} is a folder. {_OF_A_FOLDER}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             about = _about(path, file.metadata() or {})
@@ -220,7 +225,7 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `save` wrote down: "version checksum JSON"."""
     if "torchq" not in metadata:
-        raise BadValueError(f"{path} is no file of torchq.save: its metadata lacks 'torchq'.")
+        raise BadValueError(f"{path} is no file of torchq.save: its metadata lacks 'torchq'. {_OF_A_FOLDER}")
     version, checksum, text = (*metadata["torchq"].split(" ", 2), "", "")[:3]
     if version != str(VERSION):
         raise BadValueError(
@@ -239,6 +244,7 @@ def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     return about  # type: ignore[no-any-return]
 
 
+_OF_A_FOLDER = "What save_pretrained wrote is loaded by from_pretrained, after `import torchq.hf`."
 _KINDS: dict[str, type] = {
     "plan": dict,
     "shared": dict,

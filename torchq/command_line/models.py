@@ -59,7 +59,7 @@ class Opened:
     def longest(self, tokenizer: Any) -> int:
         """How many tokens a text may have: by a SentenceTransformer's settings, the tokenizer, and the positions."""
         settings = self.folder / "sentence_bert_config.json"
-        known = [json.loads(settings.read_text()).get("max_seq_length") if settings.exists() else None]
+        known = [_json(settings, dict).get("max_seq_length") if settings.exists() else None]
         known += [tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None), _LONGEST]
         return min(int(length) for length in known if length)
 
@@ -73,7 +73,8 @@ def model_folder(directory: Path) -> Path:
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory. Download a model: hf download NAME --local-dir {directory}")
     modules = directory / "modules.json"
-    folder = directory / json.loads(modules.read_text())[0]["path"] if modules.exists() else directory
+    parts = _json(modules, list) if modules.exists() else [{"path": ""}]
+    folder = directory / next((part["path"] for part in parts if isinstance(part, dict) and "path" in part), "")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no config.json. Pass a directory that save_pretrained wrote.")
     return folder
@@ -123,9 +124,25 @@ def float_twin(opened: Opened) -> nn.Module:
 
 
 def _method(folder: Path) -> str | None:
-    config = json.loads((folder / "config.json").read_text())
-    quantized = config.get("quantization_config")
-    return None if quantized is None else str(quantized.get("quant_method", "another tool"))
+    quantized = _json(folder / "config.json", dict).get("quantization_config")
+    if quantized is None:
+        return None
+    return str(quantized.get("quant_method", "another tool")) if isinstance(quantized, dict) else "another tool"
+
+
+def _json(path: Path, kind: type) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UserError: it can't be read, or holds something else than a `kind`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}. Was it copied as a whole?") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} should hold a {kind.__name__}, and holds a {type(found).__name__}.")
+    return found
 
 
 def _opened(folder: Path) -> Opened:

@@ -62,7 +62,7 @@ class TorchqHfQuantizer(Int8Quantizer):
             return
         try:
             skeleton(model, self.plan_for(model), inplace=True)
-        except BadValueError as error:
+        except Exception as error:  # the plan may say anything
             raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         left_out = [f"{head}.weight" for head, _ in self._moved]
@@ -202,6 +202,8 @@ def take_placeholders(model: nn.Module) -> None:
             tensors = {} if missing else module.canonical()
             problems += [f"{prefix}{name}: is missing." for name in sorted(missing)]
             problems += module.layer.problems({prefix + name: tensor for name, tensor in tensors.items()}, prefix)
+        elif isinstance(module, nn.Linear) and module.weight.dtype == torch.int8:
+            problems.append(f"{path}.weight: is torch.int8, but config.json says that the layer is in float.")
     if problems:
         raise ValueError("torchq: this checkpoint can't be loaded:\n\t" + "\n\t".join(problems))
     for path, module in list(model.named_modules()):
