@@ -32,23 +32,24 @@ KINDS = {  # of what becomes int8: a class, its config, the layers, and what the
     "computed": ("Wav2Vec2Model", SOUND, "pos_conv", "encoder.pos_conv_embed.conv.parametrizations.weight.original0"),
     "multihead": ("SiglipVisionModel", {**VISION, **MORE}, "head.attention", "head.attention.in_proj_weight"),
     "experts": ("MixtralModel", EXPERTS, "experts", "layers.0.mlp.experts.gate_up_proj"),
-    "recurrent": ("Recurrent", {}, "rnn", "rnn.weight_ih_l0"),
-    "cell": ("Recurrent", {}, "cell", "cell.weight_ih"),
+    "recurrent": ("Custom", {}, "rnn", "rnn.weight_ih_l0"),
+    "cell": ("Custom", {}, "cell", "cell.weight_ih"),
+    "bilinear": ("Custom", {}, "both", "both.weight"),
     "table": ("BertModel", {**SIZES, **MORE}, "word_embeddings", "embeddings.word_embeddings.weight"),
     "tied table": ("LlamaForCausalLM", {**SIZES, **MORE, "tie_word_embeddings": True}, "lm_head", "lm_head.weight"),
     "attention": ("BertModel", {**SIZES, **MORE}, None, None),
 }  # fmt: skip
 
-RECURRENT = """
+CUSTOM = """
 import transformers
 from torch import nn
 
-class Recurrent(transformers.PreTrainedModel):
+class Custom(transformers.PreTrainedModel):
     config_class = transformers.PretrainedConfig
 
     def __init__(self, config):
         super().__init__(config)
-        self.rnn, self.cell = nn.LSTM(32, 32, batch_first=True), nn.GRUCell(32, 32)
+        self.rnn, self.cell, self.both = nn.LSTM(32, 32, batch_first=True), nn.GRUCell(32, 32), nn.Bilinear(8, 8, 32)
         self.post_init()
 """
 
@@ -57,7 +58,7 @@ def class_of(name):
     if hasattr(transformers, name):
         return getattr(transformers, name)
     names = {"__name__": __name__}
-    exec(RECURRENT, names)
+    exec(CUSTOM, names)
     return names[name]
 
 
@@ -88,9 +89,9 @@ def made(model, config):
 
 IN_A_NEW_PROCESS = """
 import json, sys
-{recurrent}
+{custom}
 for kind, (folder, name) in {kinds!r}.items():
-    cls = Recurrent if name == "Recurrent" else getattr(transformers, name)
+    cls = Custom if name == "Custom" else getattr(transformers, name)
     try:
         cls.from_pretrained(folder)
         print(json.dumps([kind, "loaded"]))
@@ -108,7 +109,7 @@ def test_without_torchq_no_kind_of_int8_module_loads(saved, tmp_path):
     towers = {"text_config": {**SIZES, **MORE}, "vision_config": {**VISION, **MORE}}
     convert(transformers.CLIPModel(transformers.CLIPConfig(**towers)).eval()).save_pretrained(tmp_path)
     kinds["second tower"] = (str(tmp_path), "CLIPVisionModel")
-    code, out, err = run_code(IN_A_NEW_PROCESS.format(recurrent=RECURRENT, kinds=kinds))
+    code, out, err = run_code(IN_A_NEW_PROCESS.format(custom=CUSTOM, kinds=kinds))
     assert code == 0, err
     said = dict(json.loads(line) for line in out.splitlines() if line.startswith("["))
     attention = said.pop("attention")
