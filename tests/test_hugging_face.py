@@ -110,13 +110,60 @@ def test_lora_trains_beside_int8_layers_and_is_saved(llama, peft, tmp_path):
         assert_identical(loaded(IDS[1]).logits, expected)
 
 
-def test_lora_is_what_its_formula_says(peft):
-    layer = convert(nn.Sequential(nn.Linear(32, 24)))[0]
-    config = hf.int8_lora(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False))
-    model = peft.get_peft_model(nn.Sequential(layer), config)
+def with_lora(peft, model, target, **more):
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], init_lora_weights=False, **more)
+    return peft.get_peft_model(model, hf.int8_lora(config))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_lora_is_what_its_formula_says(kind, peft):
+    layer = nn.Linear(32, 24) if kind == "Linear" else transformers.pytorch_utils.Conv1D(24, 32)
+    layer = convert(nn.Sequential(layer))[0]
+    model = with_lora(peft, nn.Sequential(layer), "0", fan_in_fan_out=kind == "Conv1D")
     x = torch.randn(5, 32)
     a, b = (model.base_model.model[0].get_submodule(f"lora_{part}").default.weight for part in "AB")
     torch.testing.assert_close(model(x), layer(x) + 8 / 4 * (x @ a.T @ b.T))
+    assert_identical(model.unload()(x), layer(x))
+
+
+def test_an_adapter_of_an_int8_table(peft):
+    table = convert(nn.Sequential(nn.Embedding(5000, 32)), config=QConfig(embeddings=True))[0]
+    model = with_lora(peft, nn.Sequential(table), "0")
+    ids = torch.arange(7)
+    part = model.base_model.model[0]
+    a, b = part.lora_embedding_A.default, part.lora_embedding_B.default
+    torch.testing.assert_close(model(ids), table(ids) + 8 / 4 * (a.T[ids] @ b.T))
+    with pytest.raises(RuntimeError, match="the weight of an int8 layer can't be written"):
+        model.merge_and_unload()
+
+
+def test_dora_scales_by_the_weight_that_the_layer_has(peft):
+    """Against PEFT's own on a float layer of that weight: what int8 rounds, and no more."""
+    layer, exact = convert(nn.Sequential(nn.Linear(64, 48)))[0], nn.Linear(64, 48)
+    exact.load_state_dict({"weight": layer.weight + 0, "bias": layer.bias + 0})
+    torch.manual_seed(1)
+    model = with_lora(peft, nn.Sequential(layer), "0", use_dora=True)
+    other = peft.get_peft_model(nn.Sequential(exact), model.peft_config["default"])
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" in k}, strict=False)
+    for each in (model, other):
+        each.base_model.model[0].lora_magnitude_vector.default.weight.data.mul_(1.5)
+    x = torch.randn(9, 64)
+    assert sqnr_db(other(x), model(x)) > 40
+
+
+def test_what_peft_can_not_do_is_an_error(peft):
+    """And never an adapter that is not there, or a part that is trained in vain."""
+    image = convert(nn.Sequential(nn.Conv2d(8, 16, 3)))
+    with pytest.raises(ValueError, match=r"Target module QuantizedConv2d.* is not supported"):
+        with_lora(peft, image, "0")
+    model = convert(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
+    with pytest.raises(ValueError, match=r"Target module QuantizedLinear.* is not supported"):
+        peft.get_peft_model(nn.Sequential(*model), peft.LoraConfig(target_modules=["0"]))
+    for more in ({"modules_to_save": ["1"]}, {"bias": "lora_only"}, {"bias": "all"}):
+        with pytest.raises(RuntimeError, match="the weight of an int8 layer gets no gradient"):
+            with_lora(peft, nn.Sequential(*model), "0", **more)
+    with pytest.raises(TypeError, match=r"int8_lora: config must be a peft\.LoraConfig, got IA3Config"):
+        hf.int8_lora(peft.IA3Config(target_modules=["0"]))
 
 
 def test_an_adapter_can_not_be_merged(llama, peft):

@@ -65,7 +65,7 @@ def shard(rank):
     """Batches, so that each rank sees another end of the range; the last rank has none."""
     if rank == SIZE - 1:
         return []
-    return [3 * normal(24 + 16 * rank, 24, seed=10 * rank + i) + (4 if rank else -4) for i in range(3)]
+    return [3 * normal(24 + 16 * rank, 24, seed=10 * rank + i) + (4 if rank else -4) for i in range(3 + rank)]
 
 
 def union():

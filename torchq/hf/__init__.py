@@ -31,6 +31,9 @@ def int8_lora(config: Any) -> Any:
 
     It is the same config, changed. What PEFT saves of an adapter does not say this, so loading one needs it again:
     `PeftModel.from_pretrained(qmodel, path, config=int8_lora(LoraConfig.from_pretrained(path)))`.
+
+    Raises:
+        TypeError: `config` is no LoraConfig.
     """
     from torchq.hf.adapters import register
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 
 from torchq.modules.quantized_linear import QuantizedLinear
@@ -26,5 +27,11 @@ class Int8Lora(lora.Linear):  # type: ignore[misc]
 
 
 def register(config: Any) -> None:
-    """Tells a LoraConfig of int8 layers, by PEFT's way for layer types that it does not know."""
+    """Tells a LoraConfig of int8 layers, by PEFT's way for layer types that it does not know.
+
+    Raises:
+        TypeError: `config` is another one.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"torchq.hf.int8_lora: config must be a peft.LoraConfig, got {type(config).__name__}.")
     config._register_custom_module({QuantizedLinear: Int8Lora})

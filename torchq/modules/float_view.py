@@ -87,6 +87,15 @@ class FloatView(MadeTensor):
     def data(self, value: Tensor) -> None:
         raise read_only("data")
 
+    @property
+    def requires_grad(self) -> bool:
+        """False. Setting it to True is an error, as `requires_grad_()` is: it would be trained in vain."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def requires_grad_(self, requires_grad: bool = True) -> "FloatView":
         """No gradient can be asked for: an int8 weight is not trained."""
         if requires_grad:
