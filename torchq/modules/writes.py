@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from torchq.modules.made import MadeTensor
 from torchq.watching import Watch
 
 
@@ -60,7 +61,11 @@ class Writes(Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and notes what it writes to."""
         kwargs = kwargs or {}
-        y = func(*args, **kwargs)
+        y = NotImplemented
+        if len(types) == 1 and issubclass(types[0], MadeTensor):  # which the dispatcher would ask next
+            y = types[0].__torch_dispatch__(func, types, args, kwargs)
+        if y is NotImplemented:
+            y = func(*args, **kwargs)
         self.note(written_by(func, args, kwargs))
         return y
 
