@@ -129,7 +129,7 @@ def test_threads_change_no_bit(kernel, generator, set_threads, scheme):
 
 
 def test_the_forced_kernel_multiplies_the_codes(kernel, generator):
-    q, k, v = operands(generator, rows=9)
+    q, k, v = operands(generator, rows=130, keys=100, depth=64)
     attention(q, k, v, scheme="int8")
     assert kernels.last_used() == kernel
 

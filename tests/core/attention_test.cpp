@@ -218,9 +218,40 @@ void test_attentions_tiles_are_released() {
 #endif
 }
 
+// How rows are cut into blocks, and which kernel multiplies codes: numbers, so any CPU can tell.
+void check_job(const attention::Kernel& kernel, const Kernel& gemm, const Shape& shape, int64_t blocks, int64_t rows,
+               const Kernel& by) {
+  const Case c(shape);
+  const attention::Problem problem = c.problem(Scheme::codes, nullptr);
+  const attention::Job job = attention::schedule(kernel, gemm, problem);
+  now("attention %s beside %s, %lld rows", kernel.name, gemm.name, static_cast<long long>(shape.rows));
+  check(kernel.name, job.blocks == blocks && job.block_rows == rows, "%lld blocks of %lld rows",
+        static_cast<long long>(job.blocks), static_cast<long long>(job.block_rows));
+  check(kernel.name, job.gemm == &by, "codes are multiplied by %s", job.gemm->name);
+}
+
+void test_schedules() {
+#if defined(__x86_64__) && TORCHQ_HAS_AMX
+  const attention::Kernel &tiles = attention::kernel_amx_bf16, &vectors = attention::kernel_avx512_bf16;
+  const Kernel &amx = kernel_amx_int8, &vnni = kernel_avx512_vnni;
+  check_job(tiles, amx, {1, 1, 128, 128, 64, 64, false}, 2, 64, amx);
+  check_job(tiles, amx, {1, 1, 197, 197, 64, 64, false}, 4, 50, amx);
+  check_job(tiles, amx, {1, 1, 1500, 1500, 64, 64, false}, 47, 32, amx);
+  check_job(tiles, amx, {1, 1, 128, 128, 64, 64, true}, 4, 32, amx);
+  check_job(tiles, amx, {1, 1, 64, 64, 32, 32, false}, 1, 64, vnni);
+  check_job(tiles, amx, {1, 1, 64, 65, 32, 32, false}, 1, 64, amx);
+  check_job(tiles, amx, {1, 1, 64, 64, 32, 33, false}, 1, 64, amx);
+  check_job(tiles, amx, {1, 1, 16, 16, 64, 64, false}, 1, 16, vnni);
+  check_job(vectors, vnni, {1, 1, 16, 16, 64, 64, false}, 1, 18, vnni);
+  check_job(vectors, vnni, {1, 1, 197, 197, 64, 64, false}, 5, 42, vnni);
+  check_job(vectors, vnni, {1, 1, 1500, 1500, 64, 64, false}, 250, 6, vnni);
+#endif
+}
+
 }  // namespace
 
 void test_attention() {
+  test_schedules();
   test_products();
   test_attentions_tiles_are_released();
   for (const Shape& shape : kShapes) {
