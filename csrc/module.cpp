@@ -107,6 +107,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "active_attention", [] { return std::string(torchq::attention::kernel_beside(torchq::active_kernel()).name); },
       "The attention kernel that runs beside the active one.");
+  m.def(
+      "codes_pay_from", [] { return torchq::attention::kernel_beside(torchq::active_kernel()).codes_pay_from; },
+      "For fewer keys that kernel takes no more time in bfloat16 than in int8; 0: int8 always pays.");
   m.def("forced", [] { return name_or_none(torchq::forced_kernel()); }, "The forced kernel, if any.");
   m.def("force", &force, py::arg("name").none(true), "Forces a kernel for the process; None gives the choice back.");
   m.def("set_kernel_of_context", &set_kernel_of_context,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import torchq
+from torchq import kernels
 from torchq.modules.attention import AttentionScheme, attention_modules
 from torchq.planning.plan import AttentionPlan, Plan
 
@@ -30,6 +31,15 @@ def llama(**more):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, **more)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def bart():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.BartModel(config).eval()
 
 
 def tokens(rows, length, seed=0):
@@ -138,12 +148,7 @@ def test_a_sliding_window():
 
 
 def test_encoder_and_decoder():
-    torch.manual_seed(0)
-    config = transformers.BartConfig(
-        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.BartModel(config).eval()
+    model = bart()
     qmodel = only_attention(model, "float32")
     assert len(qmodel.torchq_plan.attentions) == 3
     assert db(model, qmodel, input_ids=tokens(2, 20), decoder_input_ids=tokens(2, 9)) > 110
@@ -177,7 +182,35 @@ def test_auto_keeps_the_output_within_the_margin():
     assert plan.checked.model_db > exact.checked.model_db - 0.3
     assert {row.scheme for row in plan.attentions.values()} != {"float32"}
     for row in plan.attentions.values():
-        assert row.sqnr_db["int8_bfloat16"] > row.sqnr_db["int8"] > 30
+        assert list(row.sqnr_db) == list(kernels.attention_schemes(keys=24))
+        assert sorted(row.sqnr_db.values()) == list(row.sqnr_db.values())  # the faster, the less exact
+        assert min(row.sqnr_db.values()) > 30
+
+
+@pytest.mark.parametrize(
+    ("pays_from", "tried", "taken"),
+    [(0, ["int8", "int8_bfloat16"], "int8"), (24, ["int8", "bfloat16"], "int8"), (25, ["bfloat16"], "bfloat16")],
+)
+def test_auto_tries_what_is_faster_by_the_kernel(pays_from, tried, taken, monkeypatch):
+    monkeypatch.setattr(kernels._C, "codes_pay_from", lambda: pays_from)
+    rows = converted(bert()).torchq_plan.attentions.values()
+    assert len(rows) == SIZES["num_hidden_layers"]
+    assert [list(row.sqnr_db) for row in rows] == [tried] * 3
+    assert [row.scheme for row in rows].count(taken) >= 2
+
+
+def test_auto_asks_for_the_keys_of_each_attention(monkeypatch):
+    """The decoder's own has 9 keys; the two others have the encoder's 20, as the longest batch had."""
+    monkeypatch.setattr(kernels._C, "codes_pay_from", lambda: 20)
+    lengths = [12, 20, 12, 20, 12, 20]
+    loader = [{"input_ids": tokens(4, n, i), "decoder_input_ids": tokens(4, 9, i)} for i, n in enumerate(lengths)]
+    plan = torchq.convert(bart(), loader, config=torchq.QConfig(**QUICK), progress=False).torchq_plan
+    tried = {name: list(row.sqnr_db) for name, row in plan.attentions.items()}
+    assert tried == {
+        "encoder.layers.0.self_attn": ["int8", "bfloat16"],
+        "decoder.layers.0.self_attn": ["bfloat16"],
+        "decoder.layers.0.encoder_attn": ["int8", "bfloat16"],
+    }
 
 
 def test_auto_keeps_float32_where_the_output_would_lose():

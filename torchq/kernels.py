@@ -18,6 +18,7 @@ __all__ = [
     "ENVIRONMENT_VARIABLE",
     "active",
     "active_attention",
+    "attention_schemes",
     "last_used",
     "names",
     "runnable",
@@ -85,6 +86,22 @@ def active_attention() -> str:
     'reference'
     """
     return _C.active_attention()
+
+
+def attention_schemes(keys: int) -> tuple[str, ...]:
+    """The schemes of `ops.attention` that pay by the active kernel for so many keys: the fastest first.
+
+    Each costs accuracy, and takes less time than those that are more exact. AMX multiplies bfloat16 so fast that int8
+    pays from 512 keys on only. By the other kernels it always does, and "int8_bfloat16" is faster than "bfloat16".
+
+    >>> with use("reference"):
+    ...     attention_schemes(keys=128)
+    ('int8', 'int8_bfloat16')
+    """
+    pays_from = _C.codes_pay_from()
+    if not pays_from:
+        return ("int8", "int8_bfloat16")
+    return ("int8", "bfloat16") if keys >= pays_from else ("bfloat16",)
 
 
 def last_used() -> str | None:

@@ -50,6 +50,8 @@ struct Kernel {
   // The features of its vectors, any of which a GEMM kernel must need for this one to run beside it; 0: beside any.
   uint32_t beside = 0;
   Blocking blocking = {};
+  // For fewer keys the scheme bf16 takes no more time than codes, and it is more exact.
+  int64_t codes_pay_from = 0;
 
   // x[i] · factor for i < n, then zeros up to the next multiple of 16. Each 16 start `stride` floats after the last:
   // 16 for a row, the distance of panels for a row across panels.

@@ -194,6 +194,7 @@ constexpr Kernel kernel_amx_bf16 = [] {
   k.needs = kAvx512Vnni | kAvx512Bf16 | kAmxBf16;
   k.beside = kAmxInt8;
   k.blocking = {1, 2 * amx_bf16::kTileRows, amx_bf16::kRowsTogether, 2 * amx_bf16::kTileRows};
+  k.codes_pay_from = 512;
   k.to_floats = amx_bf16::to_floats;
   k.from_floats = amx_bf16::from_floats;
   k.transpose = amx_bf16::transpose;

@@ -245,6 +245,10 @@ void test_schedules() {
   check_job(vectors, vnni, {1, 1, 16, 16, 64, 64, false}, 1, 18, vnni);
   check_job(vectors, vnni, {1, 1, 197, 197, 64, 64, false}, 5, 42, vnni);
   check_job(vectors, vnni, {1, 1, 1500, 1500, 64, 64, false}, 250, 6, vnni);
+  for (int i = 0; i < attention::kernel_count(); ++i) {
+    const attention::Kernel& kernel = attention::kernel_at(i);
+    check(kernel.name, kernel.codes_pay_from == (&kernel == &tiles ? 512 : 0), "codes pay from another number of keys");
+  }
 #endif
 }
 

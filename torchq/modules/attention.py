@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchq import ops
+from torchq import kernels, ops
 from torchq.modules.base import Int8Module
-from torchq.numerics.metrics import energies
+from torchq.numerics.metrics import decibels, energies
 from torchq.scopes import Scoped
 
 NAME = "torchq"
@@ -122,18 +122,30 @@ def attends(module: nn.Module) -> bool:
 
 
 class AttentionErrors:
-    """Compares the schemes with float32 on the calls of some runs: signal and noise of each, by module and scheme."""
+    """Compares schemes with float32 on the calls of some runs: signal and noise of each, by module and scheme.
 
-    def __init__(self, schemes: tuple[str, ...]) -> None:
-        self.schemes = schemes
-        self.sums: dict[tuple[int, str], Tensor] = {}
+    The schemes are those that pay for a module's keys, the most of its calls so far.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[int, int] = {}  # by module
+        self._sums: dict[tuple[int, str], Tensor] = {}
 
     def note(self, module: nn.Module, exact: Tensor, arguments: Mapping[str, Any]) -> None:
         """Computes one call by each scheme."""
-        for scheme in self.schemes:
+        keys = self._keys[id(module)] = max(arguments["k"].shape[-2], self._keys.get(id(module), 0))
+        for scheme in kernels.attention_schemes(keys):
             found = energies(exact, ops.attention(**arguments, scheme=scheme))
             key = (id(module), scheme)
-            self.sums[key] = found if key not in self.sums else self.sums[key] + found
+            self._sums[key] = found if key not in self._sums else self._sums[key] + found
+
+    def sqnr_db(self, module: nn.Module) -> dict[str, float]:
+        """SQNR of the module's output under each scheme that pays, the fastest first; empty where it was never called.
+
+        A scheme that only the longest calls were computed by is judged by these.
+        """
+        schemes = kernels.attention_schemes(self._keys[id(module)]) if id(module) in self._keys else ()
+        return {scheme: decibels(self._sums[id(module), scheme]) for scheme in schemes}
 
 
 _measured_anywhere = False  # in any thread

@@ -1,8 +1,11 @@
 """How precisely each attention of the model is computed: measured on the model's own output.
 
-Attention in int8 is the fastest and the least exact. How much that matters to the model, no attention knows by itself.
-So all start in float32, which is exact to rounding. Those that lose least by themselves become int8 first, as many as
-the model's output allows; of the rest, as many as it allows become the next faster scheme.
+The fastest scheme is the least exact. How much that matters to the model, no attention knows by itself. So all start in
+float32, which is exact to rounding. Those that lose least by themselves get the fastest scheme first, as many as the
+model's output allows; of the rest, as many as it allows get the next faster one.
+
+Which schemes are how fast depends on this CPU's kernel and on the number of keys (`kernels.attention_schemes`). What
+was chosen is in the plan, which is obeyed on every CPU.
 """
 
 import dataclasses
@@ -10,16 +13,12 @@ import dataclasses
 from torch import nn
 
 from torchq.modules.attention import AttentionErrors, attention_modules, measuring, offer_attention
-from torchq.numerics.metrics import decibels
 from torchq.planning.attach import attach_plan
 from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
 from torchq.planning.selfcheck import MARGIN_DB, SelfCheck
 
 ROUNDING_DB = 90.0
 """An output this close differs by float32's rounding only."""
-
-FASTER = ("int8", "int8_bfloat16")
-"""The schemes that cost accuracy and may pay, the fastest first. Alone, "bfloat16" is slower than both."""
 
 
 def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice: str) -> Plan:
@@ -30,7 +29,7 @@ def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice:
     if choice != "auto":
         rows = {name: AttentionPlan(choice, "as the config says") for name in names}
         return _applied(converted, plan, rows, check.compare(_offered(converted, rows)))
-    errors = AttentionErrors(FASTER)
+    errors = AttentionErrors()
     exact = {name: AttentionPlan("float32", "no data to measure a faster scheme with") for name in names}
     with measuring(errors):
         exact_db = check.compare(_offered(converted, exact))
@@ -46,8 +45,7 @@ def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice:
 
 
 def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
-    found = {scheme: errors.sums.get((id(module), scheme)) for scheme in errors.schemes}
-    sqnr_db = {scheme: decibels(sums) for scheme, sums in found.items() if sums is not None}
+    sqnr_db = errors.sqnr_db(module)
     reason = "a faster scheme would cost accuracy" if sqnr_db else "no batch reached it"
     return AttentionPlan("float32", reason, sqnr_db)
 
@@ -55,14 +53,21 @@ def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
 def _fastest(
     converted: nn.Module, rows: dict[str, AttentionPlan], exact_db: float, check: SelfCheck
 ) -> tuple[dict[str, AttentionPlan], float]:
-    """As many rows in faster schemes as keep the output within MARGIN_DB of all float32: all, a half, or a quarter."""
+    """As many rows in faster schemes as keep the output within MARGIN_DB of all float32: all, a half, or a quarter.
+
+    First each row's fastest scheme is tried, then each one's second.
+    """
     best = exact_db
-    for scheme in FASTER:
-        left = [name for name, row in rows.items() if row.scheme == "float32" and scheme in row.sqnr_db]
-        left.sort(key=lambda name: -rows[name].sqnr_db[scheme])
-        for count in dict.fromkeys(-(-len(left) // part) for part in (1, 2, 4)):
+    for place in range(max(len(row.sqnr_db) for row in rows.values())):
+        left = {
+            name: list(row.sqnr_db)[place]
+            for name, row in rows.items()
+            if row.scheme == "float32" and place < len(row.sqnr_db)
+        }
+        names = sorted(left, key=lambda name: -rows[name].sqnr_db[left[name]])
+        for count in dict.fromkeys(-(-len(names) // part) for part in (1, 2, 4)):
             reason = f"the model's output loses less than {MARGIN_DB} dB by it"
-            faster = {name: dataclasses.replace(rows[name], scheme=scheme, reason=reason) for name in left[:count]}
+            faster = {name: dataclasses.replace(rows[name], scheme=left[name], reason=reason) for name in names[:count]}
             db = check.compare(_offered(converted, rows | faster)) if faster else None
             if db is not None and db > exact_db - MARGIN_DB:
                 rows, best = rows | faster, db
