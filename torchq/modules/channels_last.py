@@ -30,7 +30,7 @@ KEEPING = frozenset(
     {
         *_ACTIVATIONS,
         *(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.glu.default, _aten.cat.default),
-        *(_aten.max_pool2d_with_indices.default, _aten.constant_pad_nd.default),
+        *(_aten.max_pool2d_with_indices.default, _aten.constant_pad_nd.default, _aten.pad.default),
     }
 )
 """Operations that give the same values in either format, and in the format of their input."""
@@ -42,13 +42,15 @@ def keeps(func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
     >>> x = torch.zeros(1, 2, 3, 3)
     >>> keeps(_aten.add.Tensor, (x, x), {}, [x, x]), keeps(_aten.add.Tensor, (x, x[:, :, :1]), {}, [x, x[:, :, :1]])
     (True, False)
+    >>> [keeps(_aten.pad.default, (x, [1, 1], *mode), {}, [x]) for mode in ((), ("constant", 0.0), ("reflect",))]
+    [True, True, False]
     """
     if func not in KEEPING or tensors[0].dim() < 3:
         return False
     if func in (_aten.glu.default, _aten.cat.default):
         dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0 if func is _aten.cat.default else -1)
         return dimension == 1 and all(each.dim() == tensors[0].dim() for each in tensors)
-    if func is _aten.constant_pad_nd.default:
+    if func in (_aten.constant_pad_nd.default, _aten.pad.default):
         return is_zero_padding(func, args, kwargs)
     return all(each.shape == tensors[0].shape for each in tensors)
 
@@ -92,9 +94,6 @@ class ChannelsLast(Deferred):
         if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
-        parts = taken_apart(func, args, kwargs)
-        if parts is not NotImplemented:
-            return parts
         flat = not kwargs and func is not _aten.cat.default  # then there is nothing to search through
         leaves = args if flat else tree_leaves((args, kwargs))
         tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -105,6 +104,9 @@ class ChannelsLast(Deferred):
             else:
                 args, kwargs = tree_map_only(cls, lambda each: each.values(), (args, kwargs))
             return _given(run_on_values(func, args, kwargs), tensors[0], func._schema.is_mutable)
+        parts = taken_apart(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         args, kwargs = tree_map_only(cls, lambda each: each.make(), (args, kwargs))
         return run_on_values(func, args, kwargs)
 
