@@ -143,19 +143,19 @@ def test_every_make_target_that_is_named_exists():
     assert [(page, target) for page, target in named if target not in MAKE_TARGETS] == []
 
 
-FIGURE = re.compile(r"\d (?:dB|ms|us|s|GB/s|Gop/s|%|MiB)|\d[.]\d+x")
+FIGURE = re.compile(r"\d (?:dB|ms|us|s|seconds|GB/s|Gop/s|%|[KMG]i?B)\b|\d %|\d[.]\d+x|\d times\b")
 COMMAND = re.compile(r"python (?:-m|examples/|tools/)|make [a-z]|tests?/|test_\w+|by hand")
 
 
-def test_every_table_of_figures_names_the_command_that_prints_it():
-    """In its section, or, for pages that are not as long as the README, at the beginning of the page."""
+def test_every_figure_has_the_command_that_prints_it():
+    """In a table or a sentence: the command stands in its section, or, but for the README, at the start of its page."""
     silent = []
     for page in PAGES:
         intro, *sections = re.split(r"(?m)^(?=## )", page.read_text())
-        for section in sections:
-            rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-            if FIGURE.search(rows) and not COMMAND.search(section if page.stem == "README" else intro + section):
-                silent.append((name(page), section.splitlines()[0]))
+        for section in (intro, *sections):
+            claims = FIGURE.search(re.sub(r"(?ms)^ *```.*?^ *```", "", section))  # what a block prints, it does itself
+            if claims and not COMMAND.search(section if page.stem == "README" else intro + section):
+                silent.append((name(page), section.splitlines()[0], claims[0]))
     assert silent == []
 
 
