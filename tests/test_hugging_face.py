@@ -259,11 +259,11 @@ def test_what_is_no_list_of_texts(sentences):
     model = of(sentences)
     with pytest.raises(TypeError, match=r"model must be a SentenceTransformer, got Linear"):
         hf.convert_sentence_transformer(nn.Linear(2, 2), ["a"])
-    for bad in ("a text", [["a", "b"]], [3]):
-        with pytest.raises(TypeError, match="texts must be a list of strings, got"):
+    for bad, words in (("a text", "'a text'"), (None, "None"), ([["a", "b"]], "one with"), ([3], "one with 3")):
+        with pytest.raises(TypeError, match=f"texts must be a list of strings, got {words}"):
             hf.convert_sentence_transformer(model, bad)
     with pytest.raises(ValueError, match="there must be texts, in batches of at least 1; got 0 by 32"):
-        hf.convert_sentence_transformer(model, [])
+        hf.convert_sentence_transformer(model, (text for text in ()))
 
 
 @pytest.mark.subprocess

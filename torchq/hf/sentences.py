@@ -1,6 +1,6 @@
 """Calibration of a SentenceTransformer from a list of texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 @door("torchq.hf.convert_sentence_transformer")
 def convert_sentence_transformer(
     model: M,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     config: QConfig | None = None,
     batch_size: int = 32,
@@ -41,13 +41,16 @@ def convert_sentence_transformer(
     prepare = getattr(model, "preprocess", None) or getattr(model, "tokenize", None)
     if prepare is None:
         raise BadTypeError(f"model must be a SentenceTransformer, got {type(model).__name__}.")
-    wrong = texts if isinstance(texts, str) else next((text for text in texts if not isinstance(text, str)), None)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise BadTypeError(f"texts must be a list of strings, got {texts!r}.")
+    texts = list(texts)
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
-        raise BadTypeError(f"texts must be a list of strings, got {wrong!r}.")
+        raise BadTypeError(f"texts must be a list of strings, got one with {wrong!r}.")
     if not texts or batch_size < 1:
         raise BadValueError(f"there must be texts, in batches of at least 1; got {len(texts)} by {batch_size}.")
     more = {} if prompt is None else {"prompt": prompt}
-    batches = [prepare(list(texts[i : i + batch_size]), **more) for i in range(0, len(texts), batch_size)]
+    batches = [prepare(texts[i : i + batch_size], **more) for i in range(0, len(texts), batch_size)]
     return convert(model, batches, config=config, forward=_embed, inplace=inplace, progress=progress)
 
 
