@@ -131,6 +131,17 @@ class Mixture(nn.Module):
         return self.experts(x, torch.stack([place % 2, place % 3], dim=-1), x[:, :2].new_ones(len(x), 2))
 
 
+class Pairs(nn.Module):
+    """An nn.Bilinear of a row and of what is bounded of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(WIDTH, WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x.tanh(), x) / WIDTH**0.5
+
+
 class InKeywords(nn.Module):
     """Calls its layer by keyword, on three dimensions."""
 
@@ -168,6 +179,7 @@ BLOCKS = [
     encoder,
     Recurrent,
     Mixture,
+    Pairs,
 ]
 CONFIGS = [QConfig(), QConfig(activation="dynamic"), QConfig(activation="static"), QConfig(weight="per_tensor")]
 
