@@ -135,7 +135,7 @@ def test_with_torchq_every_kind_comes_back(kind, saved):
     assert any(map(attends, loaded.modules())) == (kind == "attention")
 
 
-@pytest.mark.parametrize("kind", KINDS.keys() - {"attention"})
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "attention"])
 def test_a_float_model_takes_no_tensors_of_an_int8_one(kind, saved):
     folder, qmodel, cls = saved[kind]
     model = cls(qmodel.config)
