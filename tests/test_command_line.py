@@ -375,23 +375,3 @@ def test_models_without_transformers(monkeypatch, torchq_command, tmp_path):
     assert code == 2
     assert "models need transformers" in err
     assert "pip install transformers" in err
-
-
-def test_inputs_of_other_models():
-    class Image:
-        main_input_name, dtype = "pixel_values", torch.bfloat16
-
-    class Speech:
-        main_input_name, dtype = "input_features", torch.float32
-
-    class Config:
-        image_size, num_channels, is_encoder_decoder = [32, 16], 1, False
-
-    opened = models.Opened(Image(), ROOT, Config())
-    pixels = models.random_batch(opened, 3, 99)["pixel_values"]
-    assert (pixels.shape, pixels.dtype) == ((3, 1, 32, 16), torch.bfloat16)
-    assert torch.equal(pixels, models.random_batch(opened, 3, 99)["pixel_values"])
-    with pytest.raises(UserError, match="Speech takes input_features, of which torchq makes no example"):
-        models.random_batch(models.Opened(Speech(), ROOT, Config()), 1, 1)
-    with pytest.raises(UserError, match="Image takes pixel_values, and no texts"):
-        list(models.tokenized(opened, ["a"], 1, None))

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -216,6 +217,17 @@ def test_a_missing_and_a_bad_tensor_are_named(tmp_path):
             transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     save_file(whole | {f"{layer}.weight_int8": torch.zeros(3, 3, dtype=torch.int8)}, path, {"format": "pt"})
     with pytest.raises(RuntimeError, match="mismatched"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_is_missing_or_cut(tmp_path):
+    static_bert().save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SafetensorError, match="incomplete"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 

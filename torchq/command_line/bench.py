@@ -101,7 +101,7 @@ def show_model(found: dict[str, Any]) -> None:
         count = each["batch"] * (each["tokens"] if found["takes_ids"] else 1)
         shape = f"{each['batch']} x {each['tokens']}" if found["takes_ids"] else str(each["batch"])
         rows.append((shape, *_times(each), f"{count / each['int8_seconds']:,.0f}"))
-    unit = "tokens" if found["takes_ids"] else "images"
+    unit = "tokens" if found["takes_ids"] else "inputs"
     sizes = f"{text.size(found['bytes_float'])} -> {text.size(found['bytes_int8'])}"
     head = (f"batch x {unit}" if found["takes_ids"] else "batch", "float", "int8", "faster", f"{unit}/s in int8")
     print_table(_title(f"{found['model']}, {sizes}"), head, rows)

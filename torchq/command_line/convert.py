@@ -8,7 +8,7 @@ from typing import Any
 import torchq
 from torchq import QConfig, text
 from torchq.command_line.console import UserError, note, out
-from torchq.command_line.models import model_folder, open_float, read_texts, tokenized
+from torchq.command_line.models import model_folder, open_float, read_texts, runs, tokenized
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.h5", "*.msgpack", "*.ot", "*.gguf")
 """What is not copied: weights in float, of this and of other frameworks."""
@@ -37,6 +37,7 @@ def convert(
     batches: list[Any] | None = None
     if lines is not None:
         batches = list(tokenized(opened, lines, batch_size, max_length))
+        runs(opened, batches[0])
         note(f"calibrating on {len(lines)} texts in {len(batches)} batches")
     else:
         note("converting without texts: every layer dynamic. --calib texts.txt measures and chooses")

@@ -5,7 +5,7 @@ and writes that one, and leaves the rest of the directory as it is.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,33 +205,91 @@ def tokenized(opened: Opened, texts: Sequence[str], batch_size: int, max_length:
 
 
 def random_batch(opened: Opened, size: int, tokens: int) -> Batch:
-    """An input of this shape, the same at each call; of an image model, `size` images.
+    """An input of this shape, the same at each call; of an image model, `size` images, and of a speech model, sounds.
 
     Raises:
         UserError: the model takes something else.
     """
-    generator, config = torch.Generator(device="cpu").manual_seed(0), opened.config
-    if opened.takes_ids:
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
-            raise UserError(f"{type(opened.model).__name__} takes {longest} tokens at most, got {tokens}.")
-        vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (size, tokens), generator=generator, dtype=torch.int64, device="cpu")
-        return _for_decoder(opened, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    if opened.model.main_input_name == "pixel_values":
-        sides = getattr(config, "image_size", _IMAGE_SIZE)
-        height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
-        shape = (size, getattr(config, "num_channels", 3), height, width)
-        pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return {"pixel_values": pixels.to(opened.model.dtype)}
-    raise UserError(
-        f"{type(opened.model).__name__} takes {opened.model.main_input_name}, of which torchq makes no example. "
-        "Use torchq.verify and torchq.profile_layers in Python."
-    )
+    config, name = opened.config, str(opened.model.main_input_name)
+    if name not in _EXAMPLES:
+        raise UserError(
+            f"{type(opened.model).__name__} takes {name}, of which torchq makes no example. "
+            "Use torchq.verify and torchq.profile_layers in Python."
+        )
+    batch = _EXAMPLES[name](opened, size, tokens)
+    placed = any(hasattr(config, key) for key in ("image_token_id", "image_token_index"))  # images among the tokens
+    if opened.takes_ids and hasattr(config, "vision_config") and not placed:
+        batch |= _images(opened, size, tokens)
+    return runs(opened, _for_decoder(opened, batch))
+
+
+def runs(opened: Opened, batch: Batch) -> Batch:
+    """The same batch, with which the model can be called.
+
+    Raises:
+        UserError: it can't.
+    """
+    try:
+        with torch.no_grad():
+            opened.model(**batch)
+    except Exception as error:
+        raise UserError(
+            f"{type(opened.model).__name__} can't be called with {' and '.join(batch)} alone: {error}. "
+            "Use torchq.convert, verify and profile_layers in Python."
+        ) from error
+    return batch
+
+
+def _ids(opened: Opened, size: int, tokens: int, *, limit: str = "max_position_embeddings") -> Batch:
+    config = opened.config.get_text_config()
+    longest = getattr(config, limit, None)
+    if longest is not None and tokens > longest:
+        raise UserError(f"{type(opened.model).__name__} takes {longest} tokens at most, got {tokens}.")
+    ids = torch.randint(config.vocab_size, (size, tokens), generator=_random(), dtype=torch.int64, device="cpu")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _images(opened: Opened, size: int, tokens: int) -> Batch:
+    config = getattr(opened.config, "vision_config", opened.config)
+    sides = getattr(config, "image_size", _IMAGE_SIZE)
+    height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
+    return {"pixel_values": _normal(opened, size, getattr(config, "num_channels", 3), height, width)}
+
+
+def _sounds(opened: Opened, size: int, tokens: int) -> Batch:
+    step = getattr(opened.config, "inputs_to_logits_ratio", _SAMPLES)
+    return {"input_values": _normal(opened, size, tokens * step + _SAMPLES)}
+
+
+def _spectra(opened: Opened, size: int, tokens: int) -> Batch:
+    """Of as many frames as Whisper wants, twice its positions; of others, as many as tokens."""
+    frames = 2 * getattr(opened.config, "max_source_positions", tokens)
+    bins = getattr(opened.config, "num_mel_bins", 80)
+    batch = {"input_features": _normal(opened, size, bins, frames)}
+    if getattr(opened.config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = _ids(opened, size, tokens, limit="max_target_positions")["input_ids"]
+    return batch
+
+
+_SAMPLES = 400  # what the first convolutions of speech models see at once, and about what they step by
+_EXAMPLES: dict[str, Callable[[Opened, int, int], Batch]] = {
+    "input_ids": _ids,
+    "pixel_values": _images,
+    "input_values": _sounds,
+    "input_features": _spectra,
+}
+
+
+def _normal(opened: Opened, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=_random(), dtype=torch.float32, device="cpu").to(opened.model.dtype)
+
+
+def _random() -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(0)
 
 
 def _for_decoder(opened: Opened, batch: Batch) -> Batch:
     """With an input for the decoder, where there is one that does not make its own."""
-    if getattr(opened.config, "is_encoder_decoder", False):
+    if getattr(opened.config, "is_encoder_decoder", False) and "input_ids" in batch:
         batch["decoder_input_ids"] = batch["input_ids"]
     return batch
