@@ -36,12 +36,13 @@ class Tied(nn.Module):
         torch.manual_seed(0)
         self.table, self.positions = nn.Embedding(ROWS, DIM, padding_idx=3), Positions(ROWS, DIM)
         self.bag, self.body = nn.EmbeddingBag(ROWS, DIM, padding_idx=5), nn.Linear(DIM, DIM)
-        self.head = nn.Linear(DIM, ROWS, bias=False)
+        self.head, self.bags = nn.Linear(DIM, ROWS, bias=False), True
         if tied:
             self.head.weight = self.table.weight
 
     def forward(self, ids):
-        x = self.table(ids) + self.positions(ids) + self.bag(ids)[:, None]
+        x = self.table(ids) + self.positions(ids)
+        x = x + self.bag(ids)[:, None] if self.bags else x
         return self.head(self.body(x).relu())
 
 
@@ -135,8 +136,15 @@ def test_training_lowers_the_loss_and_moves_all():
 
 def test_data_does_not_return_trained_tables_to_float():
     """Neither for what int8 costs the output, nor because a batch did not reach them."""
-    model = prepare_qat(Tied(), DATA)
+    plain, model = Tied(), prepare_qat(Tied(), DATA)
     train(model)
+    for each in (plain, model):
+        each.bags = False
+        with torch.no_grad():
+            each.positions.weight[:, 0] = 40  # of which int8 has steps of 0.3
+            each.body.weight[:, 0] = 0
+    kinds = {name: row.kind for name, row in convert(plain, DATA).torchq_plan.tables.items()}
+    assert kinds == {"table": "int8", "positions": "float", "bag": "float"}
     qmodel = convert(model, DATA)
     assert {row.kind for row in qmodel.torchq_plan.tables.values()} == {"int8"}
     assert qmodel.torchq_plan.layers["head"].channel_scale is None  # its weight is the table's, in the table's units

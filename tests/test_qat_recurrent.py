@@ -175,12 +175,21 @@ def test_what_is_left_out_is_float_again(inplace):
 
 
 def test_data_never_moves_a_trained_part_to_float():
-    """Untrained, the first input product of such a layer returns to float if the output is bad."""
-    model = prepared(alone(nn.RNN, nonlinearity="relu"))
+    """Untrained, the first input product of such a layer returns to float, for the output is bad with it in int8."""
+    data = [X.clone(), X.flip(0)]
+    for x in data:
+        x[..., 0] = 200  # beside which the other inputs have few codes
+    plain, config = alone(nn.RNN), {"smoothing": "none"}
     with torch.no_grad():
-        model.rnn.weight_hh_l0.mul_(8)
-    kinds = [layer.kind for layer in convert(model.eval(), [X, X + 1]).torchq_plan.layers.values()]
-    assert kinds == ["int8 static"] * 2
+        plain.rnn.weight_ih_l0[:, 0] = 0
+    model = prepared(plain, data=data, **config)
+
+    def kinds(model):
+        plan = convert(model.eval(), data, config=QConfig(**config, min_sqnr_db=-100)).torchq_plan
+        return [layer.kind.partition(" ")[0] for layer in plan.layers.values()]
+
+    assert kinds(plain) == ["float", "int8"]
+    assert kinds(model) == ["int8", "int8"]
 
 
 def test_bad_input():
