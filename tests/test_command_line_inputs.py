@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", "5.17", reason="transformers 
 from torchq.command_line import models  # noqa: E402
 from torchq.command_line.console import UserError  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("seeded", "quiet_transformers")
+pytestmark = [pytest.mark.usefixtures("seeded", "quiet_transformers"), pytest.mark.slow(seconds=4)]
 
 MORE = {"intermediate_size": 48, "num_hidden_layers": 1}
 VISION = {"hidden_size": 32, "num_attention_heads": 4, "image_size": 16, "patch_size": 8, **MORE}
