@@ -22,8 +22,6 @@ from torchq.calibration.calibrate import Evidence, evaluating
 from torchq.calibration.isolation import own_thread, uncompiled
 from torchq.errors import BadValueError
 from torchq.modules.base import Int8Module
-from torchq.modules.qat_embedding import QATTable
-from torchq.modules.qat_linear import QATProduct
 from torchq.modules.registry import find_layers, type_of
 from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
@@ -70,7 +68,7 @@ class SelfCheck:
     def __init__(self, evidence: Evidence) -> None:
         self._exact: list[_Exact] = []
         self._model_name = type(evidence.model).__name__
-        self._trained = any(isinstance(module, (QATProduct, QATTable)) for module in evidence.model.modules())
+        self._trained = any(layer.trained for layer in evidence.layers.values())
         self._config = evidence.config
         self.margin_db = max(MARGIN_DB, evidence.config.margin_db)  # what the user allows each layer
         self._apart = evidence.apart
@@ -110,7 +108,7 @@ class SelfCheck:
 
         What int8 tables cost is measured with the heads that share them in int8, which are judged as other layers are.
         """
-        if self._trained or self._config.embeddings != "auto" or not plan.int8_tables():
+        if self._config.embeddings != "auto" or not plan.int8_tables():
             return plan, converted, db
         exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
         while exact_db is not None and plan.int8_tables():
@@ -198,7 +196,7 @@ class SelfCheck:
     def _float_inputs(self, plan: Plan, db: float) -> dict[str, Plan]:
         """The plan with the input products of recurrent modules in float, where it does too little for the model."""
         names = [name for name in self._inputs if plan.layers[name].is_int8]
-        if self._trained or not names or db >= ENOUGH_DB or self._config.activation != "auto":
+        if not names or db >= ENOUGH_DB or self._config.activation != "auto":
             return {}
         reason = f"the model's output has {db:.1f} dB with it in int8: the steps amplify its errors"
         layers = {name: LayerPlan("float", reason, sqnr_db=plan.layers[name].sqnr_db) for name in names}
