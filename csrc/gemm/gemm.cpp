@@ -107,7 +107,7 @@ void run_at_once(const Job& job, const Part& part, int64_t row, int64_t rows, Bl
   if (whole < part.panel_end) run_panels(whole, part.panel_end);
 }
 
-// Weights to bring into L2: [begin, end).
+// Weights, or rows of x, to bring into L2: [begin, end).
 struct Lines {
   const uint8_t *begin, *end;
 };
@@ -121,6 +121,21 @@ Lines lines_ahead(const Job& job, int index) {
   return {begin, begin + std::min(group, a.count - first) * a.stride};
 }
 
+// Rows [begin, end) of x, where they lie side by side and are still to be quantized.
+Lines lines_of_rows(const Job& job, int64_t begin, int64_t end) {
+  const Input& x = job.problem->x;
+  if (x.ready || x.stride != job.problem->weights->k * element_bytes(x.dtype)) return {};
+  const auto* data = static_cast<const uint8_t*>(x.data);
+  return {data + begin * x.stride, data + end * x.stride};
+}
+
+// Asks for the lines that the next tile writes, while this one multiplies: no stream of stores tells the hardware of
+// them, and a store that misses holds back those behind it.
+void prefetch_outputs(const uint8_t* y, int64_t rows, int64_t stride, int64_t bytes) {
+  for (int64_t r = 0; r < rows; ++r, y += stride)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1);
+}
+
 // Tiles [first, end) of rows, which are in the scratch, by the part's panels. then: what to bring into L2 with the last
 // group of these.
 void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t first, int64_t end, Block& b,
@@ -130,9 +145,10 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   const int64_t n = p.weights->n, group = job.tile.n / kPanelColumns;
   const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
   const int64_t larger = tiles.larger, height = tiles.height * tiles.unit, larger_height = height + tiles.unit;
-  const int64_t stride = b.codes_stride, y_stride = p.y.stride;
+  const int64_t stride = b.codes_stride, y_stride = p.y.stride, y_bytes = element_bytes(p.y.dtype);
   const int64_t next_bytes = int64_t{kernel.tiling.next_lines} * 64 * b.k_groups;
   const bool fetches = next_bytes && (end - first > 1 || b.k_groups < kLongPanel);
+  const bool writes_next = job.fetches_outputs;
   b.next = nullptr;
   for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
     b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
@@ -159,6 +175,8 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
       if (fetches) {
         b.next = next < next_end ? next : nullptr;
         next += next_bytes;
+        if (writes_next && t + 1 < end)
+          prefetch_outputs(y + m * y_stride, std::min(m, left - m), y_stride, columns * y_bytes);
       }
       whole ? kernel.run(b) : run_ragged(job, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
@@ -189,7 +207,10 @@ void run(const Job& job, int index, void* memory) {
     if (job.kernel->tiling.own_loops)
       run_at_once(job, part, row, rows, b, s);
     else
-      run_tiles(job, part, tiles, first, end, b, s, block + 1 < blocks ? Lines{} : then);
+      run_tiles(job, part, tiles, first, end, b, s,
+                block + 1 == blocks
+                    ? then
+                    : lines_of_rows(job, row + rows, tiles.start(piece(tiles.count, block + 2, blocks))));
   }
 }
 
