@@ -49,12 +49,63 @@ def converted(model, rank, group):
 
 def whole(sharded, ranges, rank, group):
     """The same model, not sharded: in every process."""
+    return gathered(sharded, prepare_qat(net(), shard(rank), ranges=ranges, group=group))
+
+
+def gathered(sharded, model):
+    """`model`, with the state of the sharded one."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
-    model = prepare_qat(net(), shard(rank), ranges=ranges, group=group)
-    model.load_state_dict(state)
+    model.load_state_dict(get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True)))
     return model
+
+
+class Words(nn.Module):
+    """An embedding, a recurrent layer, attention and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(60, 32), nn.LSTM(32, 32, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.conv, self.head = nn.Conv1d(32, 16, 3), nn.Linear(16, 8)
+
+    def forward(self, ids):
+        x = self.layer(self.rnn(self.table(ids))[0])
+        return self.head(self.conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+def words():
+    torch.manual_seed(0)
+    return Words()
+
+
+def sentences(rank, count):
+    """Of each process its own, and of another number."""
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randint(0, 60, (4 + rank, 7), generator=generator) for _ in range(count)]
+
+
+def trained_words(rank, wrapper, group, mesh):
+    """What two processes made of all kinds of modules: the plan, the state, and whether it is what was trained."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = prepare_qat(words(), sentences(rank, 4), group=group)
+    wrapped = nn.parallel.DistributedDataParallel(model) if wrapper == "DDP" else fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    for ids in sentences(rank, 3):
+        optimizer.zero_grad()
+        wrapped(ids).square().mean().backward()
+        optimizer.step()
+    if wrapper == "FSDP":
+        model = gathered(model, prepare_qat(words(), sentences(rank, 4), group=group))
+    before = prepare_qat(words(), sentences(rank, 4), group=group).state_dict()
+    moved = sum(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    qmodel = convert(model.eval(), sentences(rank, 2), group=group)
+    with torch.no_grad(), simulate():
+        simulated = qmodel(sentences(0, 1)[0])
+    with torch.no_grad():
+        same = torch.equal(simulated, model(sentences(0, 1)[0]))
+    return qmodel.torchq_plan.to_dict(), qmodel.state_dict(), same, moved
 
 
 def scenarios(rank):
@@ -62,6 +113,8 @@ def scenarios(rank):
     from torch.distributed.fsdp import fully_shard
 
     found, group, mesh = {}, distributed.group.WORLD, init_device_mesh("cpu", (SIZE,))
+    for wrapper in ("DDP", "FSDP"):
+        found["kinds", wrapper] = trained_words(rank, wrapper, group, mesh)
     for ranges in ("learned", "observed"):
         model = prepare_qat(net(), shard(rank), ranges=ranges, group=group)
         wrapped = train(nn.parallel.DistributedDataParallel(model), rank)
@@ -98,6 +151,19 @@ def test_every_process_converts_to_the_same_bits(found, wrapper, ranges):
     assert state.keys() == other_state.keys()
     assert all(torch.equal(value, other_state[key]) for key, value in state.items() if isinstance(value, torch.Tensor))
     assert exact  # process 0 computes what it trained
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP"])
+def test_all_kinds_of_modules_convert_to_the_same_bits(found, wrapper):
+    """On shards of other sizes. Every layer has been trained in int8, and most of its numbers have moved."""
+    (plan, state, exact, moved), (other_plan, other_state, _, _) = (each["kinds", wrapper] for each in found)
+    assert plan == other_plan
+    assert {layer["kind"] for layer in plan["layers"].values()} == {"int8 static"}
+    assert {"rnn.hh_l0", "layer.self_attn.q_proj", "layer.linear1", "conv", "head"} <= plan["layers"].keys()
+    assert state.keys() == other_state.keys()
+    assert all(torch.equal(value, other_state[key]) for key, value in state.items() if isinstance(value, torch.Tensor))
+    assert exact
+    assert moved > 20
 
 
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP"])
