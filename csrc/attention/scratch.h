@@ -93,7 +93,8 @@ inline void carve_codes(const Job& job, Carver& from, Scratch& s) {
   s.key_codes = from.take<uint8_t>(kPanel * round_up(p.depth, 64));
   for (float** one : {&s.middle, &s.scale, &s.inv_scale, &s.lo, &s.hi, &s.zero}) *one = from.take<float>(widest);
   s.colsum = from.take<int32_t>(widest);
-  s.code_sums = from.take<int32_t>(job.gemm->tiling.own_loops ? job.block_rows * kSumColumns : 0);
+  const Tiling& tiling = job.gemm->tiling;
+  s.code_sums = from.take<int32_t>(tiling.own_loops ? round_up(job.block_rows, tiling.tile.m) * kSumColumns : 0);
 }
 
 inline Scratch carve(const Job& job, Carver& from) {

@@ -72,7 +72,7 @@ struct Block {
   Layout layout;           // of the panels. It must not follow `panels`: g++ would store both at once and load them
                            // one by one, and the CPU cannot forward such a store
   int64_t residual;        // bytes from each output to what is added to it, of the same dtype (floats); 0 for nothing
-  int32_t* sums;           // with own_loops: room for m x kSumColumns sums of a part of the depth
+  int32_t* sums;           // with own_loops: of a part of the depth, kSumColumns of each row of whole tiles (tile.m)
 };
 
 // Columns of Block::sums.
