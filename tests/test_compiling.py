@@ -41,6 +41,37 @@ def compiled_ops(model, x):
     return y, [args[0] if args else 0 for args in seen]
 
 
+class Typed(nn.Module):
+    """Asks its layer for its dtype first, as the vision models of transformers do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.to(self.layer.weight.dtype)) + self.layer.bias.mean()
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Linear(8, 16), (4, 8)),
+        (nn.Conv1d(8, 16, 3), (2, 8, 9)),
+        (nn.Conv2d(8, 16, 3), (2, 8, 9, 9)),
+        (nn.Conv2d(8, 16, 3, stride=3), (2, 8, 9, 9)),
+        (nn.Conv2d(8, 16, 3, groups=2), (2, 8, 9, 9)),
+        (nn.Conv2d(8, 8, 3, groups=8), (2, 8, 9, 9)),
+    ],
+    ids=str,
+)
+def test_code_that_reads_the_weight_breaks_no_graph(layer, size):
+    model, x = torchq.convert(Typed(layer).eval()), normal(*size)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), model(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow(seconds=10)
 @pytest.mark.parametrize(
     ("function", "activation"),

@@ -140,7 +140,6 @@ class QuantizedConv(PackedWeights, Leaf):
 
     def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight, scale, bias, channel_scale = unpack(self.packed if packed is None else packed, self.geometry)
-        bias = torch.zeros_like(scale) if bias is None else bias
         return weight, scale, bias, scale[:0] if channel_scale is None else channel_scale
 
     def _scales_channels(self, packed: Tensor) -> bool:

@@ -119,8 +119,10 @@ def packs_as_one(shape: Sequence[int], groups: int) -> bool:
     return groups == 1 or (groups == shape[0] and shape[1] == 1 and math.prod(shape[2:]) <= _MOST_TAPS)
 
 
-def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The exact inverse of `pack`: weight, scale, bias or None, channel_scale or None.
+def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inverse of `pack`: weight, scale, bias, channel_scale or None.
+
+    Without a bias it is zeros, which is the same. So shapes say all, and a compiler can trace it.
 
     >>> geometry = Geometry(1, 4, (3,), (1,), ((0, 0),), (1,))
     >>> unpack(pack(torch.ones(4, 1, 3, dtype=torch.int8), torch.ones(4)), geometry)[0].shape
@@ -132,11 +134,12 @@ def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor |
     n, k = geometry.out_channels // groups, geometry.depth
     sizes = [ops.packed_bytes(n, k, channel_scale) for channel_scale in (False, True)]
     size = next(size for size in reversed(sizes) if size <= rows[0].numel())
-    weights, scales, biases, channels = zip(*(ops.unpack(row[:size].clone()) for row in rows), strict=True)
+    unpacked = (torch.ops.torchq.unpack(row[:size].clone(), k) for row in rows)
+    weights, scales, biases, channels = zip(*unpacked, strict=True)
     weight = torch.cat(weights).view(geometry.out_channels, *geometry.kernel, inputs).movedim(-1, 1)
     weight = weight.clone(memory_format=torch.contiguous_format)  # contiguous() would keep strides of size 1
-    bias = None if biases[0] is None else torch.cat(biases)
-    return weight, torch.cat(scales), bias, None if channels[0] is None else torch.cat([c[:inputs] for c in channels])
+    channel_scale = torch.cat([each[:inputs] for each in channels])
+    return weight, torch.cat(scales), torch.cat(biases), channel_scale if channel_scale.numel() else None
 
 
 def convolve(

@@ -72,8 +72,7 @@ def convolved(given: Given, geometry: Geometry) -> tuple[Tensor, Tensor]:
     sums = conv(padded, weight.double(), None, geometry.stride, 0, geometry.dilation, geometry.groups)
     y = sums * (scale.view(-1, *[1] * (x.dim() - 1)) if isinstance(scale, Tensor) else scale)
     y = y * _by_channel(weight_scale.double(), y)
-    b = torch.zeros_like(weight_scale.double()) if bias is None else bias.double()
-    b = _by_channel(b, y)
+    b = _by_channel(bias.double(), y)
     return y + b, 4 * U * (y.abs() + b.abs()) + _TINY
 
 
