@@ -218,6 +218,7 @@ void test_attentions_tiles_are_released() {
 #endif
 }
 
+#if defined(__x86_64__) && TORCHQ_HAS_AMX
 // How rows are cut into blocks, and which kernel multiplies codes: numbers, so any CPU can tell.
 void check_job(const attention::Kernel& kernel, const Kernel& gemm, const Shape& shape, int64_t blocks, int64_t rows,
                const Kernel& by) {
@@ -229,6 +230,7 @@ void check_job(const attention::Kernel& kernel, const Kernel& gemm, const Shape&
         static_cast<long long>(job.blocks), static_cast<long long>(job.block_rows));
   check(kernel.name, job.gemm == &by, "codes are multiplied by %s", job.gemm->name);
 }
+#endif
 
 void test_schedules() {
 #if defined(__x86_64__) && TORCHQ_HAS_AMX
