@@ -131,8 +131,10 @@ Lines lines_of_rows(const Job& job, int64_t begin, int64_t end) {
 
 // Asks for the lines that the next tile writes, while this one multiplies: no stream of stores tells the hardware of
 // them, and a store that misses holds back those behind it.
-void prefetch_outputs(const uint8_t* y, int64_t rows, int64_t stride, int64_t bytes) {
-  for (int64_t r = 0; r < rows; ++r, y += stride)
+// Not inlined: that would cost kernels that ask for nothing registers in their loop over tiles.
+__attribute__((noinline)) void prefetch_outputs(const Output& to, const uint8_t* y, int64_t rows, int64_t columns) {
+  const int64_t bytes = columns * element_bytes(to.dtype);
+  for (int64_t r = 0; r < rows; ++r, y += to.stride)
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1);
 }
 
@@ -145,10 +147,9 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   const int64_t n = p.weights->n, group = job.tile.n / kPanelColumns;
   const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
   const int64_t larger = tiles.larger, height = tiles.height * tiles.unit, larger_height = height + tiles.unit;
-  const int64_t stride = b.codes_stride, y_stride = p.y.stride, y_bytes = element_bytes(p.y.dtype);
+  const int64_t stride = b.codes_stride, y_stride = p.y.stride;
   const int64_t next_bytes = int64_t{kernel.tiling.next_lines} * 64 * b.k_groups;
   const bool fetches = next_bytes && (end - first > 1 || b.k_groups < kLongPanel);
-  const bool writes_next = job.fetches_outputs;
   b.next = nullptr;
   for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
     b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
@@ -175,8 +176,7 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
       if (fetches) {
         b.next = next < next_end ? next : nullptr;
         next += next_bytes;
-        if (writes_next && t + 1 < end)
-          prefetch_outputs(y + m * y_stride, std::min(m, left - m), y_stride, columns * y_bytes);
+        if (job.fetches_outputs && t + 1 < end) prefetch_outputs(p.y, y + m * y_stride, std::min(m, left - m), columns);
       }
       whole ? kernel.run(b) : run_ragged(job, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;
