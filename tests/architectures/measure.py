@@ -3,7 +3,7 @@
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -146,12 +146,10 @@ def _outputs(models: tuple[nn.Module, ...], batch: Mapping[str, Any]) -> list[Te
 def _hooked(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     """Calls `hook` behind each router of the model, which stay in float."""
     routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-    handles = [module.register_forward_hook(hook) for module in routers]
-    try:
+    with ExitStack() as stack:
+        for router in routers:
+            stack.enter_context(router.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_int8(qmodel: nn.Module, name: str) -> bool:

@@ -68,16 +68,12 @@ def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (row.resident > RESIDENT) == (name in LARGE), f"{row.resident:.3f} of float's bytes"
     assert min(row.db) >= FLOOR_DB.get(name, LEAST_DB)
     model, plain, calibrated = models
-    x = architecture.inputs(7)
     for qmodel in (plain, calibrated):
-        torchq.save(qmodel, tmp_path / "m.safetensors")
-        loaded = torchq.load(tmp_path / "m.safetensors", copy.deepcopy(model).to("meta"))
-        assert torch.equal(run(loaded, x), run(qmodel, x))
-    _use(architecture, model, calibrated, tmp_path / "pretrained")
+        _copy_and_load(architecture, model, qmodel, tmp_path / "m.safetensors")
+    _publish_and_generate(architecture, model, calibrated, tmp_path / "pretrained")
 
 
-def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module, folder: Path) -> None:
-    """What is done with models: they are copied, saved and loaded, also as transformers does it, and generate."""
+def _copy_and_load(architecture: Architecture, model: nn.Module, qmodel: nn.Module, path: Path) -> None:
     x = architecture.inputs(7)
     expected = run(qmodel, x)
     assert torch.equal(run(copy.deepcopy(qmodel), x), expected)
@@ -87,11 +83,18 @@ def _use(architecture: Architecture, model: nn.Module, qmodel: nn.Module, folder
     loaded = apply_plan(model, qmodel.torchq_plan)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(run(loaded, x), expected)
+    torchq.save(qmodel, path)
+    assert torch.equal(run(torchq.load(path, copy.deepcopy(model).to("meta")), x), expected)
+
+
+def _publish_and_generate(architecture: Architecture, model: nn.Module, qmodel: nn.Module, folder: Path) -> None:
+    """As transformers does."""
+    x = architecture.inputs(7)
     if hasattr(model, "save_pretrained"):
         from torchq import hf  # noqa: F401 which registers torchq with transformers
 
         qmodel.save_pretrained(folder)
-        assert torch.equal(run(type(model).from_pretrained(folder), x), expected)
+        assert torch.equal(run(type(model).from_pretrained(folder), x), run(qmodel, x))
     if architecture.generates:
         prompt = {key: value for key, value in x.items() if key != "decoder_input_ids"}
         tokens = qmodel.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
