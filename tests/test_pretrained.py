@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import sys
 import types
 from functools import cache
@@ -267,8 +268,10 @@ def test_transformers_that_is_old_or_missing(version, monkeypatch):
 def test_bad_options():
     with pytest.raises(ValueError, match="attention must be one of"):
         hf.TorchqConfig(attention="fast")
-    with pytest.raises(ValueError, match="modules_to_not_convert must be a list, got 'lm_head'"):
-        hf.TorchqConfig(modules_to_not_convert="lm_head")
+    for names in ("lm_head", 3, True, [1], {"lm_head": 1}):
+        said = f"modules_to_not_convert must be a list of names of modules, got {re.escape(repr(names))}"
+        with pytest.raises(ValueError, match=said):
+            hf.TorchqConfig(modules_to_not_convert=names)
     with pytest.raises(ValueError, match="run on the CPU, but device_map says 'cuda'"):
         hf.TorchqHfQuantizer(hf.TorchqConfig()).validate_environment(device_map="cuda")
 

@@ -227,6 +227,7 @@ def test_corrupt_checkpoints_of_transformers(tmp_path):
             said = json.loads(about)
             if change is another_value:
                 another_value(said["quantization_config"], rng)
+                said["quantization_config"]["quant_method"] = json.loads(about)["quantization_config"]["quant_method"]
             else:
                 weights = change(weights, rng)
             (folder / "config.json").write_text(json.dumps(said))

@@ -71,11 +71,9 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"TorchqConfig: this checkpoint has format {format_version!r}, and this torchq reads {FORMAT}. Update "
                 "torchq, or convert the model again."
             )
-        if isinstance(modules_to_not_convert, str):
-            raise ValueError(f"TorchqConfig: modules_to_not_convert must be a list, got {modules_to_not_convert!r}.")
         self.quant_method = METHOD
         self.format_version = FORMAT
-        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
         self.weight, self.attention, self.embeddings, self.fuse = weight, attention, embeddings, fuse
         self.plan = plan
         self.qconfig(())
@@ -89,6 +87,14 @@ class TorchqConfig(QuantizationConfigMixin):  # type: ignore[misc]
             fuse=self.fuse,
             exclude=exclude,
         )
+
+
+def _list_of_names(modules: Sequence[str] | None) -> list[str] | None:
+    if modules is None:
+        return None
+    if not isinstance(modules, (list, tuple)) or not all(isinstance(name, str) for name in modules):
+        raise ValueError(f"TorchqConfig: modules_to_not_convert must be a list of names of modules, got {modules!r}.")
+    return list(modules)
 
 
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
