@@ -8,7 +8,8 @@
 #   make test-arm    the Arm kernels under qemu, and torchq with torch on an emulated arm64 Python
 #   make test-arm-full  the same with every test
 #   make test-sanitize  the core and the extension under ASan, UBSan and TSan
-#   make fuzz MINUTES=1  random ops, models, checkpoints and bytes, each test for so long; a failure prints how to repeat it
+#   make fuzz MINUTES=1  random ops, models, checkpoints and bytes, each test for so long; a failure prints how to repeat it;
+#                    FROM=n starts at a seed instead of a random one
 #   make endurance SECONDS=60  threads that serve while others load, convert and simulate; every answer is checked
 #   make guard       int8 against float32: prints the speed, checks the answers
 #   make bench-core  percent of peak of every kernel this CPU can run
@@ -24,6 +25,7 @@ ATTENTION := $(wildcard csrc/attention/*)
 CONV := $(wildcard csrc/conv/*)
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/gemm/* csrc/attention/* csrc/conv/* tests/core/* tests/*/*.cpp tests/arm/stand_ins/*.* benchmarks/*.c*)
 MINUTES ?= 1
+FROM ?=
 SECONDS ?= 60
 
 .PHONY: demo test test-arm test-arm-full test-sanitize fuzz endurance docs dist lint guard bench-core clean
@@ -48,7 +50,7 @@ test-sanitize: $(VENV)/built
 	TORCHQ_SANITIZE=1 $(BIN)/python -m pytest -n auto $(SLOWEST) tests/sanitize
 
 fuzz: $(VENV)/built
-	TORCHQ_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n auto $(SLOWEST) tests/fuzz
+	TORCHQ_FUZZ_MINUTES=$(MINUTES) TORCHQ_FUZZ_FROM=$(FROM) $(BIN)/python -m pytest -n auto $(SLOWEST) tests/fuzz
 
 endurance: $(VENV)/built
 	$(BIN)/python -m benchmarks.endurance --seconds $(SECONDS)

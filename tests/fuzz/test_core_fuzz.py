@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT
 from helpers.core import PLAIN, SANITIZERS, built, compiler, core_sources, files_under, jobs, made, run
 from helpers.core import compile_all as compiled
-from helpers.fuzzing import FIRST_SEED, MINUTES
+from helpers.fuzzing import FIRST_SEED, MINUTES, ONLY_SEED
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.slow(seconds=90)]
 
@@ -54,7 +54,8 @@ def test_core():
     corpus.mkdir(exist_ok=True)
     options = [f"-max_total_time={max(1, round(60 * MINUTES))}", f"-max_len={LONGEST_INPUT}", "-len_control=0"]
     options += ["-verbosity=0", "-print_final_stats=1", "-timeout=60", f"-artifact_prefix={FUZZ.relative_to(ROOT)}/"]
-    options += [f"-seed={FIRST_SEED}"] if FIRST_SEED else []
+    first = ONLY_SEED or FIRST_SEED
+    options += [f"-seed={first}"] if first else []
     env = {**os.environ, "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1"}  # aborted, it writes the input
     command = [fuzzer, *options, corpus]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
