@@ -22,8 +22,8 @@
 #include <vector>
 
 #include "direct_call.h"
+#include "direct_layer.h"
 #include "dlpack.h"
-#include "linear.h"
 #include "nn_module.h"
 #include "plain_tensor.h"
 #include "run.h"
@@ -32,9 +32,6 @@ namespace py = pybind11;
 
 namespace torchq {
 namespace {
-
-// Multiply-adds, about 5 us: a shorter product keeps the GIL.
-constexpr int64_t kKeepGilBelow = 1 << 20;
 
 // Names of a QuantizedLinear's attributes.
 struct Names {
@@ -46,14 +43,6 @@ struct Names {
 
 bool simulating = false;  // whether any thread does: then Python must look whether this one does
 
-// What a product is made of beside x.
-struct Layer {
-  py::object packed;
-  const DTypePair* codes_of = nullptr;  // if x is codes: of the floats that they stand for; y is such a float
-  bool gives_codes = false;
-  LayerNumbers numbers;
-};
-
 // The header of packed weights, or null.
 const PackedHeader* header_of(PyObject* object) {
   dlpack::Tensor packed;
@@ -63,49 +52,6 @@ const PackedHeader* header_of(PyObject* object) {
 
 bool fits(const dlpack::Tensor& x, const PackedHeader& weights) {
   return x.ndim >= 1 && x.ndim <= kMostDims && x.shape[x.ndim - 1] == weights.k && is_contiguous(x);
-}
-
-// An input that this file multiplies, with its weights and their kernel.
-struct PlainInput {
-  dlpack::Tensor x;
-  const DTypePair* dtype;
-  const PackedHeader* weights;
-  const Kernel* kernel;
-  int64_t count;  // rows
-
-  Rows rows() const { return {data_of(x), count, weights->k, dtype->ours}; }
-  int64_t work() const { return count * weights->n * weights->k; }
-};
-
-// False: this is not a plain call.
-bool read(PyObject* object, const Layer& layer, PlainInput* out) {
-  if (simulating || !plain_eager() || !view(object, &out->x)) return false;
-  out->dtype = find(out->x.dtype);
-  out->weights = header_of(layer.packed.ptr());
-  if (!out->dtype || !out->weights || (out->dtype == kU8) != static_cast<bool>(layer.codes_of)) return false;
-  if (layer.codes_of && out->weights->has_channel_scale) return false;
-  if (!fits(out->x, *out->weights)) return false;
-  if (wants_gradient(object) || is_negated(object)) return false;
-  out->count = 1;
-  for (int i = 0; i + 1 < out->x.ndim; ++i) out->count *= out->x.shape[i];
-  out->kernel = kernel_for(out->weights->layout);
-  return out->count && out->weights->n && out->kernel;
-}
-
-// y. Null without an error set: this is not a plain call.
-py::object multiply(PyObject* object, const Layer& layer) {
-  PlainInput in;
-  if (!read(object, layer, &in)) return {};
-  const DTypePair* y_dtype = layer.gives_codes ? kU8 : layer.codes_of ? layer.codes_of : in.dtype;
-  void* data;
-  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *y_dtype, &data));
-  if (!y) return {};
-  const Problem problem = linear_problem(layer.numbers, in.rows(), *in.weights, data, y_dtype->ours);
-  {
-    const Unlocked unlocked(in.work() >= kKeepGilBelow);
-    run(*in.kernel, problem);
-  }
-  return y;
 }
 
 bool read(PyObject* value, bool (*allowed)(int64_t), int32_t* out) {
@@ -129,14 +75,47 @@ bool read(PyObject* value, QParams* out) {
          read(PyTuple_GET_ITEM(value, 1), is_zero_point, &out->zero_point);
 }
 
-// The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
-bool read(PyObject* state, Layer* out) {
+}  // namespace
+
+bool read_input(PyObject* object, const Layer& layer, PlainInput* out) {
+  if (simulating || !plain_eager() || !view(object, &out->x)) return false;
+  out->dtype = find(out->x.dtype);
+  out->weights = header_of(layer.packed.ptr());
+  if (!out->dtype || !out->weights || (out->dtype == kU8) != static_cast<bool>(layer.codes_of)) return false;
+  if (layer.codes_of && out->weights->has_channel_scale) return false;
+  if (!fits(out->x, *out->weights)) return false;
+  if (wants_gradient(object) || is_negated(object)) return false;
+  out->count = 1;
+  for (int i = 0; i + 1 < out->x.ndim; ++i) out->count *= out->x.shape[i];
+  out->kernel = kernel_for(out->weights->layout);
+  return out->count && out->weights->n && out->kernel;
+}
+
+bool read_layer(PyObject* state, Layer* out) {
   PyObject *buffers = PyDict_GetItemWithError(state, names.buffers),
            *pair = PyDict_GetItemWithError(state, names.input_qparams);
   if (!buffers || !pair) return false;
   out->packed = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
   out->numbers.per_token = pair == Py_None;
   return out->packed && (out->numbers.per_token || read(pair, &out->numbers.x));
+}
+
+namespace {
+
+// y. Null without an error set: this is not a plain call.
+py::object multiply(PyObject* object, const Layer& layer) {
+  PlainInput in;
+  if (!read_input(object, layer, &in)) return {};
+  const DTypePair* y_dtype = layer.gives_codes ? kU8 : layer.codes_of ? layer.codes_of : in.dtype;
+  void* data;
+  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *y_dtype, &data));
+  if (!y) return {};
+  const Problem problem = linear_problem(layer.numbers, in.rows(), *in.weights, data, y_dtype->ours);
+  {
+    const Unlocked unlocked(in.work() >= kKeepGilBelow);
+    run(*in.kernel, problem);
+  }
+  return y;
 }
 
 PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -161,7 +140,7 @@ PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
       Py_DECREF(pending);
     }
     Layer layer;
-    return or_not_implemented(state && read(state, &layer) ? multiply(args[2], layer) : py::object());
+    return or_not_implemented(state && read_layer(state, &layer) ? multiply(args[2], layer) : py::object());
   });
 }
 
@@ -207,7 +186,7 @@ PyObject* begin_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
     Layer layer;
     PlainInput in;
-    if (!state || !read(state, &layer) || !read(args[2], layer, &in)) return or_not_implemented({});
+    if (!state || !read_layer(state, &layer) || !read_input(args[2], layer, &in)) return or_not_implemented({});
     const Problem problem = linear_problem(layer.numbers, in.rows(), *in.weights, nullptr, in.dtype->ours);
     const std::vector<int64_t> shape(in.x.shape, in.x.shape + in.x.ndim);
     std::unique_ptr<HalfDone> half(new HalfDone{std::move(layer), shape, in.dtype, problem, {}});
@@ -283,7 +262,7 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Layer layer;
     LayerNumbers& numbers = layer.numbers;
     int32_t activation;
-    if (!read(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5], args[6]))
+    if (!read_layer(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5], args[6]))
       return or_not_implemented({});
     numbers.activation = static_cast<Activation>(activation);
     if (codes != Py_None && !read_codes(codes, &layer)) return or_not_implemented({});

@@ -8,5 +8,7 @@ namespace torchq {
 void add_direct_calls(pybind11::module_& module);
 // Adds call_layer_norm (direct_norm.cpp); after the above.
 void add_direct_norm(pybind11::module_& module);
+// Adds call_residual (direct_residual.cpp); after both.
+void add_direct_residual(pybind11::module_& module);
 
 }  // namespace torchq

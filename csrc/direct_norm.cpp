@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "direct_call.h"
+#include "direct_layer.h"
 #include "nn_module.h"
 #include "plain_tensor.h"
 #include "run.h"
@@ -27,8 +28,9 @@ bool read_parameter(PyObject* object, int64_t n, const float** out) {
   return true;
 }
 
-// The numbers of the module for rows of n values.
-bool read(PyObject* state, int64_t n, NormRows* out) {
+}  // namespace
+
+bool read_norm(PyObject* state, int64_t n, NormRows* out) {
   PyObject *parameters = PyDict_GetItemWithError(state, names.parameters),
            *eps = PyDict_GetItemWithError(state, names.eps);
   if (!parameters || !PyDict_Check(parameters) || !eps || !PyFloat_CheckExact(eps)) return false;
@@ -39,6 +41,12 @@ bool read(PyObject* state, int64_t n, NormRows* out) {
          (bias == Py_None || read_parameter(bias, n, &out->bias));
 }
 
+py::object held_parameters(PyObject* state) {
+  return py::reinterpret_steal<py::object>(PyDict_Copy(PyDict_GetItemWithError(state, names.parameters)));
+}
+
+namespace {
+
 // y. Null: this is not a plain call.
 py::object normalized(PyObject* state, PyObject* object) {
   dlpack::Tensor x;
@@ -46,7 +54,7 @@ py::object normalized(PyObject* state, PyObject* object) {
   if (!plain_eager() || !view(object, &x) || wants_gradient(object) || is_negated(object)) return {};
   const DTypePair* dtype = find(x.dtype);
   if (!dtype || dtype->ours != DType::f32 || x.ndim < 1 || x.ndim > kMostDims || !is_contiguous(x)) return {};
-  if (!read(state, x.shape[x.ndim - 1], &rows)) return {};
+  if (!read_norm(state, x.shape[x.ndim - 1], &rows)) return {};
   rows.count = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) rows.count *= x.shape[i];
   if (!rows.count || !rows.n) return {};
@@ -54,8 +62,7 @@ py::object normalized(PyObject* state, PyObject* object) {
   auto y = py::reinterpret_steal<py::object>(new_output(x.shape, x.ndim, rows.n, *dtype, &data));
   if (!y) return {};
   rows.x = reinterpret_cast<const float*>(data_of(x)), rows.y = static_cast<float*>(data);
-  // The parameters stay: the module holds them. Its owner may replace them meanwhile, so they are held here as well.
-  const auto held = py::reinterpret_steal<py::object>(PyDict_Copy(PyDict_GetItemWithError(state, names.parameters)));
+  const py::object held = held_parameters(state);
   if (!held) return {};
   {
     const Unlocked unlocked(rows.count * rows.n >= kKeepGilBelowValues);

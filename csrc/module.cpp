@@ -118,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
   torchq::add_direct_calls(m);
   torchq::add_direct_norm(m);
+  torchq::add_direct_residual(m);
 }
 
 // libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.

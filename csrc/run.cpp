@@ -150,6 +150,7 @@ void run(const Kernel& kernel, const Problem& asked, int most_threads) {
   Job job = schedule(kernel, problem);
   job.parts = std::min(job.parts, most_threads);
   run_parts(job);
+  if (problem.norm && !gives_whole_rows(job)) normalize_on_threads(*job.kernel, *problem.norm);
 }
 
 QuantizedRows::QuantizedRows(const Kernel& kernel, const Problem& problem) : kernel_(kernel) {
@@ -227,9 +228,8 @@ void activate(const Kernel& kernel, Activation activation, const Values& v) {
 void normalize_on_threads(const Kernel& kernel, const NormRows& rows) {
   const int64_t n = rows.n, bytes = rows.count * n * 4;
   if (bytes > kHugeOutput) prefer_huge_pages(rows.y, bytes);
-  torch::stable::parallel_for(0, rows.count, kValuesPerThread / n + 1, [&](int64_t begin, int64_t end) {
-    normalize(kernel, {end - begin, n, rows.x + begin * n, rows.weight, rows.bias, rows.eps, rows.y + begin * n});
-  });
+  torch::stable::parallel_for(0, rows.count, kValuesPerThread / n + 1,
+                              [&](int64_t begin, int64_t end) { normalize(kernel, rows.part(begin, end)); });
 }
 
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y) {

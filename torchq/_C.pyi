@@ -29,6 +29,17 @@ def ask_for_kernel(yes: bool) -> None: ...
 def last_used() -> str | None: ...
 def call_linear(module: nn.Module, cls: type[nn.Module], x: Tensor, /) -> Tensor: ...
 def call_layer_norm(module: nn.Module, cls: type[nn.Module], x: Tensor, /) -> Tensor: ...
+def call_residual(
+    module: nn.Module,
+    cls: type[nn.Module],
+    forward: Callable[..., Any],
+    calls: tuple[str, ...],
+    norm: str | None,
+    kinds: tuple[type[nn.Module], type[nn.Module], tuple[type[nn.Module], ...]],
+    x: Tensor,
+    residual: Tensor,
+    /,
+) -> Tensor: ...
 def call_fused(
     module: nn.Module,
     cls: type[nn.Module],

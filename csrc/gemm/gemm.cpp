@@ -9,6 +9,7 @@
 //     for each group of job.tile.n columns
 //       for each tile of rows (RowTiles)
 //         kernel.run(): full depth, then the epilogue, straight into y
+//     kernel.normalize(): the block's rows of y, while they are in L2
 
 #include "gemm.h"
 
@@ -193,6 +194,7 @@ void run(const Job& job, int index, void* memory) {
   Scratch s = carve(job, memory);
   Block b = common_block(job);
   const CodeRows* ready = job.problem->x.ready;
+  const NormRows* norm = gives_whole_rows(job) ? job.problem->norm : nullptr;
   const Lines then = lines_ahead(job, index);
   // Blocks are nearly equal numbers of tiles. A small last block would read every panel for its few rows.
   const RowTiles tiles(job, part);
@@ -211,6 +213,7 @@ void run(const Job& job, int index, void* memory) {
                 block + 1 == blocks
                     ? then
                     : lines_of_rows(job, row + rows, tiles.start(piece(tiles.count, block + 2, blocks))));
+    if (norm) job.kernel->normalize(norm->part(row, row + rows));
   }
 }
 

@@ -152,6 +152,7 @@ struct Problem {
   Output y;
   Activation activation;
   Ahead ahead = {};
+  const NormRows* norm = nullptr;  // of all rows of y, float32, without an activation: where they are, it is computed
 };
 
 // How a problem is computed. schedule() derives it once; every part reads it.
@@ -183,6 +184,10 @@ struct Part {
 
 // The index-th of job.parts parts. Together they cover y exactly once; some may be empty.
 Part part_of(const Job& job, int index);
+
+// Whether every part gives whole rows of y: then Problem::norm is computed by the part. Else its caller does that, when
+// all parts have run.
+inline bool gives_whole_rows(const Job& job) { return !job.by_columns || job.parts == 1; }
 
 // Computes a part. scratch: job.scratch_bytes, which parts running at the same time must not share.
 void run(const Job& job, int index, void* scratch);

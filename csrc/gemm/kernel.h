@@ -138,7 +138,14 @@ struct NormRows {
   int64_t count, n;
   const float *x, *weight, *bias;
   float eps;
-  float* y;  // x, or apart from it
+  float* y;                         // x, or apart from it
+  const float* residual = nullptr;  // if given, it is added to x first; y holds the sums meanwhile
+
+  // Rows [begin, end) of these.
+  NormRows part(int64_t begin, int64_t end) const {
+    const int64_t at = begin * n;
+    return {end - begin, n, x + at, weight, bias, eps, y + at, residual ? residual + at : nullptr};
+  }
 };
 
 // ---- What sets a kernel apart, by concept -----------------------------------------------------------------------

@@ -15,28 +15,34 @@ constexpr float kEps = 1e-5f;
 
 struct Norm {
   int64_t count, n;
-  std::vector<float> x, weight, bias;  // an empty bias is none
+  std::vector<float> x, weight, bias, residual;  // an empty bias is none, an empty residual too
 };
 
-Norm random_norm(int64_t count, int64_t n, bool with_bias) {
+Norm random_norm(int64_t count, int64_t n, bool with_bias, bool with_residual) {
   const auto random = [&](int64_t size, float lo, float hi) {
     std::vector<float> values(size);
     for (float& v : values) v = random_source.uniform(lo, hi);
     return values;
   };
-  return {count, n, random(count * n, -3, 5), random(n, -2, 2), random(with_bias ? n : 0, -2, 2)};
+  return {count,
+          n,
+          random(count * n, -3, 5),
+          random(n, -2, 2),
+          random(with_bias ? n : 0, -2, 2),
+          random(with_residual ? count * n : 0, -3, 3)};
 }
 
 std::vector<float> normalized(const Kernel& kernel, const Norm& norm, Side side) {
-  static Guarded memory[4];
+  static Guarded memory[5];
   const std::vector<float> room(norm.x.size());
-  const std::vector<float>* from[] = {&norm.x, &norm.weight, &norm.bias, &room};
-  float* at[4];
-  for (int i = 0; i < 4; ++i) {
+  const std::vector<float>* from[] = {&norm.x, &norm.weight, &norm.bias, &room, &norm.residual};
+  float* at[5];
+  for (int i = 0; i < 5; ++i) {
     at[i] = reinterpret_cast<float*>(memory[i].place(from[i]->size() * sizeof(float), side));
     if (!from[i]->empty()) std::memcpy(at[i], from[i]->data(), from[i]->size() * sizeof(float));
   }
-  kernel.normalize({norm.count, norm.n, at[0], at[1], norm.bias.empty() ? nullptr : at[2], kEps, at[3]});
+  kernel.normalize({norm.count, norm.n, at[0], at[1], norm.bias.empty() ? nullptr : at[2], kEps, at[3],
+                    norm.residual.empty() ? nullptr : at[4]});
   return {at[3], at[3] + room.size()};
 }
 
@@ -57,7 +63,8 @@ void check_kernels(const Norm& norm) {
 void check_formula(const Norm& norm) {
   const std::vector<float> got = normalized(kernel_reference, norm, Side::end);
   for (int64_t r = 0; r < norm.count; ++r) {
-    const float* x = norm.x.data() + r * norm.n;
+    std::vector<float> x(norm.x.begin() + r * norm.n, norm.x.begin() + (r + 1) * norm.n);
+    for (int64_t i = 0; i < norm.n && !norm.residual.empty(); ++i) x[i] += norm.residual[r * norm.n + i];
     double mean = 0, square = 0;
     for (int64_t i = 0; i < norm.n; ++i) mean += x[i] / static_cast<double>(norm.n);
     for (int64_t i = 0; i < norm.n; ++i) square += (x[i] - mean) * (x[i] - mean) / static_cast<double>(norm.n);
@@ -76,9 +83,11 @@ void check_formula(const Norm& norm) {
 void test_norm() {
   for (int64_t n : {1, 2, 3, 15, 16, 17, 63, 64, 65, 100, 128, 200})
     for (int64_t count : {1, 3, 4, 6, 9})
-      for (bool with_bias : {false, true}) {
-        now("LayerNorm of %d x %d%s", static_cast<int>(count), static_cast<int>(n), with_bias ? " with a bias" : "");
-        Norm norm = random_norm(count, n, with_bias);
+      for (int with = 0; with < 4; ++with) {
+        const bool with_bias = with & 1, with_residual = with & 2;
+        now("LayerNorm of %d x %d%s%s", static_cast<int>(count), static_cast<int>(n), with_bias ? " with a bias" : "",
+            with_residual ? " of sums" : "");
+        Norm norm = random_norm(count, n, with_bias, with_residual);
         if (n > 1) check_formula(norm);  // of one value, the difference from the mean is 0
         check_kernels(norm);
         norm.x[random_source.below(count * n)] = std::numeric_limits<float>::infinity();

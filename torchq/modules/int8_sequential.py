@@ -146,13 +146,14 @@ def steps_of(children: list[Any]) -> list[Step]:
     """How these children run, where nothing stands against it."""
     steps, i = [], 0
     while i < len(children):
-        step = _step(children[i], children[i + 1 :])
+        step = step_of(children[i], children[i + 1 :])
         steps.append(step)
         i += 1 + len(step.between or ())
     return steps
 
 
-def _step(module: Any, behind: list[Any]) -> Step:
+def step_of(module: Any, behind: list[Any]) -> Step:
+    """A child together with as many of those behind it as it may run at once with."""
     if type(module) is not QuantizedLinear:
         return Step.alone(module)
     found, fold = followers(behind, lambda child: type(child) is QuantizedLinear), module.fold

@@ -1,5 +1,7 @@
 """LayerNorm: nn.LayerNorm in float32, faster than torch's on the CPU, for converted models."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -19,9 +21,15 @@ class LayerNorm(nn.LayerNorm):
 
     @staticmethod
     def adopt(module: nn.Module) -> None:
-        """Makes an nn.LayerNorm itself a LayerNorm, if it normalizes the last dimension and has a weight."""
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.elementwise_affine:
+        """Makes an nn.LayerNorm itself a LayerNorm, if it can be one."""
+        if LayerNorm.can_be(module):
             module.__class__ = LayerNorm
+
+    @staticmethod
+    def can_be(module: nn.Module | None) -> bool:
+        """Whether it is an nn.LayerNorm that normalizes the last dimension and has a weight."""
+        known = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+        return known and cast(nn.LayerNorm, module).elementwise_affine
 
     def __call__(self, input: Tensor) -> Tensor:
         """forward(), skipping nn.Module's and the dispatcher's part of the call if they have nothing to do."""

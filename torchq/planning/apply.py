@@ -22,6 +22,7 @@ from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
+from torchq.modules.straight_forms import Activated, Residual
 from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
@@ -81,8 +82,10 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
             Int8TransformerEncoder.adopt(module)
+            Activated.adopt(module)
             if plan.int8_layers():
                 LayerNorm.adopt(module)
+        _adopt_residuals(model, plan)
         _open_scopes(model, plan)
         for module in list(model.modules()):  # training forms that stay float become plain modules again
             kind = type_of(module)
@@ -121,6 +124,14 @@ def _make_curves(model: nn.Module, plan: Plan) -> None:
             children[key] = faster(module)
 
 
+def _adopt_residuals(model: nn.Module, plan: Plan) -> None:
+    """Lets modules with a layer, a sum and a LayerNorm compute these at once, where the plan says so."""
+    for name, planned in plan.layers.items():
+        if planned.is_int8 and planned.sum_norm is not None:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            Residual.adopt(owner, planned.sum_norm.rpartition(".")[2])
+
+
 def _open_scopes(model: nn.Module, plan: Plan) -> None:
     """Lets layers wait for an activation that is not behind them in an Int8Sequential, in the calls of both's owner."""
     scopes: dict[int, Scope] = {}
@@ -136,6 +147,8 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
         if isinstance(owner, Int8Sequential) and any(
             step.module is layer and step.activation for step in owner._steps()
         ):
+            continue
+        if isinstance(owner, Activated) and owner.computes(layer):
             continue
         layer.scope = _scope_of(model, path, scopes)
 

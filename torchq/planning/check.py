@@ -9,6 +9,7 @@ from torchq.errors import BadValueError
 from torchq.modules.activations import activation_named
 from torchq.modules.attention import attention_modules
 from torchq.modules.folding import IDLE
+from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
@@ -67,6 +68,8 @@ def _check_folded(model: nn.Module, modules: Mapping[str, nn.Module], layer: Lay
         _require(
             is_foldable(norm, rank), name, f"includes {planned.norm!r}, which is no batch norm with fixed statistics"
         )
+    summed = planned.sum_norm is None or LayerNorm.can_be(modules.get(planned.sum_norm))
+    _require(summed, name, f"has the sum_norm {planned.sum_norm!r}, which is no nn.LayerNorm of one dimension")
     for folded in planned.folded:
         module = modules.get(folded)
         idle = folded != planned.activation and type(module) in (nn.ReLU, *IDLE)

@@ -1,13 +1,16 @@
 """Fusion: which layers may compute the activation that follows them, and pass u8 codes to the next layer."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
 from torchq.calibration.readers import ADDITION, PADDING
 from torchq.modules.activations import activation_named
-from torchq.modules.folding import followers
+from torchq.modules.folding import IDLE, followers
+from torchq.modules.layer_norm import LayerNorm
+from torchq.modules.straight import Line, line_of
 from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
@@ -18,7 +21,8 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
 
     In an nn.Sequential the structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own,
     where nothing else can read what lies in between. Elsewhere a layer waits for the activation that calibration saw
-    (`Pending`), or that is known to follow, in torch's transformer layers. All modules stay callable by themselves.
+    (`Pending`), or that is known to follow, in torch's transformer layers and in straight modules (`line_of`). In these
+    a sum and a LayerNorm may follow instead. All modules stay callable by themselves.
     """
     if not evidence.config.fuse:
         return plan
@@ -33,13 +37,44 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for path, sequential in evidence.model.named_modules():
         if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
             _fuse_children(path, sequential, names, plans, evidence)
-    for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
+    known = _feed_forwards(evidence.model) | _straight_activations(evidence)
+    for name, activation in (evidence.activations | known).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
     for name, readers in evidence.handovers.items():
         if all(plans[each].is_int8 for each in (name, *readers)) and not plans[name].feeds:
             plans[name] = dataclasses.replace(plans[name], hands=readers)
+    for name, norm in _sum_norms(evidence).items():
+        if name in plans and plans[name].is_int8 and not plans[name].feeds:
+            plans[name] = dataclasses.replace(plans[name], sum_norm=norm)
     return dataclasses.replace(plan, layers=plans)
+
+
+def _lines(evidence: Evidence) -> Iterator[tuple[nn.Module, Line, Callable[[str], str]]]:
+    """The straight modules that begin with a matrix, and what gives their children's full names."""
+    for path, module in evidence.model.named_modules():
+        line = line_of(type(module))
+        full = f"{path}.{{}}".format if path else str
+        layer = None if line is None else evidence.layers.get(full(line.calls[0]))
+        if line is not None and layer is not None and not (layer.kind.absorbs or layer.part):
+            yield module, line, full
+
+
+def _straight_activations(evidence: Evidence) -> dict[str, str]:
+    """By the layer in a module that is nothing but `act(layer(x))`: its activation."""
+    lines = [(line.calls, full) for _, line, full in _lines(evidence) if line.last is None and len(line.calls) == 2]
+    pairs = {full(layer): full(act) for (layer, act), full in lines}
+    return {layer: act for layer, act in pairs.items() if activation_named(evidence.model, act) != Activation.NONE}
+
+
+def _sum_norms(evidence: Evidence) -> dict[str, str]:
+    """By the layer in a module that is nothing but `norm(idle(layer(x)) + residual)`: its norm."""
+    found = {}
+    for module, line, full in _lines(evidence):
+        idle = (type(module._modules.get(name)) in IDLE for name in line.calls[1:])
+        if line.last is not None and LayerNorm.can_be(module._modules.get(line.last)) and all(idle):
+            found[full(line.calls[0])] = full(line.last)
+    return found
 
 
 def _feed_forwards(model: nn.Module) -> dict[str, str]:

@@ -40,6 +40,7 @@ def _layer(layer: LayerPlan, rename: Rename) -> LayerPlan:
         layer,
         norm=layer.norm and rename(layer.norm),
         activation=layer.activation and rename(layer.activation),
+        sum_norm=layer.sum_norm and rename(layer.sum_norm),
         skipped=tuple(new for name in layer.skipped if (new := rename(name)) is not None),
         feeds=layer.feeds and rename(layer.feeds),
         hands=_all(layer.hands, rename),

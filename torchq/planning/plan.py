@@ -101,6 +101,7 @@ class LayerPlan:
         norm: the name of the norm behind it that its weight and bias include.
         activation: the name of the activation's module, computed in this layer's epilogue.
         adds: whether a sum with another tensor lies before the activation, and is computed with it.
+        sum_norm: the name of the nn.LayerNorm of the sum with another tensor, where both are computed with this layer.
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         hands: the convolutions that alone read this one's output as floats, which therefore may stay channels last.
@@ -127,6 +128,7 @@ class LayerPlan:
     norm: str | None = None
     activation: str | None = None
     adds: bool = False
+    sum_norm: str | None = None
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
     hands: tuple[str, ...] = ()

@@ -187,6 +187,7 @@ class SelfCheck:
                         activation=layer.activation,
                         norm=layer.norm,
                         adds=layer.adds,
+                        sum_norm=layer.sum_norm,
                     )
                     for name, layer in plan.layers.items()
                 },

@@ -1,0 +1,47 @@
+// Modules as the direct calls read them: the state of a QuantizedLinear (direct.cpp) and of a LayerNorm
+// (direct_norm.cpp), from their dicts.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "linear.h"
+#include "plain_tensor.h"
+
+namespace torchq {
+
+// What a product is made of beside x.
+struct Layer {
+  pybind11::object packed;
+  const DTypePair* codes_of = nullptr;  // if x is codes: of the floats that they stand for; y is such a float
+  bool gives_codes = false;
+  LayerNumbers numbers;
+};
+
+// An input that is multiplied, with its weights and their kernel.
+struct PlainInput {
+  dlpack::Tensor x;
+  const DTypePair* dtype;
+  const PackedHeader* weights;
+  const Kernel* kernel;
+  int64_t count;  // rows
+
+  Rows rows() const { return {data_of(x), count, weights->k, dtype->ours}; }
+  int64_t work() const { return count * weights->n * weights->k; }
+};
+
+// Multiply-adds, about 5 us: a shorter product keeps the GIL.
+constexpr int64_t kKeepGilBelow = 1 << 20;
+
+// The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
+bool read_layer(PyObject* state, Layer* out);
+
+// False: this is not a plain call.
+bool read_input(PyObject* object, const Layer& layer, PlainInput* out);
+
+// The numbers of a LayerNorm for rows of n values. The module holds the parameters, as held_parameters() does.
+bool read_norm(PyObject* state, int64_t n, NormRows* out);
+
+// Keeps the parameters of a module, whose owner may replace them meanwhile. Null, with a Python error set: no memory.
+pybind11::object held_parameters(PyObject* state);
+
+}  // namespace torchq

@@ -1,0 +1,120 @@
+// torchq._C.call_residual: the call of a module that is proven to be norm(layer(x) + residual), as one product whose
+// rows are added and normalized while they are in L2 (torchq/modules/residual.py). As call_linear in direct.cpp it
+// answers NotImplemented wherever anything could stand between the call, or those of the children, and the arithmetic.
+
+#include <algorithm>
+
+#include "direct.h"
+#include "direct_call.h"
+#include "direct_layer.h"
+#include "nn_module.h"
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace torchq {
+namespace {
+
+struct Names {
+  PyObject *modules, *forward, *training;
+} names;
+
+// What the module's code was found to call.
+struct Line {
+  PyObject *calls, *norm;                             // names of children: the layer and those behind it; the norm
+  PyObject *layer_class, *norm_class, *idle_classes;  // what they must be now
+
+  bool read(PyObject* kinds) {
+    if (!PyTuple_Check(calls) || !PyTuple_GET_SIZE(calls) || !PyTuple_Check(kinds) || PyTuple_GET_SIZE(kinds) != 3)
+      return false;
+    layer_class = PyTuple_GET_ITEM(kinds, 0), norm_class = PyTuple_GET_ITEM(kinds, 1);
+    idle_classes = PyTuple_GET_ITEM(kinds, 2);
+    return true;
+  }
+};
+
+// The child that `self.name` gives, or null.
+PyObject* child(PyObject* state, PyObject* name) {
+  PyObject* children = PyDict_GetItemWithError(state, names.modules);
+  if (!children || !PyDict_Check(children) || PyDict_GetItemWithError(state, name)) return nullptr;
+  return PyDict_GetItemWithError(children, name);
+}
+
+// Whether this child returns its input.
+bool is_idle(PyObject* module, PyObject* classes) {
+  if (!module) return false;
+  auto* cls = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  if (PySequence_Contains(classes, cls) != 1) return false;
+  PyObject* own = plain_state(module, cls);
+  return own && PyDict_GetItemWithError(own, names.training) == Py_False;
+}
+
+bool is_forward_of(PyObject* cls, PyObject* function) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(cls, names.forward));
+  return found.ptr() == function;
+}
+
+// Whether this can be added to y, which has x's shape but for the last dimension.
+bool is_like(PyObject* object, const PlainInput& in, dlpack::Tensor* out) {
+  if (!view(object, out) || wants_gradient(object) || is_negated(object)) return false;
+  const DTypePair* dtype = find(out->dtype);
+  const int last = in.x.ndim - 1;
+  return dtype && dtype->ours == DType::f32 && out->ndim == in.x.ndim && out->shape[last] == in.weights->n &&
+         std::equal(out->shape, out->shape + last, in.x.shape) && is_contiguous(*out);
+}
+
+// y. Null: this is not a plain call.
+py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* residual) {
+  PyObject *linear = child(state, PyTuple_GET_ITEM(line.calls, 0)), *norm = child(state, line.norm);
+  PyObject* linear_state = linear ? plain_state(linear, line.layer_class) : nullptr;
+  PyObject* norm_state = norm ? plain_state(norm, line.norm_class) : nullptr;
+  if (!linear_state || !norm_state) return {};
+  for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(line.calls); ++i)
+    if (!is_idle(child(state, PyTuple_GET_ITEM(line.calls, i)), line.idle_classes)) return {};
+  Layer layer;
+  PlainInput in;
+  dlpack::Tensor added;
+  NormRows rows{};
+  if (!read_layer(linear_state, &layer) || !read_input(x, layer, &in) || in.dtype->ours != DType::f32) return {};
+  if (!is_like(residual, in, &added) || !read_norm(norm_state, in.weights->n, &rows)) return {};
+  void* data;
+  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, rows.n, *in.dtype, &data));
+  if (!y) return {};
+  const py::object held = held_parameters(norm_state);
+  if (!held) return {};
+  rows.count = in.count;
+  rows.x = rows.y = static_cast<float*>(data);
+  rows.residual = reinterpret_cast<const float*>(data_of(added));
+  Problem problem = linear_problem(layer.numbers, in.rows(), *in.weights, data, DType::f32);
+  problem.norm = &rows;
+  {
+    const Unlocked unlocked(in.work() >= kKeepGilBelow);
+    run(*in.kernel, problem);
+  }
+  return y;
+}
+
+PyObject* call_residual(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    if (count != 8) Py_RETURN_NOTIMPLEMENTED;
+    Line line{args[3], args[4], nullptr, nullptr, nullptr};
+    PyObject* state = line.read(args[5]) && is_forward_of(args[1], args[2]) ? plain_state(args[0], args[1]) : nullptr;
+    return or_not_implemented(state ? computed(state, line, args[6], args[7]) : py::object());
+  });
+}
+
+PyMethodDef methods[] = {
+    {"call_residual", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_residual)), METH_FASTCALL,
+     "call_residual(module, cls, forward, calls, norm, (layer_class, norm_class, idle_classes), x, residual): "
+     "norm(idle(layer(x)) + residual), where forward is still the class's and the children are what they are said to "
+     "be; or NotImplemented."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_direct_residual(py::module_& module) {
+  names = {name("_modules"), name("forward"), name("training")};
+  PyModule_AddFunctions(module.ptr(), methods);
+}
+
+}  // namespace torchq

@@ -1,0 +1,130 @@
+"""Modules of the user whose code is a straight line: children called one after the other, and perhaps one sum.
+
+`self.norm(self.dropout(self.dense(x)) + residual)` is one. Nothing else happens in such a module, so it may be computed
+as one product (`straight_forms.py`). That is proven by reading the code, which may only name its arguments, call
+children and add. Then it runs once, on symbols, and they say what it computes.
+"""
+
+import dis
+import functools
+import inspect
+import types
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+
+class Line(NamedTuple):
+    """What the code of a module computes.
+
+    Args:
+        forward: the code.
+        source: the argument that it begins with, by its index.
+        calls: the children called one after the other.
+        last: the child called on the sum of the result and the other argument; None where there is no sum.
+    """
+
+    forward: types.FunctionType
+    source: int
+    calls: tuple[str, ...]
+    last: str | None
+
+
+def line_of(kind: type[nn.Module]) -> Line | None:
+    """What modules of a class compute, if that is a straight line of children.
+
+    >>> class Output(nn.Module):
+    ...     def forward(self, x, residual):
+    ...         return self.norm(self.dense(x) + residual)
+    >>> line_of(Output)[1:], line_of(nn.TransformerEncoderLayer)
+    ((0, ('dense',), 'norm'), None)
+    """
+    known: Any = kind  # for mypy, a class of torch has no hash
+    return _line_of(known)
+
+
+@functools.lru_cache(maxsize=1024)
+def _line_of(kind: type[nn.Module]) -> Line | None:
+    forward = kind.forward
+    usual = kind.__call__ is nn.Module.__call__ and kind.__getattr__ is nn.Module.__getattr__
+    if not usual or not isinstance(forward, types.FunctionType) or not _is_harmless(forward):
+        return None
+    seen: list[str] = []
+    try:
+        y = forward(_Module(kind, seen), *(_Value(index) for index in range(forward.__code__.co_argcount - 1)))
+    except (_UnknownError, AttributeError, TypeError, UnboundLocalError):
+        return None
+    if type(y) is not _Value or len(seen) != y.count():
+        return None
+    if isinstance(y.of_, int):
+        return Line(forward, y.of_, y.calls_, None) if y.calls_ else None
+    one, other = y.of_ if y.of_[0].calls_ else reversed(y.of_)
+    apart = one.calls_ and not other.calls_ and {one.of_, other.of_} == {0, 1}
+    return Line(forward, cast(int, one.of_), one.calls_, y.calls_[0]) if apart and len(y.calls_) == 1 else None
+
+
+_STEPS = (
+    *(
+        "LOAD_FAST",
+        "LOAD_CONST",
+        "LOAD_ATTR",
+        "LOAD_METHOD",
+        "STORE_FAST",
+        "BINARY_OP",
+        "BINARY_ADD",
+        "CALL",
+        "PRECALL",
+    ),
+    *("PUSH_NULL", "RETURN_", "NOP", "CACHE", "RESUME", "COPY", "SWAP", "EXTENDED_ARG"),
+)
+"""How the bytecode instructions begin that may occur: no globals, no branches, no loops, no stores but to locals."""
+
+
+def _is_harmless(forward: types.FunctionType) -> bool:
+    code = forward.__code__
+    plain = code.co_flags & ~inspect.CO_NESTED == inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
+    inner = code.co_freevars or code.co_cellvars or code.co_kwonlyargcount or forward.__defaults__
+    steps = (step.opname.startswith(_STEPS) for step in dis.get_instructions(code))
+    return plain and not inner and code.co_argcount in (2, 3) and all(steps)
+
+
+class _UnknownError(Exception):
+    """The code does something else."""
+
+
+class _Value:
+    """A symbol: an argument, by its index, or the sum of two; and the children called on it."""
+
+    def __init__(self, of: Any, calls: tuple[str, ...] = ()) -> None:
+        self.of_, self.calls_ = of, calls
+
+    def count(self) -> int:
+        """How many calls it takes to compute it."""
+        return len(self.calls_) + (0 if isinstance(self.of_, int) else sum(each.count() for each in self.of_))
+
+    def __add__(self, other: Any) -> "_Value":
+        if type(other) is not _Value:
+            raise _UnknownError
+        return _Value((self, other))
+
+    def __iadd__(self, other: Any) -> "_Value":  # it would write into a tensor
+        raise _UnknownError
+
+
+class _Module:
+    """Stands for a module of a class, with all children that the class does not hide. Notes which are called."""
+
+    def __init__(self, kind: type[nn.Module], seen: list[str]) -> None:
+        self.kind_, self.seen_ = kind, seen
+
+    def __getattr__(self, name: str) -> Any:
+        if inspect.getattr_static(self.kind_, name, None) is not None:
+            raise _UnknownError
+
+        def call(x: Any) -> _Value:
+            if type(x) is not _Value:
+                raise _UnknownError
+            self.seen_.append(name)
+            return _Value(x.of_, (*x.calls_, name))
+
+        return call
