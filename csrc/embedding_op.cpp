@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "run.h"
@@ -33,13 +34,26 @@ Table table_of(const Tensor& packed, int64_t dim) {
   return {header->n, dim, nullptr, header};
 }
 
+// The bytes of the residuals of a table (rows, dim), or null for none.
+const uint8_t* residuals_of(const std::optional<Tensor>& residual, int64_t rows, int64_t dim) {
+  if (!residual) return nullptr;
+  check_cpu(kOp, "residual", *residual);
+  const int64_t width = (dim + 1) / 2;
+  CHECK(residual->scalar_type() == ScalarType::Byte && residual->dim() == 2 && residual->size(0) == rows &&
+            residual->size(1) == width && residual->is_contiguous(),
+        kOp, ": residual must be what torchq.ops.lookup.pack_residuals() returned for this table, uint8 (", rows, ", ",
+        width, "), got ", name_of(residual->scalar_type()), ' ', shape_of(*residual), '.');
+  return static_cast<const uint8_t*>(residual->const_data_ptr());
+}
+
 template <class Index>
 void check_ids(const Index* ids, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i)  // torchq/ops/lookup.py makes an IndexError of these words
     CHECK(ids[i] >= 0 && ids[i] < rows, kOp, ": index out of range: ", ids[i], " of a table of ", rows, " rows.");
 }
 
-Tensor embedding(const Tensor& packed, const Tensor& ids, int64_t dim, ScalarType dtype) {
+Tensor embedding(const Tensor& packed, const Tensor& ids, int64_t dim, ScalarType dtype,
+                 const std::optional<Tensor>& residual) {
   const auto y_dtype = float_dtype(dtype);
   CHECK(y_dtype.has_value(), kOp, ": dtype must be float32, bfloat16 or float16, got ", name_of(dtype), '.');
   CHECK(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int, kOp,
@@ -47,7 +61,8 @@ Tensor embedding(const Tensor& packed, const Tensor& ids, int64_t dim, ScalarTyp
   CHECK(ids.dim() < kMaxDims, kOp, ": indices may have up to ", kMaxDims - 1, " dimensions, got ", ids.dim(), '.');
   CHECK(dim >= 0, kOp, ": dim must not be negative, got ", dim, '.');
   check_cpu(kOp, "indices", ids);
-  const Table table = table_of(packed, dim);
+  Table table = table_of(packed, dim);
+  table.residuals = residuals_of(residual, table.rows, dim);
   const Tensor held = ids.is_contiguous() ? ids : contiguous(kOp, ids);
   const int64_t count = held.numel();
   int64_t sizes[kMaxDims];
@@ -70,7 +85,7 @@ Tensor embedding(const Tensor& packed, const Tensor& ids, int64_t dim, ScalarTyp
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torchq, m) {
-  m.def("embedding(Tensor packed, Tensor indices, int dim, ScalarType dtype) -> Tensor");
+  m.def("embedding(Tensor packed, Tensor indices, int dim, ScalarType dtype, Tensor? residual=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torchq, CPU, m) { m.impl("embedding", TORCH_BOX(&embedding)); }

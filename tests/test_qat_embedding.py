@@ -14,6 +14,7 @@ from torchq import QConfig, convert, fake_quantize, prepare_qat, simulate
 from torchq.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag
 from torchq.modules.qat_embedding import QATEmbedding, QATEmbeddingBag, QATTable
 from torchq.modules.qat_linear import QATLinear
+from torchq.modules.ranges import fake_quantize_finely
 from torchq.planning.tables import TRAINED
 
 ROWS, DIM = 100, 48
@@ -80,13 +81,22 @@ def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(ti
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_rounded_by_its_own_peak(dtype):
+@pytest.mark.parametrize("embeddings", ["int8", True])
+def test_a_row_is_rounded_by_its_own_peak(dtype, embeddings):
+    """In whole steps or in sixteenths, as it was prepared, whatever the config says that makes it int8."""
     model = nn.ModuleList([nn.Embedding(2 * ROWS, DIM, dtype=dtype)])
-    prepared = prepare_qat(model)[0]
-    scale = model[0].weight.detach().float().abs().amax(dim=1) / 127
-    expected = fake_quantize(model[0].weight.detach().float(), scale, axis=0)
+    prepared = prepare_qat(model, config=QConfig(embeddings=embeddings))[0]
+    weight = model[0].weight.detach().float()
+    scale = weight.abs().amax(dim=1) / 127
+    expected = fake_quantize(weight, scale, axis=0)
+    if embeddings is True:
+        steps = weight * (1 / scale)[:, None]
+        more = ((steps - steps.round()) * 16).round().clamp(-8, 7)
+        expected = (steps.round() + more / 16 + 0.0) * scale[:, None]  # no -0
     assert_identical(prepared(IDS).detach(), expected[IDS].to(dtype))
-    assert_identical(convert(nn.ModuleList([prepared]))[0](IDS), expected[IDS].to(dtype))
+    qmodel = convert(nn.ModuleList([prepared]))
+    assert_identical(qmodel[0](IDS), expected[IDS].to(dtype))
+    assert qmodel.torchq_plan.tables["0"].residual == (embeddings is True)
     assert prepared(IDS[:0]).shape == (0, 6, DIM)
 
 
@@ -102,7 +112,7 @@ def test_gradients_are_those_of_the_float_module_at_rounded_rows(form):
     ids[0, 0] = 3
     with torch.no_grad():
         for table in model.values():
-            table.weight.copy_(fake_quantize(table.weight, table.weight.abs().amax(dim=1) / 127, axis=0))
+            table.weight.copy_(fake_quantize_finely(table.weight, table.weight.abs().amax(dim=1) / 127))
     calls = {"table": (ids,), "bag": (ids,)}
     if form == "offsets":
         calls["bag"] = (ids.flatten(), torch.tensor([0, 5, 9, 24]))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchq.errors import BadTypeError, BadValueError, door
 from torchq.modules.base import Int8Module
 from torchq.modules.computed_weights import is_computed
-from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.packed_weights import DERIVED, PackedWeights
 from torchq.planning.plan import attached_plan
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton, to_stored
 
@@ -141,7 +141,7 @@ def _lost_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name in sorted(module._non_persistent_buffers_set):
             tensor = module._buffers.get(name)
-            if tensor is not None and not (isinstance(module, PackedWeights) and name == "packed"):
+            if tensor is not None and not (isinstance(module, PackedWeights) and name in DERIVED):
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
 

@@ -117,7 +117,7 @@ def prepare_qat(
         )
     for name in plan.int8_tables():
         by_row = config.weight == "per_channel" or plan.tables[name].owner not in plan.layers
-        QATTable.adopt(model.get_submodule(name), by_row=by_row)
+        QATTable.adopt(model.get_submodule(name), by_row=by_row, finely=plan.tables[name].residual)
     leave_fast_path(model)
     model.torchq_plan = plan
     return model

@@ -76,13 +76,18 @@ float unpack_piece(const PackedHeader& weights, int64_t n, int64_t k, int64_t co
 
 // An int8 table that is looked up by rows. Either `matrix`: rows of width codes, each followed by its scale, a float;
 // or `packed`: weights (rows, width), which a layer multiplies by as well.
+//
+// `residuals`, if any, are rows of (width + 1) / 2 bytes: for each code 4 more bits, in sixteenths of its step, from -8
+// to 7. A byte has those of two codes, the first in its low bits.
 struct Table {
   int64_t rows, width;
   const uint8_t* matrix;
   const PackedHeader* packed;
+  const uint8_t* residuals = nullptr;
 };
 
-// y[k] = float(code[k]) * scale, times the channel scale of packed weights, if any. dtype: f32, bf16 or f16.
+// y[k] = (code[k] + residual[k] / 16) * scale, times the channel scale of packed weights, if any. dtype: f32, bf16 or
+// f16.
 void write_row(const Table& table, int64_t row, DType dtype, void* y);
 
 // ---- Activations (codes.cpp) ------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 // Rows of an int8 table -> floats. A row is of a matrix of codes, or of packed weights, where it lies in pieces.
+//
+// The loops are simple ones, which compilers vectorize for every CPU; the sum of a code and its residual is exact.
 
 #include <algorithm>
 #include <cstring>
@@ -15,28 +17,44 @@ inline void store(float x, float* to) { *to = x; }
 inline void store(float x, Bf16* to) { *to = to_bf16(x); }
 inline void store(float x, F16* to) { *to = to_f16(x); }
 
-template <class T>
-void scaled(const int8_t* codes, float scale, const float* channel_scale, int64_t count, T* y) {
+// y[i] = n[i] * unit * scale, where unit is a power of two, times the channel scale, if any.
+template <class Integer, class T>
+void scaled(const Integer* n, float unit, float scale, const float* channel_scale, int64_t count, T* y) {
   if (channel_scale)
-    for (int64_t i = 0; i < count; ++i) store(static_cast<float>(codes[i]) * scale * channel_scale[i], y + i);
+    for (int64_t i = 0; i < count; ++i) store(static_cast<float>(n[i]) * unit * scale * channel_scale[i], y + i);
   else
-    for (int64_t i = 0; i < count; ++i) store(static_cast<float>(codes[i]) * scale, y + i);
+    for (int64_t i = 0; i < count; ++i) store(static_cast<float>(n[i]) * unit * scale, y + i);
+}
+
+// Codes and their residuals, two in a byte, in sixteenths of a step: 16 * code + residual. n has room for one more.
+void add_residuals(const int8_t* codes, const uint8_t* residuals, int64_t count, int16_t* n) {
+  for (int64_t i = 0; i < (count + 1) / 2; ++i) {
+    n[2 * i] = static_cast<int16_t>(((residuals[i] & 15) ^ 8) - 8);
+    n[2 * i + 1] = static_cast<int16_t>(((residuals[i] >> 4) ^ 8) - 8);
+  }
+  for (int64_t i = 0; i < count; ++i) n[i] = static_cast<int16_t>(n[i] + codes[i] * 16);
 }
 
 template <class T>
 void write_row(const Table& table, int64_t row, T* y) {
-  if (!table.packed) {
-    const uint8_t* codes = table.matrix + row * (table.width + sizeof(float));
-    float scale;
-    std::memcpy(&scale, codes + table.width, sizeof(scale));
-    return scaled(reinterpret_cast<const int8_t*>(codes), scale, nullptr, table.width, y);
-  }
-  int8_t codes[kBlock];
-  const float* channel_scale = channel_scale_of(*table.packed);
+  int8_t gathered[kBlock];
+  int16_t sixteenths[kBlock];
+  const float* channel_scale = table.packed ? channel_scale_of(*table.packed) : nullptr;
+  const uint8_t* matrix = table.packed ? nullptr : table.matrix + row * (table.width + sizeof(float));
+  const uint8_t* residuals = table.residuals ? table.residuals + row * ((table.width + 1) / 2) : nullptr;
+  float scale = 0;
+  if (matrix) std::memcpy(&scale, matrix + table.width, sizeof(scale));
   for (int64_t k = 0; k < table.width; k += kBlock) {
     const int64_t count = std::min(kBlock, table.width - k);
-    const float scale = unpack_piece(*table.packed, row, k, count, codes);
-    scaled(codes, scale, channel_scale ? channel_scale + k : nullptr, count, y + k);
+    if (table.packed) scale = unpack_piece(*table.packed, row, k, count, gathered);
+    const int8_t* codes = matrix ? reinterpret_cast<const int8_t*>(matrix + k) : gathered;
+    const float* channels = channel_scale ? channel_scale + k : nullptr;
+    if (!residuals) {
+      scaled(codes, 1.0f, scale, channels, count, y + k);
+      continue;
+    }
+    add_residuals(codes, residuals + k / 2, count, sixteenths);
+    scaled(sixteenths, 0.0625f, scale, channels, count, y + k);
   }
 }
 

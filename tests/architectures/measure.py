@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torchq import QConfig, convert, ops, report, sqnr_db
 from torchq.modules.base import Int8Module, model_bytes, own_tensors
 from torchq.modules.registry import find_layers
+from torchq.ops.lookup import residual_width
+from torchq.planning.tables import find_tables, have_residuals
 
 from .models import Architecture, made
 
@@ -191,6 +193,12 @@ def resident(real: nn.Module, converted: nn.Module) -> float:
         for layer in find_layers(real).values()
         if id(layer.module) in layers
     )
+    tables = find_tables(real, find_layers(real))
+    if have_residuals(real, tables, QConfig()):
+        fine = [module for path, module in tables.items() if _pattern(path) in int8]
+        taken += sum(
+            n * residual_width(k) for n, k in {id(module.weight): module.weight.shape for module in fine}.values()
+        )
     paths = {id(module): path for path, module in real.named_modules()}
     held = {id(p) for module in real.modules() if id(module) in layers for p in module._parameters.values()}
     for module, tensor in own_tensors(real):

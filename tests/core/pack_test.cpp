@@ -60,9 +60,10 @@ void check_unpack(const uint8_t* packed, const Weights& w) {
   check("core", equal(weight, w.codes), "unpack() of the weight alone gave other weights");
 }
 
-// Rows as floats, out of packed weights and out of a matrix of rows with their scales, into memory that ends with them.
+// Rows as floats, out of packed weights and out of a matrix of rows with their scales, into memory that ends with them;
+// alone, and with residuals that end with their memory too.
 void check_rows(const PackedHeader& header, const Weights& w) {
-  static Guarded row_memory;
+  static Guarded row_memory, residual_memory;
   auto* y = reinterpret_cast<float*>(row_memory.place(w.k * 4, Side::end));
   std::vector<uint8_t> matrix;
   for (int64_t n = 0; n < w.n; ++n) {
@@ -71,12 +72,20 @@ void check_rows(const PackedHeader& header, const Weights& w) {
     matrix.insert(matrix.end(), codes, codes + w.k);
     matrix.insert(matrix.end(), scale, scale + sizeof(float));
   }
-  const Table tables[] = {{w.n, w.k, nullptr, &header}, {w.n, w.k, matrix.data(), nullptr}};
+  const int64_t width = (w.k + 1) / 2;
+  auto* residuals = residual_memory.place(w.n * width, Side::end);
+  for (int64_t i = 0; i < w.n * width; ++i) residuals[i] = static_cast<uint8_t>(random_source.below(256));
+  const Table tables[] = {{w.n, w.k, nullptr, &header},
+                          {w.n, w.k, matrix.data(), nullptr},
+                          {w.n, w.k, nullptr, &header, residuals},
+                          {w.n, w.k, matrix.data(), nullptr, residuals}};
   for (int64_t n = 0; n < w.n; ++n)
     for (const Table& table : tables) {
       write_row(table, n, DType::f32, y);
       for (int64_t k = 0; k < w.k; ++k) {
-        const float value = static_cast<float>(w.codes[n * w.k + k]) * w.scale[n];
+        const int bits = residuals[n * width + k / 2] >> (k % 2 ? 4 : 0) & 15;
+        const int more = table.residuals ? bits - (bits > 7 ? 16 : 0) : 0;
+        const float value = static_cast<float>(w.codes[n * w.k + k] + more / 16.0) * w.scale[n];
         const float expected = table.packed && !w.channel_scale.empty() ? value * w.channel_scale[k] : value;
         check("core", std::memcmp(y + k, &expected, sizeof(float)) == 0, "write_row() gave another value at %d",
               static_cast<int>(k));

@@ -87,7 +87,7 @@ def convert(
         activation=activation,
         rounding=rounding,
         smoothing=smoothing,
-        embeddings=embeddings if embeddings == "auto" else embeddings == "int8",
+        embeddings=embeddings != "float" and embeddings,
         attention=attention,
         exclude=tuple(exclude or ()),
     )

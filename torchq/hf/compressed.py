@@ -111,14 +111,18 @@ def _written(name: str, layer: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _state(qmodel: nn.Module, layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole state: int8 layers as they are written, and all else in float."""
+    """The whole state: int8 layers as they are written, and all else in float.
+
+    A head that shares a table has the table's values, which are more exact: the two are one tensor to others.
+    """
     state: dict[str, Tensor] = {}
     ours = {f"{name}." for name, module in qmodel.named_modules() if isinstance(module, PackedWeights)}
+    tables = {id(module.owner): module for module in qmodel.modules() if isinstance(module, QuantizedTable)}
     for name, module in qmodel.named_modules():
         if name in layers:
             state |= {f"{name}.{key}": tensor for key, tensor in layers[name].items()}
         elif isinstance(module, (QuantizedTable, QuantizedLinear)):
-            state[f"{name}.weight"] = module.weight + 0
+            state[f"{name}.weight"] = tables.get(id(module), module).weight + 0
             if module.bias is not None:
                 state[f"{name}.bias"] = module.bias + 0
     for key, tensor in qmodel.state_dict().items():

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import is_tensor_like
 
-from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.packed_weights import RESIDUAL, PackedWeights
 
 
 def check_state(
@@ -41,7 +41,8 @@ def check_state(
     if strict and _caller_is_strict():
         ours = {key for key in state_dict if not any(key.startswith(name) for name in private)}
         named = {text.split(": ")[0] for text in found}
-        found += _listed("Missing", expected - ours) + _listed("Unexpected", ours - expected - named)
+        missing = {key for key in expected - ours if key.rpartition(".")[2] != RESIDUAL}
+        found += _listed("Missing", missing) + _listed("Unexpected", ours - expected - named)
     if found:
         raise RuntimeError("torchq: this checkpoint can't be loaded, and nothing of it was:\n\t" + "\n\t".join(found))
 

@@ -1,7 +1,9 @@
 """QuantizedEmbedding and QuantizedEmbeddingBag: nn.Embedding and nn.EmbeddingBag with an int8 table.
 
-Each row has its own scale, `max|row| / 127`, and is dequantized as it is looked up. A table that is the weight of a
-head too is there once: the head's packed weight. Such a module only refers to its `owner`, and has no tensors.
+Each row has its own scale, `max|row| / 127`, and is dequantized as it is looked up. Beside the codes may lie residuals,
+4 more bits for each (`numerics.residual`). A table that is the weight of a head too is there once: the head's packed
+weight, whose codes the products read, and look-ups the residuals too. Such a module only refers to its `owner`, and has
+no tensors.
 """
 
 import copy
@@ -16,14 +18,15 @@ from torch.nn.functional import embedding_bag
 
 from torchq.modules.base import MODULE_OWN, Int8Module, float_class
 from torchq.modules.float_view import FloatView, FloatViews
-from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.packed_weights import RESIDUAL, PackedWeights
 from torchq.numerics.qparams import dequantize, quantize_weight
-from torchq.ops.lookup import embedding, pack_table, unpack_table
+from torchq.numerics.residual import with_residuals
+from torchq.ops.lookup import embedding, pack_table, residual_width, unpack_residuals, unpack_table
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """The float modules that become int8 here."""
 
-OF_TRAINING = frozenset(("float_class", "by_row"))
+OF_TRAINING = frozenset(("float_class", "by_row", "finely"))
 """What a training form (`qat_embedding`) has beside what the float module has."""
 
 
@@ -35,8 +38,9 @@ def is_prepared(module: nn.Module) -> bool:
 class QuantizedTable(PackedWeights):
     """What both modules have in common: the table (num_embeddings, embedding_dim), as memory and as a checkpoint.
 
-    The state keys are `weight_int8` and `weight_scale`; a tied table has none. To foreign code `weight` is a read-only
-    float tensor: `F.embedding(ids, module.weight)` looks up only these rows.
+    The state keys are `weight_int8` and `weight_scale`, and `weight_residual` with residuals; a tied table has none. To
+    foreign code `weight` is a read-only float tensor, with the values of look-ups: `F.embedding(ids, module.weight)`
+    looks up only these rows. That of a head has the values of its products, the codes alone.
     """
 
     _source: type[nn.Module]  # the float module's class
@@ -46,19 +50,28 @@ class QuantizedTable(PackedWeights):
     _owner: tuple[PackedWeights] | None = None  # in a tuple, so that it is no child
 
     @classmethod
-    def from_float(cls, module: nn.Module, owner: PackedWeights | None = None) -> "QuantizedTable":
+    def from_float(
+        cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False
+    ) -> "QuantizedTable":
         """The int8 form of an nn.Embedding or nn.EmbeddingBag; if its table is the weight of `owner`, tied to that.
+
+        Args:
+            module: the float module.
+            owner: the int8 module of a head or another embedding that has the table.
+            finely: whether look-ups have residuals. Those of a tied table are added to the owner.
 
         A subclass keeps its own forward and whatever else it has: its `super().forward` looks up in int8.
         """
-        table = cls.empty(module, owner)
+        table, weight = cls.empty(module, owner), cast(Tensor, module.weight).detach()
         if owner is None:
-            weight = cast(Tensor, module.weight).detach()
             table._set_packed(pack_table(*quantize_weight(weight, per_channel=True)))
+        holder = table if owner is None else owner
+        if finely and holder.residual is None:
+            holder.add_residual(weight)
         return table
 
     @classmethod
-    def empty(cls, module: nn.Module, owner: PackedWeights | None = None) -> "QuantizedTable":
+    def empty(cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False) -> "QuantizedTable":
         """The same on the meta device, without the table's values. A table that is its owner's has the owner's."""
         table = cast(QuantizedTable, _new(float_class(module)))
         kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN | OF_TRAINING}
@@ -78,6 +91,8 @@ class QuantizedTable(PackedWeights):
         else:
             table._owner = (owner,)
             table._present()
+        if finely:
+            (table if owner is None else owner).await_residual()
         return table
 
     @property
@@ -85,17 +100,15 @@ class QuantizedTable(PackedWeights):
         """The module whose weight this table is; None if it has one of its own."""
         return None if self._owner is None else self._owner[0]
 
-    @property
-    def table(self) -> Tensor:
-        """What `lookup.embedding` takes: its own table, or the owner's packed weight."""
+    def table(self) -> tuple[Tensor, Tensor | None]:
+        """What look-ups read: its own table and residuals, or the owner's."""
         owner = self.owner
-        if owner is None:
-            return self.packed
-        return owner.table if isinstance(owner, QuantizedTable) else owner.packed
+        return super().table() if owner is None else owner.table()
 
     def look_up(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The rows (*indices.shape, embedding_dim), in the model's dtype or another."""
-        return embedding(self.table, indices, self.in_features, dtype or self.dtype)
+        packed, residual = self.table()
+        return embedding(packed, indices, self.in_features, dtype or self.dtype, residual)
 
     @property
     def float_bytes(self) -> int:
@@ -115,22 +128,25 @@ class QuantizedTable(PackedWeights):
         return
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
-        """Takes other codes and scales.
+        """Takes other codes and scales. Residuals, which were those of the codes before, become zeros.
 
         Raises:
             RuntimeError: the table is its owner's.
         """
         if self._owner is not None:
             raise RuntimeError(f"torchq: this table is the weight of a {type(self.owner).__name__}: replace it there.")
-        self._set_packed(pack_table(weight_int8, weight_scale))
+        self._set_packed(pack_table(weight_int8, weight_scale), self._no_residual())
 
     # ---- What PackedWeights asks for -------------------------------------------------------------------------------
 
     def _float_table(self) -> Tensor:
-        owner = self.owner
-        if owner is not None:
-            return owner.weight.to(self.dtype)
-        return dequantize(*unpack_table(self.packed), axis=0).to(self.dtype)
+        packed, residual = self.table()
+        codes, scale, _, channel_scale = self._unpacked(packed)
+        if residual is None:
+            values = dequantize(codes, scale, axis=0)
+        else:
+            values = with_residuals(codes, unpack_residuals(residual, self.in_features), scale)
+        return (values * channel_scale if channel_scale.numel() else values).to(self.dtype)
 
     def _weight_view(self, packed: Tensor | None) -> FloatView:
         like = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
@@ -144,30 +160,35 @@ class QuantizedTable(PackedWeights):
 
     def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.owner is not None:
-            return self.owner._unpacked()
+            return self.owner._unpacked(packed)
         none = torch.empty(0, dtype=torch.float32, device="cpu")
         return *unpack_table(self.packed if packed is None else packed), none, none
 
     def _canonical(self) -> dict[str, Tensor]:
         if self._owner is not None:
             return {}
-        weight, scale = unpack_table(self.packed)
-        return {"weight_int8": weight, "weight_scale": scale}
+        packed, residual = self.table()
+        weight, scale = unpack_table(packed)
+        tensors = {"weight_int8": weight, "weight_scale": scale}
+        return tensors if residual is None else {**tensors, RESIDUAL: residual}
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a checkpoint."""
         if self._owner is not None:
             return {}
         n, k = self.out_features, self.in_features
-        return {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
+        expected = {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
+        return expected if self.residual is None else {**expected, RESIDUAL: (torch.uint8, (n, residual_width(k)))}
 
     def _adopt(self, tensors: dict[str, Tensor]) -> None:
         if self._owner is None:
-            self._set_packed(pack_table(tensors["weight_int8"], tensors["weight_scale"]))
+            self._set_packed(pack_table(tensors["weight_int8"], tensors["weight_scale"]), tensors.get(RESIDUAL))
         else:
             self._present()
 
     def _other_scheme(self, name: str) -> str:
+        if self._owner is None:
+            return super()._other_scheme(name)
         return (
             f"the saved table has tensors of its own, and this one is the weight of a {type(self.owner).__name__}. "
             "Make the model by the saved one's plan first: torchq.apply_plan(model, plan)."
@@ -187,7 +208,7 @@ class QuantizedTable(PackedWeights):
 
 
 class QuantizedEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[override]
-    """nn.Embedding with an int8 table: `y = float(code) * scale` of each row.
+    """nn.Embedding with an int8 table: `y = (code + residual / 16) * scale` of each row, or without residuals.
 
     >>> table = QuantizedEmbedding.from_float(nn.Embedding(10, 4))
     >>> table(torch.tensor([[1, 2, 9]])).shape, table.weight_int8.dtype

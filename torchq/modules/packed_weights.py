@@ -18,10 +18,15 @@ from torchq import ops
 from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
 from torchq.modules.sending import received, sendable
-from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
+from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, weight_blocks
+from torchq.numerics.residual import residuals_of
+from torchq.ops.lookup import pack_residuals, residual_width
 
 _in_one_step = itemgetter("_buffers", "input_qparams")  # nothing of Python runs between the two
-_OWN = ("weight_int8", "weight_scale", "bias", "channel_scale", "input_scale", "input_zero_point")
+RESIDUAL = "weight_residual"
+"""The one key that a checkpoint may lack: that of an earlier version has the codes alone."""
+
+_OWN = ("weight_int8", "weight_scale", RESIDUAL, "bias", "channel_scale", "input_scale", "input_zero_point")
 _READ_ONLY = ("weight", "bias", "weight_int8", "weight_scale", "channel_scale")
 
 
@@ -32,6 +37,7 @@ class PackedWeights(Int8Module):
     """
 
     packed: Tensor
+    residual: Tensor | None  # where the weight is a table too: 4 more bits for each code, for look-ups alone
     in_features: int
     out_features: int
     has_bias: bool
@@ -40,14 +46,43 @@ class PackedWeights(Int8Module):
     transposed: bool = False  # whether `weight` is (in_features, out_features) to foreign code
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale."""
+        """Takes other codes (N, K), scales (N,) and bias (N,) of the same layer, for the same channel_scale.
+
+        Residuals, which were those of the codes before, become zeros.
+        """
         packed = self._pack(weight_int8, weight_scale, bias, self.channel_scale)
-        self._set_packed(packed, has_bias=bias is not None)
+        self._set_packed(packed, self._no_residual(), has_bias=bias is not None)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Codes (N, K), scales (N,), bias (N,), zeros if there is none, and the channel_scale or None."""
         weight, scale, bias, channel_scale = self._unpacked()
         return weight, scale, bias, channel_scale if channel_scale.numel() else None
+
+    # ---- As a table: an embedding may share the weight ---------------------------------------------------------------
+
+    def table(self) -> tuple[Tensor, Tensor | None]:
+        """What look-ups read: the packed weight, and its residuals or None, of one moment between two `_set_packed`."""
+        if is_dynamo_compiling():
+            return self.packed, self.residual
+        buffers = self._buffers
+        return buffers["packed"], buffers.get("residual")  # type: ignore[return-value]
+
+    def add_residual(self, weight: Tensor) -> None:
+        """Gives each code 4 more bits for look-ups, from the float weight (N, K) that the codes were made of."""
+        codes, scale, _, channel_scale = self.rows()
+        blocks = weight_blocks(weight.detach(), channel_scale)
+        parts = [pack_residuals(residuals_of(values, codes[rows], scale[rows])) for rows, values in blocks]
+        self._set_packed(self.packed, torch.cat(parts))
+
+    def await_residual(self) -> None:
+        """The same on the meta device, without values."""
+        shape = (self.out_features, residual_width(self.in_features))
+        self._set_packed(self.packed, torch.empty(shape, dtype=torch.uint8, device="meta"))
+
+    def _no_residual(self) -> Tensor | None:
+        """What it has beside codes that come without residuals: zeros, if it has residuals."""
+        device = self.packed.device
+        return None if self.residual is None else torch.zeros_like(self.residual, device=device)
 
     # ---- How they are packed: a layer of another kind has its own ----------------------------------------------------
 
@@ -76,20 +111,21 @@ class PackedWeights(Int8Module):
     def _weight_view(self, packed: Tensor) -> FloatView:
         return weight_view(packed, self.out_features, self.in_features, self.dtype)
 
-    def _set_packed(self, packed: Tensor, **others: Any) -> None:
-        """Takes a packed weight, and other attributes that belong to it, all at once.
+    def _set_packed(self, packed: Tensor, residual: Tensor | None = None, **others: Any) -> None:
+        """Takes a packed weight, its residuals, and other attributes that belong to it, all at once.
 
         Other threads may be in a call of the layer. dict.update() is one step to them, as long as nothing of Python
         runs in it: so what it replaces is kept until it is over.
         """
-        if "packed" not in self._buffers:
-            self.register_buffer("packed", packed, persistent=False)
+        for name in DERIVED - self._buffers.keys():
+            self.register_buffer(name, None, persistent=False)
         weight = self._weight_view(packed)
         views = FloatViews(weight=weight.t() if self.transposed else weight)
         if others.get("has_bias", self.has_bias):
             views["bias"] = bias_view(partial(self._unpacked, packed), self.out_features, self.dtype, packed.device)
         replaced = dict(self.__dict__)
-        self.__dict__.update(others, _buffers={**self._buffers, "packed": packed}, _parameters=views)
+        buffers = {**self._buffers, "packed": packed, "residual": residual}
+        self.__dict__.update(others, _buffers=buffers, _parameters=views)
         del replaced
 
     def _moment(self) -> tuple[Tensor, QParams | None]:
@@ -104,7 +140,7 @@ class PackedWeights(Int8Module):
     def present_transposed(self) -> None:
         """From now on `weight` is (in_features, out_features), as the float module stored it."""
         self.transposed = True
-        self._set_packed(self.packed)
+        self._set_packed(*self.table())
 
     @property
     def weight(self) -> Tensor:
@@ -148,9 +184,12 @@ class PackedWeights(Int8Module):
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _canonical(self) -> dict[str, Tensor]:
-        packed, pair = self._moment()
+        buffers, pair = _in_one_step(self.__dict__)
+        packed, residual = buffers["packed"], buffers.get("residual")
         weight, scale, bias, channel_scale = self._unpacked(packed)
         tensors = {"weight_int8": weight, "weight_scale": scale}
+        if residual is not None:
+            tensors[RESIDUAL] = residual
         if self.has_bias:
             tensors["bias"] = bias
         if channel_scale.numel():
@@ -165,6 +204,8 @@ class PackedWeights(Int8Module):
         n = self.out_features
         tensors = {"weight_int8": (torch.int8, self._weight_shape), "weight_scale": (torch.float32, (n,))}
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict(tensors)
+        if self.residual is not None:
+            expected[RESIDUAL] = (torch.uint8, (n, residual_width(self.in_features)))
         if self.has_bias:
             expected["bias"] = (torch.float32, (n,))
         if self._scales_channels(self.packed):
@@ -179,7 +220,8 @@ class PackedWeights(Int8Module):
         if "input_scale" in tensors:
             others["input_qparams"] = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
-        self._set_packed(self._pack(tensors["weight_int8"], tensors["weight_scale"], *vectors), **others)
+        packed = self._pack(tensors["weight_int8"], tensors["weight_scale"], *vectors)
+        self._set_packed(packed, tensors.get(RESIDUAL), **others)
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""
@@ -205,7 +247,7 @@ class PackedWeights(Int8Module):
         return found
 
     def _other_scheme(self, name: str) -> str:
-        what = {"bias": "has a bias", "channel_scale": "scales the channels of its input"}.get(name, "is static")
+        what = _HAS.get(name, "is static")
         return (
             f"the saved layer {what}, this one is not so. Make the model by the saved one's plan first: "
             "torchq.apply_plan(model, plan), with the plan of the saved model (qmodel.torchq_plan.to_dict() is JSON)."
@@ -227,21 +269,25 @@ class PackedWeights(Int8Module):
         expected = self.expected()
         given = {key: state_dict[prefix + key] for key in expected if prefix + key in state_dict}
         for group in _GROUPS:  # codes mean nothing without their scales: all or none
-            if any(key in expected and key not in given for key in group):
+            if any(key in expected and key not in given for key in group if key != RESIDUAL):
                 given = {key: tensor for key, tensor in given.items() if key not in group}
         if strict:
-            missing_keys.extend(prefix + key for key in expected if prefix + key not in state_dict)
+            missing_keys.extend(prefix + key for key in expected if key != RESIDUAL and prefix + key not in state_dict)
             ours = [key for key in state_dict if key.startswith(prefix)]
             unexpected_keys.extend(key for key in ours if key[len(prefix) :] not in _OWN)
         found = self.problems(state_dict, prefix)
         error_msgs.extend(found)
         if not found and given:
+            if "weight_int8" in given and RESIDUAL in expected:  # which is kept as it comes: no packing copies it
+                dtype, shape = expected[RESIDUAL]
+                residual = given.get(RESIDUAL, torch.zeros(shape, dtype=dtype, device="cpu")).contiguous()
+                given[RESIDUAL] = residual if local_metadata.get("assign_to_params_buffers") else residual.clone()
             own = {} if given.keys() == expected.keys() else self._canonical()
             self._adopt({**own, **given})
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state["_buffers"] = {key: value for key, value in self._buffers.items() if key != "packed"}
+        state["_buffers"] = {key: value for key, value in self._buffers.items() if key not in DERIVED}
         state["_parameters"] = {}
         state["canonical"] = sendable(self._canonical())
         return state
@@ -256,8 +302,16 @@ class PackedWeights(Int8Module):
         self.__dict__["_parameters"] = {}  # views are made anew, not converted
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        self._set_packed(self.packed)
+        self._set_packed(*self.table())
         return self
 
 
-_GROUPS = (("weight_int8", "weight_scale", "channel_scale"), ("input_scale", "input_zero_point"))
+DERIVED = frozenset(("packed", "residual"))
+"""The buffers that a checkpoint has in their canonical form."""
+
+_HAS = {
+    "bias": "has a bias",
+    "channel_scale": "scales the channels of its input",
+    RESIDUAL: "has 4 more bits for look-ups",
+}
+_GROUPS = (("weight_int8", "weight_scale", RESIDUAL, "channel_scale"), ("input_scale", "input_zero_point"))

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from torchq.modules.embedding import OF_TRAINING, TABLES, bagged
-from torchq.modules.ranges import fake_quantize_rows
+from torchq.modules.ranges import fake_quantize_finely, fake_quantize_rows
 from torchq.numerics.qparams import weight_scale
 
 
 class QATTable(nn.Module):
-    """What both have in common: `ŵ = rne(w / s) · s` of the rows that are looked up, `s = max|w| / 127`.
+    """What both have in common: `ŵ = (rne(w / s) + r / 16) · s` of the rows that are looked up, `s = max|w| / 127`.
+
+    r are the residuals that their int8 tables will have, if they will (`numerics.residual`).
 
     The gradient passes straight through to the table, which stays the module's own parameter: rows that are not looked
     up, and the `padding_idx`, get none.
@@ -20,15 +22,17 @@ class QATTable(nn.Module):
 
     weight: Any
     by_row: bool
+    finely: bool = False  # as in what torchq 0.2 pickled
     float_class: type[nn.Module]
 
     @staticmethod
-    def adopt(module: nn.Module, *, by_row: bool = True) -> None:
+    def adopt(module: nn.Module, *, by_row: bool = True, finely: bool = False) -> None:
         """Turns an nn.Embedding or nn.EmbeddingBag itself into its training form.
 
         Args:
             module: a subclass keeps its own forward, whose `super().forward` looks up rounded rows.
             by_row: whether s is one for each row, or one for all, as a head that shares the table may have it.
+            finely: whether look-ups have residuals.
 
         >>> table = nn.Embedding(10, 4)
         >>> QATTable.adopt(table)
@@ -36,14 +40,14 @@ class QATTable(nn.Module):
         ('QATEmbedding', True)
         """
         source = type(module)
-        vars(module).update(float_class=source, by_row=by_row)
+        vars(module).update(float_class=source, by_row=by_row, finely=finely)
         module.__class__ = _class_for(source)  # type: ignore[arg-type]
 
     def release(self) -> None:
         """Turns it back into the float module that it was: the inverse of `adopt`."""
         kind = self.float_class
         for name in OF_TRAINING:
-            vars(self).pop(name)
+            vars(self).pop(name, None)
         self.__class__ = kind  # type: ignore[assignment]
 
     def look_up(self, indices: Tensor) -> Tensor:
@@ -61,7 +65,8 @@ class QATTable(nn.Module):
             scale = weight_scale(flat, per_channel=True)
         else:
             scale = weight_scale(self.weight, per_channel=False)[:1].expand(len(flat))
-        return fake_quantize_rows(flat, scale).reshape(rows.shape).to(rows.dtype)
+        rounded = (fake_quantize_finely if self.finely else fake_quantize_rows)(flat, scale)
+        return rounded.reshape(rows.shape).to(rows.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (self.float_class,), vars(self).copy()

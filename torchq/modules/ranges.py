@@ -31,7 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.numerics.qparams import FLT_MIN, QParams, fake_quantize, qparams_from_range, row_qparams, weight_scale
+from torchq.numerics.qparams import (
+    FLT_MIN,
+    QParams,
+    fake_quantize,
+    qparams_from_range,
+    quantize,
+    row_qparams,
+    weight_scale,
+)
+from torchq.numerics.residual import residuals_of, with_residuals
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -102,6 +111,14 @@ def fake_quantize_weight(weight: Tensor, *, per_channel: bool) -> Tensor:
 def fake_quantize_rows(rows: Tensor, scale: Tensor) -> Tensor:
     """The float32 values of some rows (N, K) of a weight in int8, by the scale (N,) of each: `rne(w / s) · s`."""
     rounded = fake_quantize(rows.detach().float(), scale, axis=0)
+    return _StraightThrough.apply(rows.float(), rounded)  # type: ignore[no-any-return]
+
+
+def fake_quantize_finely(rows: Tensor, scale: Tensor) -> Tensor:
+    """The same with residuals, as look-ups in a table have them: `(rne(w / s) + r / 16) · s`."""
+    exact = rows.detach().float()
+    codes = quantize(exact, scale, axis=0)
+    rounded = with_residuals(codes, residuals_of(exact, codes, scale), scale)
     return _StraightThrough.apply(rows.float(), rounded)  # type: ignore[no-any-return]
 
 

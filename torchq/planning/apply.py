@@ -74,7 +74,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             for name in plan.int8_tables():
                 owner = plan.tables[name].owner
                 held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
-                swaps[id(model.get_submodule(name))] = make.table(model, name, held_by)
+                swaps[id(model.get_submodule(name))] = make.table(model, plan, name, held_by)
             swaps |= {id(model.get_submodule(name)): IncludedNorm() for name in plan.norms()}
             model = _copy(model, swaps, make.kept(model))
         _make_curves(model, plan)
@@ -191,7 +191,7 @@ def _swap(model: nn.Module, plan: Plan, make: FromFloat) -> None:
         _put(model.get_submodule(path), quantized, places, holders)
     for name in plan.int8_tables():  # after their heads, which then are int8
         owner = plan.tables[name].owner
-        table = make.table(model, name, None if owner is None else model.get_submodule(owner))
+        table = make.table(model, plan, name, None if owner is None else model.get_submodule(owner))
         _put(model.get_submodule(name), table, places, holders)
 
 

@@ -91,6 +91,7 @@ def _check_attentions(known_names: set[str], plan: Plan) -> None:
 
 
 def _check_tables(modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    residuals: dict[str, bool] = {}  # of each int8 copy
     for name, row in plan.tables.items():
         if name not in modules:
             raise BadValueError(f"the plan names table {name!r}, which is no embedding of the model.")
@@ -98,6 +99,10 @@ def _check_tables(modules: Mapping[str, nn.Module], plan: Plan) -> None:
             raise BadValueError(f"table {name!r} is to be {row.kind!r}, expected 'int8' or 'float'.")
         if row.kind == "int8" and row.owner is not None and row.owner not in {**plan.layers, **plan.tables}:
             raise BadValueError(f"table {name!r} is tied to {row.owner!r}, which the plan does not have.")
+        if not isinstance(row.residual, bool):
+            raise BadValueError(f"table {name!r} has residual {row.residual!r}, expected True or False.")
+        if row.kind == "int8" and residuals.setdefault(row.owner or name, row.residual) != row.residual:
+            raise BadValueError(f"table {name!r} shares one int8 copy with others, so all have residuals or none.")
 
 
 def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer) -> None:

@@ -65,10 +65,10 @@ class FromFloat:
             part.bias = nn.Parameter(layer.matrix.bias.detach().clone(), requires_grad=False)
         return part
 
-    def table(self, model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
+    def table(self, model: nn.Module, plan: Plan, name: str, owner: nn.Module | None) -> QuantizedTable:
         """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
         assert owner is None or isinstance(owner, PackedWeights)
-        return QuantizedTable.from_float(model.get_submodule(name), owner)
+        return QuantizedTable.from_float(model.get_submodule(name), owner, finely=plan.tables[name].residual)
 
     def kept(self, model: nn.Module) -> dict[int, Any]:
         """By the id of a tensor of the float model: what a copy has in its place. All others are copied."""
@@ -105,10 +105,10 @@ class Empty(FromFloat):
         """An nn.Linear on the meta device, in the float model's dtype."""
         return empty_linear(layer).to(layer.dtype).requires_grad_(False)
 
-    def table(self, model: nn.Module, name: str, owner: nn.Module | None) -> QuantizedTable:
+    def table(self, model: nn.Module, plan: Plan, name: str, owner: nn.Module | None) -> QuantizedTable:
         """A table with its number of rows, or the owner's."""
         assert owner is None or isinstance(owner, PackedWeights)
-        return QuantizedTable.empty(model.get_submodule(name), owner)
+        return QuantizedTable.empty(model.get_submodule(name), owner, finely=plan.tables[name].residual)
 
     def kept(self, model: nn.Module) -> dict[int, Any]:
         """All parameters and buffers are on the meta device."""

@@ -223,19 +223,23 @@ class TablePlan:
         reason: why, in a few words.
         owner: the layer or embedding whose int8 weight the table is, where the float model ties them; None if it is one
             of its own. A table whose owner stays in float stays so too.
-        sqnr_db: SQNR of the int8 table against the float one, in dB.
+        sqnr_db: SQNR of the int8 table against the float one, in dB: of what look-ups give.
+        residual: whether look-ups have 4 more bits for each code, which lie beside the table. A head that shares it
+            multiplies by the codes alone. Tables that share one int8 copy have them all, or none has.
     """
 
     kind: Literal["int8", "float"]
     reason: str
     owner: str | None = None
     sqnr_db: float | None = None
+    residual: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TablePlan":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
         db = data["sqnr_db"]
-        return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db))
+        residual = data.get("residual", False)  # plans of earlier versions have none
+        return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db), residual)
 
 
 def attention_schemes(rows: Mapping[str, AttentionPlan]) -> dict[str, str]:

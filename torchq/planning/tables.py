@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from torchq.calibration.calibrate import Evidence
 from torchq.config import QConfig
-from torchq.modules.base import FLOATS, why_opaque
+from torchq.modules.base import FLOATS, model_bytes, why_opaque
 from torchq.modules.embedding import TABLES, is_prepared, why_float
+from torchq.modules.qat_embedding import QATTable
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import dequantize, quantize, weight_blocks, weight_scale
+from torchq.numerics.residual import residuals_of, with_residuals
+from torchq.ops.lookup import residual_width
 from torchq.planning.plan import LayerPlan, Plan, TablePlan
 
 MIN_BYTES = 2**14
@@ -34,6 +37,11 @@ LOSS_DB = 0.1
 
 A table that a head shares may cost what another plan may (`selfcheck.MARGIN_DB`): in float, it would keep the head so.
 """
+
+
+MOST_SHARE = 0.7
+"""Of a model's bytes. With more of them in tables `QConfig(embeddings="auto")` gives none residuals: with them, int8
+would take more than 0.35 of what float takes."""
 
 
 def find_tables(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, nn.Module]:
@@ -60,7 +68,7 @@ def first_tables(
         weight = module._parameters.get("weight")
         groups.setdefault(id(module) if weight is None else id(weight), []).append(name)
     trained = any(layer.trained for layer in layers.values()) or any(map(is_prepared, tables.values()))
-    rows = {}
+    rows, residuals = {}, have_residuals(model, tables, config)
     for key, names in groups.items():
         heads = weights.get(key, [])
         ours = [*(layers[name].module for name in heads), *(tables[name] for name in names)]
@@ -72,11 +80,14 @@ def first_tables(
         if reason is not None:
             rows.update({name: TablePlan("float", reason) for name in names})
             continue
-        db = _sqnr_db(tables[names[0]])
+        finely = _was_trained_finely([tables[name] for name in names])
+        finely = residuals if finely is None else finely
+        db = _sqnr_db(tables[names[0]], finely=finely)
         why = f"tied to {heads[0]!r}: one int8 copy" if heads else "a scale for each row"
-        rows[names[0]] = TablePlan("int8", why, heads[0] if heads else None, db)
+        rows[names[0]] = TablePlan("int8", why, heads[0] if heads else None, db, finely)
         owner = heads[0] if heads else names[0]
-        rows.update({name: TablePlan("int8", f"tied to {owner!r}: one int8 copy", owner, db) for name in names[1:]})
+        tied = TablePlan("int8", f"tied to {owner!r}: one int8 copy", owner, db, finely)
+        rows.update(dict.fromkeys(names[1:], tied))
     return {name: rows[name] for name in tables}
 
 
@@ -94,7 +105,9 @@ def _why_float(module: nn.Module, config: QConfig) -> str | None:
         return f"its table is on device {weight.device}"
     if weight.dtype not in FLOATS:
         return f"its table is {weight.dtype}; float32, bfloat16 and float16 can be quantized"
-    if weight.nbytes < MIN_BYTES or weight.shape[1] + 4 >= weight.shape[1] * weight.itemsize:
+    width = weight.shape[1]
+    taken = width + 4 + (0 if config.embeddings == "int8" else residual_width(width))
+    if weight.nbytes < MIN_BYTES or taken >= width * weight.itemsize:
         return f"int8 would save next to nothing: it has {weight.nbytes} bytes"
     if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
         return "its table has NaN or infinity"
@@ -114,11 +127,31 @@ def _of_head(name: str, barred: Mapping[str, str]) -> str | None:
     return f"its table is the weight of {name!r}, which stays in float" if name in barred else None
 
 
-def _sqnr_db(module: nn.Module) -> float:
+def have_residuals(model: nn.Module, tables: Mapping[str, nn.Module], config: QConfig) -> bool:
+    """Whether look-ups in the int8 tables of the model are to have residuals."""
+    if config.embeddings != "auto":
+        return config.embeddings is True
+    weights = {
+        id(weight): weight for module in tables.values() if (weight := module._parameters.get("weight")) is not None
+    }
+    return sum(weight.nbytes for weight in weights.values()) <= MOST_SHARE * model_bytes(model)
+
+
+def _was_trained_finely(modules: Sequence[nn.Module]) -> bool | None:
+    """Whether the table that these share was trained with residuals; None if it was not trained."""
+    trained = [cast(QATTable, module).finely for module in modules if is_prepared(module)]
+    return all(trained) if trained else None
+
+
+def _sqnr_db(module: nn.Module, *, finely: bool) -> float:
     weight = module.weight.detach()  # type: ignore[operator]
     scale, both = weight_scale(weight, per_channel=True), torch.zeros(2, dtype=torch.float64, device="cpu")
     for rows, values in weight_blocks(weight):
-        both += energies(values, dequantize(quantize(values, scale[rows], axis=0), scale[rows], axis=0))
+        codes = quantize(values, scale[rows], axis=0)
+        found = dequantize(codes, scale[rows], axis=0)
+        if finely:
+            found = with_residuals(codes, residuals_of(values, codes, scale[rows]), scale[rows])
+        both += energies(values, found)
     return decibels(both)
 
 
@@ -155,7 +188,7 @@ def tables_in_float(plan: Plan, reason: str, *names: str, heads: bool = True) ->
     tables, layers = dict(plan.tables), dict(plan.layers)
     for name in names or plan.int8_tables():
         row = tables[name]
-        tables[name] = dataclasses.replace(row, kind="float", reason=reason, owner=None)
+        tables[name] = dataclasses.replace(row, kind="float", reason=reason, owner=None, residual=False)
         if heads and row.owner in layers and layers[row.owner].is_int8:
             text = f"its weight is that of {name!r} too, whose table stays in float; int8 would be a second copy of it"
             layers[row.owner] = LayerPlan("float", text, sqnr_db=layers[row.owner].sqnr_db)
