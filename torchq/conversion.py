@@ -26,6 +26,7 @@ from torchq.planning.plan import attached_plan
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
+from torchq.planning.stems import float_stems
 from torchq.planning.tables import keep_together
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def convert(
         check, converted = SelfCheck(evidence), None
         if not inplace:
             plan, converted = check.best(model, plan)
+            plan, converted = float_stems(model, plan, converted, evidence, check)
             plan, converted = static_convolutions(model, plan, converted, evidence, check)
             plan = choose_attention(converted, plan, check, config.attention)
         if budget is not None:

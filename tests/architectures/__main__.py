@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from torchq import QConfig, text
-from torchq.planning import layers, tables
+from torchq.planning import layers, stems, tables
 
 from .measure import both, measure
 from .models import ARCHITECTURES
@@ -24,7 +24,7 @@ def main(names: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     layers.too_small = lambda layer: None  # the layers of the tiny models stand for large ones
-    tables.MIN_BYTES = 4096
+    tables.MIN_BYTES, stems.SMALL_SHARE = 4096, 0.2
     rows = []
     with torch.no_grad():
         for name in names or ARCHITECTURES:

@@ -1,0 +1,131 @@
+"""First convolutions stay in float where int8 costs much of the model's output and they hold few of its weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.compare import assert_identical
+from helpers.numbers import normal
+from torchq import QConfig, apply_plan, convert, plan_of, prepare_qat, report
+from torchq.modules.quantized_conv import QuantizedConv
+from torchq.numerics.metrics import sqnr_db
+from torchq.planning import stems
+from torchq.planning.convolutions import STATIC
+from torchq.planning.selfcheck import SelfCheck
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+NEAREST = QConfig(observer="minmax", rounding="nearest", smoothing="none")
+IMAGES = [normal(4, 1, 24, 24, seed=i) for i in range(4)]
+STEM = 1 * 4 * 4 * 48  # its weights
+
+
+class Residual(nn.Module):
+    """A patch embedding, and residual blocks of `width` that are multiplied by `scale`."""
+
+    def __init__(self, scale=0.1, width=1024, channels=1, blocks=1):
+        super().__init__()
+        self.patches = nn.Conv2d(channels, 48, 4, 4)
+        self.up = nn.ModuleList(nn.Linear(48, width) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(width, 48) for _ in range(blocks))
+        self.scale = scale
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + self.scale * down(up(x).relu())
+        return x
+
+
+def converted(model, config=NEAREST, **options):
+    return convert(model, IMAGES, config=config, **options)
+
+
+def test_a_stem_that_makes_most_of_the_error_stays_in_float():
+    model = Residual()
+    qmodel = converted(model)
+    plan, judged = qmodel.torchq_plan, torch.cat([IMAGES[1], IMAGES[3]])
+    figures, chosen = plan.checked.output_db, plan.checked.chosen
+    assert isinstance(qmodel.patches, nn.Conv2d)
+    assert plan.int8_layers() == ["up.0", "down.0"]
+    gain = figures[chosen] - figures[stems.IN_INT8]
+    assert gain > 10
+    assert plan.layers["patches"].reason == (
+        f"int8 costs {gain:.1f} dB of the model's output, {figures[stems.IN_INT8]:.1f} instead of {figures[chosen]:.1f}"
+    )
+    assert figures[chosen] == pytest.approx(sqnr_db(model(judged), qmodel(judged)), abs=1e-3)
+    assert_identical(apply_plan(model, plan_of(qmodel))(IMAGES[0]), qmodel(IMAGES[0]))
+    assert plan.layers["patches"].reason in str(report(qmodel))
+
+
+@pytest.mark.parametrize(("gain", "stays"), [(1.01, True), (0.99, False)])
+def test_what_it_must_cost(monkeypatch, gain, stays):
+    def scripted(self, converted, *, inplace=False):
+        return 30.0 if isinstance(converted.patches, QuantizedConv) else 30.0 + gain
+
+    monkeypatch.setattr(SelfCheck, "compare", scripted)
+    qmodel = converted(Residual())
+    assert isinstance(qmodel.patches, nn.Conv2d) == stays
+    assert (stems.IN_INT8 in qmodel.torchq_plan.checked.output_db) == stays
+
+
+@pytest.mark.parametrize(("extra", "stays"), [(0, True), (-1, False)])
+def test_how_much_of_the_weights_it_may_hold(extra, stays):
+    """One in a hundred: 768 of 768 + 96 · 792."""
+    width = 99 * STEM // 96 + extra
+    assert isinstance(converted(Residual(width=width)).patches, nn.Conv2d) == stays
+
+
+def test_a_model_with_as_much_error_of_its_own_has_it_in_int8():
+    qmodel = converted(Residual(scale=4.0, blocks=8))
+    assert isinstance(qmodel.patches, QuantizedConv)
+    assert stems.IN_INT8 not in qmodel.torchq_plan.checked.output_db
+
+
+class Behind(nn.Module):
+    """A convolution of five channels, which a layer has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.body = nn.Conv2d(1, 5, 1), Residual(channels=5)
+
+    def forward(self, x):
+        return self.body(self.first(x))
+
+
+def test_only_what_reads_a_signal_is_tried():
+    qmodel = converted(Behind())
+    assert isinstance(qmodel.body.patches, QuantizedConv)
+
+
+@pytest.mark.parametrize("settings", [{"activation": "dynamic"}, {"activation": "static"}])
+def test_what_the_user_asks_for_is_not_tried(settings):
+    qmodel = converted(Residual(), dataclasses.replace(NEAREST, **settings))
+    assert isinstance(qmodel.patches, QuantizedConv)
+
+
+def test_without_data_in_place_and_trained_it_is_not_tried():
+    assert isinstance(convert(Residual()).patches, QuantizedConv)
+    assert isinstance(converted(Residual(), inplace=True).patches, QuantizedConv)
+    prepared = prepare_qat(Residual())
+    prepared(IMAGES[0])
+    assert isinstance(converted(prepared.eval()).patches, QuantizedConv)
+
+
+def test_static_convolutions_are_chosen_for_the_model_without_it():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.conv = Residual(width=2048), nn.Conv2d(48, 48, 3, padding=1)
+
+        def forward(self, x):
+            y = self.body(x).mT.unflatten(2, (6, 6))
+            return y + 0.05 * self.conv(y)
+
+    plan = converted(Two(), dataclasses.replace(NEAREST, margin_db=0.0)).torchq_plan
+    assert plan.layers["body.patches"].kind == "float"
+    assert plan.layers["conv"].kind.startswith("int8")
+    assert plan.checked.chosen in (STATIC, "as made")
+    assert stems.IN_INT8 in plan.checked.output_db
