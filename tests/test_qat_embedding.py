@@ -64,7 +64,7 @@ def train(model, steps=3):
 @pytest.mark.parametrize("weight", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_training_forward_is_the_simulated_forward_of_the_converted_model(tied, weight, data):
-    model = prepare_qat(Tied(tied), data, config=QConfig(weight=weight))
+    model = prepare_qat(Tied(tied), data, config=QConfig(weight=weight, embeddings=True))
     assert [type(model.table), type(model.bag)] == [QATEmbedding, QATEmbeddingBag]
     assert isinstance(model.positions, Positions)
     assert isinstance(model.positions, QATEmbedding)

@@ -83,10 +83,11 @@ def first_tables(
         finely = _was_trained_finely([tables[name] for name in names])
         finely = residuals if finely is None else finely
         db = _sqnr_db(tables[names[0]], finely=finely)
-        why = f"tied to {heads[0]!r}: one int8 copy" if heads else "a scale for each row"
+        more = ", and 4 more bits for look-ups" if finely else ""
+        why = (f"tied to {heads[0]!r}: one int8 copy" if heads else "a scale for each row") + more
         rows[names[0]] = TablePlan("int8", why, heads[0] if heads else None, db, finely)
         owner = heads[0] if heads else names[0]
-        tied = TablePlan("int8", f"tied to {owner!r}: one int8 copy", owner, db, finely)
+        tied = TablePlan("int8", f"tied to {owner!r}: one int8 copy{more}", owner, db, finely)
         rows.update(dict.fromkeys(names[1:], tied))
     return {name: rows[name] for name in tables}
 
