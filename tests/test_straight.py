@@ -16,7 +16,7 @@ from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import line_of
-from torchq.modules.straight_forms import Activated, Form, Residual
+from torchq.modules.straight_forms import Form, Residual, Row
 
 KERNELS = [kernel for kernel in kernels.names() if kernel in kernels.runnable()]
 
@@ -58,6 +58,19 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.down(self.up(x), x)
+
+
+class MLP(nn.Module):
+    """As transformers' ViTMLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(48, 100), nn.ReLU(), nn.Linear(100, 48)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        return self.fc2(x)
 
 
 def converted(module):
@@ -193,9 +206,39 @@ def test_static_layers_and_convert_with_data():
 
 def test_an_activated_computes_its_activation_in_the_epilogue():
     module, x = converted(Intermediate()), normal(3, 9, 48, seed=1)
-    assert type(module).__mro__[1] is Activated
+    assert type(module).__mro__[1] is Row
     assert_identical(module(x), module.dense.fused(x, module.dense.fold.activation))
     torch.testing.assert_close(module(x), by_code(module, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_hands_codes_to_a_static_layer():
+    mlp, x = MLP().eval(), normal(64, 48, seed=1)
+    sequential = nn.Sequential(mlp.fc1, mlp.act, mlp.fc2)
+    qmlp, qsequential = (convert(each, [x], config=QConfig(activation="static")) for each in (mlp, sequential))
+    planned = qmlp.torchq_plan.layers["fc1"]
+    assert (planned.activation, planned.feeds) == ("act", "fc2")
+    assert "passes=uint8" in repr(qmlp.fc1)
+    calls, product = [], _C.call_fused
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_C, "call_fused", lambda *args: (calls.append(args[7]), product(*args))[1])
+        y = qmlp(x)
+    assert calls == [qmlp.fc2, None]
+    assert_identical(y, qsequential(x))
+    unfused = by_code(qmlp, x)
+    torch.testing.assert_close(y, unfused, rtol=1e-5, atol=1e-5)
+    qmlp.act = nn.Tanh()
+    assert_identical(qmlp(x), by_code(qmlp, x))
+    qmlp.act = torch.nn.Hardshrink()
+    assert_identical(qmlp(x), by_code(qmlp, x))
+
+
+def test_gradients_flow_through_a_row():
+    mlp, x = MLP().eval(), normal(9, 48, seed=1).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    qmlp = converted(mlp)
+    qmlp(x).sum().backward()
+    qmlp.original.forward(qmlp, other).sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_the_class_keeps_its_name_and_the_model_its_words():
@@ -215,7 +258,7 @@ def test_copies_and_pickles_are_forms_too():
     for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert type(copied.down) is type(block.down)
         assert type(copied.up) is type(block.up)
-        assert copied.up._known[0] is copied.up.dense
+        assert copied.up._known[0][0] is copied.up.dense
         assert copied.down.dense is not block.down.dense
         assert_identical(copied(x), block(x))
 
@@ -342,8 +385,17 @@ def test_nothing_is_fused_where_torch_watches():
     assert_identical(graph(x, residual), expected)
 
 
-def test_compiled_models_hold_the_code():
-    block, x = converted(Block()), normal(5, 48, seed=1)
+@pytest.mark.parametrize("change", [None, "hook", "forward"])
+def test_compiled_models_hold_activations_and_the_code_of_sums(change):
+    block, x, graphs, seen = converted(Block()), normal(5, 48, seed=1), [], []
+    if change == "hook":
+        noted("act")(block.up, seen)
+    if change == "forward":
+        block.up.forward = lambda hidden: block.up.dense(hidden).relu()
+    torch.compiler.reset()
     with torch.no_grad():
-        y = torch.compile(block, fullgraph=True, backend="eager")(x)
+        y = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(x)
     torch.testing.assert_close(y, block(x), rtol=1e-5, atol=1e-5)
+    linears = [node for node in graphs[0].graph.nodes if node.target is torch.ops.torchq.linear_dynamic.default]
+    assert [node.args[2] for node in linears] == [0 if change else torchq.ops.Activation.GELU, 0]
+    torch.compiler.reset()

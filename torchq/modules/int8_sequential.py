@@ -75,7 +75,55 @@ class Watch:
         self.look(args[0])
 
 
-class Int8Sequential(nn.Sequential):
+class InOrder(nn.Module):
+    """A module that calls children one after the other, and nothing else: it runs layers with what follows them."""
+
+    _known: tuple[list[nn.Module | None], list[Step]]  # some children, and their steps
+
+    def _in_order(self) -> list[nn.Module | None]:
+        """The children of this moment."""
+        return list(self.__dict__["_modules"].values())
+
+    def _run(self, x: Any) -> Any:
+        """What the children make of x."""
+        codes = None  # what x stands for where it is u8 codes
+        for step in self._steps():
+            module, between, settings, activation, reader = step
+            if between is None:
+                x = module(x)
+                continue
+            y: Any = NotImplemented
+            if not is_dynamo_compiling():
+                pair = None if reader is None else reader.input_qparams
+                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
+            if y is NotImplemented:
+                if not (is_dynamo_compiling() or step.holds()):
+                    self._learn(self._in_order())  # for the next call
+                x, codes = _run(step, x, codes)
+            else:
+                x, codes = y, None if pair is None else Codes(x.dtype if codes is None else codes.dtype, pair)
+        return x
+
+    def _steps(self) -> list[Step]:
+        """What to run, by the children of this moment."""
+        children = self._in_order()
+        known, steps = self._known
+        if is_dynamo_compiling():
+            same = len(known) == len(children) and all(a is b for a, b in zip(known, children, strict=True))
+            return steps if same else list(map(Step.alone, children))
+        return steps if known == children else self._learn(children)
+
+    def _learn(self, children: list[nn.Module | None]) -> list[Step]:
+        steps = steps_of(children)
+        self.__dict__["_known"] = (children, steps)  # nn.Module's own setattr would look for parameters in it
+        return steps
+
+    def computes(self, layer: nn.Module) -> bool:
+        """Whether the activation behind this child is computed with it."""
+        return any(step.module is layer and step.activation != Activation.NONE for step in self._steps())
+
+
+class Int8Sequential(InOrder, nn.Sequential):
     """An nn.Sequential of the same children, with the same results, in less time.
 
     >>> from torchq import convert
@@ -86,8 +134,6 @@ class Int8Sequential(nn.Sequential):
     >>> torch.equal(qmodel(x), qmodel[2](qmodel[1](qmodel[0](x))))
     True
     """
-
-    _known: tuple[list[nn.Module | None], list[Step]]  # some children, and their steps
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -109,51 +155,20 @@ class Int8Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
-        x, codes = input, None  # codes: what x stands for where it is u8 codes
-        for step in self._steps():
-            module, between, settings, activation, reader = step
-            if between is None:
-                x = module(x)
-                continue
-            y: Any = NotImplemented
-            if not is_dynamo_compiling():
-                pair = None if reader is None else reader.input_qparams
-                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
-            if y is NotImplemented:
-                if not (is_dynamo_compiling() or step.holds()):
-                    self._learn(list(self.__dict__["_modules"].values()))  # for the next call
-                x, codes = _run(step, x, codes)
-            else:
-                x, codes = y, None if pair is None else Codes(x.dtype if codes is None else codes.dtype, pair)
-        return x
-
-    def _steps(self) -> list[Step]:
-        """What to run, by the children of this moment."""
-        children = list(self.__dict__["_modules"].values())
-        known, steps = self._known
-        if is_dynamo_compiling():
-            same = len(known) == len(children) and all(a is b for a, b in zip(known, children, strict=True))
-            return steps if same else list(map(Step.alone, children))
-        return steps if known == children else self._learn(children)
-
-    def _learn(self, children: list[nn.Module | None]) -> list[Step]:
-        steps = steps_of(children)
-        self.__dict__["_known"] = (children, steps)  # nn.Module's own setattr would look for parameters in it
-        return steps
+        return self._run(input)
 
 
 def steps_of(children: list[Any]) -> list[Step]:
     """How these children run, where nothing stands against it."""
     steps, i = [], 0
     while i < len(children):
-        step = step_of(children[i], children[i + 1 :])
+        step = _step(children[i], children[i + 1 :])
         steps.append(step)
         i += 1 + len(step.between or ())
     return steps
 
 
-def step_of(module: Any, behind: list[Any]) -> Step:
-    """A child together with as many of those behind it as it may run at once with."""
+def _step(module: Any, behind: list[Any]) -> Step:
     if type(module) is not QuantizedLinear:
         return Step.alone(module)
     found, fold = followers(behind, lambda child: type(child) is QuantizedLinear), module.fold
@@ -168,7 +183,7 @@ def step_of(module: Any, behind: list[Any]) -> Step:
 def _run(step: Step, x: Any, codes: Codes | None) -> tuple[Any, Codes | None]:
     """Runs a step by the ops, fused if that may be. Returns y, and what it stands for where it is codes."""
     layer, between, activation, reader = cast(QuantizedLinear, step.module), step.between or (), *step[3:]
-    plain = step.holds() and _is_plain(layer, but=Watch) and all(map(_is_plain, between))
+    plain = step.holds() and is_plain(layer, but=Watch) and all(map(is_plain, between))
     if isinstance(x, Proxy) or not plain:
         x = layer(x) if codes is None else layer.fused(x, codes=codes)
         for module in between:
@@ -180,16 +195,16 @@ def _run(step: Step, x: Any, codes: Codes | None) -> tuple[Any, Codes | None]:
     if reader is None or pair is None or layer.input_qparams is None:
         return layer.fused(x, activation, codes=codes), None
     given = Codes(x.dtype if codes is None else codes.dtype, pair)
-    if _is_plain(reader) and not (is_dynamo_compiling() and simulation.anywhere):
+    if is_plain(reader) and not (is_dynamo_compiling() and simulation.anywhere):
         return layer.fused(x, activation, pair, codes=codes), given
-    if not _is_plain(reader, but=Watch):  # somebody sees what it reads
+    if not is_plain(reader, but=Watch):  # somebody sees what it reads
         return layer.fused(x, activation, codes=codes), None
     with torch.autocast("cpu", enabled=False):  # the floats that would become codes
         in_float32 = Codes(torch.float32, layer.input_qparams if codes is None else codes.qparams)
         return layer.fused(x, activation, codes=in_float32), given
 
 
-def _is_plain(module: nn.Module, *, but: type | None = None) -> bool:
+def is_plain(module: nn.Module, *, but: type | None = None) -> bool:
     """Whether only its own forward() would see a call of this module, `but` such hooks, and it samples nothing."""
     if type(module) in IDLE and module.training and getattr(module, "p", 0.0) != 0.0:
         return False

@@ -1,23 +1,22 @@
-"""Straight modules of the user (`straight.py`) as one product: `norm(layer(x) + residual)`, and `act(layer(x))`.
+"""Straight modules of the user (`straight.py`) in fewer products: `norm(layer(x) + residual)`, and `fc2(act(fc1(x)))`.
 
 Such a module keeps its children, its state and its code. Its class becomes a form of the user's class, under the same
-name, whose call looks whether one product gives what the code would. Wherever anybody could see a difference (hooks,
+name, whose call looks whether it may compute what the code would. Wherever anybody could see a difference (hooks,
 gradients, modes, tracing, a child or a forward that was replaced), the code of the user runs.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
 from torchq.modules.folding import IDLE
-from torchq.modules.int8_sequential import Step, step_of
+from torchq.modules.int8_sequential import InOrder, is_plain, steps_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import Line, line_of
-from torchq.ops import Activation
 
 
 class Form(nn.Module):
@@ -78,38 +77,33 @@ class Residual(Form):
         return super().__call__(*args, **kwargs)
 
 
-class Activated(Form):
-    """`act(layer(x))`: the activation is computed in the layer's epilogue, as in an Int8Sequential."""
-
-    _known: tuple[nn.Module | None, nn.Module | None, Step]  # the children, and how they run
+class Row(Form, InOrder):
+    """`fc2(act(fc1(x)))`, or any other row of children: it runs them as an Int8Sequential does."""
 
     @staticmethod
     def adopt(module: nn.Module) -> None:
-        """Makes a module an Activated, if this is its code, with an int8 layer that may compute the activation."""
+        """Makes a module a Row, if this is its code, and it has anything to fuse."""
         line = line_of(type(module))
-        if line is None or line.last is not None or len(line.calls) != 2 or isinstance(module, Form):
+        if line is None or line.last is not None or isinstance(module, (Form, nn.Sequential)):
             return
-        layer, act = (module._modules.get(name) for name in line.calls)
-        step = step_of(layer, [act])
-        if step.between and step.activation != Activation.NONE:
-            _become(Activated, module)
-            vars(module)["_known"] = (layer, act, step)
+        children = [module._modules.get(name) for name in line.calls]
+        if None not in children and any(step.between or step.reader for step in steps_of(children)):
+            _become(Row, module)
+            cast(Row, module)._learn(children)
 
-    def computes(self, layer: nn.Module) -> bool:
-        """Whether the activation behind this layer is computed here."""
-        return self._known[0] is layer
+    def _in_order(self) -> list[nn.Module | None]:
+        modules = self.__dict__["_modules"]
+        return [modules.get(name) for name in self.line.calls]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """forward(), as one product where that is all that happens."""
-        if not is_dynamo_compiling() and len(args) == 1 and not kwargs:
-            state, line = self.__dict__, self.line
-            layer, act, step = state["_known"]
-            children = state["_modules"]
-            first, second = line.calls
-            same = children.get(first) is layer and children.get(second) is act
-            if same and type(self).forward is line.forward and _C.is_plain(self, type(self)):
-                module, between, settings, activation, _ = step
-                y = _C.call_fused(module, QuantizedLinear, args[0], None, activation, between, settings, None, None)
-                if y is not NotImplemented:
-                    return y
+        """forward(), skipping nn.Module's part of the call if it has nothing to do."""
+        if len(args) == 1 and not kwargs and self._is_straight():
+            return self._run(args[0])
         return super().__call__(*args, **kwargs)
+
+    def _is_straight(self) -> bool:
+        """Whether its code is still what was read, of children that it has, and nobody else sees the call."""
+        line, state = self.line, self.__dict__
+        if type(self).forward is not line.forward or not is_plain(self):
+            return False
+        return all(name not in state and state["_modules"].get(name) is not None for name in line.calls)

@@ -13,7 +13,7 @@ from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.curve import faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
-from torchq.modules.int8_sequential import Int8Sequential
+from torchq.modules.int8_sequential import InOrder, Int8Sequential
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
@@ -22,7 +22,7 @@ from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
-from torchq.modules.straight_forms import Activated, Residual
+from torchq.modules.straight_forms import Residual, Row
 from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
@@ -82,7 +82,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             if isinstance(module, nn.Sequential):
                 Int8Sequential.adopt(module)
             Int8TransformerEncoder.adopt(module)
-            Activated.adopt(module)
+            Row.adopt(module)
             if plan.int8_layers():
                 LayerNorm.adopt(module)
         _adopt_residuals(model, plan)
@@ -144,11 +144,7 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
             continue
         path = _owner_of(model, (name, last))
         owner = model.get_submodule(path)
-        if isinstance(owner, Int8Sequential) and any(
-            step.module is layer and step.activation for step in owner._steps()
-        ):
-            continue
-        if isinstance(owner, Activated) and owner.computes(layer):
+        if isinstance(owner, InOrder) and owner.computes(layer):
             continue
         layer.scope = _scope_of(model, path, scopes)
 

@@ -1,7 +1,7 @@
 """Fusion: which layers may compute the activation that follows them, and pass u8 codes to the next layer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from torchq.calibration.readers import ADDITION, PADDING
 from torchq.modules.activations import activation_named
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.layer_norm import LayerNorm
-from torchq.modules.straight import Line, line_of
+from torchq.modules.straight import line_of
 from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.plan import LayerPlan, Plan
@@ -19,10 +19,11 @@ from torchq.planning.plan import LayerPlan, Plan
 def fuse(plan: Plan, evidence: Evidence) -> Plan:
     """Notes what each int8 layer may be fused with: an activation that reads its output, and in an nn.Sequential codes.
 
-    In an nn.Sequential the structure is all that is needed: an `Int8Sequential` fuses only inside a call of its own,
-    where nothing else can read what lies in between. Elsewhere a layer waits for the activation that calibration saw
-    (`Pending`), or that is known to follow, in torch's transformer layers and in straight modules (`line_of`). In these
-    a sum and a LayerNorm may follow instead. All modules stay callable by themselves.
+    In an nn.Sequential, and in modules of the user that are such a row by their code (`line_of`), the structure is all
+    that is needed: they fuse only inside a call of their own, where nothing else can read what lies in between. So do
+    modules whose code has a sum and a LayerNorm behind the layer. Elsewhere a layer waits for the activation that
+    calibration saw (`Pending`), or that is known to follow, in torch's transformer layers. All modules stay callable by
+    themselves.
     """
     if not evidence.config.fuse:
         return plan
@@ -34,11 +35,9 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
         if name in plans and plans[name].is_int8:
             plans[name] = _of_chain(name, list(chain), plans, evidence)
     names = {id(layer.module): name for name, layer in evidence.layers.items() if not layer.part}
-    for path, sequential in evidence.model.named_modules():
-        if type(sequential) is nn.Sequential and "forward" not in vars(sequential):
-            _fuse_children(path, sequential, names, plans, evidence)
-    known = _feed_forwards(evidence.model) | _straight_activations(evidence)
-    for name, activation in (evidence.activations | known).items():
+    for keys, row in _rows(evidence.model):
+        _fuse_children(keys, row, names, plans, evidence)
+    for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
     for name, readers in evidence.handovers.items():
@@ -50,30 +49,29 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     return dataclasses.replace(plan, layers=plans)
 
 
-def _lines(evidence: Evidence) -> Iterator[tuple[nn.Module, Line, Callable[[str], str]]]:
-    """The straight modules that begin with a matrix, and what gives their children's full names."""
-    for path, module in evidence.model.named_modules():
+def _rows(model: nn.Module) -> Iterator[tuple[list[str], list[nn.Module | None]]]:
+    """Children that are called one after the other and nothing else, by their full names, of each such module."""
+    for path, module in model.named_modules():
+        if "forward" in vars(module):
+            continue
         line = line_of(type(module))
-        full = f"{path}.{{}}".format if path else str
-        layer = None if line is None else evidence.layers.get(full(line.calls[0]))
-        if line is not None and layer is not None and not (layer.kind.absorbs or layer.part):
-            yield module, line, full
-
-
-def _straight_activations(evidence: Evidence) -> dict[str, str]:
-    """By the layer in a module that is nothing but `act(layer(x))`: its activation."""
-    lines = [(line.calls, full) for _, line, full in _lines(evidence) if line.last is None and len(line.calls) == 2]
-    pairs = {full(layer): full(act) for (layer, act), full in lines}
-    return {layer: act for layer, act in pairs.items() if activation_named(evidence.model, act) != Activation.NONE}
+        names = tuple(module._modules) if type(module) is nn.Sequential else () if line is None else line.calls
+        if type(module) is nn.Sequential or (line is not None and line.last is None):
+            yield [f"{path}.{name}" if path else name for name in names], [module._modules.get(name) for name in names]
 
 
 def _sum_norms(evidence: Evidence) -> dict[str, str]:
     """By the layer in a module that is nothing but `norm(idle(layer(x)) + residual)`: its norm."""
     found = {}
-    for module, line, full in _lines(evidence):
-        idle = (type(module._modules.get(name)) in IDLE for name in line.calls[1:])
-        if line.last is not None and LayerNorm.can_be(module._modules.get(line.last)) and all(idle):
-            found[full(line.calls[0])] = full(line.last)
+    for path, module in evidence.model.named_modules():
+        line = line_of(type(module))
+        if line is None or line.last is None or not LayerNorm.can_be(module._modules.get(line.last)):
+            continue
+        name, norm = (f"{path}.{name}" if path else name for name in (line.calls[0], line.last))
+        layer = evidence.layers.get(name)
+        idle = all(type(module._modules.get(name)) in IDLE for name in line.calls[1:])
+        if idle and layer is not None and not (layer.kind.absorbs or layer.part):
+            found[name] = norm
     return found
 
 
@@ -110,14 +108,13 @@ def _takes_codes(name: str, plans: dict[str, LayerPlan], evidence: Evidence) -> 
 
 
 def _fuse_children(
-    path: str, sequential: nn.Sequential, names: dict[int, str], plans: dict[str, LayerPlan], evidence: Evidence
+    keys: list[str], row: list[nn.Module | None], names: dict[int, str], plans: dict[str, LayerPlan], evidence: Evidence
 ) -> None:
     def is_int8(module: nn.Module) -> bool:
         name = names.get(id(module))
         return name is not None and plans[name].is_int8
 
-    keys = [f"{path}.{key}" if path else key for key in sequential._modules]
-    children = [None if child is None or has_hooks(child) else child for child in sequential._modules.values()]
+    children = [None if child is None or has_hooks(child) else child for child in row]
     for i, layer in enumerate(children):
         if layer is None or not is_int8(layer) or names[id(layer)] in evidence.chains:
             continue
