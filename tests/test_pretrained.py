@@ -135,10 +135,15 @@ def test_other_heads(tmp_path):
     assert_identical(other.bert(IDS[1])[0], expected)
 
 
-def test_a_table_whose_head_is_left_out(tmp_path):
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_table_whose_head_is_left_out(tmp_path, smoothed):
     """It takes the head's tensors, and has a table of its own. To be saved without the head it lacks them."""
-    qmodel = convert(made("LlamaForCausalLM"), config=QConfig(embeddings=True))
+    model = made("LlamaForCausalLM")
+    with torch.no_grad():
+        model.model.norm.weight[[3, 17]] = 30  # outliers among the inputs of the head
+    qmodel = convert(model, IDS if smoothed else None, config=QConfig(embeddings=True), progress=False)
     assert qmodel.model.embed_tokens.owner is qmodel.lm_head
+    assert (qmodel.lm_head.channel_scale is not None) == smoothed
     qmodel.save_pretrained(tmp_path)
     base, said = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()), said

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding
 
-from torchq import Plan, QConfig, apply_plan, convert, report, simulate
+from torchq import Plan, QConfig, apply_plan, convert, prepare_qat, report, simulate
 from torchq.modules.embedding import QuantizedEmbedding
 from torchq.numerics.metrics import sqnr_db
 
@@ -321,6 +321,61 @@ def test_a_channel_scale_of_a_tied_head_is_multiplied_back():
 
     assert torch.equal(qmodel.words(X), (qmodel.words.weight + 0)[X])
     assert sqnr_db(model.words(X), qmodel.words(X)) > sqnr_db(model.words(X), (qmodel.head.weight + 0)[X]) + 20
+
+
+@torch.no_grad()
+def test_a_table_of_its_own_may_have_the_channel_scale_of_a_head():
+    """As where a checkpoint was loaded without the head."""
+    model = language(tie=False)
+    plan = convert(model, config=FINE).torchq_plan
+    plan.tables["words"] = dataclasses.replace(plan.tables["words"], scaled=True)
+    qmodel = apply_plan(model, Plan.from_dict(plan.to_dict()))
+    plain, state = qmodel.words(X), qmodel.state_dict()
+    assert torch.equal(plain, convert(model, config=FINE).words(X))
+    factor = torch.rand(64) + 0.5
+    qmodel.load_state_dict({**state, "words.channel_scale": factor})
+    assert torch.equal(qmodel.words.channel_scale, factor)
+    for again in (qmodel, copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        assert torch.equal(again.words(X), plain * factor)
+        assert torch.equal((again.words.weight + 0)[X], plain * factor)
+    with pytest.raises(RuntimeError, match=r"more_words.channel_scale: the saved layer scales the channels"):
+        qmodel.load_state_dict({**state, "more_words.channel_scale": factor})
+
+
+class Outliers(Language):
+    """Behind a norm that makes two channels of the head's input 30 times as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        with torch.no_grad():
+            self.norm.weight[[3, 17]] = 30
+
+    def forward(self, ids):
+        h = self.words(ids) + self.more_words(ids.flip(-1))
+        return self.head(self.norm(h + torch.relu(self.mix(h))))
+
+
+@torch.no_grad()
+def test_a_head_is_smoothed_if_its_table_has_residuals():
+    torch.manual_seed(0)
+    model, found = Outliers().eval(), {}
+    for name, config in {
+        "fine": FINE,
+        "codes": QConfig(embeddings="int8"),
+        "plain": QConfig(embeddings=True, smoothing="none"),
+    }.items():
+        qmodel = convert(model, DATA, config=config)
+        plan = qmodel.torchq_plan
+        found[name] = sqnr_db(model(X), qmodel(X))
+        assert (plan.layers["head"].channel_scale is not None) == (name == "fine")
+        whole = sqnr_db(model.words.weight, qmodel.words.weight + 0)
+        assert plan.tables["words"].sqnr_db == pytest.approx(whole, abs=0.01)
+        assert whole > {"fine": 55, "codes": 43, "plain": 65}[name]
+        assert torch.equal(qmodel.words(X), (qmodel.words.weight + 0)[X])
+    assert found["fine"] > found["plain"] + 4
+    prepared = prepare_qat(model, DATA, config=FINE)
+    assert convert(prepared).torchq_plan.layers["head"].channel_scale is None
 
 
 @pytest.mark.parametrize("tie", [False, True])

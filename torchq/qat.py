@@ -198,11 +198,14 @@ def _beginnings(
 
 
 def _channel_scales(evidence: Evidence, tables: dict[str, TablePlan]) -> dict[str, Tensor]:
-    """What multiplies the channels of the input, for the layers that smoothing helps."""
-    reached = [name for name, record in evidence.records.items() if record.has_data]
+    """What multiplies the channels of the input, for the layers that smoothing helps.
+
+    Heads that share a table have none: the training form of the table rounds its rows as they are.
+    """
+    tied = {row.owner for row in tables.values() if row.kind == "int8"}
+    reached = [name for name, record in evidence.records.items() if record.has_data and name not in tied]
     plan = Plan(
-        {name: plan_by(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached},
-        tables=tables,
+        {name: plan_by(evidence.layers[name], evidence.records[name].whole, evidence.config) for name in reached}
     )
     layers = smooth(plan, evidence).layers
     return {name: scale for name, layer in layers.items() if (scale := layer.scale_vector) is not None}

@@ -54,7 +54,10 @@ class TorchqHfQuantizer(Int8Quantizer):
         transformers gives the model from version 5.18 on.
         """
         if self.pre_quantized:
-            return [WeightRenaming(rf"^{re.escape(head)}\.weight_", f"{table}.weight_") for head, table in self._moved]
+            keys = [
+                (re.escape(head), table, key) for head, table in self._moved for key in ("weight_", "channel_scale")
+            ]
+            return [WeightRenaming(rf"^{head}\.{key}", f"{table}.{key}") for head, table, key in keys]
         return cast(list[Any], super().update_weight_conversions(weight_conversions, *model))
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
@@ -135,7 +138,8 @@ def without_lost_heads(plan: Plan, rename: Rename) -> tuple[Plan, list[tuple[str
         head, new = row.owner, rename(name)
         if row.kind == "int8" and head in plan.layers and rename(head) is None and new is not None:
             first = next(each for each, other in plan.tables.items() if other.owner == head)
-            tables[name] = dataclasses.replace(row, owner=None if first == name else first)
+            scaled = first == name and plan.layers[head].channel_scale is not None
+            tables[name] = dataclasses.replace(row, owner=None if first == name else first, scaled=scaled)
             moved += [(head, new)] if first == name else []
     return dataclasses.replace(plan, tables=tables), moved
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import embedding_bag
 
+from torchq import ops
 from torchq.modules.base import MODULE_OWN, Int8Module, float_class
 from torchq.modules.float_view import FloatView, FloatViews
 from torchq.modules.packed_weights import RESIDUAL, PackedWeights
 from torchq.numerics.qparams import dequantize, quantize_weight
 from torchq.numerics.residual import with_residuals
-from torchq.ops.lookup import embedding, pack_table, residual_width, unpack_residuals, unpack_table
+from torchq.ops.lookup import embedding, pack_table, unpack_residuals, unpack_table
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """The float modules that become int8 here."""
@@ -51,7 +52,7 @@ class QuantizedTable(PackedWeights):
 
     @classmethod
     def from_float(
-        cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False
+        cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False, scaled: bool = False
     ) -> "QuantizedTable":
         """The int8 form of an nn.Embedding or nn.EmbeddingBag; if its table is the weight of `owner`, tied to that.
 
@@ -59,19 +60,24 @@ class QuantizedTable(PackedWeights):
             module: the float module.
             owner: the int8 module of a head or another embedding that has the table.
             finely: whether look-ups have residuals. Those of a tied table are added to the owner.
+            scaled: whether a table of its own has a channel_scale, as the head had that it shared it with. It is ones
+                here; a checkpoint has it.
 
         A subclass keeps its own forward and whatever else it has: its `super().forward` looks up in int8.
         """
         table, weight = cls.empty(module, owner), cast(Tensor, module.weight).detach()
         if owner is None:
-            table._set_packed(pack_table(*quantize_weight(weight, per_channel=True)))
+            ones = torch.ones(weight.shape[1], dtype=torch.float32, device=weight.device) if scaled else None
+            table._set_packed(_formed(*quantize_weight(weight, per_channel=True), ones))
         holder = table if owner is None else owner
         if finely and holder.residual is None:
             holder.add_residual(weight)
         return table
 
     @classmethod
-    def empty(cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False) -> "QuantizedTable":
+    def empty(
+        cls, module: nn.Module, owner: PackedWeights | None = None, *, finely: bool = False, scaled: bool = False
+    ) -> "QuantizedTable":
         """The same on the meta device, without the table's values. A table that is its owner's has the owner's."""
         table = cast(QuantizedTable, _new(float_class(module)))
         kept = {key: value for key, value in vars(module).items() if key not in MODULE_OWN | OF_TRAINING}
@@ -86,8 +92,8 @@ class QuantizedTable(PackedWeights):
         if owner is None:
             shape = (table.out_features, table.in_features)
             codes = torch.empty(shape, dtype=torch.int8, device="meta")
-            scale = torch.empty(shape[0], dtype=torch.float32, device="meta")
-            table._set_packed(pack_table(codes, scale))
+            scale, channels = (torch.empty(size, dtype=torch.float32, device="meta") for size in shape)
+            table._set_packed(_formed(codes, scale, channels if scaled else None))
         else:
             table._owner = (owner,)
             table._present()
@@ -123,9 +129,9 @@ class QuantizedTable(PackedWeights):
         return self._parameters["weight"]  # type: ignore[return-value]
 
     @property
-    def channel_scale(self) -> None:
-        """A table has none; that of a head is in its rows."""
-        return
+    def channel_scale(self) -> Tensor | None:
+        """What each value of a row is multiplied by, of a table of its own; None for most. A head has its own."""
+        return None if self._owner is not None else super().channel_scale
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> None:
         """Takes other codes and scales. Residuals, which were those of the codes before, become zeros.
@@ -135,7 +141,7 @@ class QuantizedTable(PackedWeights):
         """
         if self._owner is not None:
             raise RuntimeError(f"torchq: this table is the weight of a {type(self.owner).__name__}: replace it there.")
-        self._set_packed(pack_table(weight_int8, weight_scale), self._no_residual())
+        self._set_packed(_formed(weight_int8, weight_scale, self.channel_scale), self._no_residual())
 
     # ---- What PackedWeights asks for -------------------------------------------------------------------------------
 
@@ -161,28 +167,33 @@ class QuantizedTable(PackedWeights):
     def _unpacked(self, packed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.owner is not None:
             return self.owner._unpacked(packed)
+        packed = self.packed if packed is None else packed
+        if self._scales_channels(packed):
+            return super()._unpacked(packed)
         none = torch.empty(0, dtype=torch.float32, device="cpu")
-        return *unpack_table(self.packed if packed is None else packed), none, none
+        return *unpack_table(packed), none, none
+
+    def _scales_channels(self, packed: Tensor) -> bool:
+        return packed.dim() == 1
 
     def _canonical(self) -> dict[str, Tensor]:
         if self._owner is not None:
             return {}
         packed, residual = self.table()
-        weight, scale = unpack_table(packed)
+        weight, scale, _, channel_scale = self._unpacked(packed)
         tensors = {"weight_int8": weight, "weight_scale": scale}
+        if channel_scale.numel():
+            tensors["channel_scale"] = channel_scale
         return tensors if residual is None else {**tensors, RESIDUAL: residual}
 
     def expected(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a checkpoint."""
-        if self._owner is not None:
-            return {}
-        n, k = self.out_features, self.in_features
-        expected = {"weight_int8": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n,))}
-        return expected if self.residual is None else {**expected, RESIDUAL: (torch.uint8, (n, residual_width(k)))}
+        return {} if self._owner is not None else super().expected()
 
     def _adopt(self, tensors: dict[str, Tensor]) -> None:
         if self._owner is None:
-            self._set_packed(pack_table(tensors["weight_int8"], tensors["weight_scale"]), tensors.get(RESIDUAL))
+            packed = _formed(tensors["weight_int8"], tensors["weight_scale"], tensors.get("channel_scale"))
+            self._set_packed(packed, tensors.get(RESIDUAL))
         else:
             self._present()
 
@@ -205,6 +216,11 @@ class QuantizedTable(PackedWeights):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (self._source,), self.__getstate__()
+
+
+def _formed(codes: Tensor, scale: Tensor, channel_scale: Tensor | None) -> Tensor:
+    """A table of its own as it lies in memory: rows with their scales, or as a head has it, with a channel_scale."""
+    return pack_table(codes, scale) if channel_scale is None else ops.pack(codes, scale, None, channel_scale)
 
 
 class QuantizedEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[override]

@@ -99,8 +99,9 @@ def _check_tables(modules: Mapping[str, nn.Module], plan: Plan) -> None:
             raise BadValueError(f"table {name!r} is to be {row.kind!r}, expected 'int8' or 'float'.")
         if row.kind == "int8" and row.owner is not None and row.owner not in {**plan.layers, **plan.tables}:
             raise BadValueError(f"table {name!r} is tied to {row.owner!r}, which the plan does not have.")
-        if not isinstance(row.residual, bool):
-            raise BadValueError(f"table {name!r} has residual {row.residual!r}, expected True or False.")
+        for field in ("residual", "scaled"):
+            if not isinstance(getattr(row, field), bool):
+                raise BadValueError(f"table {name!r} has {field} {getattr(row, field)!r}, expected True or False.")
         if row.kind == "int8" and residuals.setdefault(row.owner or name, row.residual) != row.residual:
             raise BadValueError(f"table {name!r} shares one int8 copy with others, so all have residuals or none.")
 

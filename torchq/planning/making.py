@@ -68,7 +68,8 @@ class FromFloat:
     def table(self, model: nn.Module, plan: Plan, name: str, owner: nn.Module | None) -> QuantizedTable:
         """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
         assert owner is None or isinstance(owner, PackedWeights)
-        return QuantizedTable.from_float(model.get_submodule(name), owner, finely=plan.tables[name].residual)
+        row = plan.tables[name]
+        return QuantizedTable.from_float(model.get_submodule(name), owner, finely=row.residual, scaled=row.scaled)
 
     def kept(self, model: nn.Module) -> dict[int, Any]:
         """By the id of a tensor of the float model: what a copy has in its place. All others are copied."""
@@ -108,7 +109,8 @@ class Empty(FromFloat):
     def table(self, model: nn.Module, plan: Plan, name: str, owner: nn.Module | None) -> QuantizedTable:
         """A table with its number of rows, or the owner's."""
         assert owner is None or isinstance(owner, PackedWeights)
-        return QuantizedTable.empty(model.get_submodule(name), owner, finely=plan.tables[name].residual)
+        row = plan.tables[name]
+        return QuantizedTable.empty(model.get_submodule(name), owner, finely=row.residual, scaled=row.scaled)
 
     def kept(self, model: nn.Module) -> dict[int, Any]:
         """All parameters and buffers are on the meta device."""

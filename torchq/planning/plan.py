@@ -226,6 +226,8 @@ class TablePlan:
         sqnr_db: SQNR of the int8 table against the float one, in dB: of what look-ups give.
         residual: whether look-ups have 4 more bits for each code, which lie beside the table. A head that shares it
             multiplies by the codes alone. Tables that share one int8 copy have them all, or none has.
+        scaled: whether a table of its own has a channel_scale: that of a smoothed head, which a checkpoint was loaded
+            without.
     """
 
     kind: Literal["int8", "float"]
@@ -233,13 +235,14 @@ class TablePlan:
     owner: str | None = None
     sqnr_db: float | None = None
     residual: bool = False
+    scaled: bool = False
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TablePlan":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
         db = data["sqnr_db"]
-        residual = data.get("residual", False)  # plans of earlier versions have none
-        return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db), residual)
+        more = {key: data.get(key, False) for key in ("residual", "scaled")}  # plans of earlier versions have neither
+        return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db), **more)
 
 
 def attention_schemes(rows: Mapping[str, AttentionPlan]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from torchq.planning.apply import applied
 from torchq.planning.attach import attach_plan
 from torchq.planning.budget import floats
 from torchq.planning.plan import Checked, LayerPlan, Plan
-from torchq.planning.tables import LOSS_DB, small_ones, tables_in_float, tables_of_their_own
+from torchq.planning.tables import LOSS_DB, measured_tables, small_ones, tables_in_float, tables_of_their_own
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +99,10 @@ class SelfCheck:
             margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self.margin_db
             if other_db > max([db + margin, *(measured[key] for key in kept)]):
                 kept = {name: (other, candidate)}
+        scaled = {name for name, layer in plan.layers.items() if layer.channel_scale is not None}
         chosen, (plan, converted) = next(iter(kept.items()))
+        if chosen == WITHOUT_DATA:
+            plan = measured_tables(plan, model, scaled)
         plan, converted, measured[chosen] = self._tables_judged(model, plan, converted, measured[chosen])
         return self.noted(converted, plan, measured, chosen), converted
 

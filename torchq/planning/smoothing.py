@@ -27,7 +27,7 @@ from torchq.config import QConfig
 from torchq.modules.registry import Layer
 from torchq.planning.choose import plan_layer, yardstick_of
 from torchq.planning.plan import LayerPlan, Plan
-from torchq.planning.tables import heads_of_tables
+from torchq.planning.tables import heads_of_coarse_tables, measured_tables
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 """The migration strengths tried: the larger, the more of the range moves into the weights."""
@@ -52,7 +52,7 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
     """Tries every alpha on each layer that has been measured. Where one is better, it replaces the layer's plan."""
     if evidence.config.smoothing == "none":
         return plan
-    tied = heads_of_tables(plan)
+    tied = heads_of_coarse_tables(plan)
     layers, fed = dict(plan.layers), {chain[-1] for chain in evidence.chains.values() if chain}
     for name, planned in plan.layers.items():
         layer = evidence.layers.get(name)
@@ -63,7 +63,8 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
         elif not _would_not_shrink(layer):
             least = FED_GAIN_DB if name in fed else MIN_GAIN_DB
             layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config, least)
-    return dataclasses.replace(plan, layers=layers)
+    scaled = {name for name, layer in layers.items() if layer.channel_scale is not None}
+    return measured_tables(dataclasses.replace(plan, layers=layers), evidence.model, scaled)
 
 
 def _would_not_shrink(layer: Layer) -> bool:

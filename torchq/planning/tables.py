@@ -6,7 +6,7 @@ take more memory than int8 saves. The copy belongs to the head if there is one, 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -144,15 +144,18 @@ def _was_trained_finely(modules: Sequence[nn.Module]) -> bool | None:
     return all(trained) if trained else None
 
 
-def _sqnr_db(module: nn.Module, *, finely: bool) -> float:
+def _sqnr_db(module: nn.Module, *, finely: bool, channel_scale: Tensor | None = None) -> float:
     weight = module.weight.detach()  # type: ignore[operator]
-    scale, both = weight_scale(weight, per_channel=True), torch.zeros(2, dtype=torch.float64, device="cpu")
-    for rows, values in weight_blocks(weight):
+    scale = weight_scale(weight, per_channel=True, channel_scale=channel_scale)
+    both = torch.zeros(2, dtype=torch.float64, device="cpu")
+    for rows, values in weight_blocks(weight, channel_scale):
         codes = quantize(values, scale[rows], axis=0)
         found = dequantize(codes, scale[rows], axis=0)
         if finely:
             found = with_residuals(codes, residuals_of(values, codes, scale[rows]), scale[rows])
-        both += energies(values, found)
+        both += energies(
+            *((values, found) if channel_scale is None else (values * channel_scale, found * channel_scale))
+        )
     return decibels(both)
 
 
@@ -210,5 +213,23 @@ def small_ones(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def heads_of_tables(plan: Plan) -> set[str]:
-    """The layers whose weight is a table too. They are rounded to nearest, and not smoothed, for the table's sake."""
+    """The layers whose weight is a table too. They are rounded to nearest, for the table's sake."""
     return {row.owner for row in plan.tables.values() if row.kind == "int8" and row.owner in plan.layers}
+
+
+def heads_of_coarse_tables(plan: Plan) -> set[str]:
+    """Those whose table has no residuals. They are not smoothed: its rows would be too coarse for what they gain."""
+    coarse = {row.owner for row in plan.tables.values() if not row.residual}
+    return heads_of_tables(plan) & coarse
+
+
+def measured_tables(plan: Plan, model: nn.Module, heads: Container[str]) -> Plan:
+    """The plan with the SQNR of the tables that these share, whose rows are divided by what multiplies their inputs."""
+    tables = dict(plan.tables)
+    for name in plan.int8_tables():
+        row = tables[name]
+        if row.owner in heads and row.owner in plan.layers:
+            scale = plan.layers[row.owner].scale_vector
+            db = _sqnr_db(model.get_submodule(name), finely=row.residual, channel_scale=scale)
+            tables[name] = dataclasses.replace(row, sqnr_db=db)
+    return dataclasses.replace(plan, tables=tables)
