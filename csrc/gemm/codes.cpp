@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 
 #include "divide.h"
 
@@ -14,8 +13,10 @@ namespace {
 
 // Rows are quantized in batches of up to kBatchRows, as long as the batch, which is read twice, stays in L1.
 constexpr int64_t kBatchRows = 32, kBatchBytes = 16 * 1024;
+// Fewer do not pay for what Kernel::quantize_own() does for 16 at once.
+constexpr int64_t kLeastTogether = 4;
 
-constexpr float kRoundsToInteger = 0x1.8p23f;  // floats above it are integers: (x + this) - this is rne(x), inline
+#include "qparams.inc"
 
 std::atomic<const Kernel*> last{nullptr};
 
@@ -87,15 +88,23 @@ void quantize_batch(const Job& job, const uint8_t* x, int64_t count, const CodeR
   }
 }
 
+// The same by the kernel, which takes rows of their own ranges together.
+void quantize_own(const Job& job, const uint8_t* x, int64_t count, const CodeRows& to) {
+  const Input& input = job.problem->x;
+  const PackedHeader& weights = *job.problem->weights;
+  const FloatRow first{x, input.dtype, weights.k, channel_scale_of(weights)};
+  job.kernel->quantize_own({first, count, input.stride, to.codes, job.codes_stride, to.scale, to.zero_point});
+}
+
 void quantize_rows(const Job& job, const uint8_t* x, int64_t count, const CodeRows& to) {
   const Input& input = job.problem->x;
   const int64_t row_bytes = std::max<int64_t>(job.problem->weights->k * element_bytes(input.dtype), 1);
-  const int64_t fit = std::min(std::max<int64_t>(kBatchBytes / row_bytes, 1), kBatchRows);
-  const int64_t batch = round_up(fit, job.kernel->codes.interleaved_rows);
-  for (int64_t r = 0; r < count; r += batch) {
-    const CodeRows rest{to.codes + r * job.codes_stride, to.scale + r, to.zero_point + r};
-    quantize_batch(job, x + r * input.stride, std::min(batch, count - r), rest);
-  }
+  int64_t batch = std::min(std::max<int64_t>(kBatchBytes / row_bytes, 1), kBatchRows);
+  const bool together = job.kernel->quantize_own && input.per_token && std::min(batch, count) >= kLeastTogether;
+  batch = together ? std::min(batch, kRowsTogether) : round_up(batch, job.kernel->codes.interleaved_rows);
+  for (int64_t r = 0; r < count; r += batch)
+    (together ? quantize_own : quantize_batch)(job, x + r * input.stride, std::min(batch, count - r),
+                                               {to.codes + r * job.codes_stride, to.scale + r, to.zero_point + r});
 }
 
 // ---- The bytes behind a row's last code -------------------------------------------------------------------------
@@ -148,12 +157,9 @@ void quantize(const Job& job, int64_t begin, int64_t end, const CodeRows& to) {
 }
 
 QParams choose_qparams(const RowRange& range) {
-  // No branches: the data would decide them. NaN comes out of max(0, NaN) as 0.
-  float scale = range.hi / 255.0f - range.lo / 255.0f;
-  scale = scale >= kMinScale ? scale : 1.0f;
-  scale = range.finite ? scale : std::numeric_limits<float>::quiet_NaN();
-  const float zero_point = std::min(std::max(0.0f, -range.lo * (1.0f / scale)), 255.0f);
-  return {scale, static_cast<int32_t>((zero_point + kRoundsToInteger) - kRoundsToInteger)};
+  QParams q;
+  choose(range, q.scale, q.zero_point);
+  return q;
 }
 
 size_t row_scratch_bytes(int64_t k) { return round_up(k, 64) * 2; }

@@ -42,6 +42,18 @@ struct RowRange {
   bool finite;
 };
 
+// Rows of floats, `stride` bytes apart, and where their codes go, code_stride apart, with the scale and the zero point
+// of each.
+struct OwnRows {
+  FloatRow first;
+  int64_t count, stride;  // up to kRowsTogether
+  uint8_t* codes;
+  int64_t code_stride;
+  float* scale;
+  int32_t* zero_point;
+};
+constexpr int64_t kRowsTogether = 16;
+
 // One block of y = x · wᵀ, full depth. Codes and panels are what codes.cpp and pack.cpp prepared.
 //
 //   acc[r, c] = Σ_k codes[r, k]·w[c, k] - zero_point[r]·colsum[c]                      exact, int32
@@ -223,6 +235,9 @@ struct Kernel {
   // own: the caller promises that scale and zero point are choose_qparams() of this row's range. Then either
   // |value * inv_scale| < 256, or all products are NaN and the zero point is 0, and a kernel may clamp less.
   void (*quantize)(const FloatRow& row, float inv_scale, int32_t zero_point, void* codes, bool own) = nullptr;
+  // range(), choose_qparams() and quantize() of several rows (rows_together.inc); null: they are taken one by one. Only
+  // where CodeFormat has no shift and no interleaved rows.
+  void (*quantize_own)(const OwnRows& rows) = nullptr;
   void (*run)(const Block& block) = nullptr;
   // y[i] = act(x[i]) for count values of dtype f32, bf16 or f16: computed in float32, as run() does. y may be x.
   void (*activate)(Activation activation, DType dtype, const void* x, void* y, int64_t count) = nullptr;

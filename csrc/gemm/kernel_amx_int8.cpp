@@ -25,6 +25,7 @@
 #include "kernel.h"
 
 #if defined(__x86_64__) && TORCHQ_HAS_AMX
+#include <float.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -39,6 +40,7 @@ using Code = uint8_t;
 
 #include "rows_x86.inc"
 #include "rows.inc"
+#include "rows_together.inc"
 
 constexpr bool kZeroPointFirst = false;
 
@@ -306,6 +308,7 @@ constexpr Kernel kernel_amx_int8 = [] {
   k.tiling.tile = {2 * amx_int8::kTileRows, 2 * amx_int8::kTileRows, 4};
   k.range = amx_int8::range;
   k.quantize = amx_int8::quantize;
+  k.quantize_own = amx_int8::quantize_own;
   k.run = amx_int8::run;
   k.activate = amx_int8::activate;
   k.cell = amx_int8::cell;

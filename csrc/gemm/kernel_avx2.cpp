@@ -12,6 +12,7 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
+#include <float.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -26,6 +27,7 @@ using Code = int16_t;
 
 #include "rows_x86.inc"
 #include "rows.inc"
+#include "rows_together.inc"
 
 constexpr int kMaxRows = 6, kVectors = 1, kSplit = 2, kAhead = 1024, kOneRowAhead = 0, kUnroll = 1, kNextLines = 0;
 
@@ -72,6 +74,7 @@ constexpr Kernel kernel_avx2 = [] {
   k.codes.bytes = 2;
   k.range = avx2::range;
   k.quantize = avx2::quantize;
+  k.quantize_own = avx2::quantize_own;
   k.run = avx2::run;
   k.activate = avx2::activate;
   k.cell = avx2::cell;

@@ -12,6 +12,7 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
+#include <float.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -26,6 +27,7 @@ using Code = uint8_t;
 
 #include "rows_x86.inc"
 #include "rows.inc"
+#include "rows_together.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kOneRowAhead = 512, kUnroll = 1, kNextLines = 2;
 
@@ -77,6 +79,7 @@ constexpr Kernel kernel_avx512_vnni = [] {
   k.tiling.tile = {avx512_vnni::kMaxRows, avx512_vnni::kVectors * avx512_vnni::kLanes, 4};
   k.range = avx512_vnni::range;
   k.quantize = avx512_vnni::quantize;
+  k.quantize_own = avx512_vnni::quantize_own;
   k.run = avx512_vnni::run;
   k.activate = avx512_vnni::activate;
   k.cell = avx512_vnni::cell;

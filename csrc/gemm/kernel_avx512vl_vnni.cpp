@@ -5,6 +5,7 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
+#include <float.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -27,6 +28,7 @@ constexpr Kernel kernel_avx512vl_vnni = [] {
   k.tiling.tile = {avx512vl_vnni::kMaxRows, 16, 4};
   k.range = avx512vl_vnni::range;
   k.quantize = avx512vl_vnni::quantize;
+  k.quantize_own = avx512vl_vnni::quantize_own;
   k.run = avx512vl_vnni::run;
   k.activate = avx512vl_vnni::activate;
   k.cell = avx512vl_vnni::cell;

@@ -3,6 +3,7 @@
 #include "kernel.h"
 
 #if TORCHQ_HAS_AVX_VNNI
+#include <float.h>
 #include <immintrin.h>
 #include <string.h>
 
@@ -25,6 +26,7 @@ constexpr Kernel kernel_avx_vnni = [] {
   k.tiling.tile = {avx_vnni::kMaxRows, 16, 4};
   k.range = avx_vnni::range;
   k.quantize = avx_vnni::quantize;
+  k.quantize_own = avx_vnni::quantize_own;
   k.run = avx_vnni::run;
   k.activate = avx_vnni::activate;
   k.cell = avx_vnni::cell;

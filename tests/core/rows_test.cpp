@@ -149,6 +149,44 @@ void test_lengths() {
         }
 }
 
+// kernel.quantize_own() against the same rows one by one. `x`: rows that lie `stride` bytes apart.
+void check_together(const Kernel& kernel, const FloatRow& first, int64_t count, int64_t stride) {
+  const int64_t room = room_for(first.k) * kernel.codes.bytes;
+  uint8_t* codes = codes_memory.place(count * room, Side::end);
+  std::vector<float> scale(count);
+  std::vector<int32_t> zero_point(count);
+  kernel.quantize_own({first, count, stride, codes, room, scale.data(), zero_point.data()});
+  const std::vector<uint8_t> got(codes, codes + count * room);
+  for (int64_t r = 0; r < count; ++r) {
+    FloatRow row = first;
+    row.x = static_cast<const uint8_t*>(first.x) + r * stride;
+    const QParams want = choose_qparams(kernel.range(row));
+    check(kernel.name, bits_of(scale[r]) == bits_of(want.scale) && zero_point[r] == want.zero_point,
+          "row %d: expected scale %.9g zero point %d, got %.9g and %d", static_cast<int>(r), want.scale,
+          want.zero_point, scale[r], zero_point[r]);
+    uint8_t* alone = codes_memory.place(room, Side::end);
+    kernel.quantize(row, 1 / want.scale, want.zero_point, alone, true);
+    check(kernel.name, !std::memcmp(alone, &got[r * room], first.k * kernel.codes.bytes), "the codes of row %d differ",
+          static_cast<int>(r));
+  }
+}
+
+void test_rows_together() {
+  for (const Kernel* kernel : runnable()) {
+    if (!kernel->quantize_own) continue;
+    for (DType dtype : kFloats)
+      for (int64_t k : {0, 1, 15, 16, 32, 33, 64, 100, 130})
+        for (int64_t count = 1; count <= kRowsTogether; ++count)
+          for (bool any_bits : {false, true}) {
+            const int64_t apart = k + count % 3, values = (count - 1) * apart + k;
+            const uint8_t* x = placed(any_bits ? random_bits(dtype, values) : random_values(dtype, values), Side::end);
+            const FloatRow first{x, dtype, k, count % 2 ? placed(random_channel_scale(k), Side::end) : nullptr};
+            now("%d rows together, %s", static_cast<int>(count), describe(first, any_bits ? "bits" : "values").c_str());
+            check_together(*kernel, first, count, apart * element_bytes(dtype));
+          }
+  }
+}
+
 // All 65536 bit patterns, and for float32 a sample of as many. quick: each inverse scale and each zero point, but not
 // all pairs of them.
 void test_all_patterns(bool quick) {
@@ -230,6 +268,7 @@ void test_round_trip() {
 
 void test_rows(bool quick) {
   test_lengths();
+  test_rows_together();
   test_all_patterns(quick);
   test_special_ranges();
   test_ties();
