@@ -250,6 +250,13 @@ CLEAN = """
 """
 
 
+@pytest.mark.parametrize(("file", "expected"), [("code_products", 4), ("attention", 4), ("float_products", 1)])
+def test_what_attention_needs_soon_is_asked_for(listings, file, expected):
+    """g++ drops calls of a function that only prefetches, in silence. q, k, v and y are four loops."""
+    lines = [line for function in listings[f"attention_{file}"] for line in function.lines]
+    assert count(r"^prefetch", lines) >= expected
+
+
 def spills_of(disassembly: str) -> list[str]:
     (function,) = tiles(functions(disassembly), "avx512_vnni").values()
     return [text for body in function.dot_loops("vpdpbusd") for text in function.spills(body)]

@@ -17,6 +17,7 @@
 #include <limits>
 
 #include "../gemm/divide.h"
+#include "ahead.h"
 #include "operands.h"
 #include "products.h"
 #include "scratch.h"
@@ -40,63 +41,63 @@ Keys seen_by(const Problem& p, const Block& block) {
   return {begin, std::max(begin, end)};
 }
 
-// Hides keys from a row, by position and by mask: x, the scores of `keys`, are masked then. Returns the largest of
-// them.
-float hide(const Job& job, const Block& block, int64_t row, const Keys& keys, const Scratch& s, float* x) {
-  const Problem& p = *job.problem;
+// Hides keys from a row by its position: x, the scores of `keys`, are -inf there. Returns those that it sees.
+Keys hide_far(const Problem& p, int64_t row, const Keys& keys, float* x) {
   const Keys seen = seen_by(p, row);
   const int64_t begin = std::max(seen.begin, keys.begin), end = std::max(begin, std::min(seen.end, keys.end));
   std::fill(x, x + (begin - keys.begin), -kInfinity);
   std::fill(x + (end - keys.begin), x + keys.count(), -kInfinity);
-  if (!p.mask.data) return job.kernel->largest(x, keys.count());
-  const float* mask = mask_row(job, block.batch, block.head, row, s);
-  const bool whole = begin == keys.begin && end == std::min(keys.end, p.keys);  // beyond the last key the mask is 0
-  if (whole) return job.kernel->largest_masked(x, mask + begin, keys.count());
-  for (int64_t j = begin; j < end; ++j) x[j - keys.begin] += mask[j];
-  return job.kernel->largest(x, keys.count());
+  return {begin, end};
 }
 
-// What the next head reads of q, k and v, and where this one will write, spread over its rows. In a model the rows of a
-// head lie far apart in memory, and no hardware prefetcher finds them.
-struct Prefetch {
-  const Problem& p;
-  const Block& block;
-  int64_t key, end, per_row;  // keys and values: none where the next head of q shares these
+// The same by its mask, too. Returns the largest of the scores.
+float hide_masked(const Job& job, const Block& block, int64_t row, const Keys& keys, const Scratch& s, float* x) {
+  const Problem& p = *job.problem;
+  const Keys seen = hide_far(p, row, keys, x);
+  const float* mask = mask_row(job, block.batch, block.head, row, s);
+  // Beyond the last key the mask is 0.
+  const bool whole = seen.begin == keys.begin && seen.end == std::min(keys.end, p.keys);
+  if (whole) return job.kernel->largest_masked(x, mask + keys.begin, keys.count());
+  for (int64_t j = seen.begin; j < seen.end; ++j) x[j - keys.begin] += mask[j];
+  float largest;
+  job.kernel->largest({x, 1, 0, keys.count()}, &largest);
+  return largest;
+}
 
-  Prefetch(const Job& job, const Block& its) : p(*job.problem), block(its) {
-    const bool shares = (block.head + 1) % (p.heads / p.kv_heads) != 0;
-    key = shares ? 0 : piece(p.keys, block.begin, p.rows);
-    end = shares ? 0 : piece(p.keys, block.end, p.rows);
-    per_row = ceil_div(end - key, block.rows());
-  }
-  void row(int64_t r) {
-    prefetch_row({p.q, block.batch, block.head + 1, block.begin + r}, p.depth);
-    const uint8_t* y = output_row(p, block, block.begin + r);
-    for (int64_t i = 0, bytes = p.columns * element_bytes(p.y_dtype); i < bytes; i += 64) __builtin_prefetch(y + i, 1);
-    for (const int64_t stop = std::min(key + per_row, end); key < stop; ++key) {
-      prefetch_row({p.k, block.batch, block.kv_head + 1, key}, p.depth);
-      prefetch_row({p.v, block.batch, block.kv_head + 1, key}, p.columns);
-    }
-  }
-};
+// Hides keys, and finds the largest score of each row.
+void find_largest(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
+  const Problem& p = *job.problem;
+  for (int64_t r = 0; r < block.rows() && p.mask.data; ++r)
+    s.largest[r] = hide_masked(job, block, block.begin + r, keys, s, s.scores + r * s.score_stride);
+  if (p.mask.data) return;
+  const Keys of_first = seen_by(p, block.begin), of_last = seen_by(p, block.end - 1);
+  const bool all =
+      std::max(of_first.begin, of_last.begin) <= keys.begin && std::min(of_first.end, of_last.end) >= keys.end;
+  for (int64_t r = 0; r < block.rows() && !all; ++r) hide_far(p, block.begin + r, keys, s.scores + r * s.score_stride);
+  for (int64_t r = 0; r < block.rows(); r += kPanel)
+    job.kernel->largest(scores_of(r, std::min(kPanel, block.rows() - r), keys, s), s.largest + r);
+}
 
 // From the scores of rows to their weights, and the sums of these.
 void weigh(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
-  for (int64_t r = 0; r < block.rows(); ++r)
-    s.largest[r] = hide(job, block, block.begin + r, keys, s, s.scores + r * s.score_stride);
-  Prefetch next(job, block);
-  for (int64_t r = 0; r < block.rows(); ++r) {
-    s.sums[r] = job.value_product->weigh(job, r, keys, s);
-    if (job.value_product != &values_in_place) next.row(r);
+  find_largest(job, block, keys, s);
+  block.ahead->begin(Ahead::weights, ceil_div(block.rows(), kPanel));
+  for (int64_t r = 0; r < block.rows(); r += kPanel) {
+    const int64_t count = std::min(kPanel, block.rows() - r);
+    job.value_product->weigh(job, r, count, keys, s);
+    block.ahead->step();
   }
 }
 
-void run_block(const Job& job, const Block& block, const Scratch& s) {
+void run_block(const Job& job, Block block, const Scratch& s) {
   const Problem& p = *job.problem;
+  Ahead ahead(job, block);
+  block.ahead = &ahead;
   const Keys keys = seen_by(p, block);
   job.key_product->multiply(job, block, keys, s);
   weigh(job, block, keys, s);
   job.value_product->multiply(job, block, keys, s);
+  ahead.begin(Ahead::values, 1), ahead.step();
   for (int64_t r = 0; r < block.rows(); ++r)  // those that see no key
     if (s.sums[r] == 0.0f) std::memset(output_row(p, block, block.begin + r), 0, p.columns * element_bytes(p.y_dtype));
 }

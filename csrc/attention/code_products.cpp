@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../gemm/codes.h"
+#include "ahead.h"
 #include "operands.h"
 
 namespace torchq {
@@ -60,7 +61,7 @@ void to_code_rows(const Job& job, const Input& input, int64_t m, int64_t depth, 
 
 // y (m, 16 · panels) = codes · panels from `first` on: gemm.cpp's loops over tiles.
 void multiply(const Job& job, const CodeMatrix& a, int64_t m, int64_t depth, const CodePanels& b, int64_t first,
-              int64_t panels, const Output& y, int32_t* sums) {
+              int64_t panels, const Output& y, int32_t* sums, Ahead& ahead, Ahead::Stage stage) {
   const torchq::Kernel& gemm = *job.gemm;
   const TileShape& tile = gemm.tiling.tile;
   torchq::Block block{};
@@ -74,6 +75,7 @@ void multiply(const Job& job, const CodeMatrix& a, int64_t m, int64_t depth, con
   const int64_t unit = gemm.codes.interleaved_rows, units = ceil_div(m, unit);
   const bool whole = gemm.tiling.own_loops;
   const int64_t tiles = whole ? 1 : ceil_div(m, tile.m), group = whole ? panels : tile.n / kPanel;
+  ahead.begin(stage, ceil_div(panels, group) * tiles);
   for (int64_t panel = 0; panel < panels; panel += group)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = piece(units, t, tiles) * unit, end = std::min(piece(units, t + 1, tiles) * unit, m);
@@ -85,6 +87,7 @@ void multiply(const Job& job, const CodeMatrix& a, int64_t m, int64_t depth, con
       block.panel = b.data + (first + panel) * b.stride;
       block.out = static_cast<uint8_t*>(y.data) + row * y.stride + panel * kPanel * element_bytes(y.dtype);
       gemm.run(block);
+      ahead.step();
     }
 }
 
@@ -177,17 +180,19 @@ void multiply_key_codes(const Job& job, const Block& block, const Keys& keys, co
   to_code_rows(job, input, m, p.depth, s.query_codes);
   for (int64_t r = 0; r < m; ++r) s.query_codes.rows.scale[r] *= p.scale;
   multiply(job, s.query_codes, m, p.depth, s.code_keys, keys.begin / kPanel, keys.count() / kPanel,
-           {s.scores, s.score_stride * 4, DType::f32, {}}, s.code_sums);
+           {s.scores, s.score_stride * 4, DType::f32, {}}, s.code_sums, *block.ahead, Ahead::keys);
 }
 
 // Keys outside get weight 0, up to the last that a kernel reads. Mostly there are none, and a call of memset() for
 // nothing, for each row, takes 4 % of the time of 64 rows of 32.
-float weigh_codes(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
+void weigh_codes(const Job& job, int64_t row, int64_t count, const Keys& keys, const Scratch& s) {
   uint8_t* codes = s.weights + row * s.weight_stride;
   const int64_t read = round_up(job.problem->keys, 64);
-  if (keys.begin > 0) std::memset(codes, 0, keys.begin);
-  if (read > keys.end) std::memset(codes + keys.end, 0, read - keys.end);
-  return job.kernel->weigh_codes(s.scores + row * s.score_stride, keys.count(), s.largest[row], codes + keys.begin);
+  for (int64_t r = 0; r < count && keys.begin > 0; ++r) std::memset(codes + r * s.weight_stride, 0, keys.begin);
+  for (int64_t r = 0; r < count && read > keys.end; ++r)
+    std::memset(codes + r * s.weight_stride + keys.end, 0, read - keys.end);
+  job.kernel->weigh_codes(scores_of(row, count, keys, s), s.largest + row, codes + keys.begin, s.weight_stride,
+                          s.sums + row);
 }
 
 void multiply_value_codes(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {
@@ -208,9 +213,10 @@ void multiply_value_codes(const Job& job, const Block& block, const Keys& keys, 
   const int64_t depth = as_they_are ? std::min(keys.end, p.keys) : p.keys, panels = ceil_div(p.columns, kPanel);
   if (p.columns % kPanel == 0) {  // whole panels go straight to y
     const Output y{output_row(p, block, block.begin), p.y_row, p.y_dtype, {}};
-    return multiply(job, a, m, depth, s.code_values, 0, panels, y, s.code_sums);
+    return multiply(job, a, m, depth, s.code_values, 0, panels, y, s.code_sums, *block.ahead, Ahead::values);
   }
-  multiply(job, a, m, depth, s.code_values, 0, panels, {s.out, s.column_stride * 4, DType::f32, {}}, s.code_sums);
+  multiply(job, a, m, depth, s.code_values, 0, panels, {s.out, s.column_stride * 4, DType::f32, {}}, s.code_sums,
+           *block.ahead, Ahead::values);
   write_rows(job, block, false, s);
 }
 

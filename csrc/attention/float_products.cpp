@@ -19,8 +19,9 @@ void load_queries(const Job& job, const Block& block, const Scratch& s) {
     load_row(job, {p.q, block.batch, block.head, block.begin + r}, p.depth, p.scale, s, s.queries + r * s.depth_stride);
 }
 
-float weigh(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
-  return job.kernel->weigh(s.scores + row * s.score_stride, keys.count(), s.largest[row]);
+void weigh(const Job& job, int64_t row, int64_t count, const Keys& keys, const Scratch& s) {
+  for (int64_t r = row; r < row + count; ++r)
+    s.sums[r] = job.kernel->weigh(s.scores + r * s.score_stride, keys.count(), s.largest[r]);
 }
 
 // ---- In place ---------------------------------------------------------------------------------------------------
@@ -33,7 +34,7 @@ FloatRows load_and_prefetch(const Job& job, const View& view, const Block& block
                             const Scratch& s) {
   const bool adjacent = view.row == n * element_bytes(view.dtype);
   for (int64_t r = 0; !adjacent && r < kPanel; ++r)
-    prefetch_row({view, block.batch, block.kv_head, key + kAhead + r}, n);
+    prefetch_row<kIntoL1>({view, block.batch, block.kv_head, key + kAhead + r}, n);
   return load_rows(job, {view, block.batch, block.kv_head, key}, keys_from(job, key), n, s);
 }
 
@@ -156,12 +157,15 @@ void multiply_keys_in_halves(const Job& job, const Block& block, const Keys& key
   (has_halves(job) ? job.kernel->multiply_halves : job.kernel->multiply)(product);
 }
 
-float weigh_in_halves(const Job& job, int64_t row, const Keys& keys, const Scratch& s) {
-  float* x = s.scores + row * s.score_stride;
-  if (has_halves(job)) return job.kernel->weigh_halves(x, keys.count(), s.largest[row]);
-  const float sum = weigh(job, row, keys, s);
-  round_to_halves(job, x, keys.count());
-  return sum;
+void weigh_in_halves(const Job& job, int64_t row, int64_t count, const Keys& keys, const Scratch& s) {
+  if (!has_halves(job)) weigh(job, row, count, keys, s);
+  for (int64_t r = row; r < row + count; ++r) {
+    float* x = s.scores + r * s.score_stride;
+    if (has_halves(job))
+      s.sums[r] = job.kernel->weigh_halves(x, keys.count(), s.largest[r]);
+    else
+      round_to_halves(job, x, keys.count());
+  }
 }
 
 void multiply_values_in_halves(const Job& job, const Block& block, const Keys& keys, const Scratch& s) {

@@ -44,6 +44,12 @@ struct Blocking {
   int64_t most_tiles_of_band = 2;  // where rows see different keys: fewer rows, fewer keys that only some see
 };
 
+// Rows of scores, `stride` floats apart, of n each: a multiple of 16.
+struct Scores {
+  float* x;
+  int64_t rows, stride, n;
+};
+
 struct Kernel {
   const char* name = nullptr;
   uint32_t needs = 0;  // Feature bits
@@ -61,9 +67,9 @@ struct Kernel {
   // 16 rows of n floats, `stride` floats apart, to n rows of 16. n is a multiple of 16.
   void (*transpose)(const float* x, int64_t stride, int64_t n, float* out) = nullptr;
   void (*multiply)(const Product& product) = nullptr;
-  // The largest of x and of -FLT_MAX. NaN is not seen. n is a multiple of 16, as everywhere below.
-  float (*largest)(const float* x, int64_t n) = nullptr;
-  // The same of x + mask, which x becomes.
+  // Of up to kPanel rows: the largest of each, and of -FLT_MAX. NaN is not seen.
+  void (*largest)(const Scores& scores, float* largest) = nullptr;
+  // The same of a row x + mask, which x becomes. n is a multiple of 16, as everywhere below.
   float (*largest_masked)(float* x, const float* mask, int64_t n) = nullptr;
   // x[i] becomes exp(x[i] - largest); returns their sum: 0 where all are -inf, NaN where one is NaN or +inf.
   float (*weigh)(float* x, int64_t n, float largest) = nullptr;
@@ -84,7 +90,8 @@ struct Kernel {
   void (*join_halves)(const float* x, int64_t stride, int64_t n, float* out, int64_t panel_stride) = nullptr;
 
   // For the products of codes (codes.inc says more). All kernels give the same bits.
-  float (*weigh_codes)(const float* x, int64_t n, float largest, uint8_t* codes) = nullptr;
+  void (*weigh_codes)(const Scores& scores, const float* largest, uint8_t* codes, int64_t code_stride,
+                      float* sums) = nullptr;
   void (*quantize_keys)(const float* x, int64_t stride, const float* mean, int64_t n, uint8_t* codes,
                         int64_t code_stride, float* scale, int32_t* sum) = nullptr;
   void (*quantize_values)(const float* x, int64_t stride, int64_t n, const float* middle, const float* inv_scale,

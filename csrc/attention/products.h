@@ -7,9 +7,12 @@
 namespace torchq {
 namespace attention {
 
+class Ahead;  // ahead.h
+
 // Rows [begin, end) of one head of q, with the head of k and v that they see.
 struct Block {
   int64_t batch, head, kv_head, begin, end;
+  Ahead* ahead = nullptr;
 
   int64_t rows() const { return end - begin; }
 };
@@ -30,8 +33,9 @@ struct KeyProduct {
 
 struct ValueProduct {
   void (*pack)(const Job& job, int64_t batch, int64_t head, const Scratch& s);
-  // From the scores of a row, whose largest is known, to its weights. Returns their sum.
-  float (*weigh)(const Job& job, int64_t row, const Keys& keys, const Scratch& s);
+  // From the scores of up to kPanel rows from `row` on, whose largest are known, to their weights and the sums of
+  // these.
+  void (*weigh)(const Job& job, int64_t row, int64_t count, const Keys& keys, const Scratch& s);
   // y (rows, columns) = weights · v, divided by the sums of the weights. Rows without keys get anything.
   void (*multiply)(const Job& job, const Block& block, const Keys& keys, const Scratch& s);
 };
@@ -52,6 +56,11 @@ extern const ValueProduct values_in_codes;
 // Where a row of y begins.
 inline uint8_t* output_row(const Problem& p, const Block& block, int64_t row) {
   return static_cast<uint8_t*>(p.y) + block.batch * p.y_batch + block.head * p.y_head + row * p.y_row;
+}
+
+// The scores of `keys` in some rows of a block.
+inline Scores scores_of(int64_t row, int64_t count, const Keys& keys, const Scratch& s) {
+  return {s.scores + row * s.score_stride, count, s.score_stride, keys.count()};
 }
 
 // From s.out to y: times 1 / s.sums of each row, or as it is.
