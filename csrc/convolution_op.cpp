@@ -114,14 +114,14 @@ Tensor empty_dense(const int64_t* sizes, int64_t dims, bool channels_last, Scala
   return empty_strided(op, sizes, strides, dims, type);
 }
 
-// qparams: empty for dynamic; scale and zero point of x; and then those of y, for codes.
+// qparams: empty for dynamic; scale and zero point of x; then those of y, for codes; then those of a residual in codes.
 void set_qparams(Problem& p, const std::vector<double>& qparams, bool codes_out) {
   const size_t count = qparams.size();
-  CHECK(count == 0 || count == 2 || count == 4, op,
-        ": qparams must be empty (dynamic), or hold scale and zero point of x, or those of x and y, got ", count,
-        " numbers.");
+  CHECK(count == 0 || count == 2 || count == 4 || count == 6, op,
+        ": qparams must be empty (dynamic), or hold scale and zero point of x, or of x and y, or of x, y and the ",
+        "residual, got ", count, " numbers.");
   CHECK(count > 0 || p.x.dtype != DType::u8, op, ": x holds codes (uint8), whose scale and zero point must be given.");
-  CHECK(count == 4 || !codes_out, op, ": out_dtype is uint8, so qparams must hold scale and zero point of x and of y.");
+  CHECK(count >= 4 || !codes_out, op, ": out_dtype is uint8, so qparams must hold scale and zero point of x and of y.");
   const auto pair = [&](const char* name, size_t at) {
     const double scale = qparams[at], zero_point = qparams[at + 1];
     CHECK(torchq::is_scale(scale), op, ": the scale of ", name, " must be a positive normal float32, got ", scale, '.');
@@ -131,20 +131,41 @@ void set_qparams(Problem& p, const std::vector<double>& qparams, bool codes_out)
   };
   p.x.per_sample = count == 0;
   p.x.qparams = count ? pair("x", 0) : QParams{1.0f, 0};
-  p.y.qparams = count == 4 ? pair("y", 2) : QParams{1.0f, 0};
+  p.y.qparams = count >= 4 ? pair("y", 2) : QParams{1.0f, 0};
+  const QParams residual = count == 6 ? pair("the residual", 4) : QParams{1.0f, 0};
+  p.residual.scale = residual.scale, p.residual.zero_point = residual.zero_point;
 }
 
-// The residual, laid out as y. `held` keeps a copy alive.
-const void* residual_of(const Tensor& residual, const Tensor& y, bool channels_last, std::optional<Tensor>& held) {
+// Sets the residual: floats of the shape of `sizes` (batch, channels, size...), or codes (batch, size..., channels).
+// `held` keeps a copy alive, laid out as y.
+void set_residual(Problem& p, const Tensor& residual, const int64_t* sizes, int64_t dims, size_t qparams,
+                  ScalarType out_dtype, std::optional<Tensor>& held) {
   check_cpu(op, "residual", residual);
-  bool same = residual.dim() == y.dim();
-  for (int64_t i = 0; same && i < y.dim(); ++i) same = residual.size(i) == y.size(i);
-  CHECK(same && residual.scalar_type() == y.scalar_type(), op, ": residual must be ", name_of(y.scalar_type()), ' ',
-        shape_of(y), " as y, got ", name_of(residual.scalar_type()), ' ', shape_of(residual), '.');
-  if (is_dense(residual, channels_last)) return residual.const_data_ptr();
-  held = empty_dense(y.sizes().data(), y.dim(), channels_last, y.scalar_type());
-  torch::stable::copy_(*held, residual);
-  return held->const_data_ptr();
+  const bool codes = residual.scalar_type() == ScalarType::Byte;
+  const auto floats = float_dtype(residual.scalar_type());
+  const bool codes_out = p.y.dtype == DType::u8;
+  bool same = residual.dim() == dims && (codes || (floats && (codes_out || *floats == p.y.dtype)));
+  for (int64_t i = 0; same && i < dims; ++i)
+    same = residual.size(i) == sizes[!codes || !i ? i : i + 1 < dims ? i + 1 : 1];
+  std::ostringstream shape;
+  for (int64_t i = 0; i < dims; ++i) shape << (i ? ", " : "") << sizes[i];
+  CHECK(same, op, ": residual must be ", codes_out ? "floats" : name_of(out_dtype), " (", shape.str(),
+        ") as y, or uint8 codes with the channels last, got ", name_of(residual.scalar_type()), ' ', shape_of(residual),
+        '.');
+  CHECK(!codes || qparams == 6, op, ": the residual holds codes (uint8), so qparams must hold those of x, y and it.");
+  CHECK(!codes || p.y.channels_last, op, ": a residual of codes has the channels last, so y must have them last, too.");
+  p.residual.dtype = codes ? DType::u8 : *floats;
+  if (codes ? residual.is_contiguous() : is_dense(residual, p.y.channels_last)) {
+    p.residual.data = residual.const_data_ptr();
+    return;
+  }
+  if (codes) {
+    held = contiguous(op, residual);
+  } else {
+    held = empty_dense(sizes, dims, p.y.channels_last, residual.scalar_type());
+    torch::stable::copy_(*held, residual);
+  }
+  p.residual.data = held->const_data_ptr();
 }
 
 Tensor convolution(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& geometry,
@@ -164,21 +185,20 @@ Tensor convolution(const Tensor& x, const Tensor& packed, const std::vector<int6
   CHECK(!codes_in || !p.weights_of(0).has_channel_scale, op,
         ": the weight was packed with a channel_scale, which multiplies floats before they are quantized, but x holds ",
         "codes (uint8). Pass floats, or pack the weight without channel_scale.");
-  CHECK(!codes_out || !residual, op, ": a residual is added to floats, but out_dtype is uint8.");
 
   p.x.channels_last = codes_in || is_dense(x, true);
   const bool as_it_is = codes_in ? x.is_contiguous() : p.x.channels_last || is_dense(x, false);
   const Tensor held = as_it_is ? x : contiguous(op, x);
   p.x.data = held.const_data_ptr();
 
-  int64_t sizes[kAxes + 2] = {p.batch, g.out_channels};
+  int64_t sizes[kAxes + 2] = {p.batch, g.out_channels};  // of y, with the channels first
   const int64_t dims = x.dim() - 2;
-  for (int64_t d = 0; d < dims; ++d) sizes[d + (codes_out ? 1 : 2)] = g.axes[kPlace[dims - 1][d]].outputs();
-  if (codes_out) sizes[dims + 1] = g.out_channels;
+  for (int64_t d = 0; d < dims; ++d) sizes[d + 2] = g.axes[kPlace[dims - 1][d]].outputs();
   p.y.channels_last = channels_last || codes_out;
-  Tensor y = codes_out ? empty(op, sizes, dims + 2, out_dtype) : empty_dense(sizes, dims + 2, channels_last, out_dtype);
   std::optional<Tensor> held_residual;
-  if (residual) p.residual = residual_of(*residual, y, channels_last, held_residual);
+  if (residual) set_residual(p, *residual, sizes, dims + 2, qparams.size(), out_dtype, held_residual);
+  if (codes_out) std::rotate(sizes + 1, sizes + 2, sizes + 2 + dims);
+  Tensor y = codes_out ? empty(op, sizes, dims + 2, out_dtype) : empty_dense(sizes, dims + 2, channels_last, out_dtype);
   if (y.numel() == 0) return y;
   p.y.data = y.mutable_data_ptr();
   const torchq::Kernel& kernel = kernel_for(op, p.weights_of(0).layout);

@@ -7,6 +7,7 @@ from helpers.compare import assert_identical
 from helpers.convolution import Layer, square
 from helpers.numbers import random_float
 from torchq import ops
+from torchq.numerics.qparams import quantize
 from torchq.ops import Activation
 from torchq.ops.convolution import Geometry, convolve, pack, unpack
 
@@ -41,6 +42,11 @@ def images(geometry: Geometry, generator, batch=2, sizes=None) -> torch.Tensor:
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def as_codes(x: torch.Tensor) -> torch.Tensor:
+    """Codes for as many values."""
+    return torch.zeros(x.movedim(1, -1).shape, dtype=torch.uint8)
 
 
 @each_geometry
@@ -93,6 +99,25 @@ def test_dtypes_activations_and_residuals(kernel, dtype, generator):
             for last in (False, True):
                 y = layer(x, activation=activation, residual=added, channels_last=last)
                 assert_identical(y, expected, (activation, last, added is None))
+
+
+@pytest.mark.parametrize("geometry", ["1d", "2d", "depthwise"])
+def test_residuals_in_codes(kernel, geometry, generator):
+    """(code - zero_point) * scale is added, whatever y is; a residual of floats is added to codes, too."""
+    layer = Layer.random(GEOMETRIES[geometry], generator)
+    x, x_qparams, y_qparams, qparams = images(layer.geometry, generator), (0.02, 100), (0.05, 7), (0.03, 90)
+    shape = layer.expected(x).shape
+    codes = torch.randint(0, 256, (shape[0], *shape[2:], shape[1]), generator=generator, dtype=torch.uint8)
+    values = ((codes.int() - qparams[1]).float() * torch.tensor(qparams[0])).movedim(-1, 1)
+    for activation in (Activation.NONE, Activation.RELU, Activation.SILU):
+        expected = layer.expected(x, x_qparams, activation, values)
+        options = {"x_qparams": x_qparams, "activation": activation}
+        in_codes = {"residual": codes, "residual_qparams": qparams}
+        for y in (layer(x, **options, **in_codes, channels_last=True), layer(x, **options, residual=values)):
+            assert_identical(y.contiguous(), expected, activation)
+        rounded = quantize(expected, *y_qparams, dtype=torch.uint8).movedim(1, -1).contiguous()
+        for residual in (in_codes, {"residual": values}, {"residual": channels_last(values)}):
+            assert_identical(layer(x, **options, **residual, y_qparams=y_qparams), rounded, activation)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -207,7 +232,7 @@ def test_opcheck(name, generator):
     layer = Layer.random(GEOMETRIES[name], generator)
     x, packed, numbers = images(layer.geometry, generator), layer.packed(), layer.geometry.numbers()
     op = torch.ops.torchq.convolution.default
-    codes = torch.zeros_like(channels_last(x).movedim(1, -1), dtype=torch.uint8)
+    codes = as_codes(x)
     y = layer(x)
     for arguments in (
         (x, packed, numbers, [], torch.float32),
@@ -215,6 +240,7 @@ def test_opcheck(name, generator):
         (codes, packed, numbers, [0.5, 3.0], torch.bfloat16, False, 1),
         (codes, packed, numbers, [0.5, 3.0, 0.25, 4.0], torch.uint8, True),
         (x, packed, numbers, [], torch.float32, True, 4, y),
+        (codes, packed, numbers, [0.5, 3.0, 0.25, 4.0, 0.125, 9.0], torch.uint8, True, 1, as_codes(y)),
     ):
         torch.library.opcheck(op, arguments, **checks)
 
@@ -222,6 +248,7 @@ def test_opcheck(name, generator):
 GEOMETRY = square(2, 4, 6, 3)
 WEIGHT, SCALE, X = torch.ones(6, 4, 3, 3, dtype=torch.int8), torch.ones(6), torch.zeros(1, 4, 5, 5)
 CODES = torch.zeros(1, 5, 5, 4, dtype=torch.uint8)
+ADDED = torch.zeros(1, 3, 3, 6, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +266,15 @@ CODES = torch.zeros(1, 5, 5, 4, dtype=torch.uint8)
         (X, {"x_qparams": (1.0, 0), "y_qparams": (1.0, -1)}, "the zero point of y must be an integer"),
         (X, {"out_dtype": torch.float64}, "out_dtype must be float32, bfloat16, float16 or uint8, got float64"),
         (X, {"activation": 11}, "activation must be a torchq.ops.Activation"),
-        (X, {"residual": torch.zeros(1, 6, 3, 2)}, r"residual must be float32 \(1, 6, 3, 3\) as y, got float32"),
-        (X, {"x_qparams": (1.0, 0), "y_qparams": (1.0, 0), "residual": X}, "a residual is added to floats"),
+        (
+            X,
+            {"residual": torch.zeros(1, 6, 3, 2)},
+            r"residual must be float32 \(1, 6, 3, 3\) as y, or uint8.*got float32",
+        ),
+        (X, {"x_qparams": (1.0, 0), "residual": ADDED}, "the residual holds codes .uint8., so qparams must hold those"),
+        (X, {"x_qparams": (1.0, 0), "residual": ADDED, "residual_qparams": (1.0, 0)}, "so y must have them last, too"),
+        (X, {"residual": ADDED[:, 1:]}, "as y, or uint8 codes with the channels last, got uint8"),
+        (X, {"x_qparams": (1.0, 0), "residual": ADDED, "residual_qparams": (0.0, 0)}, "the scale of the residual must"),
     ],
 )
 def test_bad_arguments(x, options, message):

@@ -76,8 +76,7 @@ struct Problem {
   int64_t weights_stride;  // bytes between groups
   bool is_depthwise;
   Output y;
-  // Added to y before the activation: laid out as y, of its dtype. Null for none; y is not u8 then.
-  const void* residual;
+  Residual residual;  // laid out as y, whatever its dtype; its stride does not count
   Activation activation;
 
   const PackedHeader& weights_of(int64_t group) const {

@@ -86,6 +86,7 @@ void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depth
         s.lanes + kPanelColumns * ((line.outer - band.begin) * plane_pixels + line.middle * line_pixels + line.inner);
     job.kernel->depthwise(d);
     d.out = static_cast<uint8_t*>(d.out) + d.pixels * d.out_stride;
+    if (d.residual.data) d.residual.data = static_cast<const uint8_t*>(d.residual.data) + d.pixels * d.residual.stride;
   }
 }
 
@@ -110,13 +111,9 @@ void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const
     const Outputs outputs{band.sample, begin, end - begin, channel, channels, kPanelColumns};
     const bool direct = job.y_in_place && channels == kPanelColumns;
     d.out_stride = (direct ? g.out_channels : kPanelColumns) * bytes;
-    const int64_t at = (band.sample * g.out_pixels() + begin) * d.out_stride + channel * bytes;
-    d.out = direct ? static_cast<uint8_t*>(p.y.data) + at : s.y;
-    if (p.residual && !direct) read_residual(p, outputs, s.residual);
-    if (p.residual) {
-      const auto* residual = direct ? static_cast<const uint8_t*>(p.residual) + at : s.residual;
-      d.residual = residual - static_cast<uint8_t*>(d.out);
-    }
+    const int64_t at = (band.sample * g.out_pixels() + begin) * g.out_channels + channel;
+    d.out = direct ? static_cast<uint8_t*>(p.y.data) + at * bytes : s.y;
+    d.residual = direct ? p.residual.from(at, g.out_channels) : residual_of(p, outputs, s.residual);
     compute(job, band, begin, end, d, s);
     if (!direct) write_outputs(p, outputs, s.y);
   }

@@ -72,7 +72,7 @@ void write_as(const Problem& p, const Outputs& o, const void* waiting) {
 
 template <class T>
 void read_as(const Problem& p, const Outputs& o, void* waiting) {
-  const Matrix<T> from = place_of<T>(p, o, const_cast<void*>(p.residual)), to{static_cast<T*>(waiting), o.stride};
+  const Matrix<T> from = place_of<T>(p, o, const_cast<void*>(p.residual.data)), to{static_cast<T*>(waiting), o.stride};
   if (p.y.channels_last) return copy<T>(o.count, o.channels, {from.data, from.stride}, to);
   transpose<T>(o.channels, o.count, {from.data, from.stride}, to);
 }
@@ -87,8 +87,16 @@ void write_outputs(const Problem& p, const Outputs& o, const void* waiting) {
   }
 }
 
-void read_residual(const Problem& p, const Outputs& o, void* waiting) {
-  p.y.dtype == DType::f32 ? read_as<uint32_t>(p, o, waiting) : read_as<uint16_t>(p, o, waiting);
+Residual residual_of(const Problem& p, const Outputs& o, void* waiting) {
+  if (!p.residual.data) return {};
+  switch (element_bytes(p.residual.dtype)) {
+    case 4: read_as<uint32_t>(p, o, waiting); break;
+    case 2: read_as<uint16_t>(p, o, waiting); break;
+    default: read_as<uint8_t>(p, o, waiting);
+  }
+  Residual residual = p.residual;
+  residual.data = waiting;
+  return residual.from(0, o.stride);
 }
 
 }  // namespace conv

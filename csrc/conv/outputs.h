@@ -15,8 +15,8 @@ struct Outputs {
 // waiting (count, channels) -> y.
 void write_outputs(const Problem& problem, const Outputs& outputs, const void* waiting);
 
-// The problem's residual -> waiting.
-void read_residual(const Problem& problem, const Outputs& outputs, void* waiting);
+// The problem's residual for them, if any, which is copied to `waiting`.
+Residual residual_of(const Problem& problem, const Outputs& outputs, void* waiting);
 
 }  // namespace conv
 }  // namespace torchq

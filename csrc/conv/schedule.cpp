@@ -25,7 +25,7 @@ torchq::Job product_of(const Kernel& kernel, const Problem& p, int64_t rows) {
   product.m = rows;
   product.x.ready = &kReady;
   product.weights = &p.weights_of(0);
-  product.y.residual = p.residual;
+  product.y.residual.data = p.residual.data;
   torchq::Job job = torchq::schedule(kernel, product);
   job.problem = nullptr;
   return job;

@@ -57,7 +57,7 @@ Block common_block(const Job& job) {
   b.activation = p.activation;
   b.out_inv_scale = 1.0f / p.y.qparams.scale;
   b.out_zero_point = p.y.qparams.zero_point;
-  if (p.y.residual) b.residual = static_cast<const uint8_t*>(p.y.residual) - static_cast<uint8_t*>(p.y.data);
+  b.residual = p.y.residual;
   return b;
 }
 
@@ -70,6 +70,12 @@ uint8_t* output_at(const Problem& p, int64_t row, int64_t panel) {
   return static_cast<uint8_t*>(p.y.data) + row * p.y.stride + column * element_bytes(p.y.dtype);
 }
 
+const uint8_t* residual_at(const Problem& p, int64_t row, int64_t panel) {
+  const Residual& residual = p.y.residual;
+  const auto* column = static_cast<const uint8_t*>(residual.at((panel - p.y.first_panel) * kPanelColumns));
+  return column ? column + row * residual.stride : nullptr;
+}
+
 // Runs a block whose last panel y only partly fills: into the ragged buffer, and from there the columns that exist. The
 // residual goes the other way, into the buffer's second half.
 __attribute__((noinline)) void run_ragged(const Job& job, Block b, int64_t columns, uint8_t* ragged) {
@@ -77,10 +83,14 @@ __attribute__((noinline)) void run_ragged(const Job& job, Block b, int64_t colum
   const int64_t y_stride = b.out_stride, bytes = columns * element_bytes(b.out_dtype);
   b.out = ragged;
   b.out_stride = b.panels * kPanelColumns * element_bytes(b.out_dtype);
-  if (b.residual) {
-    const uint8_t* residual = y + b.residual;
-    b.residual = ragged_bytes(job) / 2;
-    for (int r = 0; r < b.m; ++r) std::memcpy(ragged + b.residual + r * b.out_stride, residual + r * y_stride, bytes);
+  if (b.residual.data) {
+    const Residual from = b.residual;
+    const int64_t element = element_bytes(from.dtype);
+    const auto* rows = static_cast<const uint8_t*>(from.data);
+    uint8_t* to = ragged + ragged_bytes(job) / 2;
+    b.residual.data = to;
+    b.residual.stride = b.panels * kPanelColumns * element;
+    for (int r = 0; r < b.m; ++r) std::memcpy(to + r * b.residual.stride, rows + r * from.stride, columns * element);
   }
   job.kernel->run(b);
   for (int r = 0; r < b.m; ++r) std::memcpy(y + r * y_stride, ragged + r * b.out_stride, bytes);
@@ -99,6 +109,7 @@ void run_at_once(const Job& job, const Part& part, int64_t row, int64_t rows, Bl
     b.panels = static_cast<int>(end - begin);
     b.panel = panel_at(p, begin, b.panel_stride);
     b.out = output_at(p, row, begin);
+    b.residual.data = residual_at(p, row, begin);
     if (end * kPanelColumns <= n)
       job.kernel->run(b);
     else
@@ -140,7 +151,8 @@ __attribute__((noinline)) void prefetch_outputs(const Output& to, const uint8_t*
 }
 
 // Tiles [first, end) of rows, which are in the scratch, by the part's panels. then: what to bring into L2 with the last
-// group of these.
+// group of these. kMore: whether tiles may have a residual, or fetch panels; without, they set nothing for it.
+template <bool kMore>
 void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t first, int64_t end, Block& b,
                const Scratch& s, const Lines& then) {
   const Problem& p = *job.problem;
@@ -151,6 +163,7 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   const int64_t stride = b.codes_stride, y_stride = p.y.stride;
   const int64_t next_bytes = int64_t{kernel.tiling.next_lines} * 64 * b.k_groups;
   const bool fetches = next_bytes && (end - first > 1 || b.k_groups < kLongPanel);
+  const bool adds = b.residual.stride;
   b.next = nullptr;
   for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += group) {
     b.panels = static_cast<int>(std::min(group, part.panel_end - panel));
@@ -174,7 +187,8 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
       b.scale = scale;
       b.zero_point = zero_point;
       b.out = y;
-      if (fetches) {
+      if (kMore && adds) b.residual.data = residual_at(p, row + rows - left, panel);
+      if (kMore && fetches) {
         b.next = next < next_end ? next : nullptr;
         next += next_bytes;
         if (job.fetches_outputs && t + 1 < end) prefetch_outputs(p.y, y + m * y_stride, std::min(m, left - m), columns);
@@ -206,13 +220,14 @@ void run(const Job& job, int index, void* memory) {
       s.rows = rows_from(job, *ready, row);
     else
       load_rows(job, row, rows, s.rows);
+    const bool last = block + 1 == blocks, more = b.residual.stride || job.kernel->tiling.next_lines;
+    const Lines next = last ? then : lines_of_rows(job, row + rows, tiles.start(piece(tiles.count, block + 2, blocks)));
     if (job.kernel->tiling.own_loops)
       run_at_once(job, part, row, rows, b, s);
+    else if (more)
+      run_tiles<true>(job, part, tiles, first, end, b, s, next);
     else
-      run_tiles(job, part, tiles, first, end, b, s,
-                block + 1 == blocks
-                    ? then
-                    : lines_of_rows(job, row + rows, tiles.start(piece(tiles.count, block + 2, blocks))));
+      run_tiles<false>(job, part, tiles, first, end, b, s, next);
     if (norm) job.kernel->normalize(norm->part(row, row + rows));
   }
 }

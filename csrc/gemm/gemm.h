@@ -138,9 +138,9 @@ struct Output {
   void* data;      // (m, N)
   int64_t stride;  // bytes between rows
   DType dtype;
-  QParams qparams;                 // u8 only
-  const void* residual = nullptr;  // added before the activation: laid out as data, whose dtype it has, floats
-  int64_t first_panel = 0;         // the one that data begins with, if only some of them are computed
+  QParams qparams;          // u8 only
+  Residual residual{};      // (m, N), as data
+  int64_t first_panel = 0;  // the one that data begins with, if only some of them are computed
 };
 
 // The panels of weights that are read after this problem: their first group is brought into L2 with its last. They need

@@ -54,6 +54,24 @@ struct OwnRows {
 };
 constexpr int64_t kRowsTogether = 16;
 
+// What is added to outputs before the activation: rows of values, one for each output.
+struct Residual {
+  const void* data = nullptr;  // null for nothing
+  int64_t stride = 0;          // bytes between rows; 0 for nothing, too
+  DType dtype = DType::f32;    // f32, bf16 or f16; or u8: float(code - zero_point) * scale
+  float scale = 1.0f;
+  int32_t zero_point = 0;
+
+  // So many values behind the first, or null.
+  const void* at(int64_t value) const {
+    return data ? static_cast<const uint8_t*>(data) + value * element_bytes(dtype) : nullptr;
+  }
+  // From there on, with rows of so many values.
+  Residual from(int64_t value, int64_t row) const {
+    return {at(value), data ? row * element_bytes(dtype) : 0, dtype, scale, zero_point};
+  }
+};
+
 // One block of y = x · wᵀ, full depth. Codes and panels are what codes.cpp and pack.cpp prepared.
 //
 //   acc[r, c] = Σ_k codes[r, k]·w[c, k] - zero_point[r]·colsum[c]                      exact, int32
@@ -83,7 +101,7 @@ struct Block {
   int32_t out_zero_point;  // u8 out only
   Layout layout;           // of the panels. It must not follow `panels`: g++ would store both at once and load them
                            // one by one, and the CPU cannot forward such a store
-  int64_t residual;        // bytes from each output to what is added to it, of the same dtype (floats); 0 for nothing
+  Residual residual;       // its rows are those of out, padded to whole panels, too
   int32_t* sums;           // with own_loops: of a part of the depth, kSumColumns of each row of whole tiles (tile.m)
 };
 
@@ -135,7 +153,7 @@ struct Depthwise {
   int32_t zero_point;
   void* out;
   int64_t out_stride;  // bytes between pixels; each has room for 16 channels
-  int64_t residual;    // Block::residual
+  Residual residual;   // a row for each pixel
   DType out_dtype;     // not i32
   Activation activation;
   float out_inv_scale;     // u8 out only

@@ -87,26 +87,29 @@ struct Waiting {
   const float* scale;
   const int32_t* zero_point;
   uint8_t* out;
+  const uint8_t* residual;
 };
 
 template <int kWide>
 TORCHQ_INLINE void finish_by(const Epilogue& e, const Block& b, Waiting w) {
-  const int64_t panel_stride = b.panel_stride, out_stride = b.out_stride;
+  const int64_t panel_stride = b.panel_stride, out_stride = b.out_stride, residual_stride = b.residual.stride;
+  const Residual& summand = b.residual;
   for (; w.rows; --w.rows, w.sums += kWide * kLanes, w.out += out_stride) {
     const Ints zero_point = splat(*w.zero_point++);
     const Floats row_scale = splat(*w.scale++);
     TORCHQ_UNROLL
     for (int c = 0; c < kWide; ++c)
-      finish(e, load(w.sums + c * kLanes), zero_point, row_scale, w.panel + c * panel_stride, w.out, c * kLanes,
-             c * kLanes);
+      finish(e, summand, load(w.sums + c * kLanes), zero_point, row_scale, w.panel + c * panel_stride, w.out,
+             w.residual, c * kLanes, c * kLanes);
     if (e.curved && e.dtype != DType::i32) finish_curved(e, 1, kWide * kLanes, w.out, 0);
+    if (w.residual) w.residual += residual_stride;
   }
 }
 
 // The commonest output gets code without branches.
 template <int kWide>
 __attribute__((noinline)) void finish_rows(const Epilogue& e, const Block& b, const Waiting& w) {
-  if (e.dtype == DType::f32 && e.activation == Activation::none && !e.residual)
+  if (e.dtype == DType::f32 && e.activation == Activation::none && !w.residual)
     return finish_by<kWide>({DType::f32, Activation::none, e.inv_scale, e.map, nullptr}, b, w);
   finish_by<kWide>(e, b, w);
 }
@@ -250,7 +253,9 @@ struct Sweep {
     uint8_t* out = static_cast<uint8_t*>(b.out) + row * b.out_stride;
     out += panel * kPanelColumns * element_bytes(b.out_dtype);
     const uint8_t* meta = b.panel + panel * b.panel_stride;
-    t.waiting = {t.sums, static_cast<int>(height), meta, b.scale + row, b.zero_point + row, out};
+    const auto* residual = static_cast<const uint8_t*>(b.residual.at(panel * kPanelColumns));
+    if (residual) residual += row * b.residual.stride;
+    t.waiting = {t.sums, static_cast<int>(height), meta, b.scale + row, b.zero_point + row, out, residual};
     return t;
   }
 };
@@ -279,12 +284,8 @@ void sweep(const Epilogue& e, const Block& b, int first_panel, int end_panel) {
 
 void run(const Block& b) {
   alignas(64) float curved[4 * kLanes];  // of one row
-  const Epilogue e{b.out_dtype,
-                   b.activation,
-                   splat(b.out_inv_scale),
-                   code_map(b.out_zero_point),
-                   b.activation > Activation::relu ? curved : nullptr,
-                   b.residual};
+  const Epilogue e{b.out_dtype, b.activation, splat(b.out_inv_scale), code_map(b.out_zero_point),
+                   b.activation > Activation::relu ? curved : nullptr};
   const bool three = b.m > 2 * kTileRows && b.m <= kThreeTilesUpTo && b.k_groups <= kStepsInL1 * kGroups;
   if (three) return sweep<3, 1>(e, b, 0, b.panels);
   if (b.m > kTileRows) {

@@ -67,6 +67,7 @@ void run(const Block& b) {
   Block right = b;
   right.panel += 32;
   right.out = static_cast<uint8_t*>(b.out) + 8 * element_bytes(b.out_dtype);
+  right.residual.data = b.residual.at(8);
   compute(right);
 }
 

@@ -89,11 +89,14 @@ void activate(Activation activation, DType dtype, const void* x, void* y, int64_
   return activate(activation, dtype, static_cast<const float*>(x), y, count);
 }
 
-float value_at(DType dtype, const void* row, int c) {
-  switch (dtype) {
-    case DType::f32: return static_cast<const float*>(row)[c];
-    case DType::bf16: return to_float(static_cast<const Bf16*>(row)[c]);
-    default: return to_float(static_cast<const F16*>(row)[c]);
+// What is added to the output at column c of row r.
+float summand_at(const Residual& residual, int64_t r, int c) {
+  const uint8_t* row = static_cast<const uint8_t*>(residual.data) + r * residual.stride;
+  switch (residual.dtype) {
+    case DType::u8: return static_cast<float>(row[c] - residual.zero_point) * residual.scale;
+    case DType::f32: return reinterpret_cast<const float*>(row)[c];
+    case DType::bf16: return to_float(reinterpret_cast<const Bf16*>(row)[c]);
+    default: return to_float(reinterpret_cast<const F16*>(row)[c]);
   }
 }
 
@@ -111,7 +114,7 @@ void store(const Block& b, int r, int c, int32_t acc, float scale, float bias) {
   void* row = static_cast<uint8_t*>(b.out) + r * b.out_stride;
   if (b.out_dtype == DType::i32) return void(static_cast<int32_t*>(row)[c] = acc);
   float y = static_cast<float>(acc) * (b.scale[r] * scale) + bias;
-  if (b.residual) y += value_at(b.out_dtype, static_cast<uint8_t*>(row) + b.residual, c);
+  if (b.residual.data) y += summand_at(b.residual, r, c);
   write(b, row, c, y);
 }
 
@@ -131,7 +134,7 @@ void depthwise(const Depthwise& d) {
       for (int64_t t = 0; t < d.taps; ++t) sum += image[p * d.step + d.offsets[t] + c] * weights[t * kPanelColumns + c];
       uint8_t* row = static_cast<uint8_t*>(d.out) + p * d.out_stride;
       float y = sum * (d.scale * meta[16 + c]) + meta[32 + c];
-      if (d.residual) y += value_at(d.out_dtype, row + d.residual, c);
+      if (d.residual.data) y += summand_at(d.residual, p, c);
       write(d, row, c, y);
     }
 }

@@ -16,7 +16,7 @@ struct Scratch {
 
 inline int64_t ragged_bytes(const Job& job) {
   const int64_t values = job.kernel->tiling.own_loops ? job.block_rows * kPanelColumns : job.tile.m * job.tile.n;
-  return values * 4 * (job.problem->y.residual ? 2 : 1);
+  return values * 4 * (job.problem->y.residual.data ? 2 : 1);
 }
 
 inline int64_t sums_bytes(const Job& job) {

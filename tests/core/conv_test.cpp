@@ -30,6 +30,9 @@ constexpr Geometry kGeometries[] = {
     {16, 16, 16, {{100, 3, 1, 1}, {}, {30, 5}}},                   // depthwise, x in place and more than one band
 };
 
+// Of residuals in codes. A power of two, so that the codes can be told from the values.
+constexpr QParams kResidual{0.03125f, 100};
+
 // A convolution with its input, and what the oracle has of it.
 struct Case {
   Geometry g;
@@ -43,6 +46,7 @@ struct Case {
   std::vector<QParams> samples{};
   std::vector<Weights> weights{};  // of each group
   std::vector<float> residual{};   // (batch, pixels, out_channels), or empty
+  bool residual_in_codes = false;  // then all of them are multiples of kResidual.scale
 
   int64_t inputs() const { return batch * g.pixels() * g.in_channels; }
   int64_t outputs() const { return batch * g.out_pixels() * g.out_channels; }
@@ -67,8 +71,11 @@ Case random_case(const Geometry& g, DType dtype, bool per_sample) {
         per_sample ? oracle_qparams(oracle_range(c.x.data() + n * sample_bytes, dtype, g.pixels() * g.in_channels))
                    : c.q);
   for (int64_t group = 0; group < g.groups; ++group) c.weights.push_back(random_weights(g.group_outputs(), g.depth()));
-  if (r.below(2))
-    for (int64_t i = 0; i < c.outputs(); ++i) c.residual.push_back(r.uniform(-3.0f, 3.0f));
+  const int residual = r.below(3);
+  c.residual_in_codes = residual == 2;
+  for (int64_t i = 0; i < c.outputs() && residual; ++i)
+    c.residual.push_back(c.residual_in_codes ? (r.below(256) - kResidual.zero_point) * kResidual.scale
+                                             : r.uniform(-3.0f, 3.0f));
   return c;
 }
 
@@ -160,6 +167,8 @@ void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vec
   int64_t stride;
   const std::vector<uint8_t> packed = packed_weights(c, kernel.layout, stride);
   const std::vector<float> residual = y_last ? c.residual : swapped(c.residual, c.batch, pixels, channels);
+  std::vector<uint8_t> codes;
+  for (const float v : residual) codes.push_back(static_cast<uint8_t>(v / kResidual.scale + kResidual.zero_point));
   uint8_t* given = x.place(c.x.size(), Side::end);
   std::copy(c.x.begin(), c.x.end(), given);
   auto* out = reinterpret_cast<float*>(y.place(c.outputs() * 4, Side::end));
@@ -169,7 +178,10 @@ void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vec
   p.x = {given, c.dtype, c.channels_last, c.per_sample, c.q, c.samples.data()};
   p.weights = packed.data(), p.weights_stride = stride;
   p.y = {out, DType::f32, y_last, {1.0f, 0}};
-  if (!c.residual.empty()) p.residual = residual.data();
+  if (c.residual_in_codes)
+    p.residual = {codes.data(), 0, DType::u8, kResidual.scale, kResidual.zero_point};
+  else if (!c.residual.empty())
+    p.residual.data = residual.data();
   conv::Job job = conv::schedule(kernel, p, 1 + static_cast<int>(random_source.below(4)));
   uint8_t* memory = scratch.place(job.scratch_bytes, Side::end);
   for (int part = 0; part < job.parts; ++part) conv::run(job, part, memory);

@@ -153,6 +153,7 @@ def convolve(
     channels_last: bool | None = None,
     activation: int = Activation.NONE,
     residual: Tensor | None = None,
+    residual_qparams: tuple[float, int] | None = None,
 ) -> Tensor:
     """`y = act(dequantize(codes(x) * w) + bias + residual)`: the convolution of torch, in int8.
 
@@ -171,7 +172,9 @@ def convolve(
         out_dtype: of y without `y_qparams`: by default that of x, or float32 where x holds codes.
         channels_last: whether the channels of y are last in memory. None: as in x; codes are channels last.
         activation: an `Activation`.
-        residual: the shape and dtype of y, any strides. Not with `y_qparams`.
+        residual: floats (N, out, *size) of the dtype of y, or with `y_qparams` of any float dtype; any strides. Or
+            uint8 (N, *size, out): codes, where the channels of y are last.
+        residual_qparams: scale and zero point of a residual of codes, which means `float(code - zero_point) * scale`.
 
     Returns:
         (N, out, *size), contiguous or channels last; with `y_qparams` uint8 (N, *size, out), contiguous.
@@ -190,7 +193,10 @@ def convolve(
         out_dtype = torch.uint8
     elif out_dtype is None:
         out_dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
-    qparams = [float(number) for number in (*(x_qparams or ()), *(y_qparams or ()))]
+    pairs = [x_qparams, y_qparams]
+    if residual_qparams is not None:
+        pairs = [x_qparams, y_qparams or (1.0, 0), residual_qparams]
+    qparams = [float(number) for pair in pairs for number in pair or ()]
     return _convolution(  # type: ignore[no-any-return]
         x, packed, geometry.numbers(), qparams, out_dtype, channels_last, activation, residual
     )
