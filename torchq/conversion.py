@@ -16,6 +16,7 @@ from torchq.planning.apply import applied
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.choose import choose
+from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
 from torchq.planning.fusion import fuse
@@ -127,6 +128,7 @@ def convert(
             plan, converted = check.best(model, plan)
             plan, converted = float_stems(model, plan, converted, evidence, check)
             plan, converted = static_convolutions(model, plan, converted, evidence, check)
+            plan, converted = coded_sums(model, plan, converted, evidence, check)
             plan = choose_attention(converted, plan, check, config.attention)
         if budget is not None:
             plan, converted = fit(plan, evidence, budget), None

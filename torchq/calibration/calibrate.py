@@ -57,6 +57,7 @@ class Evidence:
         norms: for each convolution that includes the norm behind it, the name of that norm.
         chains: for each convolution, what follows it as the only reader each time (`Readers`).
         handovers: by convolution, those that alone read its output, or what keeps its memory format (`Handovers`).
+        sums: by convolution, those that take the sum of its output with another one as their input (`Handovers`).
         batches: how many batches were run.
         batches_held_out: how many of them judge, and round no weight.
         run: runs the first batch through a model.
@@ -74,6 +75,7 @@ class Evidence:
     norms: dict[str, str] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     handovers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
     run: Callable[[nn.Module], object] | None = None
@@ -165,7 +167,7 @@ def calibrate(
             readers.end_batch()
             handovers.end_batch()
     evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
-    evidence.handovers = handovers.found(readers.norms)
+    evidence.handovers, evidence.sums = handovers.found(readers.norms), handovers.sums()
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
     if evidence.batches == 0 and shard is None:
         raise BadValueError(NO_BATCH)

@@ -32,12 +32,14 @@ _NOBODY: _Names = frozenset()
 class _Value(NamedTuple):
     """A tensor that exists now: the convolutions whose output it is, those whose output it may be, and its storage.
 
-    A sum is the output of the summand's convolution that ran last. But either may compute it.
+    A sum is the output of the summand's convolution that ran last. But either may compute it: `summands` are those
+    whose own outputs, and no sums, were added.
     """
 
     origins: _Names
     maybe: _Names
     storage: StorageWeakRef
+    summands: _Names = _NOBODY
 
 
 class Handovers(Watch):
@@ -55,6 +57,7 @@ class Handovers(Watch):
         self._order: list[str] = []  # of their last calls
         self._inside = 0  # how many calls of convolutions and norms are running
         self._readers: dict[str, set[str]] = {name: set() for name in self._convolutions}
+        self._takers: dict[str, set[str]] = {name: set() for name in self._convolutions}  # of sums of its output
         self._read_by_others: set[str] = set()
         self._normed: set[str] = set()  # a norm read it, which may become a part of the convolution
 
@@ -62,6 +65,10 @@ class Handovers(Watch):
         """By convolution: those that alone read its output, given the norms that become a part of a convolution."""
         lost = self._read_by_others | {name for name in self._normed if name not in norms}
         return {name: tuple(sorted(found)) for name, found in self._readers.items() if found and name not in lost}
+
+    def sums(self) -> dict[str, tuple[str, ...]]:
+        """By convolution: those that took the sum of its output with another one, or its activation, as their input."""
+        return {name: tuple(sorted(found)) for name, found in self._takers.items() if found}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -101,9 +108,12 @@ class Handovers(Watch):
         if not all(origins) or not keeps(func, args, kwargs, tensors):
             self._read_by_others |= every
         elif func in _ADD and len(origins) == 2:
-            self._register(result, self._summed(*origins), every)
+            summands = _NOBODY.union(*(value.maybe for value in values if value and not value.summands))
+            self._register(result, self._summed(*origins), every, summands)
         else:
-            self._register(result, every, _NOBODY.union(*(value.maybe for value in values if value)))
+            alone = values[0] if len(values) == 1 and values[0] and result.shape == tensors[0].shape else None
+            maybe = _NOBODY.union(*(value.maybe for value in values if value))
+            self._register(result, every, maybe, alone.summands if alone else _NOBODY)
         return y
 
     def _summed(self, one: _Names, other: _Names) -> _Names:
@@ -118,10 +128,10 @@ class Handovers(Watch):
         value = None if key is None else self._values.get(key)
         return None if value is None or value.storage.expired() else value
 
-    def _register(self, y: Any, origins: _Names, maybe: _Names) -> None:
+    def _register(self, y: Any, origins: _Names, maybe: _Names, summands: _Names = _NOBODY) -> None:
         key = storage_key(y)
         if key is not None and y.is_contiguous():
-            self._values[key] = _Value(origins, maybe, StorageWeakRef(y.untyped_storage()))
+            self._values[key] = _Value(origins, maybe, StorageWeakRef(y.untyped_storage()), summands)
         else:
             self._read_by_others |= origins
 
@@ -129,6 +139,8 @@ class Handovers(Watch):
         value = self._value(args[0]) if args else None
         for origin in () if value is None else value.maybe:
             self._readers[origin].add(name)
+        for summand in () if value is None else value.summands:
+            self._takers[summand].add(name)
         self._inside += 1
 
     def _gave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:

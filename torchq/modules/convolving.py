@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchq.numerics.qparams import QParams, fake_quantize, row_qparams
 from torchq.ops.convolution import Geometry
 
 _CONVOLVE = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
@@ -187,3 +188,18 @@ def as_rows(weight: Tensor) -> Tensor:
     tensor([[1, 3, 2, 4]])
     """
     return weight.movedim(1, -1).reshape(len(weight), weight.shape[1:].numel())
+
+
+def along(channel_scale: Tensor, dimensions: int) -> Tensor:
+    """A number for each channel, to multiply (N, C, *spatial) by."""
+    return channel_scale.reshape(-1, *[1] * dimensions)
+
+
+def rounded_by(x: Tensor, pair: QParams | None, *, by_rows: bool) -> Tensor:
+    """What int8 has of x: by this pair, or by one for each sample (N, C, *spatial), or for each row (..., K)."""
+    if pair is not None:
+        return fake_quantize(x, *pair, dtype=torch.uint8)
+    if x.numel() == 0:
+        return x
+    rows = x.reshape(-1, x.shape[-1]) if by_rows else x.reshape(len(x), -1)
+    return fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8).reshape(x.shape)

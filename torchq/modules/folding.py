@@ -7,6 +7,7 @@ from torch import nn
 
 from torchq.modules.activations import activation_of
 from torchq.modules.curve import Curve
+from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 IDLE = (nn.Dropout, nn.Identity)
@@ -20,6 +21,7 @@ class Fold(NamedTuple):
         activation: the `Activation` that follows, and may be computed in the layer's epilogue.
         codes: whether the output may reach a static layer as u8 codes, in that layer's `input_qparams`.
         adds: whether another tensor is added to the output before the activation (of a convolution).
+        sum_qparams: of the u8 codes that this sum is handed over as; None for floats.
 
     >>> Fold() == Fold(Activation.NONE, codes=False)
     True
@@ -28,6 +30,7 @@ class Fold(NamedTuple):
     activation: int = Activation.NONE
     codes: bool = False
     adds: bool = False
+    sum_qparams: QParams | None = None
 
 
 NOTHING = Fold()

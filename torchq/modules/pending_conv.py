@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchq.modules.channels_last import ChannelsLast
+from torchq.modules.coded_sum import CodedSum, Codes
 from torchq.modules.convolving import Output, is_zero_padding, with_zeros
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
@@ -56,7 +57,7 @@ class PendingConv(Deferred):
         self._deferred = deferred
         deferred.append(weakref.ref(self))
         self._activation: int = Activation.NONE
-        self._residual: Unwritten | None = None
+        self._residual: Unwritten | Codes | None = None
         self.padding: tuple[int, ...] = ()  # zeros around the values, as nn.functional.pad takes them
         self._value: Tensor | None = None
 
@@ -129,11 +130,14 @@ class PendingConv(Deferred):
         other = args[1] if args[0] is self else args[0]
         if other is self or not isinstance(other, Tensor) or (other.shape, other.dtype) != (self.shape, self.dtype):
             return None
-        values = as_it_lies(other)
-        if type(values) is not Tensor or (values.is_inference() and not torch.is_inference_mode_enabled()):
-            return None
+        residual: Unwritten | Codes | None = codes_of(other)
+        if residual is None:
+            values = as_it_lies(other)
+            if type(values) is not Tensor or (values.is_inference() and not torch.is_inference_mode_enabled()):
+                return None
+            residual = Unwritten.now(values, other)
         result = self if func is _aten.add_.Tensor else self._copy()
-        result._residual = Unwritten.now(values, other)
+        result._residual = residual
         return result._settled(in_place=result is self)
 
     def _activated(self, found: "_Found", args: Any) -> Tensor | None:
@@ -172,7 +176,14 @@ class PendingConv(Deferred):
 def as_it_lies(x: Tensor) -> Tensor:
     """The values of a tensor, in the memory format that they have."""
     x = x.make() if isinstance(x, PendingConv) else x
+    x = x.make() if isinstance(x, CodedSum) else x
     return x.values() if isinstance(x, ChannelsLast) else x
+
+
+def codes_of(x: Tensor) -> Codes | None:
+    """The codes of a sum, if that is what there is of this tensor."""
+    x = x._value if type(x) is PendingConv and x._value is not None else x
+    return x.codes() if type(x) is CodedSum else None
 
 
 class _Found(NamedTuple):

@@ -14,7 +14,9 @@ from torchq import _C, kernels, ops
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.channels_last import ChannelsLast
+from torchq.modules.coded_sum import CodedSum, Codes
 from torchq.modules.convolving import (
+    along,
     as_rows,
     convolved,
     geometry_of,
@@ -24,13 +26,14 @@ from torchq.modules.convolving import (
     numbers_of,
     output_of,
     padded,
+    rounded_by,
     tiles,
 )
 from torchq.modules.float_view import FloatView
 from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
-from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
@@ -38,9 +41,7 @@ from torchq.modules.writes import Unwritten
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
-    fake_quantize,
     float32_qparams,
-    row_qparams,
 )
 from torchq.ops import Activation, activate, linear_dynamic
 from torchq.ops.convolution import Geometry, pack, unpack
@@ -150,7 +151,7 @@ class QuantizedConv(PackedWeights, Leaf):
     def _float_weight(self, packed: Tensor) -> Tensor:
         weight, scale, _, channel_scale = self._unpacked(packed)
         values = dequantize(weight, scale, axis=0)
-        return values * _along(channel_scale, self.dimensions) if channel_scale.numel() else values
+        return values * along(channel_scale, self.dimensions) if channel_scale.numel() else values
 
     def _weight_view(self, packed: Tensor) -> FloatView:
         like = torch.empty(self._weight_shape, dtype=self.dtype, device="meta")
@@ -188,6 +189,10 @@ class QuantizedConv(PackedWeights, Leaf):
             if codes is not None:
                 sizes = x.output.shape[2:]
                 return self._int8_or_later(codes, x.dtype, self._last(x), sizes, activation, around=x.padding)
+        held = codes_of(x)
+        if held is not None and held.qparams == self.input_qparams and self._takes_codes_now():
+            self._check_shape(x)
+            return self._int8_or_later(held.codes, autocast_dtype() or x.dtype, self._last(x), x.shape[2:], activation)
         x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
@@ -221,7 +226,10 @@ class QuantizedConv(PackedWeights, Leaf):
         return self._weight_last or (last and self.padding_mode != "circular")
 
     def _takes_codes_of(self, layer: "QuantizedConv") -> bool:
-        return layer.fold.codes and self.takes_codes and _has_no_hooks(self)
+        return layer.fold.codes and self._takes_codes_now()
+
+    def _takes_codes_now(self) -> bool:
+        return self.takes_codes and _has_no_hooks(self)
 
     def _int8_or_later(
         self,
@@ -254,7 +262,7 @@ class QuantizedConv(PackedWeights, Leaf):
         last: bool,
         x: Tensor,
         activation: int,
-        residual: Tensor | None,
+        residual: Tensor | Codes | None,
         y_qparams: QParams | None,
         around: tuple[int, ...] = (),
     ) -> Tensor:
@@ -272,12 +280,18 @@ class QuantizedConv(PackedWeights, Leaf):
         activation: int,
         dtype: torch.dtype,
         last: bool,
-        residual: Tensor | None = None,
+        residual: Tensor | Codes | None = None,
         around: tuple[int, ...] = (),
     ) -> Tensor:
         """The output as torch lays it out; or as it is computed, behind a tensor that torch's readers see so."""
-        hands = None if last or is_dynamo_compiling() else self.hands
+        hands = None if is_dynamo_compiling() else self.hands
         if hands is None or hands.deferred() is None or not _is_eager(x):
+            return self._int8(x, activation, dtype, last, residual, None, around)
+        qparams = self.fold.sum_qparams
+        if qparams is not None and residual is not None and activation == self.fold.activation:
+            codes = self._int8(x, activation, dtype, True, residual, qparams, around)
+            return CodedSum(Codes(codes, qparams, dtype), last, hands).waiting()
+        if last:
             return self._int8(x, activation, dtype, last, residual, None, around)
         y = self._int8(x, activation, dtype, True, residual, None, around)
         return y.contiguous() if y.numel() < MIN_VALUES else ChannelsLast(y, hands).held()
@@ -288,17 +302,24 @@ class QuantizedConv(PackedWeights, Leaf):
         activation: int,
         dtype: torch.dtype,
         last: bool,
-        residual: Tensor | None = None,
+        residual: Tensor | Codes | None = None,
         y_qparams: QParams | None = None,
         around: tuple[int, ...] = (),
     ) -> Tensor:
         packed, pair = self._moment()
+        of_residual: QParams | None = None
+        if isinstance(residual, Codes):
+            keeps = pair is not None and (last or y_qparams is not None)
+            of_residual = residual.qparams if keeps else None
+            residual = residual.codes if keeps else residual.dequantized(last)
         if self.tiled and pair is None:
             return self._by_places(x, activation, dtype, last, residual)
         qparams = [] if pair is None else list(map(float, pair))
         if y_qparams is not None:
             qparams += map(float, y_qparams)
             dtype = torch.uint8
+        if of_residual is not None:
+            qparams += (*(() if y_qparams else (1.0, 0.0)), *map(float, of_residual))
         numbers = numbers_of(self.geometry, around) if around else self._numbers
         settings = (numbers, qparams, dtype, last, activation, residual)
         return writes.unseen(_convolution, x, packed, *settings)  # type: ignore[no-any-return]
@@ -318,10 +339,10 @@ class QuantizedConv(PackedWeights, Leaf):
         weight, scale, bias, channel_scale = self._unpacked(packed)
         values = x.float()
         if channel_scale.numel():
-            values = values * _along(channel_scale, self.dimensions)
+            values = values * along(channel_scale, self.dimensions)
         by_tiles = self.tiled and pair is None
         values = tiles(values, self.geometry.kernel) if by_tiles else values
-        rounded = _rounded(values.detach(), pair, by_rows=by_tiles)
+        rounded = rounded_by(values.detach(), pair, by_rows=by_tiles)
         values = gradients.straight_through(values, rounded) if gradients.wanted(values) else rounded
         exact = dequantize(weight, scale, axis=0)
         if by_tiles:
@@ -394,17 +415,3 @@ def _bytes_with_scale(n: int, k: int) -> int:
 
 def _has_no_hooks(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
-
-
-def _along(channel_scale: Tensor, dimensions: int) -> Tensor:
-    return channel_scale.reshape(-1, *[1] * dimensions)
-
-
-def _rounded(x: Tensor, pair: QParams | None, *, by_rows: bool) -> Tensor:
-    """What int8 has of x: by this pair, or by one for each sample (N, C, *spatial), or for each row (..., K)."""
-    if pair is not None:
-        return fake_quantize(x, *pair, dtype=torch.uint8)
-    if x.numel() == 0:
-        return x
-    rows = x.reshape(-1, x.shape[-1]) if by_rows else x.reshape(len(x), -1)
-    return fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8).reshape(x.shape)

@@ -221,6 +221,8 @@ def return_to_float(plan: Plan, reasons: Mapping[str, str]) -> Plan:
             layer = LayerPlan("float", reasons[name], layer.per_channel, sqnr_db=layer.sqnr_db)
         elif layer.feeds in reasons:
             layer = dataclasses.replace(layer, feeds=None, skipped=())
+        elif any(name in reasons for name in layer.hands):
+            layer = dataclasses.replace(layer, sum_qparams=None)
         layers[name] = layer
     return dataclasses.replace(plan, layers=layers)
 

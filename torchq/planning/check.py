@@ -50,8 +50,11 @@ def _check_scheme(plan: Plan, name: str, planned: LayerPlan) -> None:
     if planned.feeds is not None:
         both = _is_static(plan, name) and _is_static(plan, planned.feeds)
         _require(both, name, f"feeds {planned.feeds!r}, so both must be static, with input_qparams")
-    if planned.input_qparams is not None:
-        scale, zero_point = planned.input_qparams
+    if planned.sum_qparams is not None:
+        _require(_is_static(plan, name), name, "has sum_qparams, so it must be static, with input_qparams")
+        _require(planned.adds, name, "has sum_qparams, but adds nothing")
+    for qparams in filter(None, (planned.input_qparams, planned.sum_qparams)):
+        scale, zero_point = qparams
         _require(FLT_MIN <= scale <= FLT_MAX, name, f"has scale {scale}, expected a positive normal float32")
         _require(0 <= zero_point <= 255, name, f"has zero_point {zero_point}, expected one in [0, 255]")
 

@@ -13,6 +13,7 @@ from torchq.modules.embedding import QuantizedTable
 from torchq.modules.folding import Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer, layers_of
+from torchq.numerics.qparams import float32_qparams
 from torchq.ops import Activation
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.rounding import check_rounded, warn_of_missing
@@ -127,7 +128,8 @@ def empty_linear(layer: Layer) -> nn.Linear:
 def fold_of(model: nn.Module, planned: LayerPlan) -> Fold:
     """What the plan lets this layer be fused with."""
     activation = activation_named(model, planned.activation) if planned.activation else Activation.NONE
-    return Fold(activation, codes=planned.feeds is not None, adds=planned.adds)
+    sum_qparams = float32_qparams(planned.sum_qparams)
+    return Fold(activation, codes=planned.feeds is not None, adds=planned.adds, sum_qparams=sum_qparams)
 
 
 def with_norm(model: nn.Module, planned: LayerPlan, layer: Layer) -> Layer:

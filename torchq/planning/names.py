@@ -44,6 +44,7 @@ def _layer(layer: LayerPlan, rename: Rename) -> LayerPlan:
         skipped=tuple(new for name in layer.skipped if (new := rename(name)) is not None),
         feeds=layer.feeds and rename(layer.feeds),
         hands=_all(layer.hands, rename),
+        sum_qparams=layer.sum_qparams if _all(layer.hands, rename) else None,
     )
 
 

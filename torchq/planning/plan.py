@@ -105,6 +105,7 @@ class LayerPlan:
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         hands: the convolutions that alone read this one's output as floats, which therefore may stay channels last.
+        sum_qparams: scale and zero point of the u8 codes that its sum, after the activation, is handed over as.
         channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
             weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
         alpha: the migration strength that gave it.
@@ -132,6 +133,7 @@ class LayerPlan:
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
     hands: tuple[str, ...] = ()
+    sum_qparams: QParams | None = None
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
     alpha: float | None = None
     smoothing_db: tuple[float, float] | None = None
@@ -179,12 +181,14 @@ class LayerPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerPlan":
         """The inverse of `to_dict`."""
         pair, stats, scale = data["input_qparams"], data["stats"], data["channel_scale"]
+        sum_pair = data.get("sum_qparams")
         return cls(
             **{
                 **data,
                 "input_qparams": pair and QParams(*pair),
                 "skipped": tuple(data["skipped"]),
                 "hands": tuple(data.get("hands", ())),
+                "sum_qparams": sum_pair and QParams(*sum_pair),
                 "sqnr_db": {scheme: float(value) for scheme, value in data["sqnr_db"].items()},
                 "channel_scale": scale and tuple(map(float, scale)),
                 "smoothing_db": _pair(data["smoothing_db"]),

@@ -35,6 +35,9 @@ _MIN_REMAINING = 0.01
 With less, the difference is mostly float32 rounding errors.
 """
 
+SMALL_GRAM = 512
+"""XᵀX of up to so many inputs, 1 MiB, is kept for layers that may read a sum in codes (`coded_sums.py`)."""
+
 _MIN_SQUARE = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
 """The smallest mean square of an input that float32 holds with full precision."""
 
@@ -55,13 +58,27 @@ def round_weights(plan: Plan, evidence: Evidence, *, progress: bool | None = Non
         for name, layer in plan.layers.items()
         if layer.is_int8 and layer.sqnr_db and evidence.layers[name].trained is None
     ]
+    again = {id(evidence.records[name]) for readers in evidence.sums.values() for name in readers}
     waiting = [evidence.records[name] for name in names]  # the records of the layers still to come, in the same order
     for name in tqdm(names, desc="torchq: rounding", disable=None if progress is None else not progress):
         record = waiting.pop(0)
         layers[name] = _rounded(name, layers[name], evidence, tied)
-        if not any(other is record for other in waiting):
+        small = record.gram is not None and len(record.gram) <= SMALL_GRAM and id(record) in again
+        if not small and not any(other is record for other in waiting):
             record.gram = None  # of a square layer, 4 times the bytes of the int8 weights that are kept from here on
     return dataclasses.replace(plan, layers=layers)
+
+
+def rounded_again(name: str, layer: LayerPlan, evidence: Evidence) -> LayerPlan:
+    """The plan of a layer whose input has another range now, or no channel_scale: its weights are rounded anew."""
+    sqnr_db = {scheme: db for scheme, db in layer.sqnr_db.items() if scheme != "gptq"}
+    plain = dataclasses.replace(layer, rounding="nearest", weights=None, sqnr_db=sqnr_db, gptq_db=None)
+    if evidence.config.rounding == "nearest":
+        return plain
+    again = _rounded(name, plain, evidence, set())
+    if again.gptq_db is None or again.observer is None:
+        return again
+    return dataclasses.replace(again, sqnr_db={**again.sqnr_db, again.observer: again.gptq_db[0]})
 
 
 def _rounded(name: str, layer: LayerPlan, evidence: Evidence, tied: set[str]) -> LayerPlan:
