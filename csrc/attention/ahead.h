@@ -37,13 +37,13 @@ class Ahead {
 
  private:
   void ask_for_row() {
-    prefetch_row<kIntoL2>({p_.q, batch_, head_, block_.begin + row_}, p_.depth);
+    prefetch_row({p_.q, batch_, head_, block_.begin + row_}, p_.depth);
     const int64_t bytes = p_.columns * element_bytes(p_.y_dtype), kv_head = head_ / (p_.heads / p_.kv_heads);
     const uint8_t* y = output_row(p_, block_, block_.begin + row_);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1);
     for (const int64_t stop = std::min(key_ + keys_of_row_, end_); key_ < stop; ++key_) {
-      prefetch_row<kIntoL2>({p_.k, batch_, kv_head, key_}, p_.depth);
-      prefetch_row<kIntoL2>({p_.v, batch_, kv_head, key_}, p_.columns);
+      prefetch_row({p_.k, batch_, kv_head, key_}, p_.depth);
+      prefetch_row({p_.v, batch_, kv_head, key_}, p_.columns);
     }
   }
 

@@ -34,7 +34,7 @@ FloatRows load_and_prefetch(const Job& job, const View& view, const Block& block
                             const Scratch& s) {
   const bool adjacent = view.row == n * element_bytes(view.dtype);
   for (int64_t r = 0; !adjacent && r < kPanel; ++r)
-    prefetch_row<kIntoL1>({view, block.batch, block.kv_head, key + kAhead + r}, n);
+    prefetch_row({view, block.batch, block.kv_head, key + kAhead + r}, n);
   return load_rows(job, {view, block.batch, block.kv_head, key}, keys_from(job, key), n, s);
 }
 

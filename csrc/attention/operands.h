@@ -27,15 +27,14 @@ struct FloatRows {
 // 16 rows of a head from `first` on, of which count exist; the others are 0. In place if they lie so, else in s.rows.
 FloatRows load_rows(const Job& job, const Row& first, int64_t count, int64_t n, const Scratch& s);
 
-// Asks for a row that is needed soon. It may be none: a prefetch faults nowhere. Inlined, or g++ takes the function for
-// one without effects and drops the calls (tests/test_disassembly.py watches).
-constexpr int kIntoL1 = 3, kIntoL2 = 2;
-template <int kWhere>
+// Asks for a row that is needed soon, into L2: rows that lie a power of 2 apart share few sets of L1, and would drive
+// each other out. It may be none: a prefetch faults nowhere. Inlined, or g++ takes the function for one without effects
+// and drops the calls (tests/test_disassembly.py watches).
 TORCHQ_INLINE void prefetch_row(const Row& row, int64_t n) {
   const int64_t bytes = n * element_bytes(row.view.dtype);
   if (row.view.column != element_bytes(row.view.dtype)) return;
   const uint8_t* x = row.view.at(row.batch, row.head, row.row);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, kWhere);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, 0, 2);
 }
 
 // What the mask adds to the scores of a row, key by key. It holds until the next call.
