@@ -5,6 +5,7 @@ as one product (`straight_forms.py`). That is proven by reading the code, which 
 children and add. Then it runs once, on symbols, and they say what it computes.
 """
 
+import abc
 import dis
 import functools
 import inspect
@@ -18,13 +19,15 @@ class Line(NamedTuple):
     """What the code of a module computes.
 
     Args:
-        forward: the code.
+        forward: the function.
+        code: its code, which may be replaced, as IPython's autoreload does.
         source: the argument that it begins with, by its index.
         calls: the children called one after the other.
         last: the child called on the sum of the result and the other argument; None where there is no sum.
     """
 
     forward: types.FunctionType
+    code: types.CodeType
     source: int
     calls: tuple[str, ...]
     last: str | None
@@ -36,31 +39,45 @@ def line_of(kind: type[nn.Module]) -> Line | None:
     >>> class Output(nn.Module):
     ...     def forward(self, x, residual):
     ...         return self.norm(self.dense(x) + residual)
-    >>> line_of(Output)[1:], line_of(nn.TransformerEncoderLayer)
+    >>> line_of(Output)[2:], line_of(nn.TransformerEncoderLayer)
     ((0, ('dense',), 'norm'), None)
     """
     known: Any = kind  # for mypy, a class of torch has no hash
-    return _line_of(known)
+    forward = kind.forward
+    return _line_of(known, forward, forward.__code__) if isinstance(forward, types.FunctionType) else None
+
+
+_USUAL = (
+    *("__call__", "__getattr__", "__getattribute__", "__class__", "__new__", "__init_subclass__"),
+    *("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"),
+)
+"""What a class must have of nn.Module. One with a way of its own to be called, read, copied or subclassed would have a
+part in what happens to its form."""
+
+
+def _is_usual(kind: type[nn.Module]) -> bool:
+    find = inspect.getattr_static
+    return type(kind) in (type, abc.ABCMeta) and all(find(kind, x, None) is find(nn.Module, x, None) for x in _USUAL)
 
 
 @functools.lru_cache(maxsize=1024)
-def _line_of(kind: type[nn.Module]) -> Line | None:
-    forward = kind.forward
-    usual = kind.__call__ is nn.Module.__call__ and kind.__getattr__ is nn.Module.__getattr__
-    if not usual or not isinstance(forward, types.FunctionType) or not _is_harmless(forward):
+def _line_of(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> Line | None:
+    if not _is_usual(kind) or not _is_harmless(forward):
         return None
     seen: list[str] = []
     try:
-        y = forward(_Module(kind, seen), *(_Value(index) for index in range(forward.__code__.co_argcount - 1)))
+        y = forward(_Module(kind, seen), *(_Value(index) for index in range(code.co_argcount - 1)))
     except (_UnknownError, AttributeError, TypeError, UnboundLocalError):
         return None
     if type(y) is not _Value or len(seen) != y.count():
         return None
     if isinstance(y.of_, int):
-        return Line(forward, y.of_, y.calls_, None) if y.calls_ else None
+        return Line(forward, code, y.of_, y.calls_, None) if y.calls_ and code.co_argcount == 2 else None
     one, other = y.of_ if y.of_[0].calls_ else reversed(y.of_)
     apart = one.calls_ and not other.calls_ and {one.of_, other.of_} == {0, 1}
-    return Line(forward, cast(int, one.of_), one.calls_, y.calls_[0]) if apart and len(y.calls_) == 1 else None
+    if not apart or len(y.calls_) != 1:
+        return None
+    return Line(forward, code, cast(int, one.of_), one.calls_, y.calls_[0])
 
 
 _STEPS = (

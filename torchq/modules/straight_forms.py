@@ -18,6 +18,8 @@ from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import Line, line_of
 
+_CALL = nn.Module.__call__
+
 
 class Form(nn.Module):
     """A form of a class of the user. Instances of that class become instances of the form."""
@@ -25,6 +27,10 @@ class Form(nn.Module):
     form: type["Form"]
     original: type[nn.Module]  # the user's class
     line: Line  # its code
+
+    def _is_as_read(self) -> bool:
+        """Whether nobody has replaced the code since it was read, or how the user's class is called."""
+        return self.line.forward.__code__ is self.line.code and self.original.__call__ is _CALL
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the user's class, since no module has the form's."""
@@ -34,22 +40,22 @@ class Form(nn.Module):
 
 
 @functools.cache
-def form_of(form: Any, original: Any) -> type[Any]:
+def form_of(form: Any, original: Any, line: Line) -> type[Any]:
     """The class that instances of a straight line become."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(
-        original.__name__, (form, original), {**names, "form": form, "original": original, "line": line_of(original)}
-    )
+    return type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
 
 
-def _become(form: Any, module: nn.Module) -> None:
+def _become(form: Any, module: nn.Module, line: Line) -> None:
     kind: Any = type(module)
-    module.__class__ = form_of(form, kind)
+    kind = form_of(form, kind, line)
+    object.__setattr__(module, "__class__", kind)  # a __setattr__ of the user has no part in it
 
 
 def _new(form: Any, original: Any) -> Any:
     """An instance without state: of the user's class itself, if it is no straight line where this is read."""
-    kind: Any = original if line_of(original) is None else form_of(form, original)
+    line = line_of(original)
+    kind: Any = original if line is None else form_of(form, original, line)
     return kind.__new__(kind)
 
 
@@ -64,12 +70,12 @@ class Residual(Form):
             return
         layer, *idle = (module._modules.get(name) for name in line.calls)
         if type(layer) is QuantizedLinear and all(type(each) in IDLE for each in idle):
-            _become(Residual, module)
+            _become(Residual, module, line)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), as one product where that is all that happens."""
-        if not is_dynamo_compiling() and len(args) == 2 and not kwargs:
-            forward, source, calls, norm = self.line
+        if not is_dynamo_compiling() and len(args) == 2 and not kwargs and self._is_as_read():
+            forward, _, source, calls, norm = self.line
             kinds = (QuantizedLinear, LayerNorm, IDLE)
             y = _C.call_residual(self, type(self), forward, calls, norm, kinds, args[source], args[1 - source])
             if y is not NotImplemented:
@@ -88,7 +94,7 @@ class Row(Form, InOrder):
             return
         children = [module._modules.get(name) for name in line.calls]
         if None not in children and any(step.between or step.reader for step in steps_of(children)):
-            _become(Row, module)
+            _become(Row, module, line)
             cast(Row, module)._learn(children)
 
     def _in_order(self) -> list[nn.Module | None]:
@@ -104,6 +110,6 @@ class Row(Form, InOrder):
     def _is_straight(self) -> bool:
         """Whether its code is still what was read, of children that it has, and nobody else sees the call."""
         line, state = self.line, self.__dict__
-        if type(self).forward is not line.forward or not is_plain(self):
+        if type(self).forward is not line.forward or not self._is_as_read() or not is_plain(self):
             return False
         return all(name not in state and state["_modules"].get(name) is not None for name in line.calls)
