@@ -34,7 +34,7 @@ from benchmarks.peers import Peer, Run, available
 from benchmarks.timing import interleaved, machine
 from torchq.numerics.metrics import sqnr_db
 
-BATCH = {"mlp": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows per batch, for calibration, test and timing
+BATCH = {"mlp": 32, "cnn": 32, "vit": 32, "gpt": 8, "bert": 32}  # rows per batch, for calibration, test and timing
 CALIBRATION_BATCHES, TEST_BATCHES = 16, 32  # at most; there may be fewer test batches
 TWIN = ", outliers"
 

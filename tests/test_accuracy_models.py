@@ -174,6 +174,20 @@ def test_a_small_cnn_keeps_accuracy(data):
             assert sqnr_db(exact, int8) > 25
 
 
+@pytest.mark.parametrize("name", models.RECIPES)
+def test_every_network_has_tasks(name, monkeypatch):
+    """The network as trained, and its twin, with the batches that were asked for."""
+    untrained = models.network(models.RECIPES[name]).eval()
+    monkeypatch.setattr(models, "load", lambda recipe, data: untrained)
+
+    plain, twin = accuracy.tasks([name], 2, 1)
+
+    assert (plain.name, twin.name) == (name, name + ", outliers")
+    assert [len(task.calibration) for task in (plain, twin)] == [2, 2]
+    assert plain.model is untrained
+    assert len(plain.test) == 1
+
+
 def test_score_counts_only_what_was_asked():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
     task = Task("t", nn.Identity(), [], [Batch(logits, torch.tensor([0, 0, IGNORED, 0]))])
