@@ -98,7 +98,8 @@ class Reads(Output):
 def converted(module, **settings):
     torch.manual_seed(0)
     for child in module.children():
-        child.reset_parameters()
+        if not isinstance(child, nn.GELU):
+            child.reset_parameters()
     return convert(module.eval(), config=QConfig(**settings)).requires_grad_(False)
 
 
@@ -180,3 +181,14 @@ def test_a_call_that_the_class_gets_later_counts(kind):
     made, module, args = read(kind)
     made.__call__ = lambda self, *args: "called"
     assert module(*args) == "called"
+
+
+@pytest.mark.parametrize("kind", [Output, Activated])
+def test_the_class_of_a_converted_module_makes_float_ones(kind):
+    """As user's code does that makes another module by `type(module)(...)`."""
+    module, args = kind().eval(), inputs()[: 2 if kind is Output else 1]
+    made = type(converted(module))().eval()
+    made.load_state_dict(module.state_dict())
+    assert_identical(made(*args), module(*args))
+    qmade = convert(made).requires_grad_(False)
+    assert_identical(qmade(*args), converted(module, fuse=False)(*args))

@@ -78,7 +78,7 @@ class Watch:
 class InOrder(nn.Module):
     """A module that calls children one after the other, and nothing else: it runs layers with what follows them."""
 
-    _known: tuple[list[nn.Module | None], list[Step]]  # some children, and their steps
+    _known: tuple[list[nn.Module | None], list[Step]] = ([], [])  # some children, and their steps
 
     def _in_order(self) -> list[nn.Module | None]:
         """The children of this moment."""

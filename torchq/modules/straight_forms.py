@@ -39,7 +39,7 @@ class Form(nn.Module):
         return _new, (self.form, self.original), *rest
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def form_of(form: Any, original: Any, line: Line) -> type[Any]:
     """The class that instances of a straight line become."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
