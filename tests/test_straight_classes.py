@@ -12,7 +12,7 @@ from helpers.compare import assert_identical
 from helpers.numbers import normal
 from torchq import QConfig, convert
 from torchq.modules.straight import line_of
-from torchq.modules.straight_forms import Form
+from torchq.modules.straight_forms import Form, Residual, Row
 
 K, N = 48, 100
 
@@ -148,6 +148,46 @@ def test_a_row_takes_the_arguments_of_its_code():
     assert_identical(module(mask, x), module.act(module.dense(x)))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
         module(mask)
+
+
+def named(form, *names):
+    """A class of modules like Output or Activated with these names for their children."""
+    first, second = names
+
+    def give(module):
+        nn.Module.__init__(module)
+        setattr(module, first, nn.Linear(K, N))
+        setattr(module, second, nn.LayerNorm(N) if form is Residual else nn.GELU())
+
+    code = (
+        f"self, x, r: self.{second}(self.{first}(x) + r)"
+        if form is Residual
+        else f"self, x: self.{second}(self.{first}(x))"
+    )
+    return type("Named", (nn.Module,), {"__init__": give, "forward": eval(f"lambda {code}")})
+
+
+@pytest.mark.parametrize("form", [Residual, Row])
+@pytest.mark.parametrize("names", [("line", "form"), ("_run", "original"), ("adopt", "_is_as_read")])
+def test_children_may_have_the_names_of_a_forms_attributes(form, names):
+    args = inputs()[: 2 if form is Residual else 1]
+    module, plain = converted(named(form, *names)()), converted(named(form, "a", "b")(), fuse=False)
+    assert_identical(module(*args), plain(*args))
+    assert all(module.get_submodule(name) is getattr(module, name) for name in names)
+
+
+def test_attributes_may_have_the_names_of_a_forms_attributes():
+    class Named(Activated):
+        line = "line"
+
+        def computes(self):
+            return "computed"
+
+    module = Named()
+    module._known = "known"
+    qmodule = converted(module)
+    assert (qmodule.line, qmodule.computes(), qmodule._known) == ("line", "computed", "known")
+    assert_identical(qmodule(*inputs()[:1]), converted(Activated(), fuse=False)(*inputs()[:1]))
 
 
 def read(kind):

@@ -46,6 +46,17 @@ def form_of(form: Any, original: Any, line: Line) -> type[Any]:
     return type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
 
 
+@functools.cache
+def _names(form: Any) -> frozenset[str]:
+    """What a form has beside what nn.Module has."""
+    return frozenset({*dir(form), *Form.__annotations__}.difference(dir(nn.Module)))
+
+
+def _may_become(form: Any, module: nn.Module) -> bool:
+    """Whether it isn't a form yet, and has no child or attribute under a name that the form would hide."""
+    return not isinstance(module, Form) and _names(form).isdisjoint(dir(module))
+
+
 def _become(form: Any, module: nn.Module, line: Line) -> None:
     kind: Any = type(module)
     kind = form_of(form, kind, line)
@@ -66,7 +77,7 @@ class Residual(Form):
     def adopt(module: nn.Module, norm: str) -> None:
         """Makes a module a Residual, if this is its code, with a child of this name as its norm and an int8 layer."""
         line = line_of(type(module))
-        if line is None or line.last != norm or isinstance(module, Form):
+        if line is None or line.last != norm or not _may_become(Residual, module):
             return
         layer, *idle = (module._modules.get(name) for name in line.calls)
         if type(layer) is QuantizedLinear and all(type(each) in IDLE for each in idle):
@@ -90,7 +101,7 @@ class Row(Form, InOrder):
     def adopt(module: nn.Module) -> None:
         """Makes a module a Row, if this is its code, and it has anything to fuse."""
         line = line_of(type(module))
-        if line is None or line.last is not None or isinstance(module, (Form, nn.Sequential)):
+        if line is None or line.last is not None or isinstance(module, nn.Sequential) or not _may_become(Row, module):
             return
         children = [module._modules.get(name) for name in line.calls]
         if None not in children and any(step.between or step.reader for step in steps_of(children)):
