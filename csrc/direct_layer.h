@@ -38,10 +38,11 @@ bool read_layer(PyObject* state, Layer* out);
 // False: this is not a plain call.
 bool read_input(PyObject* object, const Layer& layer, PlainInput* out);
 
-// The numbers of a LayerNorm for rows of n values. The module holds the parameters, as held_parameters() does.
-bool read_norm(PyObject* state, int64_t n, NormRows* out);
-
-// Keeps the parameters of a module, whose owner may replace them meanwhile. Null, with a Python error set: no memory.
+// Keeps the parameters of a module, by their names: another thread may replace them as soon as torch or Python runs.
+// Null: it has none, or, with a Python error set, no memory.
 pybind11::object held_parameters(PyObject* state);
+
+// The numbers of a LayerNorm with these parameters for rows of n values.
+bool read_norm(PyObject* state, const pybind11::object& parameters, int64_t n, NormRows* out);
 
 }  // namespace torchq

@@ -30,19 +30,20 @@ bool read_parameter(PyObject* object, int64_t n, const float** out) {
 
 }  // namespace
 
-bool read_norm(PyObject* state, int64_t n, NormRows* out) {
-  PyObject *parameters = PyDict_GetItemWithError(state, names.parameters),
-           *eps = PyDict_GetItemWithError(state, names.eps);
-  if (!parameters || !PyDict_Check(parameters) || !eps || !PyFloat_CheckExact(eps)) return false;
-  PyObject* bias = PyDict_GetItemWithError(parameters, names.bias);
-  out->n = n;
-  out->eps = static_cast<float>(PyFloat_AS_DOUBLE(eps));
-  return bias && read_parameter(PyDict_GetItemWithError(parameters, names.weight), n, &out->weight) &&
-         (bias == Py_None || read_parameter(bias, n, &out->bias));
+py::object held_parameters(PyObject* state) {
+  PyObject* parameters = PyDict_GetItemWithError(state, names.parameters);
+  if (!parameters || !PyDict_Check(parameters)) return {};
+  return py::reinterpret_steal<py::object>(PyDict_Copy(parameters));
 }
 
-py::object held_parameters(PyObject* state) {
-  return py::reinterpret_steal<py::object>(PyDict_Copy(PyDict_GetItemWithError(state, names.parameters)));
+bool read_norm(PyObject* state, const py::object& parameters, int64_t n, NormRows* out) {
+  PyObject* eps = PyDict_GetItemWithError(state, names.eps);
+  if (!eps || !PyFloat_CheckExact(eps)) return false;
+  PyObject* bias = PyDict_GetItemWithError(parameters.ptr(), names.bias);
+  out->n = n;
+  out->eps = static_cast<float>(PyFloat_AS_DOUBLE(eps));
+  return bias && read_parameter(PyDict_GetItemWithError(parameters.ptr(), names.weight), n, &out->weight) &&
+         (bias == Py_None || read_parameter(bias, n, &out->bias));
 }
 
 namespace {
@@ -54,7 +55,8 @@ py::object normalized(PyObject* state, PyObject* object) {
   if (!plain_eager() || !view(object, &x) || wants_gradient(object) || is_negated(object)) return {};
   const DTypePair* dtype = find(x.dtype);
   if (!dtype || dtype->ours != DType::f32 || x.ndim < 1 || x.ndim > kMostDims || !is_contiguous(x)) return {};
-  if (!read_norm(state, x.shape[x.ndim - 1], &rows)) return {};
+  const py::object held = held_parameters(state);
+  if (!held || !read_norm(state, held, x.shape[x.ndim - 1], &rows)) return {};
   rows.count = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) rows.count *= x.shape[i];
   if (!rows.count || !rows.n) return {};
@@ -62,8 +64,6 @@ py::object normalized(PyObject* state, PyObject* object) {
   auto y = py::reinterpret_steal<py::object>(new_output(x.shape, x.ndim, rows.n, *dtype, &data));
   if (!y) return {};
   rows.x = reinterpret_cast<const float*>(data_of(x)), rows.y = static_cast<float*>(data);
-  const py::object held = held_parameters(state);
-  if (!held) return {};
   {
     const Unlocked unlocked(rows.count * rows.n >= kKeepGilBelowValues);
     normalize_on_threads(active_kernel(), rows);

@@ -33,19 +33,19 @@ struct Line {
   }
 };
 
-// The child that `self.name` gives, or null.
-PyObject* child(PyObject* state, PyObject* name) {
+// The child that `self.name` gives, or null. It is held: another thread may replace it as soon as torch or Python runs.
+py::object child(PyObject* state, PyObject* name) {
   PyObject* children = PyDict_GetItemWithError(state, names.modules);
-  if (!children || !PyDict_Check(children) || PyDict_GetItemWithError(state, name)) return nullptr;
-  return PyDict_GetItemWithError(children, name);
+  if (!children || !PyDict_Check(children) || PyDict_GetItemWithError(state, name)) return {};
+  return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(children, name));
 }
 
 // Whether this child returns its input.
-bool is_idle(PyObject* module, PyObject* classes) {
+bool is_idle(const py::object& module, PyObject* classes) {
   if (!module) return false;
-  auto* cls = reinterpret_cast<PyObject*>(Py_TYPE(module));
+  auto* cls = reinterpret_cast<PyObject*>(Py_TYPE(module.ptr()));
   if (PySequence_Contains(classes, cls) != 1) return false;
-  PyObject* own = plain_state(module, cls);
+  PyObject* own = plain_state(module.ptr(), cls);
   return own && PyDict_GetItemWithError(own, names.training) == Py_False;
 }
 
@@ -65,9 +65,9 @@ bool is_like(PyObject* object, const PlainInput& in, dlpack::Tensor* out) {
 
 // y. Null: this is not a plain call.
 py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* residual) {
-  PyObject *linear = child(state, PyTuple_GET_ITEM(line.calls, 0)), *norm = child(state, line.norm);
-  PyObject* linear_state = linear ? plain_state(linear, line.layer_class) : nullptr;
-  PyObject* norm_state = norm ? plain_state(norm, line.norm_class) : nullptr;
+  const py::object linear = child(state, PyTuple_GET_ITEM(line.calls, 0)), norm = child(state, line.norm);
+  PyObject* linear_state = linear ? plain_state(linear.ptr(), line.layer_class) : nullptr;
+  PyObject* norm_state = norm ? plain_state(norm.ptr(), line.norm_class) : nullptr;
   if (!linear_state || !norm_state) return {};
   for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(line.calls); ++i)
     if (!is_idle(child(state, PyTuple_GET_ITEM(line.calls, i)), line.idle_classes)) return {};
@@ -76,12 +76,12 @@ py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* re
   dlpack::Tensor added;
   NormRows rows{};
   if (!read_layer(linear_state, &layer) || !read_input(x, layer, &in) || in.dtype->ours != DType::f32) return {};
-  if (!is_like(residual, in, &added) || !read_norm(norm_state, in.weights->n, &rows)) return {};
+  if (!is_like(residual, in, &added)) return {};
+  const py::object held = held_parameters(norm_state);
+  if (!held || !read_norm(norm_state, held, in.weights->n, &rows)) return {};
   void* data;
   auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, rows.n, *in.dtype, &data));
   if (!y) return {};
-  const py::object held = held_parameters(norm_state);
-  if (!held) return {};
   rows.count = in.count;
   rows.x = rows.y = static_cast<float*>(data);
   rows.residual = reinterpret_cast<const float*>(data_of(added));

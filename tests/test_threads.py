@@ -1,6 +1,7 @@
 """Threads that share a layer: what one forces, simulates or reloads never changes what another computes."""
 
 import asyncio
+import copy
 import gc
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
-from torchq import _C, QuantizedLinear, kernels, ops, simulate
+from torchq import _C, QuantizedLinear, convert, kernels, ops, simulate
 from torchq.numerics.qparams import QParams
 from torchq.scopes import Scoped
 
@@ -310,3 +311,39 @@ def test_a_large_product_gives_the_gil_away():
     assert any(others_ran_during(lambda: _C.call_linear(layer, QuantizedLinear, x)) >= 8 for _ in range(50))
     small, row = QuantizedLinear.from_float(nn.Linear(64, 64)), torch.randn(1, 64)
     assert others_ran_during(lambda: _C.call_linear(small, QuantizedLinear, row)) <= 1
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(48, 48), nn.LayerNorm(48)
+
+    def forward(self, x, residual):
+        return self.norm(self.dense(x) + residual)
+
+
+def test_children_of_a_sum_are_replaced_while_others_call_it():
+    """What the product reads is held: else this reads freed memory, and crashes."""
+    module, x = convert(Sum().eval()).requires_grad_(False), torch.randn(16, 48)
+    expected, wrong, over, interval = module(x, x), [], threading.Event(), sys.getswitchinterval()
+
+    def call():
+        with torch.no_grad():
+            while not over.is_set():
+                wrong.extend(y for y in [module(x, x)] if not torch.equal(y, expected))
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(400):
+            module.norm = copy.deepcopy(module.norm)
+            module.norm.weight = nn.Parameter(module.norm.weight.clone(), requires_grad=False)
+            module.dense = copy.deepcopy(module.dense)
+    finally:
+        sys.setswitchinterval(interval)
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
