@@ -254,6 +254,10 @@ bool read_codes(PyObject* codes, Layer* out) {
   return out->codes_of && out->codes_of != kU8 && read(PyTuple_GET_ITEM(codes, 1), &out->numbers.x);
 }
 
+PyObject* is_plain_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return PyBool_FromLong(count == 4 && plain_state(args[0], args[1]) && are_plain(args[2], args[3]));
+}
+
 PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     PyObject* state = count == 9 ? plain_state(args[0], args[1]) : nullptr;
@@ -277,6 +281,9 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+    {"is_plain_row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain_row)), METH_FASTCALL,
+     "is_plain_row(module, cls, behind, settings): the same, and whether the calls of the modules behind it are "
+     "nothing but their forward() either, with these settings."},
     {"set_simulating", set_simulating, METH_O,
      "set_simulating(yes): whether any thread simulates. If so, all calls here return NotImplemented."},
     {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,

@@ -14,6 +14,7 @@ from helpers.numbers import normal
 from torchq import Plan, QConfig, apply_plan, convert, plan_of
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.convolving import is_channels_last
+from torchq.modules.pending import Scope
 from torchq.modules.quantized_conv import QuantizedConv
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -241,3 +242,20 @@ def test_a_whole_network(turned):
     y = qmodel(IMAGE)
     assert turned == []
     assert_identical(y, by_itself(qmodel)(IMAGE))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_indices_of_a_pooling_are_turned_for_who_reads_them(turned, mode):
+    scope, pool = Scope(), nn.MaxPool2d(3, 2, 1, return_indices=True)
+    with mode(), scope.entered(nn.Identity()):
+        expected, places = pool(X + 0)
+        held = ChannelsLast(X.contiguous(memory_format=torch.channels_last), scope).held()
+        y = nn.functional.max_pool2d(held, 3, 2, 1)
+        assert type(y) is ChannelsLast
+        assert not turned
+        assert_identical(y.make(), expected)
+        y, found = pool(held)
+        turned.clear()
+        assert found.stride() == places.stride()
+        assert_identical(found + 0, places + 0)
+        assert turned

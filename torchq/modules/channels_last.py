@@ -112,11 +112,11 @@ class ChannelsLast(Deferred):
 
 
 def _given(y: Any, first: ChannelsLast, in_place: bool) -> Any:
-    """What an operation gave: of several results, the first has the format."""
+    """What an operation gave. The indices of a max pooling, too, are turned for who reads them, and few do."""
     if in_place:
         return first
     if isinstance(y, tuple):
-        return (_given(y[0], first, False), *(each.contiguous() for each in y[1:]))
+        return tuple(_given(each, first, False) for each in y)
     if not y.movedim(1, -1).is_contiguous():
         return y.contiguous()
     return ChannelsLast(y, first._scope).held()

@@ -48,7 +48,7 @@ class Step(NamedTuple):
     @staticmethod
     def fused(layer: nn.Module, between: list[nn.Module], activation: int, reader: QuantizedLinear | None) -> "Step":
         """A layer with what follows it."""
-        return Step(layer, tuple(between), tuple(map(_settings, between)), activation, reader)
+        return Step(layer, tuple(between), tuple(map(settings_of, between)), activation, reader)
 
     def holds(self) -> bool:
         """Whether the modules between still compute what they did."""
@@ -56,7 +56,8 @@ class Step(NamedTuple):
         return all(getattr(module, name, None) is value for module, own in pairs for name, value in own.items())
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes that a module computes with."""
     return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
 
 

@@ -25,7 +25,7 @@ from torchq.modules.convolving import Output, is_zero_padding, with_zeros
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
-from torchq.modules.writes import Unwritten, run_on_values
+from torchq.modules.writes import Private, Unwritten, run_on_values
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -40,7 +40,7 @@ class PendingConv(Deferred):
     """`act(conv(x) + residual)`, computed when it is read."""
 
     @staticmethod
-    def __new__(cls, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: Any, around: Any = ()) -> Any:
+    def __new__(cls, layer: Any, x: Any, output: Output, dtype: Any, deferred: Any, around: Any = ()) -> Any:
         """The output of this QuantizedConv for x: floats, or codes in its own `input_qparams`, channels last.
 
         `around` are zeros that x lacks, as nn.functional.pad takes them.
@@ -51,7 +51,13 @@ class PendingConv(Deferred):
         )
 
     def __init__(
-        self, layer: Any, x: Unwritten, output: Output, dtype: Any, deferred: list[Any], around: tuple[int, ...] = ()
+        self,
+        layer: Any,
+        x: Unwritten | Private,
+        output: Output,
+        dtype: Any,
+        deferred: list[Any],
+        around: tuple[int, ...] = (),
     ) -> None:
         self.layer, self._x, self.output, self._around = layer, x, output, around
         self._deferred = deferred
@@ -73,6 +79,14 @@ class PendingConv(Deferred):
         """That call ends, or fails. If its values can't be had, only who reads it gets the error."""
         with suppress(RuntimeError, MemoryError):
             self.make()
+
+    def followed_by(self, activation: int) -> Tensor | None:
+        """What this activation makes of it, where nobody else has it yet; None if the plan names another one."""
+        fold = self.layer.fold
+        if activation != fold.activation or fold.adds:
+            return None
+        self._activation = activation
+        return self if fold.codes else self.make()
 
     def codes(self, qparams: QParams) -> Tensor | None:
         """u8 codes (N, *spatial, C) of the values, without their `padding`; None if they are there as floats."""

@@ -37,7 +37,7 @@ from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, cod
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
-from torchq.modules.writes import Unwritten
+from torchq.modules.writes import Private, Unwritten
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -241,7 +241,7 @@ class QuantizedConv(PackedWeights, Leaf):
         given: Tensor | None = None,
         around: tuple[int, ...] = (),
     ) -> Tensor:
-        """The output for x, which was given as `given`: floats, or codes in the layer's qparams, channels last.
+        """The output for x, floats given as `given`, or codes in the layer's qparams, channels last, which none writes.
 
         `sizes` are those of x with the zeros `around` it, which codes lack.
         """
@@ -253,7 +253,8 @@ class QuantizedConv(PackedWeights, Leaf):
                 if math.prod(output.shape) >= MIN_VALUES:
                     if torch.is_inference_mode_enabled():
                         writes.start()
-                    return PendingConv(self, Unwritten.now(x, given), output, dtype, deferred, around)
+                    held = Private(x) if given is None else Unwritten.now(x, given)
+                    return PendingConv(self, held, output, dtype, deferred, around)
         return self._floats(x, activation, dtype, last, around=around)
 
     def computed(

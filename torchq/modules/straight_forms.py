@@ -8,15 +8,20 @@ gradients, modes, tracing, a child or a forward that was replaced), the code of 
 import functools
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
-from torchq.modules.folding import IDLE
-from torchq.modules.int8_sequential import InOrder, is_plain, steps_of
+from torchq.modules.folding import IDLE, followers
+from torchq.modules.int8_sequential import InOrder, is_plain, settings_of, steps_of
 from torchq.modules.layer_norm import LayerNorm
+from torchq.modules.norms import IncludedNorm
+from torchq.modules.pending_conv import PendingConv
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import Line, line_of
+from torchq.ops import Activation
 
 _CALL = nn.Module.__call__
 
@@ -124,3 +129,56 @@ class Row(Form, InOrder):
         if type(self).forward is not line.forward or not self._is_as_read() or not is_plain(self):
             return False
         return all(name not in state and state["_modules"].get(name) is not None for name in line.calls)
+
+
+class ConvRow(Form):
+    """`act(norm(conv(x)))` with the norm in the weight: one call, and an activation that waits past the dispatcher."""
+
+    _known: tuple[tuple[type, ...], tuple[dict[str, Any], ...], int]  # its children's types, settings, activation
+
+    @staticmethod
+    def adopt(module: nn.Module) -> None:
+        """Makes a module a ConvRow, if this is its code, with an int8 convolution that waits for what follows."""
+        line = line_of(type(module))
+        if line is None or line.last is not None or isinstance(module, (Form, nn.Sequential)):
+            return
+        conv, *behind = (module._modules.get(name) for name in line.calls)
+        if not isinstance(conv, QuantizedConv) or not behind or None in behind:
+            return
+        others = [each for each in behind if type(each) not in (nn.Identity, IncludedNorm)]
+        found = followers(others, lambda _: False)
+        follows = found.kind == conv.fold.activation != Activation.NONE and not conv.fold.adds and len(others) == 1
+        if others and not follows:
+            return
+        _become(ConvRow, module, line)
+        kinds = tuple(map(type, (conv, *behind)))
+        module.__dict__["_known"] = (kinds, tuple(map(settings_of, cast(Any, behind))), found.kind)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """forward(), skipping nn.Module's part of the calls where it has nothing to do."""
+        if not is_dynamo_compiling() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            y = self._run(args[0])
+            if y is not NotImplemented:
+                return y
+        return super().__call__(*args, **kwargs)
+
+    def _run(self, x: Tensor) -> Any:
+        line, state = self.line, self.__dict__
+        kinds, settings, activation = self._known
+        conv, *others = children = tuple(map(state["_modules"].get, line.calls))
+        behind = tuple(others)
+        if not state.keys().isdisjoint(line.calls) or tuple(map(type, children)) != kinds or not self._is_as_read():
+            return NotImplemented
+        if type(self).forward is not line.forward or torch._C._get_tracing_state():
+            return NotImplemented
+        if not _C.is_plain(self, type(self)) or not _C.is_plain_row(conv, kinds[0], behind, settings):
+            return NotImplemented
+        y = conv.forward(x)
+        if activation == Activation.NONE:
+            return y
+        followed = y.followed_by(activation) if type(y) is PendingConv else None
+        if followed is not None:
+            return followed
+        for each in behind:
+            y = each(y)
+        return y

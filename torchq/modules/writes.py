@@ -51,6 +51,20 @@ class Unwritten(NamedTuple):
         return self.tensor
 
 
+class Private(NamedTuple):
+    """A tensor that nobody else can have, and so write to: stands for an `Unwritten`.
+
+    Args:
+        tensor: the values.
+    """
+
+    tensor: Tensor
+
+    def values(self) -> Tensor:
+        """The tensor."""
+        return self.tensor
+
+
 class Writes(Watch):
     """Counts the writes of this thread, by storage."""
 

@@ -22,7 +22,7 @@ from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
-from torchq.modules.straight_forms import Residual, Row
+from torchq.modules.straight_forms import ConvRow, Residual, Row
 from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
@@ -83,6 +83,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 Int8Sequential.adopt(module)
             Int8TransformerEncoder.adopt(module)
             Row.adopt(module)
+            ConvRow.adopt(module)
             if plan.int8_layers():
                 LayerNorm.adopt(module)
         _adopt_residuals(model, plan)
