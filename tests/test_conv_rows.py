@@ -91,6 +91,16 @@ def test_copies_and_pickles_are_rows_too():
         assert_identical(copied(X), qmodel(X))
 
 
+@pytest.mark.parametrize("name", ["line", "original", "_run", "_known"])
+def test_a_name_that_a_row_would_hide_keeps_the_class(name):
+    model = ConvNorm(32, 32, act=nn.ReLU()).eval()
+    setattr(model, name, nn.Hardtanh(0.0, 2.0))
+    qmodel = convert(model, DATA, config=STATIC)
+    assert type(qmodel) is ConvNorm
+    assert_identical(qmodel(X), by_code(qmodel)(X))
+    assert getattr(qmodel, name).max_val == 2.0
+
+
 def test_without_fusion_activations_stay_behind(followed):
     qmodel = made(config=QConfig(activation="static", rounding="nearest", smoothing="none", fuse=False))
     qmodel(X)

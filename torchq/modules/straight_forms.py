@@ -54,7 +54,7 @@ def form_of(form: Any, original: Any, line: Line) -> type[Any]:
 @functools.cache
 def _names(form: Any) -> frozenset[str]:
     """What a form has beside what nn.Module has."""
-    return frozenset({*dir(form), *Form.__annotations__}.difference(dir(nn.Module)))
+    return frozenset({*dir(form), *Form.__annotations__, *form.__annotations__}.difference(dir(nn.Module)))
 
 
 def _may_become(form: Any, module: nn.Module) -> bool:
@@ -140,7 +140,7 @@ class ConvRow(Form):
     def adopt(module: nn.Module) -> None:
         """Makes a module a ConvRow, if this is its code, with an int8 convolution that waits for what follows."""
         line = line_of(type(module))
-        if line is None or line.last is not None or isinstance(module, (Form, nn.Sequential)):
+        if line is None or line.last is not None or not _may_become(ConvRow, module):
             return
         conv, *behind = (module._modules.get(name) for name in line.calls)
         if not isinstance(conv, QuantizedConv) or not behind or None in behind:
