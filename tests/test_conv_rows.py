@@ -193,3 +193,80 @@ def test_traced_graphs_hold_the_parts():
     with torch.no_grad():
         traced = torch.jit.trace(qmodel, X)
         assert_identical(traced(X), qmodel(X))
+
+
+# ---- Sums by the operators ------------------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """A sum of a convolution and a tensor that it holds, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv, self.act, self.in_place = nn.Conv2d(32, 32, 1), nn.ReLU(), in_place
+        self.other, self.version = normal(2, 32, 20, 20, seed=3), None
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.in_place:
+            y += self.other
+            self.version = None if y.is_inference() else y._version
+        else:
+            y = y + self.other
+        return self.act(y)
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Lists the sums that came through the dispatcher."""
+    seen, usual = [], PendingConv.__torch_dispatch__.__func__
+
+    def spy(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            seen.append(func)
+        return usual(cls, func, types, args, kwargs)
+
+    monkeypatch.setattr(PendingConv, "__torch_dispatch__", classmethod(spy))
+    return seen
+
+
+def summed(in_place):
+    return convert(Sum(in_place).eval(), [X, X + 1], config=STATIC)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_sum_goes_past_the_dispatcher_with_its_bits(dispatched, monkeypatch, mode, in_place):
+    qmodel = summed(in_place)
+    dispatched.clear()
+    with mode():
+        x = X + 0
+        y = qmodel(x)
+        assert not dispatched
+        version = qmodel.version
+        monkeypatch.setattr(PendingConv, "_adds_unseen", lambda *_: False)
+        assert_identical(y, qmodel(x))
+    assert len(dispatched) == 1
+    assert version == qmodel.version
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_sum_with_a_gradient_has_it(dispatched, in_place):
+    qmodel = summed(in_place)
+    expected = qmodel(X)
+    qmodel.other.requires_grad_()
+    with torch.enable_grad():
+        y = qmodel(X)
+        assert_identical(y.detach(), expected)
+        y.sum().backward()
+    assert_identical(qmodel.other.grad, (expected > 0).float())
+    assert len(dispatched) == 1
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_sums_are_those_of_torch(in_place):
+    qmodel = summed(in_place)
+    for other in (2, 0.5, torch.tensor(3.0), normal(32, 1, 1, seed=5)):
+        qmodel.other = other
+        y = qmodel.conv(X)
+        assert_identical(qmodel(X), torch.relu(y + other))
