@@ -54,6 +54,7 @@ def work(steps: int) -> None:
             accuracy = 100 * (each(images).argmax(dim=1) == labels).float().mean().item()
             print(f"{name}: accuracy {accuracy:.2f} %")
         print(f"{size} processes, {len(own)} images in this one; the same int8 model in all: {len(set(prints)) == 1}")
+    distributed.barrier()  # no process ends while another works
     distributed.destroy_process_group()
 
 
