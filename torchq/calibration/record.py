@@ -228,6 +228,11 @@ class Record:
         return torch.arange(len(held_out), dtype=torch.long, device="cpu") % 2 == 1
 
     @property
+    def values_per_call(self) -> float:
+        """How many values this input has in a call."""
+        return self.observer.count / max(1, self.calls)
+
+    @property
     def is_too_few(self) -> bool:
         """Whether the rows are too few for a range that will hold."""
         return self.sample.rows_seen < MIN_STATIC_ROWS

@@ -11,10 +11,8 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
-from torchq.calibration.record import Record
 from torchq.numerics.qparams import QParams
-from torchq.planning.apply import applied
-from torchq.planning.describe import describe
+from torchq.planning.candidates import Candidate, first_that_keeps
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.rounding import rounded_again
 from torchq.planning.selfcheck import ENOUGH_DB, SelfCheck
@@ -55,15 +53,9 @@ def coded_sums(model: M, plan: Plan, converted: M, evidence: Evidence, check: Se
     if checked is None or evidence.config.rounding == "gptq":
         return plan, converted
     least, sums = max(checked.model_db - SUMS_DB, ENOUGH_DB), _sums(plan, evidence)
-    for count in dict.fromkeys((len(sums), (len(sums) + 1) // 2)) if sums else ():
-        candidate, read = _with(plan, sums[:count])
-        made = applied(model, candidate)
-        db = check.compare(made)
-        if db is not None and db >= least:
-            described = describe(Plan({name: candidate.layers[name] for name in read}), evidence).layers
-            candidate = dataclasses.replace(candidate, layers={**candidate.layers, **described})
-            return check.noted(made, candidate, {**checked.output_db, SUMS: db}, SUMS), made
-    return plan, converted
+    counts = dict.fromkeys((len(sums), (len(sums) + 1) // 2)) if sums else ()
+    candidates = (_with(plan, sums[:count]) for count in counts)
+    return first_that_keeps(least, candidates, SUMS, model, evidence, check) or (plan, converted)
 
 
 def _sums(plan: Plan, evidence: Evidence) -> list[_Sum]:
@@ -74,22 +66,17 @@ def _sums(plan: Plan, evidence: Evidence) -> list[_Sum]:
         chained = planned.adds and planned.hands and planned.activation
         if planned.kind != "int8 static" or not chained:
             continue
-        largest = max(readers, key=lambda each: _values(evidence.records[each]))
+        largest = max(readers, key=lambda each: evidence.records[each].values_per_call)
         record, ranges = evidence.records[largest], evidence.records[largest].trial(None).ranges
-        if _values(record) < LARGE or not ranges:
+        if record.values_per_call < LARGE or not ranges:
             continue
         observer = plan.layers[largest].observer
         observer = observer if observer in ranges else next(iter(ranges))
         plans = {each: _as_reader(each, plan, evidence, observer, ranges[observer]) for each in readers}
         read = {each: found for each, found in plans.items() if found is not None}
         if len(read) == len(plans):
-            sums.append(_Sum(name, _values(record), read))
+            sums.append(_Sum(name, record.values_per_call, read))
     return sorted(sums, key=lambda each: -each.values)
-
-
-def _values(record: Record) -> float:
-    """How many values this input has in a call."""
-    return record.observer.count / max(1, record.calls)
 
 
 def _as_reader(name: str, plan: Plan, evidence: Evidence, observer: str, qparams: QParams) -> LayerPlan | None:
@@ -109,11 +96,11 @@ def _as_reader(name: str, plan: Plan, evidence: Evidence, observer: str, qparams
     return rounded_again(name, static, evidence)
 
 
-def _with(plan: Plan, sums: list[_Sum]) -> tuple[Plan, list[str]]:
-    """The plan with these sums in codes, and the layers that read them."""
+def _with(plan: Plan, sums: list[_Sum]) -> Candidate:
+    """The plan with these sums in codes."""
     layers = dict(plan.layers)
     for each in sums:
         layers |= each.readers
     for each in sums:
         layers[each.name] = dataclasses.replace(layers[each.name], sum_qparams=each.qparams)
-    return dataclasses.replace(plan, layers=layers), [name for each in sums for name in each.readers]
+    return Candidate(dataclasses.replace(plan, layers=layers), [name for each in sums for name in each.readers])

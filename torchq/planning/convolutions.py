@@ -14,8 +14,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from torchq.calibration.calibrate import Evidence
-from torchq.planning.apply import applied
-from torchq.planning.describe import describe
+from torchq.planning.candidates import Candidate, first_that_keeps
 from torchq.planning.fusion import fuse
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.rounding import corrected
@@ -43,28 +42,18 @@ def static_convolutions(model: M, plan: Plan, converted: M, evidence: Evidence, 
     without_data = checked.output_db.get(WITHOUT_DATA, checked.model_db)
     allowed = STATIC_DB * _share(plan, evidence)
     least = max(checked.model_db - allowed, without_data - check.margin_db)
-    for static in _prefixes(_options(plan, evidence)):
-        candidate = fuse(dataclasses.replace(plan, layers={**plan.layers, **static}), evidence)
-        made = applied(model, candidate)
-        db = check.compare(made)
-        if db is not None and db >= least:
-            described = describe(Plan({name: candidate.layers[name] for name in static}), evidence).layers
-            candidate = dataclasses.replace(candidate, layers={**candidate.layers, **described})
-            return check.noted(made, candidate, {**checked.output_db, STATIC: db}, STATIC), made
-    return plan, converted
+    candidates = (
+        Candidate(fuse(dataclasses.replace(plan, layers={**plan.layers, **static}), evidence), list(static))
+        for static in _prefixes(_options(plan, evidence))
+    )
+    return first_that_keeps(least, candidates, STATIC, model, evidence, check) or (plan, converted)
 
 
 def _share(plan: Plan, evidence: Evidence) -> float:
     """How much of what int8 layers read in a call convolutions do."""
-    read = {name: _values(evidence, name) for name in plan.int8_layers() if name in evidence.layers}
+    read = {name: evidence.records[name].values_per_call for name in plan.int8_layers() if name in evidence.layers}
     total = sum(read.values())
     return sum(read[name] for name in read if evidence.layers[name].kind.absorbs) / total if total else 0.0
-
-
-def _values(evidence: Evidence, name: str) -> float:
-    """How many values this layer reads in a call."""
-    record = evidence.records[name]
-    return record.observer.count / max(1, record.calls)
 
 
 class _Option(NamedTuple):
@@ -103,7 +92,7 @@ def _options(plan: Plan, evidence: Evidence) -> list[_Option]:
         static = _as_static(name, planned, evidence)
         if static is not None:
             error = _error(static.measured_db) - _error(planned.measured_db)
-            options.append(_Option(name, static, _values(evidence, name), error))
+            options.append(_Option(name, static, evidence.records[name].values_per_call, error))
     return sorted(options, key=lambda option: option.error / option.values)
 
 
