@@ -4,7 +4,7 @@
     taskset -c 0 python -m benchmarks.pictures --measure   # measures the frontier first: docs/measured/frontier.json
 
 row.svg is a row of values on its way through a layer, computed by torchq. roofline-*.svg come from docs/measured,
-models.svg from the table of docs/performance.md, frontier.svg from docs/measured/frontier.json.
+models.svg from the table of docs/performance-models.md, frontier.svg from docs/measured/frontier.json.
 """
 
 import argparse
@@ -130,9 +130,9 @@ def draw_roofline(path: Path, cpu: str) -> None:
 
 
 def models() -> dict[str, dict[str, tuple[float, float]]]:
-    """From docs/performance.md: for each cell, (ms, dB) of torchq, OpenVINO and torch.ao."""
+    """From docs/performance-models.md: for each cell, (ms, dB) of torchq, OpenVINO and torch.ao."""
     found = {}
-    for line in (DOCS / "performance.md").read_text().splitlines():
+    for line in (DOCS / "performance-models.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         pairs = [re.match(r"([\d.]+) \(([\d.]+)\)$", cell) for cell in cells]
         if len(cells) == 6 and pairs[1] and pairs[2] and pairs[3]:
