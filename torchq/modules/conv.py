@@ -12,7 +12,7 @@ from torchq.modules.convolving import as_rows, geometry_of, is_pointwise, is_til
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
 from torchq.modules.qat_conv import QAT_OF_DIMENSIONS, QATConv
-from torchq.modules.qat_linear import QATProduct
+from torchq.modules.qat_linear import TrainedLayer
 from torchq.modules.quantized_conv import OF_DIMENSIONS, QuantizedConv
 from torchq.modules.ranges import InputRange
 from torchq.ops.convolution import packs_as_one
@@ -115,22 +115,10 @@ class ConvType(ModuleType):
         form.adopt(module, input_range, per_channel=per_channel, channel_scale=channel_scale)
 
 
-class QATConvType(ConvType):
+class QATConvType(TrainedLayer, ConvType):
     """What `prepare_qat` made of a convolution."""
+
+    form = QATConv
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, QATConv) and isinstance(module, self._float_class)
-
-    def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
-        if type(module).forward is not QATConv.forward or "forward" in vars(module):
-            return f"{type(module).__name__} has a forward of its own"
-        return None
-
-    def training_form(self, module: nn.Module, part: str) -> QATProduct:
-        return cast(QATConv, module)
-
-    def why_untrainable(self, module: nn.Module) -> str | None:
-        return "it is prepared already"
-
-    def release(self, module: nn.Module) -> None:
-        cast(QATConv, module).release()

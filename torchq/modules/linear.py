@@ -9,7 +9,7 @@ from torchq.modules.base import Matrix, ModuleType
 from torchq.modules.computed_weights import is_computed, sources, weight_of
 from torchq.modules.linear_proof import proof_of
 from torchq.modules.plain_code import is_plain_value
-from torchq.modules.qat_linear import QATLayer, QATLinear, QATProduct
+from torchq.modules.qat_linear import QATLayer, QATLinear, TrainedLayer
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.ranges import InputRange
 
@@ -73,7 +73,7 @@ class LinearType(ModuleType):
         QATLinear.adopt(linear, input_range, per_channel=per_channel, channel_scale=channel_scale)
 
 
-class QATLinearType(LinearType):
+class QATLinearType(TrainedLayer, LinearType):
     """What `prepare_qat` made of a module with one matrix."""
 
     def matches(self, module: nn.Module) -> bool:
@@ -81,17 +81,3 @@ class QATLinearType(LinearType):
 
     def transposed(self, module: nn.Module) -> bool:
         return cast(QATLayer, module).transposed
-
-    def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
-        if type(module).forward is not QATLayer.forward or "forward" in vars(module):
-            return f"{type(module).__name__} has a forward of its own"
-        return None
-
-    def training_form(self, module: nn.Module, part: str) -> QATProduct:
-        return cast(QATLayer, module)
-
-    def why_untrainable(self, module: nn.Module) -> str | None:
-        return "it is prepared already"
-
-    def release(self, module: nn.Module) -> None:
-        cast(QATLayer, module).release()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from torchq.modules.base import Trained
+from torchq.modules.base import ModuleType, Trained
 from torchq.modules.ranges import InputRange, PerToken, fake_quantize_weight
 
 
@@ -129,6 +129,26 @@ class QATLayer(QATProduct):
         n, k = self.matrix.shape
         sizes = f"in_features={k}, out_features={n}, bias={self.bias is not None}"
         return f"{sizes}, weight={'per_channel' if self.per_channel else 'per_tensor'}"
+
+
+class TrainedLayer(ModuleType):
+    """What `prepare_qat` made of a module with one matrix, which has `form`: a base to stand before its type."""
+
+    form: ClassVar[type[QATLayer]] = QATLayer
+
+    def why_float(self, module: nn.Module, parent: nn.Module) -> str | None:
+        if type(module).forward is not self.form.forward or "forward" in vars(module):
+            return f"{type(module).__name__} has a forward of its own"
+        return None
+
+    def training_form(self, module: nn.Module, part: str) -> QATProduct:
+        return cast(QATLayer, module)
+
+    def why_untrainable(self, module: nn.Module) -> str | None:
+        return "it is prepared already"
+
+    def release(self, module: nn.Module) -> None:
+        cast(QATLayer, module).release()
 
 
 class QATLinearLike(QATLayer):
