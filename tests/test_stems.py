@@ -106,12 +106,48 @@ def test_what_the_user_asks_for_is_not_tried(settings):
     assert isinstance(qmodel.patches, QuantizedConv)
 
 
-def test_without_data_in_place_and_trained_it_is_not_tried():
-    assert isinstance(convert(Residual()).patches, QuantizedConv)
+def test_in_place_and_trained_it_is_not_tried():
     assert isinstance(converted(Residual(), inplace=True).patches, QuantizedConv)
     prepared = prepare_qat(Residual())
     prepared(IMAGES[0])
     assert isinstance(converted(prepared.eval()).patches, QuantizedConv)
+    assert isinstance(convert(prepared).patches, QuantizedConv)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_without_data_it_stays_in_float(inplace):
+    model = Residual(scale=4.0, blocks=8)
+    expected = model.patches(IMAGES[0])
+    qmodel = convert(model, inplace=inplace)
+    assert isinstance(qmodel.patches, nn.Conv2d)
+    assert_identical(qmodel.patches(IMAGES[0]), expected)
+    weights = STEM + 8 * 2 * 48 * 1024
+    reason = f"no data to judge it by: {STEM / weights:.1%} of the weights make all that the others work on"
+    assert qmodel.torchq_plan.layers["patches"].reason == reason
+    assert reason in str(report(qmodel))
+    assert len(qmodel.torchq_plan.int8_layers()) == 16
+
+
+@pytest.mark.parametrize("settings", [{"activation": "dynamic"}, {"exclude": ("up", "down")}])
+def test_without_data_it_is_in_int8_where_asked_for_or_where_it_holds_much(settings):
+    assert isinstance(convert(Residual(), config=QConfig(**settings)).patches, QuantizedConv)
+
+
+class Convolutions(nn.Module):
+    """A first convolution of 3 · 16 · 9 weights, 20 of 16 · 16 · 9, and a head of 256 · `width`."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.others = nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(20)))
+        self.head = nn.Linear(256, width)
+
+
+@pytest.mark.parametrize(("fewer", "stays"), [(0, True), (1, False)])
+def test_without_data_it_is_in_int8_where_most_weights_are_of_convolutions(fewer, stays):
+    convolutions = 3 * 16 * 9 + 20 * 16 * 9 * 16
+    width = -(-convolutions // 256) - fewer
+    assert isinstance(convert(Convolutions(width)).first, QuantizedConv) != stays
 
 
 def test_static_convolutions_are_chosen_for_the_model_without_it():

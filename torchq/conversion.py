@@ -27,7 +27,7 @@ from torchq.planning.plan import attached_plan
 from torchq.planning.rounding import round_weights
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
-from torchq.planning.stems import float_stems
+from torchq.planning.stems import float_stems, keep_unjudged
 from torchq.planning.tables import keep_together
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def convert(
             del layers, selection, free, evidence  # as below
             return applied(model, peers.received(), inplace=inplace)
         evidence = include_norms(merged)
-        stages = (choose, keep_together, smooth, fuse, partial(round_weights, progress=progress), describe)
+        rounded = partial(round_weights, progress=progress)
+        stages = (choose, keep_unjudged, keep_together, smooth, fuse, rounded, describe)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

@@ -28,8 +28,10 @@ LEFT: dict[str, tuple[str, ...]] = {
     "Mixtral": ("MixtralTopKRouter",),
     "Qwen3-MoE": ("Qwen3MoeTopKRouter",),
     "fused QKV parameter": ("FusedQKV",),
+    **dict.fromkeys(("ViT", "Swin", "BEiT", "CLIP", "SigLIP", "DINOv2", "ConvNeXt", "DETR", "YOLOS"), ("Conv2d",)),
+    **dict.fromkeys(("wav2vec2", "HuBERT", "WavLM"), ("Conv1d",)),
 }
-"""The types of modules whose multiplied weights stay in float."""
+"""The types of modules whose multiplied weights stay in float without data: routers, and first convolutions."""
 
 LARGE: dict[str, str] = {
     "YOLOS": "position embeddings of a table for each layer",
@@ -40,14 +42,11 @@ LARGE: dict[str, str] = {
 FLOOR_DB = {
     "T5": 24,
     "gated T5": 19,
-    "YOLOS": 27.5,
 }
-"""What is below LEAST_DB with random weights: models that amplify errors, as T5's attention without a scale does.
+"""What is below LEAST_DB with random weights: models that amplify errors, as T5's attention without a scale does."""
 
-YOLOS' images lose 2.5 dB in its convolution without data, and with data it stays in float."""
-
-CALIBRATED_DB = {"ViT": 37.7, "DINOv2": 37.7, "BEiT": 56, "YOLOS": 29.5}
-"""With data, 1 dB less than with all convolutions in float. (wav2vec2 and HuBERT too, but not with QUICK.)"""
+CLOSE_DB = {"ViT": 37.7, "DINOv2": 37.7, "BEiT": 56, "YOLOS": 29.5}
+"""1 dB less than with all convolutions in float. (With data wav2vec2 and HuBERT have that too, but not with QUICK.)"""
 
 
 def of(name: str) -> Architecture:
@@ -67,7 +66,7 @@ def test_a_whole_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert row.left == LEFT.get(name, ())
     assert (row.resident > RESIDENT) == (name in LARGE), f"{row.resident:.3f} of float's bytes"
     assert min(row.db) >= FLOOR_DB.get(name, LEAST_DB)
-    assert row.db[1] >= CALIBRATED_DB.get(name, 0)
+    assert min(row.db) >= CLOSE_DB.get(name, 0)
     model, plain, calibrated = models
     for qmodel in (plain, calibrated):
         _copy_and_load(architecture, model, qmodel, tmp_path / "m.safetensors")
@@ -103,7 +102,7 @@ def _publish_and_generate(architecture: Architecture, model: nn.Module, qmodel: 
 
 
 def test_every_entry_is_of_an_architecture() -> None:
-    assert set(LEFT) | set(LARGE) | set(FLOOR_DB) | set(CALIBRATED_DB) <= set(ARCHITECTURES)
+    assert set(LEFT) | set(LARGE) | set(FLOOR_DB) | set(CLOSE_DB) <= set(ARCHITECTURES)
     assert len(ARCHITECTURES) >= 55
 
 
