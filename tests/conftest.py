@@ -57,6 +57,12 @@ def pytest_pycollect_makemodule() -> None:
     torch.manual_seed(SEED)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seeds torch before each test and its fixtures, so that its numbers don't depend on which tests ran before."""
+    torch.manual_seed(SEED)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests that start Python under emulation: qemu-user would start the child process on the host."""
     if os.environ.get("TORCHQ_EMULATED"):
