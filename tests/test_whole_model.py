@@ -253,6 +253,28 @@ def test_a_tied_head_in_float_is_counted_once():
     ]
 
 
+class Scaled(nn.Embedding):
+    """With a buffer beside its table, as Gemma's."""
+
+    def __init__(self):
+        super().__init__(200, 64)
+        self.register_buffer("factor", torch.tensor(8.0))
+
+    def forward(self, ids):
+        return super().forward(ids) * self.factor
+
+
+def test_a_tied_table_with_a_buffer_of_its_own_is_counted():
+    model = nn.ModuleDict({"words": Scaled(), "head": nn.Linear(64, 200, bias=False)})
+    model["head"].weight = model["words"].weight
+    qmodel = convert(model, config=QConfig(embeddings=True))
+    assert qmodel.torchq_plan.tables["words"].owner == "head"
+    whole = report(qmodel).model
+    assert whole.bytes_before == 200 * 64 * 4 + 4
+    assert whole.bytes_after == sum(buffer.nbytes for buffer in qmodel.buffers())
+    assert whole.int8_weights == whole.weights == 200 * 64
+
+
 def test_the_measured_model_is_shown():
     model = nn.Sequential(nn.Linear(64, 64)).eval()
     assert "SQNR" not in str(report(convert(model))).splitlines()[0]

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from torchq.modules.plain_code import is_plain
+from torchq.modules.plain_code import forward_of, is_plain
 from torchq.ops import Activation
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -141,7 +141,7 @@ def _may_run(module: nn.Module) -> bool:
     overridden = kind.__call__ is not nn.Module.__call__ or kind.__getattr__ is not nn.Module.__getattr__
     if any(held) or any(hooks) or overridden:
         return False
-    return ("forward" not in vars(module) and kind.forward in _FORWARDS) or is_plain(module)
+    return ("forward" not in vars(module) and forward_of(kind) in _FORWARDS) or is_plain(module)
 
 
 def _is(kind: Activation, x: Tensor, y: object) -> bool:

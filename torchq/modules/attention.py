@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import kernels, ops
 from torchq.modules.base import Int8Module
+from torchq.modules.plain_code import forward_of
 from torchq.numerics.metrics import decibels, energies
 from torchq.scopes import Scoped
 
@@ -82,7 +83,7 @@ def _asks_the_registry(module: nn.Module) -> bool:
         return False
     if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (SDPA, NAME):
         return False
-    forward = inspect.unwrap(type(module).forward)
+    forward: Any = inspect.unwrap(forward_of(type(module)))
     if _REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return False
     try:

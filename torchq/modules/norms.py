@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from torchq.modules.base import Matrix
-from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, is_plain_value, odd_step
+from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, forward_of, is_plain_value, odd_step
 
 _RANKS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _WORDS = ARITHMETIC | PRODUCTS | {"batch_norm", "requires_grad"}
@@ -85,7 +85,8 @@ def _ranks(module: nn.Module) -> frozenset[int]:
         fixed = {"running_mean", "running_var"} <= tensors.keys()
         return frozenset({_RANKS[batch_norm]} if fixed else ())
     sizes = {tensor.numel() for tensor in tensors.values()} - {1}
-    own = isinstance(type(module).forward, types.FunctionType) and not type(module).__module__.startswith("torch.nn.")
+    function, kind = forward_of(type(module)), type(module)
+    own = isinstance(function, types.FunctionType) and not kind.__module__.startswith("torch.nn.")
     if len(sizes) != 1 or not own:
         return frozenset()
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
@@ -94,7 +95,7 @@ def _ranks(module: nn.Module) -> frozenset[int]:
 
 def _batch_norm(module: nn.Module) -> type[nn.Module] | None:
     """Which of torch's batch norms it is, or computes as."""
-    alike = (kind for kind in _RANKS if isinstance(module, kind) and type(module).forward is kind.forward)
+    alike = (kind for kind in _RANKS if isinstance(module, kind) and forward_of(type(module)) is kind.forward)
     return next(alike, None)
 
 

@@ -36,6 +36,15 @@ _STEPS = (
 """How the bytecode instructions begin that may occur. Loops, imports and stores to anything but locals do not."""
 
 
+def forward_of(kind: type[nn.Module]) -> Any:
+    """The forward that a class of modules has; None for one of torch.jit, where only an instance has it.
+
+    >>> forward_of(nn.ReLU) is nn.ReLU.forward, forward_of(torch.jit.RecursiveScriptModule)
+    (True, None)
+    """
+    return getattr(kind, "forward", None)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether `module.forward` takes one argument, and its code is arithmetic only.
 
@@ -53,7 +62,7 @@ def is_plain(module: nn.Module) -> bool:
     >>> is_plain(Twice()), is_plain(Loud())
     (True, False)
     """
-    forward = type(module).forward
+    forward = forward_of(type(module))
     if "forward" in vars(module) or not isinstance(forward, types.FunctionType):
         return False
     return len(inspect.signature(forward).parameters) == 2 and odd_step(forward, module) is None

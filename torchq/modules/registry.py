@@ -155,11 +155,13 @@ class Layer:
 
 
 def type_of(module: nn.Module) -> ModuleType | None:
-    """The type of this module; None if it has none, and stays as it is.
+    """The type of this module; None if it has none, and stays as it is. What torch.jit compiled has none.
 
     >>> type_of(nn.Linear(2, 2)).name, type_of(nn.ReLU())
     ('nn.Linear', None)
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     return next((kind for kind in TYPES if kind.matches(module)), None)
 
 

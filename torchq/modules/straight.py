@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from torchq.modules.plain_code import forward_of
+
 
 class Line(NamedTuple):
     """What the code of a module computes.
@@ -43,7 +45,7 @@ def line_of(kind: type[nn.Module]) -> Line | None:
     ((0, ('dense',), 'norm'), None)
     """
     known: Any = kind  # for mypy, a class of torch has no hash
-    forward = kind.forward
+    forward = forward_of(kind)
     return _line_of(known, forward, forward.__code__) if isinstance(forward, types.FunctionType) else None
 
 

@@ -62,7 +62,8 @@ def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: 
     embeddings = find_tables(model, layers)
     if not layers and (not embeddings or config.embeddings is False):
         kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
-        raise BadValueError(f"the model has no {type_names()} to convert. Its modules are: {kinds}.")
+        hint = " torch.jit compiled it; convert it before that." if isinstance(model, torch.jit.ScriptModule) else ""
+        raise BadValueError(f"the model has no {type_names()} to convert. Its modules are: {kinds}.{hint}")
     hits = excluded([*layers, *embeddings], config.exclude)
     barred = {name: f"excluded by {pattern!r}" for name, pattern in hits.items()}
     for name, layer in layers.items():

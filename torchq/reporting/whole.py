@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -20,6 +21,7 @@ _ADVICE: dict[type, str] = {
     nn.modules.conv._ConvNd: "transposed convolutions stay in float; one whose kernel is as wide as its stride is an "
     "nn.Linear and a rearranged output, which becomes int8",
     parametrize.ParametrizationList: "a weight is computed of them, for a module that stays in float",
+    torch.jit.ScriptModule: "torch.jit compiled it; convert the model before torch.jit.script or torch.jit.trace",
     nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
 }
 """Of modules that hold matrices which no layer of the plan is: why they are float, and what helps."""
@@ -88,9 +90,10 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
     for module, tensor in own_tensors(qmodel):
         after += tensor.nbytes
         if isinstance(module, PackedWeights):
-            multiplies = isinstance(module, (QuantizedLinear, QuantizedConv))
-            int8 += module.out_features * module.in_features if multiplies else 0
-            grown += module.int8_bytes - module.float_bytes if tensor is module._buffers["packed"] else 0
+            if tensor is module._buffers.get("packed"):  # a tied table has none, and may have buffers of its own
+                multiplies = isinstance(module, (QuantizedLinear, QuantizedConv))
+                int8 += module.out_features * module.in_features if multiplies else 0
+                grown += module.int8_bytes - module.float_bytes
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")
         holders.setdefault(kind, []).append(module)
@@ -105,8 +108,12 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
 
 
 def _is_matrix(module: nn.Module, tensor: Any) -> bool:
-    is_matrix = isinstance(tensor, nn.Parameter) and sum(size > 1 for size in tensor.shape) >= 2
-    return is_matrix and not isinstance(module, _LOOKED_UP)
+    if sum(size > 1 for size in tensor.shape) < 2 or isinstance(module, _LOOKED_UP):
+        return False
+    if not isinstance(module, torch.jit.ScriptModule):
+        return isinstance(tensor, nn.Parameter)
+    own = {parameter.data_ptr() for parameter in module.parameters(recurse=False)}  # a copy's are plain tensors
+    return tensor.data_ptr() in own and module.original_name not in {kind.__name__ for kind in _LOOKED_UP}
 
 
 def _left(kind: str, modules: list[nn.Module], size: int, paths: dict[int, str]) -> LeftInFloat:
