@@ -12,8 +12,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <vector>
+
+#include "gemm/divide.h"
+#include "linear.h"
 
 namespace torchq {
 namespace {
@@ -204,6 +208,104 @@ void run(const Kernel& kernel, conv::Problem problem) {
   if (problem.x.per_sample) samples = qparams_of_samples(job);
   problem.x.samples = samples.data();
   run_parts(job);
+}
+
+namespace {
+
+// How many rows are computed at once, and for how many bytes of products: these stay in L2 until both are added.
+constexpr int64_t kFineRows = 64, kFineBytes = 256 << 10;
+
+// What the codes of a row leave of it. codes [k].
+void leave_rest(const Kernel& kernel, const float* x, const PackedHeader& weights, uint8_t* codes, float* rest) {
+  const float* scale = channel_scale_of(weights);
+  const int64_t k = weights.k;
+  for (int64_t i = 0; i < k; ++i) rest[i] = scale ? x[i] * scale[i] : x[i];
+  const QParams q = quantize_row(kernel, rest, DType::f32, k, codes, thread_scratch(row_scratch_bytes(k)));
+  for (int64_t i = 0; i < k; ++i) {
+    const float found = static_cast<float>(codes[i] - q.zero_point) * q.scale;
+    rest[i] = x[i] - (scale ? found / scale[i] : found);
+  }
+}
+
+// The rows, and behind them what their codes leave.
+std::unique_ptr<float[]> with_rests(const Kernel& kernel, const FineRows& rows, const PackedHeader& weights) {
+  const int64_t m = rows.count, k = weights.k;
+  std::unique_ptr<float[]> both(new float[2 * m * k]);
+  std::copy(rows.x, rows.x + m * k, both.get());
+  std::unique_ptr<uint8_t[]> codes(new uint8_t[m * k]);
+  const int64_t rows_per_thread = kValuesPerThread / std::max<int64_t>(k, 1) + 1;
+  torch::stable::parallel_for(0, m, rows_per_thread, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      leave_rest(kernel, rows.x + r * k, weights, codes.get() + r * k, both.get() + (m + r) * k);
+  });
+  return both;
+}
+
+// y of the columns from this panel on: the two products of each row, which lie stride values apart, less one bias.
+void add_products(const FineRows& rows, const PackedHeader& weights, int64_t panel, int64_t columns,
+                  const float* products, int64_t stride) {
+  const uint8_t* panels = reinterpret_cast<const uint8_t*>(&weights + 1) + panel * panel_bytes(weights.k);
+  const float* rests = products + rows.count * stride;
+  for (int64_t r = 0; r < rows.count; ++r, products += stride, rests += stride) {
+    float* y = rows.y + r * weights.n + panel * kPanelColumns;
+    for (int64_t c = 0; c < columns; c += kPanelColumns) {
+      const auto* bias = reinterpret_cast<const float*>(panels + c / kPanelColumns * panel_bytes(weights.k)) +
+                         (kPanelMeta / 4 - kPanelColumns);
+      const int64_t count = std::min(columns - c, kPanelColumns);
+      for (int64_t i = 0; i < count; ++i) y[c + i] = products[c + i] + (rests[c + i] - bias[i]);
+    }
+  }
+}
+
+void run_fine_block(const Kernel& kernel, const FineRows& rows, const PackedHeader& weights, Activation activation) {
+  const int64_t m = rows.count, panels = panel_count(weights.n), panel_stride = panel_bytes(weights.k);
+  const std::unique_ptr<float[]> both = with_rests(kernel, rows, weights);
+  LayerNumbers numbers;
+  numbers.per_token = true;
+  Problem problem = linear_problem(numbers, {both.get(), 2 * m, weights.k, DType::f32}, weights, nullptr, DType::f32);
+  Job job = schedule(kernel, problem);
+  const std::unique_ptr<uint8_t[]> memory(new uint8_t[ready_bytes(job)]);
+  const CodeRows codes = ready_rows(job, memory.get());
+  quantize(job, 0, 2 * m, codes);
+  problem.x.ready = &codes;
+
+  const int threads = job.parts == 1 ? 1 : thread_count();
+  const int64_t group = job.tile.n / kPanelColumns, groups = ceil_div(panels, group);
+  const int64_t wanted = std::max<int64_t>(ceil_div(groups * 2 * m * job.tile.n * 4, kFineBytes), threads);
+  job.by_columns = true;
+  job.parts = static_cast<int>(std::min(wanted, groups));
+  const int64_t stride = ceil_div(groups, job.parts) * job.tile.n, products_bytes = 2 * m * stride * 4;
+  const auto run_part = [&](int i) {
+    auto* room = static_cast<uint8_t*>(thread_scratch(products_bytes + job.scratch_bytes));
+    auto* products = reinterpret_cast<float*>(room);
+    const Part part = part_of(job, i);
+    Problem own = problem;
+    own.y = {products, stride * 4, DType::f32, {}, {}, part.panel_begin};
+    own.ahead = {reinterpret_cast<const uint8_t*>(&weights + 1) + part.panel_end * panel_stride, panel_stride,
+                 std::min(group, panels - part.panel_end)};
+    Job its = job;
+    its.problem = &own;
+    run(its, i, room + products_bytes);
+    const int64_t first = part.panel_begin * kPanelColumns;
+    const int64_t columns = std::min(part.panel_end * kPanelColumns, weights.n) - first;
+    add_products(rows, weights, part.panel_begin, columns, products, stride);
+    for (int64_t r = 0; activation != Activation::none && r < m; ++r) {
+      float* y = rows.y + r * weights.n + first;
+      activate(kernel, activation, DType::f32, y, y, columns);
+    }
+  };
+  if (threads > 1) return in_parallel(job.parts, run_part);
+  for (int i = 0; i < job.parts; ++i) run_part(i);
+}
+
+}  // namespace
+
+void run_fine(const Kernel& kernel, const FineRows& rows, const PackedHeader& weights, Activation activation) {
+  if (rows.count * weights.n * 4 > kHugeOutput) prefer_huge_pages(rows.y, rows.count * weights.n * 4);
+  for (int64_t row = 0; row < rows.count; row += kFineRows) {
+    const int64_t count = std::min(kFineRows, rows.count - row);
+    run_fine_block(kernel, {count, rows.x + row * weights.k, rows.y + row * weights.n}, weights, activation);
+  }
 }
 
 // Two directions side by side take half the time of one after the other, whose threads wait for each other at each

@@ -32,6 +32,19 @@ class QuantizedRows {
   CodeRows rows_;
 };
 
+// Rows whose values have two codes each: what a row's codes leave of it is quantized as a row of its own.
+//   y = act(product(x) + (product(rest) - bias))      rest = x - what codes(x) stand for; product(x) = x̂ · wᵀ + bias
+// x (count, k) and y (count, n), float32, without gaps.
+struct FineRows {
+  int64_t count;
+  const float* x;
+  float* y;
+};
+
+// Computes rows.y with this kernel, on as many of torch's threads as the products pay for. Weights are read once for a
+// few rows, as for one: where memory decides, the second code is free.
+void run_fine(const Kernel& kernel, const FineRows& rows, const PackedHeader& weights, Activation activation);
+
 // Computes the one direction of a recurrent layer, or the two: each on a thread of its own where that is faster.
 void run(const Sequence& sequence, const Direction* directions, int count);
 

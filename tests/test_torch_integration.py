@@ -72,6 +72,9 @@ def samples():
         yield "linear_dynamic", (v, packed, 1)
         yield "linear_dynamic", (v, scaled, 1)
         yield "quantize_per_token", (v,)
+    for v in (x, transposed, x[0, 0], x[:0]):
+        yield "linear_fine", (v, packed, 1)
+        yield "linear_fine", (v, scaled)
     for v in (x, x.bfloat16(), codes):
         for out_dtype in (torch.float32, torch.float16, torch.uint8):
             yield "linear_static", (v, packed, 0.05, 100, out_dtype, 0.1, 80, 1)

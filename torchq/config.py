@@ -41,8 +41,9 @@ class QConfig:
             model's output loses less than 0.3 dB by all of them together. A scheme of `torchq.ops.attention`: all by
             this one. "none": as it is.
         embeddings: True: embeddings have int8 tables, with a scale for each row, and beside each code 4 more bits that
-            only look-ups read. A table that is the weight of a head too is one int8 copy for both. "int8": the same
-            without the 4 bits: a third less memory for a table, and 44 dB of it instead of 67. "auto": True, or "int8"
+            only look-ups read. A table that is the weight of a head too is one int8 copy for both, and each value of
+            the head's input has two codes. "int8": the same without the 4 bits and the second codes: a third less
+            memory for a table, and 44 dB of it instead of 67. "auto": True, or "int8"
             where tables are more than 0.7 of the model's bytes; but with calibration data they stay in float where that
             costs more than 0.1 dB of the model's output, or 0.3 dB where a head shares the table. (inplace=True can't
             undo a swap, and leaves that out.) False: none has.

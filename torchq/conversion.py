@@ -19,6 +19,7 @@ from torchq.planning.choose import choose
 from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
+from torchq.planning.fine_heads import fine_heads
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
 from torchq.planning.logged import log_plan
@@ -118,7 +119,7 @@ def convert(
             return applied(model, peers.received(), inplace=inplace)
         evidence = include_norms(merged)
         rounded = partial(round_weights, progress=progress)
-        stages = (choose, keep_unjudged, keep_together, smooth, fuse, rounded, describe)
+        stages = (choose, keep_unjudged, keep_together, smooth, fine_heads, fuse, rounded, describe)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

@@ -51,6 +51,17 @@ def linear_dynamic(x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | No
     return epilogue(product(codes.long() - zero_point, weight), scale, w_scale, bias, relu).to(x.dtype)
 
 
+def linear_fine(
+    x: Tensor, weight: Tensor, w_scale: Tensor, bias: Tensor | None, channel_scale: Tensor | None = None
+) -> Tensor:
+    """The product of x, and that of what its codes leave less a bias. Without a channel_scale it is 1."""
+    c = torch.ones(x.shape[-1]) if channel_scale is None else channel_scale
+    codes, scale, zero_point = quantize_per_token(x * c)
+    rest = x - (codes.int() - zero_point).float() * scale / c
+    b = torch.zeros(()) if bias is None else bias
+    return linear_dynamic(x * c, weight, w_scale, bias) + (linear_dynamic(rest * c, weight, w_scale, bias) - b)
+
+
 def linear_static(
     x: Tensor,
     weight: Tensor,

@@ -20,7 +20,7 @@ forward mode (`jvp`).
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ from torchq.ops import Activation
 
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default
 _linear_static = torch.ops.torchq.linear_static.default
+_linear_fine = torch.ops.torchq.linear_fine.default
+
+FINE: Literal["fine"] = "fine"
+"""In the place of qparams: a pair for each row, and two codes for each value (`ops.fine`)."""
+
+InputQParams = QParams | Literal["fine"] | None
 
 
 def wanted(x: Any) -> bool:
@@ -62,15 +68,15 @@ def _functionalized_only() -> bool:
 
 
 def linear(
-    x: Tensor, packed: Tensor, activation: int, x_qparams: QParams | None, y_qparams: QParams | None, dtype: torch.dtype
+    x: Tensor, packed: Tensor, activation: int, x_qparams: InputQParams, y_qparams: QParams | None, dtype: torch.dtype
 ) -> Tensor:
-    """`ops.linear_dynamic`, or with `x_qparams` `ops.linear_static`, with the gradient to x.
+    """`ops.linear_dynamic`, with FINE `ops.fine.linear_fine`, or else `ops.linear_static`: with the gradient to x.
 
     Args:
         x: float (..., K).
         packed: from `ops.pack`.
         activation: an `Activation`.
-        x_qparams: of the input; None is dynamic.
+        x_qparams: of the input; None is dynamic, and so is FINE.
         y_qparams: None, or those of the codes whose values are to be given, in float32.
         dtype: of y without `y_qparams`; where x_qparams is None, that of x.
     """
@@ -97,8 +103,10 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 def _product(
-    x: Tensor, packed: Tensor, activation: int, x_qparams: QParams | None, y_qparams: QParams | None, dtype: torch.dtype
+    x: Tensor, packed: Tensor, activation: int, x_qparams: InputQParams, y_qparams: QParams | None, dtype: torch.dtype
 ) -> Tensor:
+    if isinstance(x_qparams, str):
+        return _linear_fine(x.float(), packed, activation).to(dtype)  # type: ignore[no-any-return]
     if x_qparams is None:
         return _linear_dynamic(x, packed, activation)  # type: ignore[no-any-return]
     if y_qparams is None:
@@ -115,7 +123,7 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         packed: Tensor,
         activation: int,
-        x_qparams: QParams | None,
+        x_qparams: InputQParams,
         y_qparams: QParams | None,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -183,7 +191,7 @@ def _uncompiled(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def _times_slope_at(v: Tensor, x: Tensor, packed: Tensor, activation: int, x_qparams: QParams | None) -> Tensor:
+def _times_slope_at(v: Tensor, x: Tensor, packed: Tensor, activation: int, x_qparams: InputQParams) -> Tensor:
     """`v ∘ act'(z)` in float32."""
     if activation == Activation.NONE:
         return v

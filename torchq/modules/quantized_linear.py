@@ -17,14 +17,8 @@ from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import path_in_graph
-from torchq.numerics.qparams import (
-    QParams,
-    dequantize,
-    fake_quantize,
-    float32_qparams,
-    quantize_weight,
-    row_qparams,
-)
+from torchq.numerics.fine import rounded_rows
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize, float32_qparams, quantize_weight
 from torchq.ops import Activation
 
 # The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
@@ -69,6 +63,7 @@ class QuantizedLinear(PackedWeights):
     torch.Size([2, 4])
     """
 
+    codes_a_value = 1
     scope: Scope | None = None  # in whose calls the output may wait for its reader
 
     def __init__(
@@ -226,7 +221,8 @@ class QuantizedLinear(PackedWeights):
         if is_dynamo_compiling() and not gradients.wanted(x):  # no graph knows which thread will run it
             assert y_qparams is None
             packed, pair = self._moment()
-            y: Tensor = _linear_of_context(x, packed, list(map(float, pair or ())), activation, dtype)
+            numbers = list(map(float, pair or ()))
+            y: Tensor = _linear_of_context(x, packed, numbers, activation, dtype, self.codes_a_value)
             return y
         if not is_dynamo_compiling() and not simulation.simulating.get():
             return None
@@ -269,12 +265,9 @@ class QuantizedLinear(PackedWeights):
         pair = pair if codes is None else codes.qparams
         weight, weight_scale, bias, channel_scale = self._unpacked(packed)
         rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        if channel_scale.numel():
-            rows = rows * channel_scale
-        if pair is None:
-            rounded = fake_quantize(rows, *row_qparams(rows), axis=0, dtype=torch.uint8)
-        else:
-            rounded = fake_quantize(rows, *pair, dtype=torch.uint8)
+        scale = channel_scale if channel_scale.numel() else None
+        rounded = self._rounded(rows, scale, pair)
+        rows = rows if scale is None else rows * scale
         rows = gradients.straight_through(rows, rounded) if gradients.wanted(rows) else rounded
         y = nn.functional.linear(rows, dequantize(weight, weight_scale, axis=0), bias)
         y = y.reshape(*x.shape[:-1], self.out_features)
@@ -283,6 +276,12 @@ class QuantizedLinear(PackedWeights):
             return y.to(dtype)
         rounded = fake_quantize(y, *y_qparams, dtype=torch.uint8)  # float32, so the next layer gets exactly these codes
         return gradients.straight_through(y, rounded) if gradients.wanted(y) else rounded
+
+    def _rounded(self, rows: Tensor, channel_scale: Tensor | None, pair: QParams | None) -> Tensor:
+        """What the codes of rows (R, K), times their channel_scale, stand for."""
+        if pair is None:
+            return rounded_rows(rows, channel_scale)
+        return fake_quantize(rows if channel_scale is None else rows * channel_scale, *pair, dtype=torch.uint8)
 
     def extra_repr(self) -> str:
         """Scheme and kernel, for `repr`."""
@@ -309,16 +308,21 @@ def autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if enabled else None
 
 
+BY_CODES: dict[int, type[QuantizedLinear]] = {1: QuantizedLinear}
+"""The classes by how many codes each value of their input has."""
+
+
 @torch.library.custom_op("torchq::linear_of_context", mutates_args=())
 def _linear_of_context(
-    x: Tensor, packed: Tensor, input_qparams: list[float], activation: int, dtype: torch.dtype
+    x: Tensor, packed: Tensor, input_qparams: list[float], activation: int, dtype: torch.dtype, codes: int
 ) -> Tensor:
     """A QuantizedLinear in a compiled graph: int8, or simulated where the thread that runs it is inside simulate().
 
     It stands only in graphs that were compiled while some thread simulated. Compiled code looks at globals before it
     runs, and cannot look into its context; so the others hold the ops themselves.
     """
-    layer = QuantizedLinear.__new__(QuantizedLinear)
+    kind = BY_CODES[codes]
+    layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.register_buffer("packed", packed, persistent=False)
     layer.in_features, layer.out_features = x.shape[-1], ops.out_features(packed, x.shape[-1])
@@ -329,5 +333,5 @@ def _linear_of_context(
 
 
 @_linear_of_context.register_fake
-def _(x: Tensor, packed: Tensor, input_qparams: list[float], activation: int, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, packed: Tensor, input_qparams: list[float], activation: int, dtype: torch.dtype, codes: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], ops.out_features(packed, x.shape[-1])), dtype=dtype)

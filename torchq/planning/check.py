@@ -10,6 +10,7 @@ from torchq.modules.activations import activation_named
 from torchq.modules.attention import attention_modules
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
+from torchq.modules.linear import LinearType
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer, type_names
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN
@@ -28,6 +29,7 @@ def check_plan(model: nn.Module, plan: Plan, layers: Mapping[str, Layer]) -> Non
         depth = layers[name].in_features if planned.is_int8 else 0
         exact = depth <= MAX_DEPTH
         _require(exact, name, f"has in_features = {depth}; int32 sums are exact up to {MAX_DEPTH}")
+        _check_fine(name, planned, layers[name])
         _check_channel_scale(plan, name, planned, layers[name])
         unknown = [each for each in planned.hands if each not in layers]
         _require(not unknown, name, f"hands its output to {unknown}, which the model does not have")
@@ -107,6 +109,14 @@ def _check_tables(modules: Mapping[str, nn.Module], plan: Plan) -> None:
                 raise BadValueError(f"table {name!r} has {field} {getattr(row, field)!r}, expected True or False.")
         if row.kind == "int8" and residuals.setdefault(row.owner or name, row.residual) != row.residual:
             raise BadValueError(f"table {name!r} shares one int8 copy with others, so all have residuals or none.")
+
+
+def _check_fine(name: str, planned: LayerPlan, layer: Layer) -> None:
+    _require(isinstance(planned.fine, bool), name, f"has fine {planned.fine!r}, expected True or False")
+    if planned.fine:
+        linear = isinstance(layer.kind, LinearType) and planned.kind == "int8 dynamic"
+        _require(linear, name, f"is fine, so it must be a dynamic nn.Linear; it is {planned.kind}, {layer.kind.name}")
+        _require(planned.sum_norm is None, name, "is fine, so it can't compute a sum and its norm")
 
 
 def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer) -> None:

@@ -1,7 +1,7 @@
 """Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torchq.modules.patches import Patches
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import QParams, dequantize, quantize_weight
+from torchq.ops.fine import linear_fine
 from torchq.planning.plan import LayerPlan, Plan
 
 _ENOUGH_CHANNELS = 256  # of a layer's outputs, to tell one scheme from another
@@ -55,11 +56,13 @@ class Yardstick:
             self._parts = [(Matrix(weight, bias), patches.multiplied(patches.values(rows), weight, bias))]
 
     @torch.no_grad()
-    def measure(self, ranges: Mapping[str, QParams], channel_scale: Tensor | None = None) -> dict[str, float]:
-        """As the function of this name."""
+    def measure(
+        self, ranges: Mapping[str, QParams], channel_scale: Tensor | None = None, *, fine: bool = False
+    ) -> dict[str, float]:
+        """As the function of this name. `fine`: what is dynamic has two codes for each value; not of convolutions."""
         sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
         for part, exact in self._parts:
-            for name, y in self._outputs(part, ranges, channel_scale):
+            for name, y in self._outputs(part, ranges, channel_scale, linear_fine if fine else ops.linear_dynamic):
                 sums[name] += energies(exact, y)
         return {name: decibels(both) for name, both in sums.items()}
 
@@ -79,7 +82,11 @@ class Yardstick:
         return noise / signal if signal else 0.0
 
     def _outputs(
-        self, part: Matrix, ranges: Mapping[str, QParams], channel_scale: Tensor | None
+        self,
+        part: Matrix,
+        ranges: Mapping[str, QParams],
+        channel_scale: Tensor | None,
+        dynamic: Callable[[Tensor, Tensor], Tensor],
     ) -> Iterator[tuple[str, Tensor]]:
         """What this part of the matrix gives in int8: by a range per row, and by each static range."""
         rows, patches = self._rows, self._patches
@@ -87,7 +94,7 @@ class Yardstick:
         codes, scales = quantize_weight(part.weight, per_channel=self._per_channel, channel_scale=scale)
         if patches is None:
             packed = ops.pack(codes, scales, None if part.bias is None else part.bias.float(), channel_scale)
-            yield "dynamic", ops.linear_dynamic(rows, packed)
+            yield "dynamic", dynamic(rows, packed)
             for name, (step, zero_point) in ranges.items():
                 yield name, ops.linear_static(rows, packed, step, zero_point, torch.float32)
             return

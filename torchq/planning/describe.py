@@ -9,6 +9,7 @@ from torch import Tensor
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
 from torchq.modules.registry import Layer
+from torchq.numerics.fine import rounded_twice
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
 from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize, weight_blocks, weight_scale
 from torchq.planning.plan import InputHistogram, LayerPlan, LayerStats, Plan
@@ -37,6 +38,8 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         count = max(1, round(record.sample.rows_seen / record.calls))
         dynamic = None if patches is None else patches.sample_qparams(record.sample.rows, scale)
         stats = layer_stats(error, rows, layer.input_qparams, count, dynamic)
+        if layer.fine:
+            stats = dataclasses.replace(stats, input_db=sqnr_db(rows, rounded_twice(rows)))
         if evidence.layers[name].kind.absorbs:
             stats = dataclasses.replace(stats, input_shape=record.shape or _pointwise(evidence.layers[name], count))
         layers[name] = dataclasses.replace(layer, stats=stats)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchq.modules.activations import activation_named
 from torchq.modules.base import Int8Module
 from torchq.modules.embedding import QuantizedTable
+from torchq.modules.fine_linear import FineLinear
 from torchq.modules.folding import Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer, layers_of
@@ -34,6 +35,8 @@ class FromFloat:
             planned = plan.layers.get(layer.name)
             int8 = planned is not None and planned.is_int8
             parts[layer.part] = self.layer(model, plan, layer) if int8 else self.float_part(layer)
+            if planned is not None and planned.fine:
+                FineLinear.adopt(parts[layer.part])
         made = layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
         if isinstance(made, Int8Module):
             made.float_key = _lost_key(layers[0].module, made)

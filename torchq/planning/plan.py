@@ -106,6 +106,8 @@ class LayerPlan:
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         hands: the convolutions that alone read this one's output as floats, which therefore may stay channels last.
         sum_qparams: scale and zero point of the u8 codes that its sum, after the activation, is handed over as.
+        fine: whether each value of the input has two codes, the second for what the first leaves. Only of a dynamic
+            linear layer. One row takes no longer with them, many take twice as long.
         channel_scale: what each channel of the input is multiplied by before it is quantized, K numbers, while the
             weight is divided by it (smoothing); `input_qparams` and `sqnr_db` are those of the product.
         alpha: the migration strength that gave it.
@@ -134,6 +136,7 @@ class LayerPlan:
     feeds: str | None = None
     hands: tuple[str, ...] = ()
     sum_qparams: QParams | None = None
+    fine: bool = False
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)
     alpha: float | None = None
     smoothing_db: tuple[float, float] | None = None

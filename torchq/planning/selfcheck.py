@@ -188,6 +188,7 @@ class SelfCheck:
                         if layer.is_int8
                         else layer,
                         activation=layer.activation,
+                        fine=layer.fine,
                         norm=layer.norm,
                         adds=layer.adds,
                         sum_norm=layer.sum_norm,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchq import ops
+from torchq.numerics.fine import rest_of
 from torchq.numerics.qparams import quantize, row_qparams
 from torchq.ops import convolution
 from torchq.ops.convolution import Geometry
@@ -52,6 +53,21 @@ def simulated(given: Given) -> tuple[Tensor, Tensor]:
     shape = (*given.x.shape[:-1], len(weight))
     empty = torch.empty((0, len(weight)), dtype=torch.float64, device="cpu")
     return torch.cat([empty, *exact]).reshape(shape), torch.cat([empty, *allowed]).reshape(shape)
+
+
+def simulated_finely(given: Given) -> tuple[Tensor, Tensor]:
+    """The same where each value has two codes (`ops.fine`): the products of x and of what its codes leave, less a bias.
+
+    Beside what each product may be off, int8 rounds their sum, and the second product less the bias.
+    """
+    _, _, bias, channel_scale = ops.unpack(given.packed)
+    rows = given.floats.reshape(-1, given.x.shape[-1])
+    rest = rest_of(rows, channel_scale).reshape(given.x.shape)
+    first, allowed = simulated(given)
+    second, more = simulated(Given(rest, given.packed))
+    second = second if bias is None else second - bias.double()
+    y = first + second
+    return y, allowed + more + U * (second.abs() + y.abs())
 
 
 def convolved(given: Given, geometry: Geometry) -> tuple[Tensor, Tensor]:

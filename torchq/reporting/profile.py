@@ -1,5 +1,6 @@
 """profile_layers(): the time of each layer of a converted model, in float and in int8, at its calibration shape."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,8 +82,10 @@ def _time(layer: QuantizedLinear, reader: nn.Module | None, takes_codes: bool, r
     stand_for = None if made_in is None else Codes(layer.dtype, made_in)
     y_qparams = reader.input_qparams if isinstance(reader, QuantizedLinear) else None
     activation = layer.fold.activation
-    int8 = partial(_C.call_fused, layer, QuantizedLinear, given, stand_for, activation, (), (), reader, y_qparams)
-    calls = {"float": partial(linear, x, weight, bias), "int8": int8}
+    int8: Callable[[], object] = partial(layer.fused, x, activation)
+    if type(layer) is QuantizedLinear:  # else the call takes no short cut
+        int8 = partial(_C.call_fused, layer, QuantizedLinear, given, stand_for, activation, (), (), reader, y_qparams)
+    calls: dict[str, Callable[[], object]] = {"float": partial(linear, x, weight, bias), "int8": int8}
     best = interleaved(calls, rounds=rounds)
     return LayerTime(rows, best["float"], best["int8"])
 

@@ -31,7 +31,7 @@ from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.ops import ATTENTION_SCHEMES, Activation
 from torchq.ops import convolution as conv_ops
 from torchq.planning.plan import attached_plan
-from torchq.reporting.exact import Given, attention_allowance, convolved, share_of_allowed, simulated
+from torchq.reporting.exact import Given, attention_allowance, convolved, share_of_allowed, simulated, simulated_finely
 from torchq.reporting.verified import Call, Difference, First, Verification, first_difference
 from torchq.timing import interleaved
 from torchq.watching import Watch
@@ -42,6 +42,8 @@ _SLOW = 0.01  # seconds; a reference that takes longer is timed by the one call 
 
 _DYNAMIC = torch.ops.torchq.linear_dynamic.default
 _STATIC = torch.ops.torchq.linear_static.default
+_FINE = torch.ops.torchq.linear_fine.default
+_KINDS = {_DYNAMIC: "int8 dynamic", _STATIC: "int8 static", _FINE: "int8 dynamic, two codes"}
 _CONVOLUTION = torch.ops.torchq.convolution.default
 _RECURRENT = torch.ops.torchq.recurrent.default
 _ATTENTION = torch.ops.torchq.attention.default
@@ -106,7 +108,7 @@ class _Checks(Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and looks at it if it is torchq's."""
         y = func(*args, **(kwargs or {}))
-        if func in (_DYNAMIC, _STATIC):
+        if func in _KINDS:
             self._linear(func, *args)
         elif func is _CONVOLUTION:
             self._convolution(func, *args)
@@ -140,14 +142,14 @@ class _Checks(Watch):
             return
         contestants = {kernel: _multiplied_by(func, x, packed, rest, kernel) for kernel in kernels.runnable()}
         given = Given(x, packed, *rest[:2]) if func is _STATIC else Given(x, packed)
-        exact, allowed = simulated(given)
-        y = ops.linear_dynamic(given.floats, packed) if func is _DYNAMIC else _in_float32(given, packed)
+        exact, allowed = (simulated_finely if func is _FINE else simulated)(given)
+        y = _in_float32(given, packed) if func is _STATIC else func(given.floats, packed)
         found = first_difference(y, exact, allowed)
         differences = [] if found is None else [_difference(found, name, kernels.last_used() or "", "simulated")]
         floats = torch.zeros(x.shape, dtype=layer.dtype, device="cpu")
         weight = (layer.weight.t() if layer.transposed else layer.weight.flatten(1)).contiguous().clone()
         bias = None if layer.bias is None else layer.bias.clone()
-        kind = "int8 dynamic" if func is _DYNAMIC else "int8 static"
+        kind = _KINDS[func]
         shape = (x.numel() // max(layer.in_features, 1), layer.in_features, layer.out_features)
         key = (kind, shape, x.dtype, *rest[2:3], *rest[5:])
         others = {"float": lambda: linear(floats, weight, bias)}
@@ -251,7 +253,7 @@ def _difference(first: First, layer: str, kernel: str, against: str) -> Differen
 
 def _as_planned(func: Any, layer: QuantizedLinear | QuantizedConv, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments behind the weight, with the activation of the plan: a watched layer does not wait for it."""
-    defaults = (Activation.NONE,) if func is _DYNAMIC else (None, None, None, 1.0, 0, Activation.NONE)
+    defaults = (None, None, None, 1.0, 0, Activation.NONE) if func is _STATIC else (Activation.NONE,)
     complete = (*given, *defaults[len(given) :])
     return (*complete[:-1], int(complete[-1]) or int(layer.fold.activation))
 
