@@ -7,10 +7,10 @@ finds it as a sequence of least squares problems, in which points of large error
 rounded to float32 one at a time, the highest power first, and the remaining ones are fitted again: they make up for
 most of the rounding. The constant terms are fixed, so that the curves are exact near 0.
 
-    2^f               = 1 + c1·f + ... + c5·f⁵,           |f| <= 1/2;   relative error. For GELU up to c4·f⁴
-    log2(2·Φ(-2·a))   =     c1·a + ... + c7·a⁷,      0 <= a <= 5;   Φ is the normal distribution
+    2^f                = 1 + c1·f + ... + c5·f⁵,         |f| <= 1/2;   relative error
+    (2·Φ(-2·a))^1/32   = 1 + c1·a + ... + c5·a⁵,    0 <= a <= 2.7;   Φ is the normal distribution
 
-GELU is max(x, 0) - a·2^P(a) for a = |x|/2. The error of P may move y by LOOSE, and in the far tail, where y itself is
+GELU is max(x, 0) - a·Q(a)^32 for a = |x|/2. The error of Q may move y by LOOSE, and in the far tail, where y itself is
 tiny, by TAIL times y.
 """
 
@@ -19,8 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-LIMIT = 5.0  # of a: GELU is constant below x = -10
-LOOSE, TAIL = 2e-7, 1e-2  # the weights: errors of GELU that count alike
+LIMIT = 2.7  # of a: GELU is constant below x = -5.4
+POWER = 32  # of Q
+LOOSE, TAIL = 1e-7, 1e-2  # the weights: errors of GELU that count alike
 
 
 def minimax(target: Tensor, powers: Tensor, weight: Tensor, rounds: int = 200) -> tuple[float, Tensor]:
@@ -67,26 +68,25 @@ def show(name: str, coefficients: list[float]) -> None:
 
 
 def fit_power() -> None:
-    """2^f, for the exponentials and, shorter, for GELU."""
+    """2^f, for the exponentials."""
     f = chebyshev(-0.5, 0.5)
-    for degree in (5, 4):
-        coefficients = rounded_minimax(f, f.exp2() - 1, (-f).exp2(), degree)
-        show("2^f - 1", coefficients)
-        error = (polynomial(f, coefficients) - f.exp2() + 1) * (-f).exp2()
-        print(f"  greatest relative error of 2^f: {error.abs().max():.1e}")
+    coefficients = rounded_minimax(f, f.exp2() - 1, (-f).exp2(), degree=5)
+    show("2^f - 1", coefficients)
+    error = (polynomial(f, coefficients) - f.exp2() + 1) * (-f).exp2()
+    print(f"  greatest relative error of 2^f: {error.abs().max():.1e}")
 
 
 def fit_normal_tail() -> None:
-    """P of GELU."""
+    """Q of GELU."""
     a = chebyshev(0, LIMIT)[1:]
-    target = torch.special.log_ndtr(-2 * a) / math.log(2) + 1
-    tail = target.exp2()
-    allowed = (LOOSE / (a * tail)).clamp(max=TAIL)
-    coefficients = rounded_minimax(a, target, 1 / allowed, degree=7)
-    show("log2(2 Φ(-2a))", coefficients)
-    relative = ((polynomial(a, coefficients) - target).exp2() - 1).abs()
+    tail = torch.special.log_ndtr(-2 * a).exp() * 2
+    target = tail ** (1 / POWER)
+    allowed = (LOOSE / (a * tail)).clamp(max=TAIL) * target / POWER
+    coefficients = rounded_minimax(a, target - 1, 1 / allowed, degree=5)
+    show(f"(2 Φ(-2a)) ^ 1/{POWER} - 1", coefficients)
+    relative = ((polynomial(a, coefficients) + 1) ** POWER / tail - 1).abs()
     print(f"  greatest error of GELU: {(relative * a * tail).max():.1e}")
-    for x in (-1, -3, -5, -8, -10):
+    for x in (-1, -2, -3, -4, -5, -5.4):
         print(f"  greatest relative error of GELU from {x} to 0: {relative[2 * a <= -x].max():.1e}")
 
 

@@ -40,7 +40,7 @@ double exact(Activation activation, double x) {
 // table.
 double tail(Activation activation, double x) {
   if (x < -10) return 0;
-  if (activation == Activation::gelu) return x > -1 ? 5e-6 : x > -3 ? 4e-5 : x > -5 ? 1e-3 : 1e-2;
+  if (activation == Activation::gelu) return x > -1 ? 5e-6 : x > -3 ? 6e-5 : x > -4 ? 3e-4 : x > -5 ? 1e-2 : 0;
   if (activation == Activation::gelu_tanh) return 1.2e-5;
   return 1.2e-6;
 }
