@@ -137,7 +137,7 @@ void set_qparams(Problem& p, const std::vector<double>& qparams, bool codes_out)
 }
 
 // Sets the residual: floats of the shape of `sizes` (batch, channels, size...), or codes (batch, size..., channels).
-// `held` keeps a copy alive, laid out as y.
+// `held` keeps a copy alive.
 void set_residual(Problem& p, const Tensor& residual, const int64_t* sizes, int64_t dims, size_t qparams,
                   ScalarType out_dtype, std::optional<Tensor>& held) {
   check_cpu(op, "residual", residual);
@@ -155,14 +155,15 @@ void set_residual(Problem& p, const Tensor& residual, const int64_t* sizes, int6
   CHECK(!codes || qparams == 6, op, ": the residual holds codes (uint8), so qparams must hold those of x, y and it.");
   CHECK(!codes || p.y.channels_last, op, ": a residual of codes has the channels last, so y must have them last, too.");
   p.residual.dtype = codes ? DType::u8 : *floats;
-  if (codes ? residual.is_contiguous() : is_dense(residual, p.y.channels_last)) {
+  p.residual_last = codes || p.y.channels_last || is_dense(residual, true);
+  if (codes ? residual.is_contiguous() : is_dense(residual, p.residual_last)) {
     p.residual.data = residual.const_data_ptr();
     return;
   }
   if (codes) {
     held = contiguous(op, residual);
   } else {
-    held = empty_dense(sizes, dims, p.y.channels_last, residual.scalar_type());
+    held = empty_dense(sizes, dims, p.residual_last, residual.scalar_type());
     torch::stable::copy_(*held, residual);
   }
   p.residual.data = held->const_data_ptr();

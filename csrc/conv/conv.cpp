@@ -45,9 +45,9 @@ void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int 
   torchq::Job parts = job.product;
   parts.problem = &product;
   const int64_t bytes = element_bytes(product.y.dtype), first_channel = group * g.group_outputs();
+  const int64_t at = (sample * g.out_pixels() + pixel) * g.out_channels + first_channel;  // with the channels last
   if (job.y_in_place) {
     product.y.stride = g.out_channels * bytes;
-    const int64_t at = (sample * g.out_pixels() + pixel) * g.out_channels + first_channel;
     product.y.data = static_cast<uint8_t*>(p.y.data) + at * bytes;
     product.y.residual = p.residual.from(at, g.out_channels);
     for (int part = first_part; part < end_part; ++part) torchq::run(parts, part, s.gemm);
@@ -61,7 +61,8 @@ void multiply(const Job& job, int64_t sample, int64_t pixel, int64_t group, int 
     const Outputs outputs{sample, pixel, product.m, first_channel + channel, channels, channels};
     product.y.first_panel = columns.panel_begin;
     product.y.stride = channels * bytes;
-    product.y.residual = residual_of(p, outputs, s.residual);
+    product.y.residual =
+        p.residual_last ? p.residual.from(at + channel, g.out_channels) : residual_of(p, outputs, s.residual);
     torchq::run(parts, part, s.gemm);
     write_outputs(p, outputs, s.y);
   }

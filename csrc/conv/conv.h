@@ -76,7 +76,8 @@ struct Problem {
   int64_t weights_stride;  // bytes between groups
   bool is_depthwise;
   Output y;
-  Residual residual;  // laid out as y, whatever its dtype; its stride does not count
+  Residual residual;   // of y's shape, whatever its dtype; its stride does not count
+  bool residual_last;  // whether its channels are last. They are wherever those of y are
   Activation activation;
 
   const PackedHeader& weights_of(int64_t group) const {

@@ -50,12 +50,11 @@ void transpose(int64_t rows, int64_t columns, const Matrix<const T>& from, const
 
 // Where a block lies in y, or in a residual.
 template <class T>
-Matrix<T> place_of(const Problem& p, const Outputs& o, void* all) {
-  const Geometry& g = p.geometry;
+Matrix<T> place_of(const Geometry& g, const Outputs& o, bool channels_last, void* all) {
   const int64_t pixels = g.out_pixels();
-  const int64_t pixel_step = p.y.channels_last ? g.out_channels : 1, channel_step = p.y.channels_last ? 1 : pixels;
+  const int64_t pixel_step = channels_last ? g.out_channels : 1, channel_step = channels_last ? 1 : pixels;
   T* data = static_cast<T*>(all) + o.sample * pixels * g.out_channels + o.pixel * pixel_step + o.channel * channel_step;
-  return {data, p.y.channels_last ? pixel_step : channel_step};
+  return {data, channels_last ? pixel_step : channel_step};
 }
 
 template <class T>
@@ -67,13 +66,15 @@ void copy(int64_t rows, int64_t columns, const Matrix<const T>& from, const Matr
 template <class T>
 void write_as(const Problem& p, const Outputs& o, const void* waiting) {
   const Matrix<const T> from{static_cast<const T*>(waiting), o.stride};
-  (p.y.channels_last ? copy<T> : transpose<T>)(o.count, o.channels, from, place_of<T>(p, o, p.y.data));
+  const bool last = p.y.channels_last;
+  (last ? copy<T> : transpose<T>)(o.count, o.channels, from, place_of<T>(p.geometry, o, last, p.y.data));
 }
 
 template <class T>
 void read_as(const Problem& p, const Outputs& o, void* waiting) {
-  const Matrix<T> from = place_of<T>(p, o, const_cast<void*>(p.residual.data)), to{static_cast<T*>(waiting), o.stride};
-  if (p.y.channels_last) return copy<T>(o.count, o.channels, {from.data, from.stride}, to);
+  const Matrix<T> from = place_of<T>(p.geometry, o, p.residual_last, const_cast<void*>(p.residual.data));
+  const Matrix<T> to{static_cast<T*>(waiting), o.stride};
+  if (p.residual_last) return copy<T>(o.count, o.channels, {from.data, from.stride}, to);
   transpose<T>(o.channels, o.count, {from.data, from.stride}, to);
 }
 

@@ -52,6 +52,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 #include "normalize.inc"
 #include "finish.inc"
 #include "plain.inc"
+#include "relu_codes.inc"
 #include "tile.inc"
 
 // Half a panel at a time. The second 8 columns are the same tile with its pointers moved.

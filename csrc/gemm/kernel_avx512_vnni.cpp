@@ -49,6 +49,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "normalize.inc"
 #include "finish.inc"
 #include "plain.inc"
+#include "relu_codes.inc"
 #include "tile.inc"
 
 template <int kRows>

@@ -58,6 +58,7 @@ inline Ints join(Ints lo, Ints hi) { return vpaddq_s32(lo, hi); }
 #include "normalize.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
+#include "relu_codes.inc"
 #include "tile.inc"
 
 // Half a panel at a time. The second 8 columns are the same tile with its pointers moved.

@@ -59,6 +59,7 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "normalize.inc"
 #include "finish.inc"
 #include "plain_neon.inc"
+#include "relu_codes.inc"
 #include "tile.inc"
 
 void run(const Block& b) {

@@ -4,6 +4,8 @@
 #include "../../csrc/conv/conv.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "check.h"
 #include "../../csrc/conv/depthwise.h"
@@ -162,11 +164,12 @@ std::vector<float> swapped(const std::vector<float>& y, int64_t batch, int64_t a
 }
 
 void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vector<float>& want) {
+  const bool residual_last = y_last || random_source.below(2);
   static Guarded x, y, scratch;
   const int64_t pixels = c.g.out_pixels(), channels = c.g.out_channels;
   int64_t stride;
   const std::vector<uint8_t> packed = packed_weights(c, kernel.layout, stride);
-  const std::vector<float> residual = y_last ? c.residual : swapped(c.residual, c.batch, pixels, channels);
+  const std::vector<float> residual = residual_last ? c.residual : swapped(c.residual, c.batch, pixels, channels);
   std::vector<uint8_t> codes;
   for (const float v : residual) codes.push_back(static_cast<uint8_t>(v / kResidual.scale + kResidual.zero_point));
   uint8_t* given = x.place(c.x.size(), Side::end);
@@ -177,7 +180,7 @@ void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vec
   p.geometry = c.g, p.batch = c.batch, p.is_depthwise = c.depthwise, p.activation = c.activation;
   p.x = {given, c.dtype, c.channels_last, c.per_sample, c.q, c.samples.data()};
   p.weights = packed.data(), p.weights_stride = stride;
-  p.y = {out, DType::f32, y_last, {1.0f, 0}};
+  p.y = {out, DType::f32, y_last, {1.0f, 0}}, p.residual_last = residual_last;
   if (c.residual_in_codes)
     p.residual = {codes.data(), 0, DType::u8, kResidual.scale, kResidual.zero_point};
   else if (!c.residual.empty())
@@ -195,9 +198,75 @@ void check_case(const Case& c, const Kernel& kernel, bool y_last, const std::vec
         same ? 0.0 : *differs.second, same ? 0.0 : *differs.first);
 }
 
+// What a pointwise convolution of codes gives as codes by a kernel: for a zero point of x, of a residual and of y.
+struct Codes {
+  Activation activation;
+  int32_t x, residual, y;
+  DType dtype;  // of the residual; i8 for none
+};
+
+std::vector<uint8_t> codes_by(const Kernel& kernel, const Codes& c, const Weights& weights,
+                              const std::vector<uint8_t>& x, const std::vector<uint8_t>& residual) {
+  static Guarded memory, outputs, scratch;
+  const int64_t pixels = static_cast<int64_t>(x.size()) / weights.k;
+  const std::vector<uint8_t> packed = packed_of(weights, kernel.layout);
+  uint8_t* given = memory.place(x.size(), Side::end);
+  std::copy(x.begin(), x.end(), given);
+  uint8_t* y = outputs.place(pixels * weights.n, Side::end);
+  conv::Problem p{};
+  p.geometry = {weights.k, weights.n, 1, {{pixels}, {}, {}}};
+  p.batch = 1, p.activation = c.activation;
+  p.x = {given, DType::u8, true, false, {0.02f, c.x}};
+  p.weights = packed.data(), p.weights_stride = static_cast<int64_t>(packed.size());
+  p.y = {y, DType::u8, true, {0.11f, c.y}}, p.residual_last = true;
+  if (c.dtype != DType::i8) p.residual = {residual.data(), 0, c.dtype, 0.05f, c.residual};
+  const conv::Job job = conv::schedule(kernel, p, 1);
+  conv::run(job, 0, scratch.place(job.scratch_bytes, Side::end));
+  return {y, y + pixels * weights.n};
+}
+
+// Codes between convolutions: a ReLU and zero points of 0, which have an epilogue of their own, and what is almost so.
+void test_codes_between() {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr int64_t kPixels = 27, kInputs = 24;
+  for (const int64_t n : {int64_t{64}, int64_t{150}}) {
+    Weights weights = random_weights(n, kInputs);
+    std::fill(weights.scale.begin(), weights.scale.end(), 0.01f);
+    weights.bias.assign(n, 0.5f);
+    weights.bias[3] = kInfinity, weights.bias[4] = -kInfinity, weights.bias[5] = std::nanf("");
+    std::vector<uint8_t> x(kPixels * kInputs);
+    for (uint8_t& code : x) code = static_cast<uint8_t>(random_source.below(256));
+    std::vector<float> values(kPixels * n);
+    for (float& v : values) v = random_source.uniform(-9.0f, 9.0f);
+    values[7] = std::nanf(""), values[8] = kInfinity, values[9] = 1e38f;
+    for (const DType dtype : {DType::i8, DType::u8, DType::f32, DType::bf16})
+      for (const Codes& c : {Codes{Activation::relu, 0, 0, 0, dtype},
+                             {Activation::relu, 9, 0, 0, dtype},
+                             {Activation::relu, 0, 9, 0, dtype},
+                             {Activation::relu, 0, 0, 9, dtype},
+                             {Activation::none, 0, 0, 0, dtype},
+                             {Activation::silu, 0, 0, 0, dtype}}) {
+        std::vector<uint8_t> residual(kPixels * n);
+        for (uint8_t& code : residual) code = static_cast<uint8_t>(random_source.below(256));
+        if (dtype != DType::u8 && dtype != DType::i8) residual = encode(values, dtype);
+        now("codes of %d channels, activation %d, zero points %d, %d, %d, residual %s", static_cast<int>(n),
+            static_cast<int>(c.activation), c.x, c.residual, c.y, name_of(dtype));
+        const std::vector<uint8_t> want = codes_by(kernel_reference, c, weights, x, residual);
+        for (const Kernel* kernel : runnable()) {
+          const std::vector<uint8_t> got = codes_by(*kernel, c, weights, x, residual);
+          const auto at = std::mismatch(got.begin(), got.end(), want.begin()).first - got.begin();
+          const bool same = got == want;
+          check(kernel->name, same, "y[%d]: expected %d, got %d", static_cast<int>(at), same ? 0 : want[at],
+                same ? 0 : got[at]);
+        }
+      }
+  }
+}
+
 }  // namespace
 
 void test_convolutions() {
+  test_codes_between();
   for (const Geometry& g : kGeometries)
     for (const auto& [dtype, per_sample] :
          {Kind{DType::f32, true}, {DType::f32, false}, {DType::bf16, true}, {DType::u8, false}}) {
