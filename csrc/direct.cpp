@@ -38,7 +38,8 @@ struct Names {
   PyObject *buffers, *packed, *input_qparams;
   PyObject *scope, *defer;
   PyObject *training, *p;  // of any module, and of a Dropout
-  PyObject *zero, *one;    // 0 and 1.0
+  PyObject *modules, *line, *original, *forward, *call, *module_call;
+  PyObject *zero, *one;  // 0 and 1.0
 } names;
 
 bool simulating = false;  // whether any thread does: then Python must look whether this one does
@@ -258,6 +259,53 @@ PyObject* is_plain_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 4 && plain_state(args[0], args[1]) && are_plain(args[2], args[3]));
 }
 
+// Whether a module's code would call these children, by their names; in_order: all that it has, in their order.
+bool has_children(PyObject* state, PyObject* children, bool in_order) {
+  PyObject* now = PyDict_GetItemWithError(state, names.modules);
+  if (!PyDict_Check(children) || !now || !PyDict_Check(now)) return false;
+  if (in_order && PyDict_GET_SIZE(now) != PyDict_GET_SIZE(children)) return false;
+  PyObject *name, *child, *name_now, *child_now;
+  Py_ssize_t at = 0, at_now = 0;
+  while (PyDict_Next(children, &at, &name, &child)) {
+    if (!in_order) child_now = PyDict_GetItemWithError(now, name);
+    if (in_order && (!PyDict_Next(now, &at_now, &name_now, &child_now) || name_now != name)) return false;
+    if (child_now != child || PyDict_GetItemWithError(state, name)) return false;
+  }
+  return true;
+}
+
+// Whether nobody has replaced the code of a form's class since it was read (torchq/modules/straight_forms.py).
+bool is_as_read(PyObject* form) {
+  const auto line = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.line));
+  const auto original = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.original));
+  const auto forward = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.forward));
+  if (!line || !original || !forward || !PyTuple_Check(line.ptr()) || PyTuple_GET_SIZE(line.ptr()) < 2) return false;
+  const auto call = py::reinterpret_steal<py::object>(PyObject_GetAttr(original.ptr(), names.call));
+  return call.ptr() == names.module_call && forward.ptr() == PyTuple_GET_ITEM(line.ptr(), 0) &&
+         PyFunction_Check(forward.ptr()) && PyFunction_GET_CODE(forward.ptr()) == PyTuple_GET_ITEM(line.ptr(), 1);
+}
+
+// Whether a part of a block, (module, class, children, in_order, settings), is as it was.
+bool is_as_known(PyObject* part, PyObject* pre_hook, PyObject* hook) {
+  if (!PyTuple_Check(part) || PyTuple_GET_SIZE(part) != 5) return false;
+  PyObject *cls = PyTuple_GET_ITEM(part, 1), *children = PyTuple_GET_ITEM(part, 2), *own = PyTuple_GET_ITEM(part, 4);
+  const bool in_order = PyTuple_GET_ITEM(part, 3) == Py_True;
+  PyObject* state = plain_state(PyTuple_GET_ITEM(part, 0), cls, pre_hook, hook);
+  if (!state || !PyDict_Check(children) || !PyDict_Check(own) || !has(state, own)) return false;
+  if (PyDict_GetItemWithError(state, names.p) && PyDict_GetItemWithError(state, names.training) != Py_False)
+    return false;
+  if (!in_order && !PyDict_GET_SIZE(children)) return true;
+  return has_children(state, children, in_order) && (in_order || is_as_read(cls));
+}
+
+PyObject* are_as_known(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  bool yes = count == 3 && PyTuple_Check(args[0]);
+  for (Py_ssize_t i = 0; yes && i < PyTuple_GET_SIZE(args[0]); ++i)
+    yes = is_as_known(PyTuple_GET_ITEM(args[0], i), args[1], args[2]);
+  PyErr_Clear();
+  return PyBool_FromLong(yes);
+}
+
 PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     PyObject* state = count == 9 ? plain_state(args[0], args[1]) : nullptr;
@@ -284,6 +332,9 @@ PyMethodDef methods[] = {
     {"is_plain_row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain_row)), METH_FASTCALL,
      "is_plain_row(module, cls, behind, settings): the same, and whether the calls of the modules behind it are "
      "nothing but their forward() either, with these settings."},
+    {"are_as_known", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(are_as_known)), METH_FASTCALL,
+     "are_as_known(parts, enter, leave): whether the modules of a block (modules/conv_block.py) are as they were, and "
+     "nothing but these methods of scopes sees their calls."},
     {"set_simulating", set_simulating, METH_O,
      "set_simulating(yes): whether any thread simulates. If so, all calls here return NotImplemented."},
     {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,
@@ -309,8 +360,11 @@ PyMethodDef methods[] = {
 void add_direct_calls(py::module_& module) {
   watch_nn_module();
   watch_torch();
-  names = {name("_buffers"), name("packed"), name("input_qparams"), name("scope"),          name("defer"),
-           name("training"), name("p"),      PyLong_FromLong(0),    PyFloat_FromDouble(1.0)};
+  names = {
+      name("_buffers"), name("packed"),     name("input_qparams"),  name("scope"),    name("defer"),   name("training"),
+      name("p"),        name("_modules"),   name("line"),           name("original"), name("forward"), name("__call__"),
+      nullptr,          PyLong_FromLong(0), PyFloat_FromDouble(1.0)};
+  names.module_call = forever(py::module_::import("torch.nn").attr("Module").attr("__call__"));
   PyModule_AddFunctions(module.ptr(), methods);
 }
 

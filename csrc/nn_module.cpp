@@ -15,6 +15,16 @@ struct NnModule {
 
 bool is_empty(PyObject* hooks) { return PyDict_Check(hooks) ? PyDict_GET_SIZE(hooks) == 0 : falsy(Py_NewRef(hooks)); }
 
+// Whether hooks are nothing but methods of this function.
+bool are_methods(PyObject* hooks, PyObject* function) {
+  if (!function || !PyDict_Check(hooks)) return false;
+  PyObject *key, *hook;
+  Py_ssize_t at = 0;
+  while (PyDict_Next(hooks, &at, &key, &hook))
+    if (!PyMethod_Check(hook) || PyMethod_GET_FUNCTION(hook) != function) return false;
+  return true;
+}
+
 }  // namespace
 
 void watch_nn_module() {
@@ -28,14 +38,17 @@ void watch_nn_module() {
   nn_module.replacements[1] = name("forward");
 }
 
-PyObject* plain_state(PyObject* module, PyObject* cls) {
+PyObject* plain_state(PyObject* module, PyObject* cls) { return plain_state(module, cls, nullptr, nullptr); }
+
+PyObject* plain_state(PyObject* module, PyObject* cls, PyObject* pre_hook, PyObject* hook) {
+  PyObject* const allowed[] = {pre_hook, hook, nullptr, nullptr};
   if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
   PyObject* state = PyObject_GenericGetDict(module, nullptr);
   if (!state) return PyErr_Clear(), nullptr;
   Py_DECREF(state);  // the module keeps it alive
-  for (PyObject* name : nn_module.own_hooks) {
-    PyObject* hooks = PyDict_GetItemWithError(state, name);
-    if (!hooks || !is_empty(hooks)) return nullptr;
+  for (int i = 0; i < 4; ++i) {
+    PyObject* hooks = PyDict_GetItemWithError(state, nn_module.own_hooks[i]);
+    if (!hooks || !(is_empty(hooks) || are_methods(hooks, allowed[i]))) return nullptr;
   }
   for (PyObject* name : nn_module.replacements) {
     PyObject* replacement = PyDict_GetItemWithError(state, name);

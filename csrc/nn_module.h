@@ -26,4 +26,7 @@ void watch_nn_module();
 // us, ten times as long.
 PyObject* plain_state(PyObject* module, PyObject* cls);
 
+// The same of a module that may have forward pre-hooks and forward hooks which are methods of these functions.
+PyObject* plain_state(PyObject* module, PyObject* cls, PyObject* pre_hook, PyObject* hook);
+
 }  // namespace torchq

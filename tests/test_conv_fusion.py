@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
-from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, resnet
+from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, by_code, resnet
 from helpers.numbers import normal
 from torchq import QConfig, apply_plan, convert, plan_of, simulate
 from torchq.modules.channels_last import ChannelsLast
+from torchq.modules.conv_block import ConvBlock
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.numerics.metrics import sqnr_db
@@ -34,6 +35,11 @@ def unfused(qmodel):
         if isinstance(module, QuantizedConv):
             module.scope = None
     return twin
+
+
+def waiting(model):
+    """The int8 model with blocks under the code of their classes, in which convolutions wait for each other."""
+    return by_code(convert(model.eval(), DATA, config=STATIC), ConvBlock)
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ F32, U8, NONE, RELU = torch.float32, torch.uint8, Activation.NONE, Activation.RE
 
 @MODES
 def test_a_block_of_transformers(runs, mode):
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     runs.clear()
     with mode():
         y = qmodel(X + 0)  # of the same mode
@@ -74,7 +80,7 @@ def test_a_block_of_transformers(runs, mode):
 @MODES
 def test_a_block_of_torchvision(runs, mode):
     """Its activation works in place, and is called twice."""
-    qmodel = convert(Basic(32).eval(), DATA, config=STATIC)
+    qmodel = waiting(Basic(32))
     runs.clear()
     with mode():
         y = qmodel(X + 0)
@@ -147,7 +153,7 @@ def test_activations(act, config, runs):
 
 
 def test_other_memory_formats_and_dtypes():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     y = qmodel(X)
     last = qmodel(X.contiguous(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
@@ -279,7 +285,7 @@ def watched(model):
 
 
 def test_hooks_see_what_the_float_model_has():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     y, twin = qmodel(X), unfused(qmodel)
     seen, expected = watched(qmodel), watched(twin)
     assert_identical(qmodel(X), y)
@@ -292,7 +298,7 @@ def test_hooks_see_what_the_float_model_has():
 
 
 def test_modes_gradients_and_simulation_see_no_pending():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     y, twin = qmodel(X), unfused(qmodel)
     with torch.inference_mode():
         assert_identical(qmodel(X), y)
@@ -308,12 +314,12 @@ def test_modes_gradients_and_simulation_see_no_pending():
 
 @pytest.mark.slow(seconds=15)
 def test_compiled_blocks():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     assert_identical(torch.compile(qmodel, backend="aot_eager")(X), qmodel(X))
 
 
 def test_copies_and_threads():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     y, found = qmodel(X), {}
     for other in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
         assert_identical(other(X), y)
@@ -332,14 +338,14 @@ def test_copies_and_threads():
 
 
 def test_few_values_do_not_wait(runs):
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     runs.clear()
     qmodel(X[:1, :, :4, :4])
     assert [run[1] for run in runs] == [NONE] * 4
 
 
 def test_a_layer_alone_gives_its_output():
-    qmodel = convert(Bottleneck(32, 64).eval(), DATA, config=STATIC)
+    qmodel = waiting(Bottleneck(32, 64))
     y = qmodel.layer[0].conv(X)
     assert type(y) is torch.Tensor
     assert not isinstance(y, PendingConv)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.compare import assert_identical
-from helpers.convolutional import Bottleneck, ConvNorm
+from helpers.convolutional import Bottleneck, ConvNorm, by_code
 from helpers.numbers import normal
 from torchq import QConfig, convert, simulate
+from torchq.modules.conv_block import ConvBlock
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.straight_forms import ConvRow
 
@@ -23,16 +24,7 @@ X = normal(2, 32, 20, 20, seed=9)
 
 
 def made(act=nn.ReLU, config=STATIC):
-    return convert(Bottleneck(32, 64, act=act).eval(), DATA, config=config)
-
-
-def by_code(qmodel):
-    """The same layers, under the code of their classes."""
-    twin = copy.deepcopy(qmodel)
-    for module in twin.modules():
-        if isinstance(module, ConvRow):
-            module.__class__ = module.original
-    return twin
+    return by_code(convert(Bottleneck(32, 64, act=act).eval(), DATA, config=config), ConvBlock)  # which calls no rows
 
 
 def rows_of(qmodel):

@@ -1,9 +1,12 @@
 """Small convolutional networks whose blocks call their parts by name, as those of transformers and torchvision do."""
 
+import copy
+
 import torch
 from torch import nn
 
 from helpers.numbers import normal
+from torchq.modules.straight_forms import Form
 
 IMAGES = [normal(4, 3, 20, 20, seed=i) for i in range(4)]
 IMAGE = normal(3, 3, 20, 20, seed=9)
@@ -80,3 +83,12 @@ class ResNet(nn.Module):
 def resnet(act=nn.ReLU) -> nn.Module:
     torch.manual_seed(0)
     return ResNet(act).eval()
+
+
+def by_code(qmodel: nn.Module, form: type[Form] = Form) -> nn.Module:
+    """The same int8 layers, with the modules that are such forms under the code of their classes."""
+    twin = copy.deepcopy(qmodel)
+    for module in twin.modules():
+        if isinstance(module, form):
+            module.__class__ = module.original
+    return twin

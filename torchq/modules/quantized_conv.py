@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from torchq import _C, kernels, ops
+from torchq import kernels, ops
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.channels_last import ChannelsLast
@@ -37,7 +37,7 @@ from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, cod
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
-from torchq.modules.writes import Private, Unwritten
+from torchq.modules.writes import Private, Unwritten, is_eager
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -188,11 +188,12 @@ class QuantizedConv(PackedWeights, Leaf):
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None
             if codes is not None:
                 sizes = x.output.shape[2:]
-                return self._int8_or_later(codes, x.dtype, self._last(x), sizes, activation, around=x.padding)
+                return self._int8_or_later(codes, x.dtype, self.gives_last(x), sizes, activation, around=x.padding)
         held = codes_of(x)
         if held is not None and held.qparams == self.input_qparams and self._takes_codes_now():
             self._check_shape(x)
-            return self._int8_or_later(held.codes, autocast_dtype() or x.dtype, self._last(x), x.shape[2:], activation)
+            dtype, last = autocast_dtype() or x.dtype, self.gives_last(x)
+            return self._int8_or_later(held.codes, dtype, last, x.shape[2:], activation)
         x = as_it_lies(x)
         if x.dtype not in _FLOATS:
             raise (
@@ -202,7 +203,7 @@ class QuantizedConv(PackedWeights, Leaf):
             )
         refuse_layout(x, type(self).__name__)
         self._check_shape(x)
-        dtype, last = autocast_dtype() or x.dtype, self._last(given)
+        dtype, last = autocast_dtype() or x.dtype, self.gives_last(given)
         x = padded(x, self)
         try:
             if simulation.anywhere and simulation.simulating.get():
@@ -218,12 +219,13 @@ class QuantizedConv(PackedWeights, Leaf):
                 raise
             raise known from None
 
-    def _last(self, x: Tensor) -> bool:
-        """Whether torch would give the output channels last. Its circular padding loses the format of x."""
-        if self.dimensions == 1:
-            return False
-        last = x.output.last if type(x) is PendingConv else is_channels_last(x)
-        return self._weight_last or (last and self.padding_mode != "circular")
+    def gives_last(self, x: Tensor) -> bool:
+        """Whether torch would give the output for x channels last."""
+        return self.gives_last_after(x.output.last if type(x) is PendingConv else is_channels_last(x))
+
+    def gives_last_after(self, last: bool) -> bool:
+        """The same for an input that has them so, or not. Circular padding loses its format."""
+        return self.dimensions > 1 and (self._weight_last or (last and self.padding_mode != "circular"))
 
     def _takes_codes_of(self, layer: "QuantizedConv") -> bool:
         return layer.fold.codes and self._takes_codes_now()
@@ -248,7 +250,7 @@ class QuantizedConv(PackedWeights, Leaf):
         if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
             fold, deferred = self.fold, self.scope.deferred()
             waits = fold.codes or fold.adds or fold.activation != Activation.NONE
-            if waits and deferred is not None and _is_eager(x):
+            if waits and deferred is not None and is_eager(x):
                 output = output_of(self.geometry, x.shape[0], sizes, last)
                 if math.prod(output.shape) >= MIN_VALUES:
                     if torch.is_inference_mode_enabled():
@@ -286,7 +288,7 @@ class QuantizedConv(PackedWeights, Leaf):
     ) -> Tensor:
         """The output as torch lays it out; or as it is computed, behind a tensor that torch's readers see so."""
         hands = None if is_dynamo_compiling() else self.hands
-        if hands is None or hands.deferred() is None or not _is_eager(x):
+        if hands is None or hands.deferred() is None or not is_eager(x):
             return self._int8(x, activation, dtype, last, residual, None, around)
         qparams = self.fold.sum_qparams
         if qparams is not None and residual is not None and activation == self.fold.activation:
@@ -399,14 +401,6 @@ class QuantizedConv3d(QuantizedConv):
 
 
 OF_DIMENSIONS: tuple[type[QuantizedConv], ...] = (QuantizedConv1d, QuantizedConv2d, QuantizedConv3d)
-
-
-def _is_eager(x: Tensor) -> bool:
-    """Whether x is a plain tensor in a plain call, in which operations can be watched, and writes be told."""
-    told = torch.is_inference_mode_enabled() or not x.is_inference()
-    holds = not x.is_neg() and not x._is_zerotensor()  # its memory what it means, which not all ways to the op ask
-    plain = type(x) is Tensor and told and holds and not writes.modes() and not torch._C._get_tracing_state()
-    return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
 
 
 @cache

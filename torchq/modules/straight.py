@@ -35,6 +35,26 @@ class Line(NamedTuple):
     last: str | None
 
 
+class Block(NamedTuple):
+    """What the code of a residual block computes: `last(one(x) + other(x))`.
+
+    Args:
+        forward: the function.
+        code: its code.
+        one: the children called one after the other on the argument, on the left of the sum.
+        other: those on its right; none where that is the argument.
+        in_place: whether the sum is written into the left side.
+        last: the child called on the sum.
+    """
+
+    forward: types.FunctionType
+    code: types.CodeType
+    one: tuple[str, ...]
+    other: tuple[str, ...]
+    in_place: bool
+    last: str
+
+
 def line_of(kind: type[nn.Module]) -> Line | None:
     """What modules of a class compute, if that is a straight line of children.
 
@@ -44,9 +64,46 @@ def line_of(kind: type[nn.Module]) -> Line | None:
     >>> line_of(Output)[2:], line_of(nn.TransformerEncoderLayer)
     ((0, ('dense',), 'norm'), None)
     """
+    y, forward = _computed(kind)
+    if y is None:
+        return None
+    code = forward.__code__
+    if isinstance(y.of_, int):
+        return Line(forward, code, y.of_, y.calls_, None) if y.calls_ and code.co_argcount == 2 else None
+    one, other = y.of_ if y.of_[0].calls_ else reversed(y.of_)
+    apart = one.calls_ and not other.calls_ and {one.of_, other.of_} == {0, 1}
+    if not apart or len(y.calls_) != 1 or y.in_place_:
+        return None
+    return Line(forward, code, cast(int, one.of_), one.calls_, y.calls_[0])
+
+
+def block_of(kind: type[nn.Module]) -> Block | None:
+    """What modules of a class compute, if that is a residual block.
+
+    >>> class Plain(nn.Module):
+    ...     def forward(self, x):
+    ...         y = self.second(self.first(x))
+    ...         y += self.shortcut(x)
+    ...         return self.act(y)
+    >>> block_of(Plain)[2:]
+    (('first', 'second'), ('shortcut',), True, 'act')
+    """
+    y, forward = _computed(kind)
+    if y is None or isinstance(y.of_, int) or len(y.calls_) != 1:
+        return None
+    one, other = y.of_
+    if one.of_ != 0 or other.of_ != 0:
+        return None
+    return Block(forward, forward.__code__, one.calls_, other.calls_, y.in_place_, y.calls_[0])
+
+
+def _computed(kind: type[nn.Module]) -> Any:
+    """The symbol that a call gives, and the function; None and None if it is no straight line."""
     known: Any = kind  # for mypy, a class of torch has no hash
     forward = forward_of(kind)
-    return _line_of(known, forward, forward.__code__) if isinstance(forward, types.FunctionType) else None
+    if not isinstance(forward, types.FunctionType):
+        return None, None
+    return _run_on_symbols(known, forward, forward.__code__), forward
 
 
 _USUAL = (
@@ -63,7 +120,7 @@ def _is_usual(kind: type[nn.Module]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _line_of(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> Line | None:
+def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> "_Value | None":
     if not _is_usual(kind) or not _is_harmless(forward):
         return None
     seen: list[str] = []
@@ -71,15 +128,7 @@ def _line_of(kind: type[nn.Module], forward: types.FunctionType, code: types.Cod
         y = forward(_Module(kind, seen), *(_Value(index) for index in range(code.co_argcount - 1)))
     except (_UnknownError, AttributeError, TypeError, UnboundLocalError):
         return None
-    if type(y) is not _Value or len(seen) != y.count():
-        return None
-    if isinstance(y.of_, int):
-        return Line(forward, code, y.of_, y.calls_, None) if y.calls_ and code.co_argcount == 2 else None
-    one, other = y.of_ if y.of_[0].calls_ else reversed(y.of_)
-    apart = one.calls_ and not other.calls_ and {one.of_, other.of_} == {0, 1}
-    if not apart or len(y.calls_) != 1:
-        return None
-    return Line(forward, code, cast(int, one.of_), one.calls_, y.calls_[0])
+    return y if type(y) is _Value and len(seen) == y.count() else None
 
 
 _STEPS = (
@@ -91,6 +140,7 @@ _STEPS = (
         "STORE_FAST",
         "BINARY_OP",
         "BINARY_ADD",
+        "INPLACE_ADD",
         "CALL",
         "PRECALL",
     ),
@@ -114,20 +164,26 @@ class _UnknownError(Exception):
 class _Value:
     """A symbol: an argument, by its index, or the sum of two; and the children called on it."""
 
-    def __init__(self, of: Any, calls: tuple[str, ...] = ()) -> None:
-        self.of_, self.calls_ = of, calls
+    def __init__(self, of: Any, calls: tuple[str, ...] = (), *, in_place: bool = False) -> None:
+        self.of_, self.calls_, self.in_place_ = of, calls, in_place  # a sum may be written into its left side
+        self.written_ = False
 
     def count(self) -> int:
         """How many calls it takes to compute it."""
         return len(self.calls_) + (0 if isinstance(self.of_, int) else sum(each.count() for each in self.of_))
 
     def __add__(self, other: Any) -> "_Value":
-        if type(other) is not _Value:
-            raise _UnknownError
-        return _Value((self, other))
+        return self._sum(other, in_place=False)
 
-    def __iadd__(self, other: Any) -> "_Value":  # it would write into a tensor
-        raise _UnknownError
+    def __iadd__(self, other: Any) -> "_Value":
+        y = self._sum(other, in_place=True)
+        self.written_ = True
+        return y
+
+    def _sum(self, other: Any, *, in_place: bool) -> "_Value":
+        if type(other) is not _Value or self.written_ or other.written_:
+            raise _UnknownError
+        return _Value((self, other), in_place=in_place)
 
 
 class _Module:
@@ -141,9 +197,9 @@ class _Module:
             raise _UnknownError
 
         def call(x: Any) -> _Value:
-            if type(x) is not _Value:
+            if type(x) is not _Value or x.written_:
                 raise _UnknownError
             self.seen_.append(name)
-            return _Value(x.of_, (*x.calls_, name))
+            return _Value(x.of_, (*x.calls_, name), in_place=x.in_place_)
 
         return call

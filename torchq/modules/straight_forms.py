@@ -20,7 +20,7 @@ from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.straight import Line, line_of
+from torchq.modules.straight import Block, Line, line_of
 from torchq.ops import Activation
 
 _CALL = nn.Module.__call__
@@ -32,6 +32,7 @@ class Form(nn.Module):
     form: type["Form"]
     original: type[nn.Module]  # the user's class
     line: Line  # its code
+    reads = staticmethod(line_of)  # what reads the code of such a class
 
     def _is_as_read(self) -> bool:
         """Whether nobody has replaced the code since it was read, or how the user's class is called."""
@@ -45,7 +46,7 @@ class Form(nn.Module):
 
 
 @functools.lru_cache(maxsize=1024)
-def form_of(form: Any, original: Any, line: Line) -> type[Any]:
+def form_of(form: Any, original: Any, line: Line | Block) -> type[Any]:
     """The class that instances of a straight line become."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
@@ -57,12 +58,13 @@ def _names(form: Any) -> frozenset[str]:
     return frozenset({*dir(form), *Form.__annotations__, *form.__annotations__}.difference(dir(nn.Module)))
 
 
-def _may_become(form: Any, module: nn.Module) -> bool:
+def may_become(form: Any, module: nn.Module) -> bool:
     """Whether it isn't a form yet, and has no child or attribute under a name that the form would hide."""
     return not isinstance(module, Form) and _names(form).isdisjoint(dir(module))
 
 
-def _become(form: Any, module: nn.Module, line: Line) -> None:
+def become(form: Any, module: nn.Module, line: Line | Block) -> None:
+    """Makes a module an instance of a form, with this as its code."""
     kind: Any = type(module)
     kind = form_of(form, kind, line)
     object.__setattr__(module, "__class__", kind)  # a __setattr__ of the user has no part in it
@@ -70,7 +72,7 @@ def _become(form: Any, module: nn.Module, line: Line) -> None:
 
 def _new(form: Any, original: Any) -> Any:
     """An instance without state: of the user's class itself, if it is no straight line where this is read."""
-    line = line_of(original)
+    line = form.reads(original)
     kind: Any = original if line is None else form_of(form, original, line)
     return kind.__new__(kind)
 
@@ -82,11 +84,11 @@ class Residual(Form):
     def adopt(module: nn.Module, norm: str) -> None:
         """Makes a module a Residual, if this is its code, with a child of this name as its norm and an int8 layer."""
         line = line_of(type(module))
-        if line is None or line.last != norm or not _may_become(Residual, module):
+        if line is None or line.last != norm or not may_become(Residual, module):
             return
         layer, *idle = (module._modules.get(name) for name in line.calls)
         if type(layer) is QuantizedLinear and all(type(each) in IDLE for each in idle):
-            _become(Residual, module, line)
+            become(Residual, module, line)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), as one product where that is all that happens."""
@@ -106,11 +108,11 @@ class Row(Form, InOrder):
     def adopt(module: nn.Module) -> None:
         """Makes a module a Row, if this is its code, and it has anything to fuse."""
         line = line_of(type(module))
-        if line is None or line.last is not None or isinstance(module, nn.Sequential) or not _may_become(Row, module):
+        if line is None or line.last is not None or isinstance(module, nn.Sequential) or not may_become(Row, module):
             return
         children = [module._modules.get(name) for name in line.calls]
         if None not in children and any(step.between or step.reader for step in steps_of(children)):
-            _become(Row, module, line)
+            become(Row, module, line)
             cast(Row, module)._learn(children)
 
     def _in_order(self) -> list[nn.Module | None]:
@@ -140,7 +142,7 @@ class ConvRow(Form):
     def adopt(module: nn.Module) -> None:
         """Makes a module a ConvRow, if this is its code, with an int8 convolution that waits for what follows."""
         line = line_of(type(module))
-        if line is None or line.last is not None or not _may_become(ConvRow, module):
+        if line is None or line.last is not None or not may_become(ConvRow, module):
             return
         conv, *behind = (module._modules.get(name) for name in line.calls)
         if not isinstance(conv, QuantizedConv) or not behind or None in behind:
@@ -150,7 +152,7 @@ class ConvRow(Form):
         follows = found.kind == conv.fold.activation != Activation.NONE and not conv.fold.adds and len(others) == 1
         if others and not follows:
             return
-        _become(ConvRow, module, line)
+        become(ConvRow, module, line)
         kinds = tuple(map(type, (conv, *behind)))
         module.__dict__["_known"] = (kinds, tuple(map(settings_of, cast(Any, behind))), found.kind)
 

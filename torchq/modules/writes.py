@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from torchq import _C
 from torchq.modules.made import MadeTensor
 from torchq.watching import Watch
 
@@ -117,6 +118,14 @@ def modes() -> int:
     """
     depth: int = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
     return max(0, depth - (_active.writes is not None))
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether x is a plain tensor in a plain call, in which operations can be watched, and writes be told."""
+    told = torch.is_inference_mode_enabled() or not x.is_inference()
+    holds = not x.is_neg() and not x._is_zerotensor()  # its memory what it means, which not all ways to the op ask
+    plain = type(x) is Tensor and told and holds and not modes() and not torch._C._get_tracing_state()
+    return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
 
 
 def unseen(op: Any, *args: Any) -> Any:

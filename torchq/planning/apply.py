@@ -11,6 +11,7 @@ from torchq.errors import BadTypeError, door
 from torchq.modules.attention import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
+from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.int8_sequential import InOrder, Int8Sequential
@@ -86,6 +87,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             ConvRow.adopt(module)
             if plan.int8_layers():
                 LayerNorm.adopt(module)
+        for module in list(model.modules()):  # when all rows within are what they become
+            ConvBlock.adopt(module)
         _adopt_residuals(model, plan)
         _open_scopes(model, plan)
         for module in list(model.modules()):  # training forms that stay float become plain modules again
