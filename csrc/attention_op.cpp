@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
+#include "attention_band.h"
 #include "run.h"
 #include "torch_checks.h"
 
@@ -16,7 +16,6 @@ using torchq::DType;
 using namespace torchq::attention;
 
 constexpr const char* op = "torchq::attention";
-constexpr int64_t kFar = int64_t{1} << 62;  // further than any key
 
 // Strides of dimensions of size 1 say nothing, and dimensions that the mask lacks or repeats have stride 0.
 View view_of(const Tensor& t, DType dtype) {
@@ -64,13 +63,12 @@ View mask_view(const Tensor& mask, const Problem& p) {
   return view;
 }
 
-Band band_of(bool is_causal, int64_t offset, std::optional<int64_t> window) {
+Band checked_band(bool is_causal, int64_t offset, std::optional<int64_t> window) {
   CHECK(!window || *window > 0, op, ": window must be positive: the keys that a row sees to each side, its own among ",
         "them. Got ", window.value_or(0), '.');
   CHECK(-kFar / 2 < offset && offset < kFar / 2, op,
         ": offset must be the position of the first row among the keys, got ", offset, '.');
-  const int64_t reach = window ? std::min(*window, kFar / 2) - 1 : kFar / 2;
-  return {offset - reach, is_causal ? offset : offset + reach};
+  return band_of(is_causal, offset, window ? std::min(*window, kFar / 2) - 1 : kFar / 2);
 }
 
 // In the order of q's dimensions in memory, as torch's own: where heads lie within a row of q, they do in y.
@@ -104,8 +102,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   p.rows = q.size(2), p.keys = k.size(2), p.depth = q.size(3), p.columns = v.size(3);
   p.q = view_of(q, *dtype), p.k = view_of(k, *dtype), p.v = view_of(v, *dtype);
   if (mask) p.mask = mask_view(*mask, p);
-  p.band = band_of(is_causal, offset, window);
-  p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.depth)));
+  p.band = checked_band(is_causal, offset, window);
+  p.scale = scale ? static_cast<float>(*scale) : default_scale(p.depth);
   p.y_dtype = *dtype;
   Tensor y = output_like(q, p.columns, p);
   if (y.numel() > 0) with_scratch(op, [&] { torchq::run(torchq::active_kernel(), p); });

@@ -8,7 +8,9 @@ namespace torchq {
 void add_direct_calls(pybind11::module_& module);
 // Adds call_layer_norm (direct_norm.cpp); after the above.
 void add_direct_norm(pybind11::module_& module);
-// Adds call_residual (direct_residual.cpp); after both.
+// Adds call_residual and call_sum (direct_residual.cpp); after both.
 void add_direct_residual(pybind11::module_& module);
+// Adds call_attention (direct_attention.cpp); after the first.
+void add_direct_attention(pybind11::module_& module);
 
 }  // namespace torchq

@@ -1,5 +1,6 @@
 // torchq._C.call_residual: the call of a module that is proven to be norm(layer(x) + residual), as one product whose
-// rows are added and normalized while they are in L2 (torchq/modules/residual.py). As call_linear in direct.cpp it
+// rows are added and normalized while they are in L2 (torchq/modules/straight_forms.py). call_sum is the same for a
+// layer and a norm that the caller names. As call_linear in direct.cpp it
 // answers NotImplemented wherever anything could stand between the call, or those of the children, and the arithmetic.
 
 #include <algorithm>
@@ -63,14 +64,8 @@ bool is_like(PyObject* object, const PlainInput& in, dlpack::Tensor* out) {
          std::equal(out->shape, out->shape + last, in.x.shape) && is_contiguous(*out);
 }
 
-// y. Null: this is not a plain call.
-py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* residual) {
-  const py::object linear = child(state, PyTuple_GET_ITEM(line.calls, 0)), norm = child(state, line.norm);
-  PyObject* linear_state = linear ? plain_state(linear.ptr(), line.layer_class) : nullptr;
-  PyObject* norm_state = norm ? plain_state(norm.ptr(), line.norm_class) : nullptr;
-  if (!linear_state || !norm_state) return {};
-  for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(line.calls); ++i)
-    if (!is_idle(child(state, PyTuple_GET_ITEM(line.calls, i)), line.idle_classes)) return {};
+// norm(layer(x) + residual). Null: this is not a plain call.
+py::object computed(PyObject* linear_state, PyObject* norm_state, PyObject* x, PyObject* residual) {
   Layer layer;
   PlainInput in;
   dlpack::Tensor added;
@@ -94,6 +89,24 @@ py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* re
   return y;
 }
 
+py::object computed(PyObject* state, const Line& line, PyObject* x, PyObject* residual) {
+  const py::object linear = child(state, PyTuple_GET_ITEM(line.calls, 0)), norm = child(state, line.norm);
+  PyObject* linear_state = linear ? plain_state(linear.ptr(), line.layer_class) : nullptr;
+  PyObject* norm_state = norm ? plain_state(norm.ptr(), line.norm_class) : nullptr;
+  if (!linear_state || !norm_state) return {};
+  for (Py_ssize_t i = 1; i < PyTuple_GET_SIZE(line.calls); ++i)
+    if (!is_idle(child(state, PyTuple_GET_ITEM(line.calls, i)), line.idle_classes)) return {};
+  return computed(linear_state, norm_state, x, residual);
+}
+
+PyObject* call_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    PyObject* linear_state = count == 6 ? plain_state(args[0], args[1]) : nullptr;
+    PyObject* norm_state = linear_state ? plain_state(args[2], args[3]) : nullptr;
+    return or_not_implemented(norm_state ? computed(linear_state, norm_state, args[4], args[5]) : py::object());
+  });
+}
+
 PyObject* call_residual(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     if (count != 8) Py_RETURN_NOTIMPLEMENTED;
@@ -108,6 +121,8 @@ PyMethodDef methods[] = {
      "call_residual(module, cls, forward, calls, norm, (layer_class, norm_class, idle_classes), x, residual): "
      "norm(idle(layer(x)) + residual), where forward is still the class's and the children are what they are said to "
      "be; or NotImplemented."},
+    {"call_sum", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_sum)), METH_FASTCALL,
+     "call_sum(layer, layer_class, norm, norm_class, x, residual): norm(layer(x) + residual), or NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -246,6 +246,14 @@ ACTIVATIONS = {
 }
 
 
+def computed_activations(monkeypatch):
+    """Lists those that layers compute from now on: with a product in one call, or with one that waited."""
+    computed, end, fused = [], _C.end_linear, _C.call_fused
+    monkeypatch.setattr(_C, "end_linear", lambda begun, kind: (computed.append(kind), end(begun, kind))[1])
+    monkeypatch.setattr(_C, "call_fused", lambda *args: (computed.append(args[4]), fused(*args))[1])
+    return computed
+
+
 @pytest.mark.parametrize(("activation", "kind"), ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize(("decoder", "data"), [(False, None), (True, None), (False, [X] * 4)])
 def test_the_activation_is_computed_by_the_layer_before_it(activation, kind, decoder, data, monkeypatch):
@@ -261,8 +269,7 @@ def test_the_activation_is_computed_by_the_layer_before_it(activation, kind, dec
     name = "layer.activation" if kind else None
     assert qmodel.torchq_plan.layers["layer.linear1"].activation == name
     assert qmodel["layer"].linear1.fold.activation == kind
-    computed, end = [], _C.end_linear
-    monkeypatch.setattr(_C, "end_linear", lambda begun, kind: (computed.append(kind), end(begun, kind))[1])
+    computed = computed_activations(monkeypatch)
     y = call["forward"](qmodel, X)
     assert computed == [kind] * (kind != Activation.NONE)
     torch.testing.assert_close(y, call["forward"](apart, X), rtol=1e-3, atol=2e-2)  # a code of linear2's input
@@ -273,8 +280,7 @@ def test_the_activation_is_computed_by_the_layer_before_it(activation, kind, dec
 
 def test_without_padding_it_is_computed_so_too(monkeypatch, skipped):
     monkeypatch.setattr(pending, "MIN_VALUES", 1)
-    qmodel, computed, end = convert(encoder()), [], _C.end_linear
-    monkeypatch.setattr(_C, "end_linear", lambda begun, kind: (computed.append(kind), end(begun, kind))[1])
+    qmodel, computed = convert(encoder()), computed_activations(monkeypatch)
     y = qmodel(X, src_key_padding_mask=PADDING)
     assert computed == [Activation.RELU] * 2
     assert torch.equal(y, convert(encoder(), config=QConfig(fuse=False))(X, src_key_padding_mask=PADDING))

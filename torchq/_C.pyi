@@ -40,6 +40,26 @@ def call_residual(
     residual: Tensor,
     /,
 ) -> Tensor: ...
+def call_sum(
+    layer: nn.Module,
+    layer_class: type[nn.Module],
+    norm: nn.Module,
+    norm_class: type[nn.Module],
+    x: Tensor,
+    residual: Tensor,
+    /,
+) -> Tensor: ...
+def call_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    is_causal: bool,
+    scale: float | None,
+    scheme: int,
+    /,
+) -> Tensor: ...
 def call_fused(
     module: nn.Module,
     cls: type[nn.Module],

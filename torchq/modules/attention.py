@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from torchq import kernels, ops
+from torchq import _C, kernels, ops
 from torchq.modules.base import Int8Module
 from torchq.modules.plain_code import forward_of
 from torchq.numerics.metrics import decibels, energies
@@ -176,6 +176,26 @@ def attend(module: nn.Module, scheme: str, arguments: dict[str, Any]) -> Tensor:
     return y
 
 
+def attend_directly(
+    scheme: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int = 0,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Any:
+    """The same in a plain eager call, past the dispatcher; NotImplemented where it takes more than that.
+
+    Of q, k and v (B, H, L, D) it is (B, L, H, D), and of (B, L, H · D), with `heads` of them, the same.
+    """
+    if is_dynamo_compiling() or _measured_anywhere:
+        return NotImplemented
+    return _C.call_attention(q, k, v, mask, heads, is_causal, scale, ops.SCHEME_NUMBERS[scheme])
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -202,13 +222,15 @@ def attention_forward(
     causal = bool(is_causal) and attention_mask is None and rows > 1
     if causal and keys > rows:  # an empty cache of fixed length: what is not filled yet lies behind
         key, value = key[:, :, :rows], value[:, :, :rows]
+    more = {"mask": attention_mask, "is_causal": causal, "scale": scaling}
+    direct = attend_directly(state.scheme, query, key, value, **more)
+    if direct is not NotImplemented:
+        return direct, None
     arguments: dict[str, Any] = {
         "q": query,
         "k": key,
         "v": value,
-        "mask": attention_mask,
-        "is_causal": causal,
-        "scale": scaling,
+        **more,
     }
     y = attend(module, state.scheme, arguments)
     return y.transpose(1, 2).contiguous(), None

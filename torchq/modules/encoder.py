@@ -8,6 +8,7 @@ This happens where the float encoder skips padding, with the same results. All o
 """
 
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchq.modules import gradients
 from torchq.modules.base import Int8Module
+from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_sequences
 from torchq.modules.pending import Scope
 from torchq.modules.tracing import Leaf
@@ -92,11 +94,15 @@ def _run(layer: nn.TransformerEncoderLayer, rows: Tensor, lengths: list[int]) ->
         rows = rows + of_sequences(layer.self_attn, layer.norm1(rows), lengths)
         return rows + _feed_forward(layer, layer.norm2(rows))
     rows = layer.norm1(rows + of_sequences(layer.self_attn, rows, lengths))
+    if isinstance(layer, Int8TransformerEncoderLayer):
+        return layer.summed("norm2", layer.linear2, layer.hidden(rows), rows)
     return layer.norm2(rows + _feed_forward(layer, rows))  # type: ignore[no-any-return]
 
 
 def _feed_forward(layer: nn.TransformerEncoderLayer, rows: Tensor) -> Tensor:
     """In the scope that the layer's own call would open: `linear1` may wait for its activation there."""
+    if isinstance(layer, Int8TransformerEncoderLayer):
+        return cast(Tensor, layer.linear2(layer.hidden(rows)))
     scope = getattr(layer.linear1, "scope", None)
     with nullcontext() if scope is None else scope.entered(layer):
         return layer._ff_block(rows)
@@ -104,9 +110,9 @@ def _feed_forward(layer: nn.TransformerEncoderLayer, rows: Tensor) -> Tensor:
 
 def _is_torchs(layer: nn.Module) -> bool:
     """Whether this is torch's own layer, int8 or not, whose attention sees its keys alone."""
-    if type(layer) is not nn.TransformerEncoderLayer:
+    if type(layer) not in (nn.TransformerEncoderLayer, Int8TransformerEncoderLayer):
         return False
-    attention = layer.self_attn
+    attention: Any = layer.self_attn
     known = type(attention) in (QuantizedMultiheadAttention, nn.MultiheadAttention)
     return known and attention.bias_k is None and not attention.add_zero_attn
 

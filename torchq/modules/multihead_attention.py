@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import dropout, linear, pad, scaled_dot_product_attention
 
 from torchq.modules import gradients
-from torchq.modules.attention import SDPA, OwnAttention, attend
+from torchq.modules.attention import SDPA, OwnAttention, attend, attend_directly
 from torchq.modules.attention_weights import AttentionWeights, Form, weights_of
 from torchq.modules.base import Int8Module, Matrix, float_size
 from torchq.modules.float_view import FloatView, read_only
@@ -220,6 +220,10 @@ def attended(
         is_causal: says that `attn_mask` is the causal mask.
         weights: in which form they are needed; None if not.
     """
+    if attn_mask is None and key_padding_mask is None and weights is None and not is_causal:
+        direct = _attended_directly(attention, q, k, v)
+        if direct is not NotImplemented:
+            return direct, None
     q, k, v = (_per_head(attention, x) for x in (q, k, v))
     batch, heads, rows, _ = q.shape
     if is_causal and attn_mask is None:
@@ -246,6 +250,15 @@ def attended(
         if weights is not None:
             returned = AttentionWeights(q, k, None if mask is None else mask.clone(), weights)
     return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), returned
+
+
+def _attended_directly(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The same without masks, in a plain eager call of int8 attention; NotImplemented for any other."""
+    scheme = scheme_of(attention)
+    extra = attention.bias_k is not None or attention.add_zero_attn
+    if scheme == SDPA or extra or not attention.batch_first or (attention.training and attention.dropout > 0):
+        return NotImplemented
+    return attend_directly(scheme, q, k, v, heads=attention.num_heads)
 
 
 def of_sequences(attention: nn.MultiheadAttention, x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -44,7 +44,7 @@ MAX_DEPTH = _C.MAX_DEPTH
 ATTENTION_SCHEMES = ("float32", "bfloat16", "int8_bfloat16", "int8")
 """The schemes of `attention`, by the number that the op takes."""
 
-_SCHEME_NUMBERS = {name: number for number, name in enumerate(ATTENTION_SCHEMES)}
+SCHEME_NUMBERS = {name: number for number, name in enumerate(ATTENTION_SCHEMES)}
 _attention = torch.ops.torchq.attention.default  # the packet's search for an overload costs time
 
 PANEL_COLUMNS, _PANEL_META, _HEADER, _LINE = 16, 192, 64, 64
@@ -306,7 +306,7 @@ def attention(
     >>> attention(q, k, torch.tensor([[[[1.0], [3.0], [5.0]]]]), torch.tensor([True, True, False]))
     tensor([[[[2.]]]])
     """
-    number = _SCHEME_NUMBERS.get(scheme)
+    number = SCHEME_NUMBERS.get(scheme)
     if number is None:
         raise ValueError(f"torchq.ops.attention: scheme must be one of {ATTENTION_SCHEMES}, got {scheme!r}.")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):

@@ -43,7 +43,7 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for name, readers in evidence.handovers.items():
         if all(plans[each].is_int8 for each in (name, *readers)) and not plans[name].feeds:
             plans[name] = dataclasses.replace(plans[name], hands=readers)
-    for name, norm in _sum_norms(evidence).items():
+    for name, norm in (_sum_norms(evidence) | _encoder_norms(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not plans[name].feeds:
             plans[name] = dataclasses.replace(plans[name], sum_norm=norm)
     return dataclasses.replace(plan, layers=plans)
@@ -72,6 +72,17 @@ def _sum_norms(evidence: Evidence) -> dict[str, str]:
         idle = all(type(module._modules.get(name)) in IDLE for name in line.calls[1:])
         if idle and layer is not None and not (layer.kind.absorbs or layer.part):
             found[name] = norm
+    return found
+
+
+def _encoder_norms(model: nn.Module) -> dict[str, str]:
+    """The same in torch's encoder layers that have their norms behind the sums."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.TransformerEncoderLayer and not module.norm_first:
+            pairs = {"self_attn.out_proj": "norm1", "linear2": "norm2"}
+            named = {layer: norm for layer, norm in pairs.items() if LayerNorm.can_be(module._modules.get(norm))}
+            found |= {f"{path}.{a}" if path else a: f"{path}.{b}" if path else b for a, b in named.items()}
     return found
 
 
