@@ -88,6 +88,12 @@ void set_weights(Problem& p, const Tensor& packed) {
           op, ": packed holds no packed weights of ", n, " x ", k, " (output channels of a group, taps x its input ",
           "channels). Make it with torchq.ops.convolution.pack().");
   }
+  if (!p.is_depthwise || packed.numel() == plain) return;
+  const int64_t at = torchq::conv::depthwise_scale_at(g), scale_bytes = g.in_channels * sizeof(float);
+  CHECK(packed.numel() == at + scale_bytes, op, ": packed weights of ", n, " x ", k, " channels x taps have ", plain,
+        " bytes, or ", at + scale_bytes, " with a channel_scale, got ", packed.numel(),
+        ". Make them with torchq.ops.convolution.pack().");
+  p.depthwise_scale = reinterpret_cast<const float*>(p.weights + at);
 }
 
 // The strides of samples that lie one after the other, each (channels, size...) or (size..., channels).
@@ -183,7 +189,7 @@ Tensor convolution(const Tensor& x, const Tensor& packed, const std::vector<int6
   p.activation = activation_of(op, activation);
   set_qparams(p, qparams, codes_out);
   set_weights(p, packed);
-  CHECK(!codes_in || !p.weights_of(0).has_channel_scale, op,
+  CHECK(!codes_in || !p.has_channel_scale(), op,
         ": the weight was packed with a channel_scale, which multiplies floats before they are quantized, but x holds ",
         "codes (uint8). Pass floats, or pack the weight without channel_scale.");
 

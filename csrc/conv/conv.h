@@ -70,11 +70,13 @@ struct Problem {
   Input x;
   // Packed weights (group_outputs, depth) of each group; the depth is (taps, group_inputs). Of a channel scale only the
   // first group_inputs numbers count.
-  // Or, if is_depthwise, those of all channels as a matrix (channels, taps), without a channel scale: then channels do
-  // not mix, each has a group of its own and one output, and the kernel's depthwise() computes it, not a GEMM.
+  // Or, if is_depthwise, those of all channels as a matrix (channels, taps), which has no channel scale of its own:
+  // then channels do not mix, each has a group of its own and one output, and the kernel's depthwise() computes it, not
+  // a GEMM.
   const uint8_t* weights;
   int64_t weights_stride;  // bytes between groups
   bool is_depthwise;
+  const float* depthwise_scale = nullptr;  // [in_channels] or null: the channel scale of a depthwise convolution
   Output y;
   Residual residual;   // of y's shape, whatever its dtype; its stride does not count
   bool residual_last;  // whether its channels are last. They are wherever those of y are
@@ -82,6 +84,9 @@ struct Problem {
 
   const PackedHeader& weights_of(int64_t group) const {
     return *reinterpret_cast<const PackedHeader*>(weights + group * weights_stride);
+  }
+  bool has_channel_scale() const {
+    return is_depthwise ? depthwise_scale != nullptr : weights_of(0).has_channel_scale != 0;
   }
 };
 

@@ -216,7 +216,8 @@ void pad(const Places& places, int32_t zero_point) {
 
 const float* channel_scale_of(const Problem& problem, float* room) {
   const Geometry& g = problem.geometry;
-  if (!problem.weights_of(0).has_channel_scale) return nullptr;
+  if (!problem.has_channel_scale()) return nullptr;
+  if (problem.is_depthwise) return problem.depthwise_scale;
   for (int64_t group = 0; group < g.groups; ++group)
     std::copy_n(torchq::channel_scale_of(problem.weights_of(group)), g.group_inputs(), room + group * g.group_inputs());
   return room;

@@ -15,7 +15,7 @@ struct Band {
 // The image of a band: x itself, or the scratch, filled.
 const uint8_t* load_image(const Job& job, const Band& band, const QParams& qparams, const Scratch& s);
 
-// The channel scales of all groups, or null if the weights have none. room: [in_channels].
+// The channel scales of all groups, or null if there are none. room: [in_channels].
 const float* channel_scale_of(const Problem& problem, float* room);
 
 }  // namespace conv

@@ -203,7 +203,7 @@ class Record:
 
     def _extremes_of(self, rows: Tensor) -> Tensor:
         values = self.values(rows)
-        return _extremes(values if self.patches is None else values.reshape(-1, self.patches.channels))
+        return _extremes(values if self.patches is None else self.patches.by_channel(values))
 
     def values(self, rows: Tensor) -> Tensor:
         """What the weight multiplies of rows of the sample, (R, K)."""

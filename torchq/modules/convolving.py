@@ -195,6 +195,12 @@ def along(channel_scale: Tensor, dimensions: int) -> Tensor:
     return channel_scale.reshape(-1, *[1] * dimensions)
 
 
+def along_weight(channel_scale: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """The same for a weight (out, in / groups, *kernel): with groups, each has one channel and one output."""
+    scale = along(channel_scale, weight.dim() - 2)
+    return scale.unsqueeze(1) if groups > 1 else scale
+
+
 def rounded_by(x: Tensor, pair: QParams | None, *, by_rows: bool) -> Tensor:
     """What int8 has of x: by this pair, or by one for each sample (N, C, *spatial), or for each row (..., K)."""
     if pair is not None:

@@ -90,9 +90,29 @@ class Patches(NamedTuple):
         """The values of the patches, (R, depth)."""
         return rows[:, : self.depth]
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel of the input is a group of its own."""
+        return self.geometry.groups == self.channels > 1
+
     def tiled_scale(self, channel_scale: Tensor | None) -> Tensor | None:
-        """A scale for each channel (C,) as one for each value of a patch (depth,). Only without groups."""
-        return None if channel_scale is None else channel_scale.repeat(math.prod(self.geometry.kernel))
+        """A scale for each channel (C,) as one for each value of a patch (depth,). Without groups, or depthwise."""
+        taps = math.prod(self.geometry.kernel)
+        if channel_scale is None:
+            return None
+        return channel_scale.repeat_interleave(taps) if self.is_depthwise else channel_scale.repeat(taps)
+
+    def weight_scale(self, channel_scale: Tensor | None) -> Tensor | None:
+        """By what the weight (N, K) is divided: (K,), or for a depthwise one (N, 1)."""
+        if channel_scale is None or not self.is_depthwise:
+            return self.tiled_scale(channel_scale)
+        return channel_scale.unsqueeze(1)
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """The values (R, depth) of patches as rows of one for each channel of the input, (R · taps, C)."""
+        if not self.is_depthwise:
+            return values.reshape(-1, self.channels)
+        return values.reshape(len(values), self.channels, -1).transpose(1, 2).reshape(-1, self.channels)
 
     def sample_qparams(self, rows: Tensor, channel_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the sample that each row comes from, (R,) each; of tiles, those of each itself."""

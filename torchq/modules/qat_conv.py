@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from torchq.modules.convolving import as_rows, convolved, geometry_of, padded, tiles
+from torchq.modules.convolving import along, along_weight, as_rows, convolved, geometry_of, padded, tiles
 from torchq.modules.convolving import is_tiled as has_tiles
 from torchq.modules.qat_linear import QATLayer
 from torchq.modules.ranges import PerToken, fake_quantize_weight
@@ -12,8 +12,8 @@ from torchq.modules.ranges import PerToken, fake_quantize_weight
 class QATConv(QATLayer):
     """`y = conv(x̂, ŵ) + b` in float32: the same as the converted layer in `torchq.simulate()`.
 
-    With a channel_scale c (C,), x̂ is made of x · c and ŵ of w / c. A batch norm behind it stays a module of its own,
-    which trains as ever, and becomes a part of the int8 layer in `convert`.
+    With a channel_scale c (C,), x̂ is made of x · c and ŵ of w / c; with groups, each has one channel then. A batch norm
+    behind it stays a module of its own, which trains as ever, and becomes a part of the int8 layer in `convert`.
     """
 
     @property
@@ -43,8 +43,8 @@ class QATConv(QATLayer):
     def _convolved(self, x: Tensor) -> Tensor:
         geometry, weight = geometry_of(self), self.weight.float()
         if self.channel_scale is not None:
-            scale = self.channel_scale.float().reshape(-1, *[1] * len(geometry.kernel))
-            x, weight = x * scale, weight / scale
+            scale = self.channel_scale.float()
+            x, weight = x * along(scale, len(geometry.kernel)), weight / along_weight(scale, weight, geometry.groups)
         weight = fake_quantize_weight(weight.flatten(1), per_channel=self.per_channel).reshape(weight.shape)
         bias = None if self.bias is None else self.bias.float()
         if not isinstance(self.input_range, PerToken):

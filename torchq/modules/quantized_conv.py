@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from torchq import kernels, ops
+from torchq import kernels
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.coded_sum import CodedSum, Codes
 from torchq.modules.convolving import (
     along,
+    along_weight,
     as_rows,
     convolved,
     geometry_of,
@@ -44,7 +45,7 @@ from torchq.numerics.qparams import (
     float32_qparams,
 )
 from torchq.ops import Activation, activate, linear_dynamic
-from torchq.ops.convolution import Geometry, pack, unpack
+from torchq.ops.convolution import Geometry, pack, packed_bytes, unpack
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _convolution = torch.ops.torchq.convolution.default
@@ -66,7 +67,7 @@ class QuantizedConv(PackedWeights, Leaf):
         input_qparams: static scale and zero point of the input. None is dynamic.
         fold: what may be computed together with this layer.
         dtype: of `weight` and `bias`, as other code reads them.
-        channel_scale: float32 (in_channels,), positive; only without groups.
+        channel_scale: float32 (in_channels,), positive; without groups, or with one for each channel.
         includes: the name of the norm behind it whose part is in the weight and the bias, or None.
     """
 
@@ -144,14 +145,14 @@ class QuantizedConv(PackedWeights, Leaf):
         return weight, scale, bias, scale[:0] if channel_scale is None else channel_scale
 
     def _scales_channels(self, packed: Tensor) -> bool:
-        if self.groups > 1:  # the packed form may have a place for one, but no plan gives one
+        if self.groups > 1 and packed.dim() > 1:  # that form may have a place for one, but no plan gives one
             return False
-        return packed.numel() >= _bytes_with_scale(self.out_channels, self.in_features)
+        return packed.numel() >= _bytes_with_scale(self._weight_shape, self.groups)
 
     def _float_weight(self, packed: Tensor) -> Tensor:
         weight, scale, _, channel_scale = self._unpacked(packed)
         values = dequantize(weight, scale, axis=0)
-        return values * along(channel_scale, self.dimensions) if channel_scale.numel() else values
+        return values * along_weight(channel_scale, values, self.groups) if channel_scale.numel() else values
 
     def _weight_view(self, packed: Tensor) -> FloatView:
         like = torch.empty(self._weight_shape, dtype=self.dtype, device="meta")
@@ -404,8 +405,8 @@ OF_DIMENSIONS: tuple[type[QuantizedConv], ...] = (QuantizedConv1d, QuantizedConv
 
 
 @cache
-def _bytes_with_scale(n: int, k: int) -> int:
-    return ops.packed_bytes(n, k, channel_scale=True)
+def _bytes_with_scale(shape: tuple[int, ...], groups: int) -> int:
+    return packed_bytes(shape, groups, channel_scale=True)
 
 
 def _has_no_hooks(module: nn.Module) -> bool:

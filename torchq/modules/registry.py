@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq import ops
 from torchq.modules.attention_types import MultiheadAttentionType, QATMultiheadAttentionType
 from torchq.modules.base import Matrix, ModuleType, Trained
 from torchq.modules.bilinear import BilinearType, QATBilinearType
@@ -20,7 +19,7 @@ from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.recurrent_types import CellType, QATCellType, QATRecurrentType, RecurrentType
 from torchq.numerics.qparams import quantize_weight
-from torchq.ops.convolution import packs_as_one
+from torchq.ops.convolution import packed_bytes, packs_as_one
 
 TYPES: list[ModuleType] = [
     *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
@@ -93,20 +92,25 @@ class Layer:
     @property
     def takes_scale(self) -> bool:
         """Whether the channels of its input may have a scale each."""
-        return self.patches is None or self.patches.geometry.groups == 1
+        return self.patches is None or self.patches.geometry.groups == 1 or self.is_depthwise
 
     @property
-    def packed_bytes(self) -> int:
-        """The bytes that its int8 weight takes."""
-        shape, groups = self.kind.weight(self.module, self.part).shape, 1
-        if self.patches is not None and not packs_as_one(shape, self.patches.geometry.groups):
-            groups = self.patches.geometry.groups
-        return groups * ops.packed_bytes(self.out_features // groups, self.in_features)
+    def is_depthwise(self) -> bool:
+        """Whether each channel of its input has outputs of its own: it is a convolution with one group for each."""
+        shape = self.kind.weight(self.module, self.part).shape
+        return (
+            self.patches is not None and self.patches.is_depthwise and packs_as_one(shape, self.patches.geometry.groups)
+        )
+
+    def packed_bytes(self, *, channel_scale: bool = False) -> int:
+        """The bytes that its int8 weight takes, with a channel_scale or without."""
+        groups = 1 if self.patches is None else self.patches.geometry.groups
+        return packed_bytes(self.kind.weight(self.module, self.part).shape, groups, channel_scale=channel_scale)
 
     @property
     def channel_rows(self) -> Tensor:
         """The weight as rows of one number for each channel of the input."""
-        return self.weight.reshape(-1, self.channels)
+        return self.weight.t() if self.is_depthwise else self.weight.reshape(-1, self.channels)
 
     def quantized(
         self, *, per_channel: bool = True, channel_scale: Tensor | None = None, **settings: Any
@@ -115,9 +119,9 @@ class Layer:
         if self.patches is None and not self.kind.absorbs:
             settings |= {"per_channel": per_channel, "channel_scale": channel_scale}
             return QuantizedLinear.from_float(self.matrix, **settings)
-        tiled = channel_scale if self.patches is None else self.patches.tiled_scale(channel_scale)
+        by = channel_scale if self.patches is None else self.patches.weight_scale(channel_scale)
         weight, bias = self.matrix
-        codes, scale = quantize_weight(weight.detach(), per_channel=per_channel, channel_scale=tiled)
+        codes, scale = quantize_weight(weight.detach(), per_channel=per_channel, channel_scale=by)
         bias = None if bias is None else bias.detach().float()
         return self.with_codes(codes, scale, bias, dtype=self.dtype, channel_scale=channel_scale, **settings)
 

@@ -218,7 +218,7 @@ def quantize_weight(weight: Tensor, *, per_channel: bool, channel_scale: Tensor 
     Args:
         weight: float (N, K).
         per_channel: True for one scale per row (output channel), False for one for all.
-        channel_scale: float32 (K,), positive: w is the weight divided by it. None for the weight itself.
+        channel_scale: float32 (K,) or (N, 1), positive: w is the weight divided by it. None for the weight itself.
 
     Returns:
         int8 (N, K) and float32 (N,).
@@ -254,7 +254,7 @@ def weight_scale(weight: Tensor, *, per_channel: bool, channel_scale: Tensor | N
 
 
 def weight_blocks(weight: Tensor, channel_scale: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The weight (N, K), or its quotient by `channel_scale` (K,), some rows at a time.
+    """The weight (N, K), or its quotient by `channel_scale` (K,) or (N, 1), some rows at a time.
 
     The quotient of a whole large layer would be a second copy of it.
 
@@ -262,7 +262,10 @@ def weight_blocks(weight: Tensor, channel_scale: Tensor | None = None) -> Iterat
     [(slice(0, 2, None), torch.Size([2, 131072])), (slice(2, 3, None), torch.Size([1, 131072]))]
     """
     for rows in weight_rows(weight):
-        yield rows, weight[rows] if channel_scale is None else weight[rows].float() / channel_scale
+        if channel_scale is None:
+            yield rows, weight[rows]
+        else:
+            yield rows, weight[rows].float() / (channel_scale if channel_scale.dim() == 1 else channel_scale[rows])
 
 
 def weight_rows(weight: Tensor, *, per_channel: bool = True) -> list[slice]:

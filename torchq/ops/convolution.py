@@ -80,8 +80,7 @@ def pack(
 ) -> Tensor:
     """Arranges an int8 weight for `convolve`: a uint8 vector, or for several groups a matrix with a row for each.
 
-    Where each channel is a group with one output (depthwise), it is a vector, too, unless there is a channel_scale:
-    that takes a product for each group, which is much slower.
+    Where each channel is a group with one output (depthwise), it is a vector, too, and a channel_scale lies behind it.
 
     Args:
         weight: int8 (out, in / groups, *kernel).
@@ -98,8 +97,12 @@ def pack(
     (1, 2)
     """
     taps = weight[0, 0].numel() if weight.numel() else 1
-    if channel_scale is None and groups > 1 and packs_as_one(weight.shape, groups):
-        return ops.pack(weight.flatten(1), scale, bias)
+    if groups > 1 and packs_as_one(weight.shape, groups):
+        whole = ops.pack(weight.flatten(1), scale, bias)
+        if channel_scale is None:
+            return whole
+        ops.pack(weight.new_empty(0, groups), scale[:0], None, channel_scale)  # which checks it
+        return torch.cat([_in_lines(whole), channel_scale.contiguous().view(torch.uint8)])
     matrix = weight.movedim(1, -1).flatten(1)
     scales = [None] * groups if channel_scale is None else [part.repeat(taps) for part in channel_scale.chunk(groups)]
     biases = [None] * groups if bias is None else bias.chunk(groups)
@@ -107,7 +110,32 @@ def pack(
     packed = [ops.pack(*part) for part in parts]
     if groups == 1:
         return packed[0]
-    return torch.stack([torch.nn.functional.pad(part, (0, -part.numel() % _LINE)) for part in packed])
+    return torch.stack([_in_lines(part) for part in packed])
+
+
+def packed_bytes(shape: Sequence[int], groups: int, *, channel_scale: bool = False) -> int:
+    """How many bytes `pack` makes of a weight (out, in / groups, *kernel).
+
+    >>> weight, scale = torch.ones(4, 1, 3, dtype=torch.int8), torch.ones(4)
+    >>> [packed_bytes(weight.shape, 4, channel_scale=each is not None) == pack(weight, scale, None, each, 4).numel()
+    ...  for each in (None, scale)]
+    [True, True]
+    """
+    n, k = shape[0], math.prod(shape[1:])
+    if groups == 1:
+        return ops.packed_bytes(n, k, channel_scale)
+    if packs_as_one(shape, groups):
+        plain = ops.packed_bytes(n, k)
+        return _whole(plain) + 4 * n if channel_scale else plain
+    return groups * _whole(ops.packed_bytes(n // groups, k, channel_scale))
+
+
+def _in_lines(packed: Tensor) -> Tensor:
+    return torch.nn.functional.pad(packed, (0, -packed.numel() % _LINE))
+
+
+def _whole(count: int) -> int:
+    return -(-count // _LINE) * _LINE
 
 
 def packs_as_one(shape: Sequence[int], groups: int) -> bool:
@@ -132,6 +160,12 @@ def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, 
     inputs = geometry.in_channels // geometry.groups
     rows = [packed] if groups == 1 else list(packed)
     n, k = geometry.out_channels // groups, geometry.depth
+    if groups < geometry.groups:  # depthwise
+        size = ops.packed_bytes(n, k)
+        weight, weight_scale, bias, _ = torch.ops.torchq.unpack(packed[:size].clone(), k)
+        rest = packed[_whole(size) :].clone().view(torch.float32)
+        weight = weight.view(n, 1, *geometry.kernel)
+        return weight, weight_scale, bias, rest if packed.numel() > size else None
     sizes = [ops.packed_bytes(n, k, channel_scale) for channel_scale in (False, True)]
     size = next(size for size in reversed(sizes) if size <= rows[0].numel())
     unpacked = (torch.ops.torchq.unpack(row[:size].clone(), k) for row in rows)

@@ -126,7 +126,9 @@ def _check_channel_scale(plan: Plan, name: str, planned: LayerPlan, layer: Layer
     if planned.channel_scale is None:
         return
     count, expected = len(planned.channel_scale), layer.channels
-    _require(layer.takes_scale, name, "has a channel_scale, which a convolution with groups can't have")
+    _require(
+        layer.takes_scale, name, "has a channel_scale, which a convolution with groups of several channels can't have"
+    )
     _require(count == expected, name, f"has a channel_scale of {count} numbers, expected {expected}")
     positive = all(FLT_MIN <= scale <= FLT_MAX for scale in planned.channel_scale)
     _require(positive, name, "has a channel_scale with a number that is not a positive normal float32")

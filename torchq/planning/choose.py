@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchq import ops
 from torchq.calibration.calibrate import Evidence
-from torchq.calibration.record import MIN_STATIC_ROWS, Trial
+from torchq.calibration.record import MIN_STATIC_ROWS, Record, Trial
 from torchq.config import QConfig
 from torchq.errors import BadValueError
 from torchq.modules.base import Matrix, Trained
@@ -90,7 +90,7 @@ class Yardstick:
     ) -> Iterator[tuple[str, Tensor]]:
         """What this part of the matrix gives in int8: by a range per row, and by each static range."""
         rows, patches = self._rows, self._patches
-        scale = channel_scale if patches is None else patches.tiled_scale(channel_scale)
+        scale = channel_scale if patches is None else patches.weight_scale(channel_scale)
         codes, scales = quantize_weight(part.weight, per_channel=self._per_channel, channel_scale=scale)
         if patches is None:
             packed = ops.pack(codes, scales, None if part.bias is None else part.bias.float(), channel_scale)
@@ -155,7 +155,12 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
-    return plan_by(layer, record.whole, config, few=record.is_too_few)
+    return plan_by(layer, record.whole, config, no_static=too_few(record))
+
+
+def too_few(record: Record) -> str | None:
+    """Why no static range is chosen unasked for a layer with this record; None if there are enough rows."""
+    return f"{TOO_FEW} for a static range" if record.is_too_few else None
 
 
 def _first_input(layer: Layer) -> float:
@@ -169,18 +174,23 @@ def yardstick_of(layer: Layer, trial: Trial, config: QConfig) -> Yardstick:
     return Yardstick(layer.matrix, trial.rows, per_channel=config.weight == "per_channel", patches=layer.patches)
 
 
-def plan_by(layer: Layer, trial: Trial, config: QConfig, *, few: bool = False) -> LayerPlan:
+def plan_by(layer: Layer, trial: Trial, config: QConfig, *, no_static: str | None = None) -> LayerPlan:
     """The plan of this layer by `trial`, as `plan_layer` makes it."""
-    return plan_layer(yardstick_of(layer, trial, config), trial, config, few=few)
+    return plan_layer(yardstick_of(layer, trial, config), trial, config, no_static=no_static)
 
 
 def plan_layer(
-    yardstick: Yardstick, trial: Trial, config: QConfig, *, channel_scale: Tensor | None = None, few: bool = False
+    yardstick: Yardstick,
+    trial: Trial,
+    config: QConfig,
+    *,
+    channel_scale: Tensor | None = None,
+    no_static: str | None = None,
 ) -> LayerPlan:
     """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
 
-    `yardstick` has the same rows. The layer has this `channel_scale` (K,), for which the trial's ranges were made. Rows
-    that are `few` give no static range unless asked for.
+    `yardstick` has the same rows. The layer has this `channel_scale` (K,), for which the trial's ranges were made.
+    `no_static` says why the layer is not static unless that is asked for.
     """
     per_channel, measured = config.weight == "per_channel", yardstick.measure(trial.ranges, channel_scale)
     observer = max(trial.ranges, key=lambda name: measured[name])
@@ -188,8 +198,8 @@ def plan_layer(
     if config.activation == "auto":
         close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # False for nan
         use_static, reason = close, "static costs no accuracy" if close else "static would cost accuracy"
-        if close and few:
-            use_static, reason = False, f"{TOO_FEW} for a static range"
+        if close and no_static is not None:
+            use_static, reason = False, no_static
     else:
         use_static, reason = config.activation == "static", "asked for"
     if not (static if use_static else dynamic) >= config.min_sqnr_db:

@@ -102,6 +102,8 @@ def _as_static(name: str, planned: LayerPlan, evidence: Evidence) -> LayerPlan |
     observers = [each for each in planned.sqnr_db if each not in ("dynamic", "gptq")]
     if not observers or record.is_too_few:
         return None
+    if planned.channel_scale is not None and not evidence.chains.get(name):
+        return None  # as smoothing.py says; it would give no codes either
     observer = max(observers, key=lambda each: planned.sqnr_db[each])
     if not planned.sqnr_db[observer] >= evidence.config.min_sqnr_db:
         return None

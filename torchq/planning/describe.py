@@ -32,7 +32,7 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         rows = record.scaled(record.sample.rows, scale)
         patches = record.patches
         pairs = _weights(
-            evidence.layers[name].weight.detach(), layer, scale if patches is None else patches.tiled_scale(scale)
+            evidence.layers[name].weight.detach(), layer, scale if patches is None else patches.weight_scale(scale)
         )
         error = decibels(sum((energies(*pair) for pair in pairs), both))
         count = max(1, round(record.sample.rows_seen / record.calls))

@@ -139,7 +139,7 @@ def too_small(layer: Layer) -> str | None:
     if layer.patches is not None and layer.patches.geometry.groups > 1:
         return None  # a few weights for a whole image: their bytes are not what counts
     before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
-    after = layer.packed_bytes
+    after = layer.packed_bytes()
     if after < before:
         return None
     n = layer.out_features

@@ -141,9 +141,10 @@ def _alike(layer: Layer, plan: LayerPlan, rounded: Rounded) -> bool:
     if rounded.weight.shape != weight.shape or not torch.equal(asked, given):
         return False
     some = slice(None, None, max(1, len(weight) // 64))  # about 64 rows: a whole layer in float is large
-    exact, tiled = weight[some].float(), asked if layer.patches is None else layer.patches.tiled_scale(asked)
-    if plan.channel_scale is not None and tiled is not None:
-        exact = exact / tiled
+    exact, by = weight[some].float(), plan.scale_vector
+    by = by if layer.patches is None else layer.patches.weight_scale(by)
+    if by is not None:
+        exact = exact / (by if by.dim() == 1 else by[some])
     likeness_db = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
     return likeness_db > MIN_LIKENESS_DB or not exact.any()
 

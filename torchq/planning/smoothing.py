@@ -8,7 +8,8 @@ others are left with a few codes. So channel k is multiplied by c_k, and column 
 The product is the same, but the range is now shared between the activations and the weights, which have a scale per
 output channel. The layer itself multiplies, where it quantizes its rows (`ops.pack`, channel_scale). So nothing else in
 the model changes, and every layer may have its own c. Each alpha is measured like any other scheme: on the layer's own
-rows, with the real integer ops.
+rows, with the real integer ops. In a depthwise convolution each channel has a row of the weight, and so a weight scale,
+of its own: there alpha = 1 costs the weight nothing, and gives every channel all codes.
 """
 
 import dataclasses
@@ -20,12 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchq import ops
 from torchq.calibration.calibrate import Evidence
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.modules.registry import Layer
-from torchq.planning.choose import plan_layer, yardstick_of
+from torchq.planning.choose import plan_layer, too_few, yardstick_of
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.tables import heads_of_coarse_tables, measured_tables
 
@@ -40,12 +40,22 @@ MIN_GAIN_DB = 0.5
 FED_GAIN_DB = 3.0
 """The same for a convolution that another one could hand u8 codes to: one that scales its input takes floats only."""
 
+NO_STATIC = "smoothed: the largest value of every channel is at the end of the range"
+"""Why a smoothed layer is not static unasked. A new row may exceed the range in any channel, and one large row of many
+is enough to cost the model's output 4 dB, while a range for each row costs 1 to 3 % of the layer's time. A convolution
+that scales its input takes no codes, but static ones may give them: convolutions.py decides by the model's output.
+"""
+
 _ROUNDED = 0.25
 """What GPTQ is expected to leave of the error of rounding weights to nearest: so alpha may move more of the range into
 them. (In the models of benchmarks/accuracy.py it leaves 0.1 to 0.6 of a layer's.)
 """
 
 _LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
+
+
+def _alphas(layer: Layer) -> tuple[float, ...]:
+    return (1.0,) if layer.is_depthwise else ALPHAS
 
 
 def smooth(plan: Plan, evidence: Evidence) -> Plan:
@@ -59,7 +69,8 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
         if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
             continue
         if not layer.takes_scale:
-            layers[name] = dataclasses.replace(planned, no_smoothing="a convolution with groups takes no channel_scale")
+            why_not = "a convolution with groups of several channels takes no channel_scale"
+            layers[name] = dataclasses.replace(planned, no_smoothing=why_not)
         elif not _would_not_shrink(layer):
             least = FED_GAIN_DB if name in fed else MIN_GAIN_DB
             layers[name] = _smoothed(layer, evidence.records[name], planned, evidence.config, least)
@@ -69,9 +80,8 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
 
 def _would_not_shrink(layer: Layer) -> bool:
     """Whether the layer takes less memory than in float, and would not with a scale: it has few outputs."""
-    n, k = layer.out_features, layer.in_features
     before = sum(tensor.nbytes for tensor in layer.matrix if tensor is not None)
-    return layer.packed_bytes < before <= ops.packed_bytes(n, k, channel_scale=True)
+    return layer.packed_bytes() < before <= layer.packed_bytes(channel_scale=True)
 
 
 def channel_scale(x_peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -121,9 +131,9 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     to be static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale
     must be better than the better one without.
     """
-    trials, w_peak = record.trials(), _peak(layer.channel_rows)
+    trials, w_peak, alphas = record.trials(), _peak(layer.channel_rows), _alphas(layer)
     yardsticks = [yardstick_of(layer, trial, config) for trial in trials]
-    scales: dict[float | None, Tensor] = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in ALPHAS}
+    scales: dict[float | None, Tensor] = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in alphas}
 
     @cache
     def leaving(alpha: float | None) -> float:
@@ -137,16 +147,17 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
         return _less(yardsticks[0].measure({}, scales.get(alpha))["dynamic"], leaving(alpha))
 
     def tries(alpha: float | None) -> list[_Try]:
-        scale, few = scales.get(alpha), record.is_too_few
+        scale = scales.get(alpha)
         pairs = zip(yardsticks, record.trials(scale), strict=True)
-        plans = [plan_layer(*pair, config, channel_scale=scale, few=few) for pair in pairs]
+        no_static = too_few(record) or (None if scale is None else NO_STATIC)
+        plans = [plan_layer(*pair, config, channel_scale=scale, no_static=no_static) for pair in pairs]
         return [_Try(plan, _less(_db(plan), leaving(alpha))) for plan in plans]
 
-    best = _best_alpha(dynamic, least)
+    best = _best_alpha(alphas, dynamic, least)
     if best is None:
         return planned
     before = tries(None) if record.is_few else [_Try(planned, _less(_db(planned), leaving(None)))]
-    options = {alpha: tries(alpha) for alpha in (ALPHAS if config.activation == "static" else (best,))}
+    options = {alpha: tries(alpha) for alpha in (alphas if config.activation == "static" else (best,))}
     alpha = max(options, key=lambda alpha: options[alpha][0].db)
     after = options[alpha]
     if not all(_is_better(new, old, config.margin_db, least) for new in after for old in before):
@@ -163,13 +174,13 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     )
 
 
-def _best_alpha(db: Callable[[float | None], float], least: float) -> float | None:
+def _best_alpha(alphas: tuple[float, ...], db: Callable[[float | None], float], least: float) -> float | None:
     """The alpha that is best with a range per row; None if it gains too little to be worth a closer look.
 
     The larger ones are tried only while they gain: they are for inputs with large outliers.
     """
-    best = max(ALPHAS[:_ALWAYS], key=db)
-    for alpha in ALPHAS[_ALWAYS:]:
+    best = max(alphas[:_ALWAYS], key=db)
+    for alpha in alphas[_ALWAYS:]:
         if not db(alpha) > db(best):
             break
         best = alpha

@@ -1,0 +1,117 @@
+"""A scale for each channel of a depthwise convolution: each has a row of the weight of its own, so it costs nothing."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.compare import assert_identical
+from helpers.numbers import normal
+from torchq import QConfig, apply_plan, convert, plan_of, prepare_qat, simulate
+from torchq.numerics.metrics import sqnr_db
+from torchq.ops.convolution import Geometry, convolve, pack, packed_bytes
+from torchq.planning.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+C = 24
+SIZES = torch.linspace(-3, 3, C).exp2().reshape(C, 1, 1)  # of the channels: 1/8 to 8
+DATA = [normal(4, C, 10, 10, seed=i) * SIZES for i in range(8)]
+X = normal(2, C, 10, 10, seed=99) * SIZES
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(C, C, 3, padding=1, groups=C)).eval()
+
+
+def error_db(model: nn.Module, qmodel: nn.Module) -> list[float]:
+    """Of each channel, for small ones count less in the whole."""
+    return [sqnr_db(x, y) for x, y in zip(model(X).unbind(1), qmodel(X).unbind(1), strict=True)]
+
+
+@pytest.mark.parametrize("activation", ["auto", "dynamic", "static"])
+def test_every_channel_has_all_codes(activation):
+    model = depthwise()
+    configs = (QConfig(activation=activation, smoothing=each) for each in ("none", "auto"))
+    plain, scaled = (convert(model, DATA, config=config) for config in configs)
+    before, after = error_db(model, plain), error_db(model, scaled)
+    assert min(before) < 20
+    assert min(after) > 30
+    layer = scaled.torchq_plan.layers["0"]
+    assert (layer.alpha, len(layer.channel_scale)) == (1.0, C)
+    peaks = torch.cat(DATA).abs().amax((0, 2, 3)) * torch.tensor(layer.channel_scale)
+    assert torch.allclose(peaks, peaks[:1].expand(C), rtol=1e-5)
+    assert layer.kind == ("int8 static" if activation == "static" else "int8 dynamic")
+    assert torch.equal(scaled[0].channel_scale, torch.tensor(layer.channel_scale))
+
+
+def test_codes_of_the_weight_are_those_without_it():
+    """A row of the weight is divided by one number, and so is its scale."""
+    model = depthwise()
+    plain, scaled = (convert(model, DATA, config=QConfig(smoothing=each)) for each in ("none", "auto"))
+    off = (plain[0].weight_int8.int() - scaled[0].weight_int8.int()).abs()
+    assert off.max() <= 1  # where float32 rounds the quotient to another side
+    assert (off > 0).sum() <= 2
+    assert torch.allclose(scaled[0].weight_scale * scaled[0].channel_scale, plain[0].weight_scale, rtol=1e-6)
+    assert sqnr_db(model[0].weight, scaled[0].weight + 0) > 40
+
+
+def test_plans_states_and_copies_have_it():
+    model = depthwise()
+    qmodel = convert(model, DATA)
+    expected = qmodel(X)
+    plan = Plan.from_dict(json.loads(json.dumps(plan_of(qmodel).to_dict())))
+    again = apply_plan(model, plan)
+    assert_identical(again(X), expected)
+    assert qmodel.state_dict()["0.channel_scale"].shape == (C,)
+    again[0].replace_weight(torch.zeros_like(again[0].weight_int8).flatten(1), *again[0].rows()[1:3])
+    again.load_state_dict(qmodel.state_dict())
+    assert_identical(again(X), expected)
+    assert_identical(copy.deepcopy(qmodel)(X), expected)
+    without = dataclasses.replace(plan.layers["0"], channel_scale=None)
+    assert not torch.equal(apply_plan(model, Plan({"0": without}))(X), expected)
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "static"])
+def test_the_simulated_path_rounds_alike(activation):
+    qmodel = convert(depthwise(), DATA, config=QConfig(activation=activation))
+    with simulate():
+        simulated = qmodel(X)
+    assert sqnr_db(simulated, qmodel(X)) > 100
+
+
+def test_the_training_form_rounds_alike():
+    trained = prepare_qat(depthwise(), DATA)
+    assert trained[0].channel_scale.shape == (C,)
+    converted = convert(trained.eval())
+    assert torch.equal(converted[0].channel_scale, trained[0].channel_scale)
+    with simulate():
+        assert_identical(converted(X), trained(X))
+
+
+def test_gradients_are_those_of_the_weights_that_int8_has():
+    qmodel, x = convert(depthwise(), DATA), X.clone()
+    with torch.enable_grad():
+        x.requires_grad_(True)
+        qmodel(x).sum().backward()
+        exact = X.clone().requires_grad_(True)
+        nn.functional.conv2d(exact, qmodel[0].weight + 0, None, padding=1, groups=C).sum().backward()
+    assert torch.allclose(x.grad, exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_packed_weight_may_be():
+    weight, scale, c = torch.ones(C, 1, 3, dtype=torch.int8), torch.ones(C), SIZES.flatten()
+    geometry = Geometry(C, C, (3,), (1,), ((1, 1),), (1,), C)
+    packed = pack(weight, scale, None, c, C)
+    assert packed.numel() == packed_bytes(weight.shape, C, channel_scale=True)
+    with pytest.raises(RuntimeError, match="was packed with a channel_scale, which multiplies floats"):
+        convolve(torch.zeros(1, 7, C, dtype=torch.uint8), packed, geometry, x_qparams=(1.0, 0))
+    for wrong in (packed[:-4], packed[:-64], torch.cat([packed, packed[:4]])):
+        with pytest.raises(RuntimeError, match=r"packed weights of 24 x 3 channels x taps have \d+ bytes, or"):
+            convolve(torch.zeros(1, C, 7), wrong, geometry)
+    for bad in (c.double(), c[:-1], c * 0):
+        with pytest.raises(RuntimeError, match="channel_scale must"):
+            pack(weight, scale, None, bad, C)
