@@ -1,5 +1,6 @@
 """compressed-tensors: what is written computes what transformers reads from it, and is run again bit for bit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from helpers.compare import assert_identical
 from helpers.texts import SIZES
-from torchq import QConfig, convert, sqnr_db
+from torchq import QConfig, apply_plan, convert, sqnr_db
 from torchq.planning import tables
 
 transformers = pytest.importorskip("transformers", "5.17", reason="transformers 5.17 is not installed")
@@ -170,6 +171,11 @@ def test_what_the_format_has_no_place_for(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             hf.save_compressed_tensors(converted(model, **more), tmp_path)
+    plan = converted(llama()).torchq_plan
+    name = next(iter(plan.int8_layers()))
+    layers = {**plan.layers, name: dataclasses.replace(plan.layers[name], fine=True)}
+    with pytest.raises(ValueError, match=f"'{name}' has two codes for each value of its input, which the format"):
+        hf.save_compressed_tensors(apply_plan(llama(), dataclasses.replace(plan, layers=layers)), tmp_path)
     with pytest.raises(TypeError, match="qmodel must be a converted PreTrainedModel, got Linear"):
         hf.save_compressed_tensors(nn.Linear(2, 2), tmp_path)
     with pytest.raises(ValueError, match="has no torchq_plan"):

@@ -24,6 +24,7 @@ from torchq.modules.recurrent import CURVES
 from torchq.numerics.qparams import QParams
 from torchq.numerics.recurrent import State, run_direction
 from torchq.ops import Activation, Cell
+from torchq.ops.fine import linear_fine
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.slow(seconds=5)]
 
@@ -185,6 +186,17 @@ def test_linear_dynamic():
             assert_identical(layer.fused(x, case.activation), y, "fused, by the op")
 
     fuzz(check, cases(reference.FLOATS), examples=150)
+
+
+def test_linear_fine():
+    def check(case):
+        x, (weight, scale, bias) = case.x(), case.weights()
+        expected = None
+        if case.activation == Activation.NONE:
+            expected = reference.linear_fine(x, weight, scale, bias)
+        every_kernel_like(case, lambda packed: linear_fine(x, packed, case.activation), expected)
+
+    fuzz(check, cases([torch.float32]), examples=100)
 
 
 def test_linear_static():
