@@ -118,8 +118,8 @@ def convert(
             del layers, selection, free, evidence  # as below
             return applied(model, peers.received(), inplace=inplace)
         evidence = include_norms(merged)
-        rounded = partial(round_weights, progress=progress)
-        stages = (choose, keep_unjudged, keep_together, smooth, fine_heads, fuse, rounded, describe)
+        unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
+        stages = (choose, unjudged, keep_together, smooth, fine_heads, fuse, rounded, describe)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

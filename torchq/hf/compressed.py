@@ -94,8 +94,8 @@ def _written(name: str, layer: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The tensors of a layer as compressed-tensors has them."""
     if plan.layers[name].fine:
         raise BadValueError(
-            f"{name!r} has two codes for each value of its input, which the format has no place for. Apply the plan with "
-            "fine=False for it."
+            f"{name!r} has two codes for each value of its input, which the format has no place for. Apply its plan "
+            "with fine=False."
         )
     if type(layer) is not QuantizedLinear or layer.transposed:
         raise BadValueError(

@@ -6,9 +6,9 @@ are few, or add little (BEiT multiplies them by 0.1), it is most of the output's
 scale for each patch already, and rounding its weights makes as much of its error as rounding its input: only float
 is much more exact.
 
-Without data there is no output to tell. Then it stays in float where other layers hold most of the weights: it may cost
-a transformer 16 dB, and in float takes up to 2 % more of its time. In networks of convolutions it is one of many, costs
-0.5 dB at most, and hands its codes on.
+Without data there is no output to tell, and with inplace=True no way back. Then it stays in float where other layers
+hold most of the weights: it may cost a transformer 16 dB, and in float takes up to 2 % more of its time. In networks of
+convolutions it is one of many, costs 0.5 dB at most, and hands its codes on.
 """
 
 from collections.abc import Mapping
@@ -55,9 +55,12 @@ def float_stems(model: M, plan: Plan, converted: M, evidence: Evidence, check: S
     return check.noted(made, plan, {**checked.output_db, IN_INT8: db, checked.chosen: exact_db}, checked.chosen), made
 
 
-def keep_unjudged(plan: Plan, evidence: Evidence) -> Plan:
-    """A stage: without data the first convolutions stay in float, where other layers hold most of the weights."""
-    if evidence.batches or evidence.config.activation != "auto":
+def keep_unjudged(plan: Plan, evidence: Evidence, *, inplace: bool = False) -> Plan:
+    """A stage: first convolutions that no output judges stay in float, where other layers hold most of the weights.
+
+    That is without data, and `inplace`.
+    """
+    if (evidence.batches and not inplace) or evidence.config.activation != "auto":
         return plan
     layers = _int8_layers(plan, evidence)
     convolutions = {name: layer for name, layer in layers.items() if layer.kind.absorbs}
@@ -65,7 +68,8 @@ def keep_unjudged(plan: Plan, evidence: Evidence) -> Plan:
         return plan
     names, total = _stems(plan, evidence), _weights(layers)
     held = _weights({name: layers[name] for name in names})
-    why = f"no data to judge it by: {held / max(total, 1):.1%} of the weights make all that the others work on"
+    unjudged = "inplace=True can't undo what costs much" if evidence.batches else "no data to judge it by"
+    why = f"{unjudged}: {held / max(total, 1):.1%} of the weights make all that the others work on"
     return return_to_float(plan, dict.fromkeys(names, why))
 
 
