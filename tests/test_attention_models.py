@@ -173,6 +173,16 @@ def test_training_with_dropout_and_gradients_is_left_to_transformers():
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_trace_is_the_same_whether_gradients_are_wanted_or_not():
+    qmodel = only_attention(bert(return_dict=False), "float32")
+    ids = tokens(2, 24)
+    assert qmodel.embeddings(ids).requires_grad
+    traced = torch.jit.trace(qmodel, ids, strict=False)  # which compares it with one that it makes in no_grad
+    with torch.no_grad():
+        torch.testing.assert_close(traced(ids)[0], qmodel(ids)[0], rtol=1e-5, atol=1e-5)
+
+
 # ---- How the scheme is chosen ----
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchq import _C, kernels, ops
+from torchq.modules import gradients
 from torchq.modules.base import Int8Module
 from torchq.modules.plain_code import forward_of
 from torchq.numerics.metrics import decibels, energies
@@ -213,7 +213,7 @@ def attention_forward(
     """
     state = getattr(module, "torchq_attention", None)
     special = dropout > 0 or any(kwargs.get(each) is not None for each in ("softcap", "position_bias"))
-    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    wanted = any(map(gradients.wanted, (query, key, value)))
     if state is None or special or wanted or kwargs.get("output_attentions"):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return _sdpa()(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]

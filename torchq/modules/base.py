@@ -67,6 +67,13 @@ class Int8Module(nn.Module, ABC):
         """As `ModuleType.group`, for an int8 module of several parts."""
         return None
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(
+            f"torchq: torch.jit.script can't compile a {type(self).__name__}. Trace the model, by "
+            "torch.jit.trace(model, example), or export it, by torch.export.export(model, (example,))."
+        )
+
     @property
     def int8_bytes(self) -> int:
         """The bytes it takes now: int8 weights, scales, biases, padding."""

@@ -150,8 +150,9 @@ def bias_view(unpack: Callable[[], Any], n: int, dtype: torch.dtype, device: tor
 class FloatViews(dict[str, Any]):
     """The `_parameters` of an int8 layer: views only, so that no parameter given from outside is lost unnoticed.
 
-    torch.export takes a model's parameters by name into its program, used or not, and would store all of them in float.
-    To it the layer has none; a model that reads `layer.weight` itself gets its values there as a constant.
+    torch.export and torch.jit.trace take a model's parameters by name into their programs, used or not, and would store
+    all of them in float, or as nothing. To them the layer has none; a model that reads `layer.weight` itself gets its
+    values there as a constant.
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -159,15 +160,39 @@ class FloatViews(dict[str, Any]):
             raise read_only(name)
         super().__setitem__(name, value)
 
+    def __getitem__(self, name: str) -> Any:
+        view, state = super().__getitem__(name), torch._C._get_tracing_state()
+        if not state:
+            return view
+        trace: Any = torch._C
+        trace._set_tracing_state(None)
+        try:
+            return view.make()
+        finally:
+            trace._set_tracing_state(state)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As the lookup."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """The views by name."""
-        return {}.items() if _is_exporting() else super().items()
+        return {}.items() if _is_exporting() or _is_collecting() else super().items()
 
 
 def _is_exporting() -> bool:
     """Whether torch.export is at work: it reads parameters before and after it says so itself (is_exporting)."""
     trace = sys.modules.get("torch.export._trace")
     return exporting() or getattr(trace, "_EXPORT_FLAGS", None) is not None
+
+
+def _is_collecting() -> bool:
+    """Whether torch.jit.trace is at work, and takes the tensors of a module: it does so before it traces its call."""
+    trace = sys.modules.get("torch.jit._trace")
+    return getattr(trace, "_trace_module_map", None) is not None and not torch._C._get_tracing_state()
 
 
 def _view(func: Any, base: FloatView, args: Any, kwargs: Any) -> Any:

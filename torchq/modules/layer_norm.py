@@ -8,7 +8,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx import Proxy
 
 from torchq import _C, ops
-from torchq.modules import simulation
+from torchq.modules import gradients, simulation
 from torchq.modules.tracing import path_in_graph
 
 
@@ -53,5 +53,5 @@ class LayerNorm(nn.LayerNorm):
         tensors = [each for each in (x, self.weight, self.bias) if each is not None]
         if any(each.dtype != torch.float32 or each.device.type != "cpu" for each in tensors):
             return False
-        wanted = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+        wanted = any(map(gradients.wanted, tensors))
         return not wanted and not torch.is_autocast_enabled("cpu") and x.dim() > 0 and x.shape[-1] == len(self.weight)

@@ -309,7 +309,8 @@ def attention(
     number = SCHEME_NUMBERS.get(scheme)
     if number is None:
         raise ValueError(f"torchq.ops.attention: scheme must be one of {ATTENTION_SCHEMES}, got {scheme!r}.")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask)):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, mask))
+    if wanted and not torch._C._get_tracing_state():  # torch.jit can't save a Function, and is for inference only
         return _Attention.apply(q, k, v, mask, is_causal, scale, offset, window, number)  # type: ignore[no-any-return]
     return _attention(q, k, v, mask, is_causal, scale, offset, window, number)  # type: ignore[no-any-return]
 
