@@ -36,7 +36,7 @@ def _converted(model: nn.Module, batches: tuple[Tensor, ...]) -> nn.Module:
 def _torchq(compiled: bool) -> Make:
     def make(task: Task, x: Tensor, threads: int) -> Run:
         qmodel = _converted(task.model, tuple(task.calibration))
-        run = torch.compile(qmodel) if compiled else qmodel
+        run = torch.compile(qmodel, options=torchq.compile_options()) if compiled else qmodel
         return lambda: run(x)
 
     return make

@@ -24,7 +24,7 @@ _ELEMENTWISE |= {"add", "sub", "mul", "div", "pow", "neg", "square", "clamp", "r
 _LONGEST = 12  # operations of an activation: 8 make the longest, GELU by tanh
 
 
-def compile_options() -> dict[str, Callable[[fx.Graph], None]]:
+def compile_options() -> dict[str, Any]:
     """Options for torch.compile: `torch.compile(qmodel, options=torchq.compile_options())`.
 
     They let torch.compile's inductor fold an activation into the int8 layer before it, wherever nothing else reads the

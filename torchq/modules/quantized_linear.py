@@ -16,7 +16,7 @@ from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.refusals import explained, not_codes, refuse_layout
-from torchq.modules.tracing import path_in_graph
+from torchq.modules.tracing import is_watched, path_in_graph
 from torchq.numerics.fine import rounded_rows
 from torchq.numerics.qparams import QParams, dequantize, fake_quantize, float32_qparams, quantize_weight
 from torchq.ops import Activation
@@ -151,7 +151,8 @@ class QuantizedLinear(PackedWeights):
         takes 3.6 us.
         """
         if is_dynamo_compiling():
-            return super().__call__(input)  # type: ignore[no-any-return]
+            plain = type(self) is QuantizedLinear
+            return _in_graph(self, input) if plain else super().__call__(input)
         y = _C.call_linear(self, QuantizedLinear, input)
         if y is not NotImplemented:
             return y
@@ -295,6 +296,21 @@ class QuantizedLinear(PackedWeights):
         if self.fold.codes:
             parts.append("passes=uint8")
         return ", ".join(parts)
+
+
+def _in_graph(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """A call in a graph of torch.compile.
+
+    Whatever is read of the layer becomes a guard, which every call of the graph passes. So where it comes to the op
+    alone, it is found with the fewest looks: 15 guards a layer instead of 26.
+    """
+    if is_watched(layer) or simulation.anywhere or gradients.wanted(x) or torch.is_autocast_enabled("cpu"):
+        return nn.Module.__call__(layer, x)  # type: ignore[no-any-return]
+    state = layer.__dict__
+    packed, pair = state["_buffers"]["packed"], state["input_qparams"]
+    if pair is None:
+        return _linear_dynamic(x, packed, Activation.NONE)  # type: ignore[no-any-return]
+    return _linear_static(x, packed, *pair, _float_dtype(x), 1.0, 0, Activation.NONE)  # type: ignore[no-any-return]
 
 
 def _stood_for(x: Tensor, codes: Codes | None) -> torch.dtype:

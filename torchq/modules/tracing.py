@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class Leaf(nn.Module):
@@ -27,6 +28,12 @@ class Leaf(nn.Module):
             if proxy is not None and (path := path_in_graph(self, proxy)):
                 return proxy.tracer.create_proxy("call_module", path, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see its calls."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())
 
 
 def exporting() -> bool:
