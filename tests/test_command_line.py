@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -295,6 +297,24 @@ def test_files_of_a_directory_that_are_damaged(torchq_command, tmp_path, name, t
     code, printed, err = torchq_command("convert", tmp_path, tmp_path / "out")
     assert (code, printed) == (2, "")
     assert message in err
+
+
+def test_weights_that_were_cut_off(torchq_command, bert, converted, tmp_path):
+    for command, source in (("report", converted[0]), ("verify", converted[0]), ("convert", bert / "bert")):
+        directory = tmp_path / command
+        shutil.copytree(source, directory)
+        (directory / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:1000])
+        code, printed, err = torchq_command(command, directory, *([tmp_path / "out"] if command == "convert" else []))
+        assert (code, printed) == (2, "")
+        assert f"error: the weights in {directory} can't be read: " in err
+        assert err.endswith("Were they copied as a whole?\n")
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_to_run_next_is_quoted(torchq_command, bert, tmp_path):
+    out = tmp_path / "with a space"
+    _, printed, _ = torchq_command("convert", bert / "bert", out)
+    assert shlex.split(printed.rpartition("next: ")[2]) == ["torchq", "verify", str(out)]
 
 
 def test_wrong_usage(torchq_command):

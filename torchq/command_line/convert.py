@@ -1,5 +1,6 @@
 """`torchq convert`: a directory in float becomes one in int8."""
 
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -46,7 +47,10 @@ def convert(
     write(qmodel, source, target)
     for line in str(torchq.report(qmodel)).split("\n\n")[0].splitlines():
         out.print(line, markup=False)
-    out.print(f"wrote {target}, {text.size(directory_bytes(target))}; next: torchq verify {target}", markup=False)
+    out.print(
+        f"wrote {target}, {text.size(directory_bytes(target))}; next: torchq verify {shlex.quote(str(target))}",
+        markup=False,
+    )
 
 
 def write(qmodel: Any, source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from torchq.command_line.console import UserError, working
@@ -158,7 +159,10 @@ def _opened(folder: Path) -> Opened:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         known = [getattr(transformers, name, None) for name in config.architectures or ()]
         cls = next((each for each in known if each is not None), transformers.AutoModel)
-        model = cls.from_pretrained(folder, local_files_only=True)
+        try:
+            model = cls.from_pretrained(folder, local_files_only=True)
+        except SafetensorError as error:
+            raise UserError(f"the weights in {folder} can't be read: {error}. Were they copied as a whole?") from error
     return Opened(model.eval(), folder, config)
 
 
