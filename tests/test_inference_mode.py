@@ -1,4 +1,7 @@
-"""Convolutions that wait, in torch.inference_mode: no mode stays behind, no memory is taken for what it means."""
+"""Convolutions that wait, in torch.inference_mode: no mode stays behind, no memory is taken for what it means.
+
+And models that are made there, which are used outside.
+"""
 
 from functools import partial
 
@@ -10,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.compare import assert_identical
 from helpers.convolutional import Basic
 from helpers.numbers import normal
-from torchq import QConfig, convert
+from torchq import QConfig, apply_plan, convert, load, plan_of, prepare_qat, save
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -81,3 +84,57 @@ def test_tensors_whose_memory_is_not_what_they_mean(mode):
         nothing = torch._efficientzerotensor(X.shape)
         assert_identical(qmodel(nothing, x), qmodel(zeros, x))
         assert_identical(qmodel(x, nothing), qmodel(x, zeros))
+
+
+# ---- Models that are made inside -----------------------------------------------------------------------------------
+
+
+def model():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 32, 3), nn.GroupNorm(4, 32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 32), nn.LayerNorm(32)
+    return nn.Sequential(*layers, nn.Linear(32, 32)).eval()
+
+
+IMAGES = [normal(4, 4, 8, 8, seed=i) for i in range(4)]
+
+
+def loaded(path):
+    save(convert(model(), IMAGES), path / "m.safetensors")
+    return load(path / "m.safetensors", model())
+
+
+MADE = {
+    "converted": lambda path: convert(model(), IMAGES),
+    "converted without data": lambda path: convert(model()),
+    "converted in place": lambda path: convert(model(), IMAGES, inplace=True),
+    "by a plan": lambda path: apply_plan(model(), plan_of(convert(model(), IMAGES))),
+    "loaded": loaded,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_model_made_in_inference_mode_is_of_use_outside(name, tmp_path):
+    expected = MADE[name](tmp_path)
+    float_model = model()  # outside: `inplace` keeps what it was made of
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "model", lambda: float_model)
+        qmodel = MADE[name](tmp_path)
+    assert not any(tensor.is_inference() for tensor in (*qmodel.parameters(), *qmodel.buffers()))
+    x = IMAGES[0].clone().requires_grad_()
+    with torch.enable_grad():
+        y = qmodel(x)
+        assert_identical(y, expected(x))
+        y.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_model_prepared_in_inference_mode_is_trained_outside():
+    float_model = model()
+    with torch.inference_mode():
+        prepared = prepare_qat(float_model, [x + 0 for x in IMAGES])
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
+    before = [parameter.detach().clone() for parameter in prepared.parameters()]
+    with torch.enable_grad():
+        prepared.train()(IMAGES[0]).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, prepared.parameters(), strict=True))

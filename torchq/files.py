@@ -25,6 +25,7 @@ from torchq.modules.computed_weights import is_computed
 from torchq.modules.packed_weights import DERIVED, PackedWeights
 from torchq.planning.plan import attached_plan
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton, to_stored
+from torchq.scopes import outside_inference_mode
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -101,13 +102,14 @@ def load(path: str | os.PathLike[str], model: M) -> M:
     if converted is not None:
         raise BadValueError(f"the model is converted already ({converted!r} is in int8). Pass the float model.")
     path = os.fspath(path)
-    tensors, about = _read(path)
-    try:
-        loaded = skeleton(model, from_stored(about["plan"]))
-    except Exception as wrong:  # the plan may say anything
-        raise BadValueError(f"{path} does not fit this {type(model).__name__}: {wrong}") from wrong
-    _fill(path, loaded, tensors, about)
-    complete_plan(loaded)
+    with outside_inference_mode():
+        tensors, about = _read(path)
+        try:
+            loaded = skeleton(model, from_stored(about["plan"]))
+        except Exception as wrong:  # the plan may say anything
+            raise BadValueError(f"{path} does not fit this {type(model).__name__}: {wrong}") from wrong
+        _fill(path, loaded, tensors, about)
+        complete_plan(loaded)
     return loaded.train(about["training"])
 
 

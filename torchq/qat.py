@@ -26,6 +26,7 @@ from torchq.planning.layers import Selection, select_layers, too_small
 from torchq.planning.plan import Kind, LayerPlan, Plan, TablePlan
 from torchq.planning.smoothing import smooth
 from torchq.planning.tables import keep_together
+from torchq.scopes import outside_inference_mode
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,7 +84,7 @@ def prepare_qat(
     ['0.bias', '0.input_range.ends', '0.weight']
     """
     config = QConfig() if config is None else config
-    with Peers(group, model) as peers:
+    with Peers(group, model) as peers, outside_inference_mode():
         selection = _check(model, calib_loader, config, ranges)
         layers, barred, tables = selection
         free = {name: layer for name, layer in layers.items() if name not in barred}
@@ -104,21 +105,22 @@ def prepare_qat(
             peers.send((scales, starts, plan))
     if not plan.int8_layers() and not plan.int8_tables():
         _explain(plan, layers)
-    if not inplace:
-        model = _copy(model)
-    for name in plan.int8_layers():
-        layer = layers[name]
-        layer.kind.prepare(
-            model.get_submodule(layer.path),
-            layer.part,
-            starts[name],
-            per_channel=config.weight == "per_channel",
-            channel_scale=scales.get(name),
-        )
-    for name in plan.int8_tables():
-        by_row = config.weight == "per_channel" or plan.tables[name].owner not in plan.layers
-        QATTable.adopt(model.get_submodule(name), by_row=by_row, finely=plan.tables[name].residual)
-    leave_fast_path(model)
+    with outside_inference_mode():
+        if not inplace:
+            model = _copy(model)
+        for name in plan.int8_layers():
+            layer = layers[name]
+            layer.kind.prepare(
+                model.get_submodule(layer.path),
+                layer.part,
+                starts[name],
+                per_channel=config.weight == "per_channel",
+                channel_scale=scales.get(name),
+            )
+        for name in plan.int8_tables():
+            by_row = config.weight == "per_channel" or plan.tables[name].owner not in plan.layers
+            QATTable.adopt(model.get_submodule(name), by_row=by_row, finely=plan.tables[name].residual)
+        leave_fast_path(model)
     model.torchq_plan = plan
     return model
 

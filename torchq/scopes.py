@@ -1,10 +1,12 @@
-"""Scoped: a setting that a `with` block makes for its own thread or task, and for no other."""
+"""Scoped: a setting that a `with` block makes for its own thread or task, and for no other. And torch's own such."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
@@ -65,3 +67,18 @@ class Scoped(Generic[T]):
             with self._lock:
                 self._entered.discard(entry)
                 self._on_use(bool(self._entered))
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Where models are made: their tensors would else be of no use where gradients are wanted, once the mode is over.
+
+    >>> with torch.inference_mode(), outside_inference_mode():
+    ...     torch.ones(2).is_inference(), torch.is_grad_enabled()
+    (False, False)
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -30,6 +30,7 @@ from torchq.planning.check import check_plan
 from torchq.planning.making import FROM_FLOAT, FromFloat
 from torchq.planning.plan import Plan, attention_schemes
 from torchq.planning.references import attributes, held, replaced
+from torchq.scopes import outside_inference_mode
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,39 +69,40 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
     check_plan(model, plan, find_layers(model))
     if plan.int8_layers():
         kernels.warn_if_slow()
-    try:
-        if inplace:
-            _swap(model, plan, make)
-        else:
-            swaps = {id(model.get_submodule(path)): make.module(model, plan, path) for path in _paths(model, plan)}
-            for name in plan.int8_tables():
-                owner = plan.tables[name].owner
-                held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
-                swaps[id(model.get_submodule(name))] = make.table(model, plan, name, held_by)
-            swaps |= {id(model.get_submodule(name)): IncludedNorm() for name in plan.norms()}
-            model = _copy(model, swaps, make.kept(model))
-        _make_curves(model, plan)
-        for module in list(model.modules()):
-            if isinstance(module, nn.Sequential):
-                Int8Sequential.adopt(module)
-            Int8TransformerEncoder.adopt(module)
-            Row.adopt(module)
-            ConvRow.adopt(module)
-            if plan.int8_layers():
-                LayerNorm.adopt(module)
-        for module in list(model.modules()):  # when all rows within are what they become
-            ConvBlock.adopt(module)
-        _adopt_encoder_layers(model, plan)
-        _adopt_residuals(model, plan)
-        _open_scopes(model, plan)
-        for module in list(model.modules()):  # training forms that stay float become plain modules again
-            kind = type_of(module)
-            if kind is not None:
-                kind.release(module)
-            elif isinstance(module, QATTable):
-                module.release()
-    finally:
-        leave_fast_path(model)
+    with outside_inference_mode():
+        try:
+            if inplace:
+                _swap(model, plan, make)
+            else:
+                swaps = {id(model.get_submodule(path)): make.module(model, plan, path) for path in _paths(model, plan)}
+                for name in plan.int8_tables():
+                    owner = plan.tables[name].owner
+                    held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
+                    swaps[id(model.get_submodule(name))] = make.table(model, plan, name, held_by)
+                swaps |= {id(model.get_submodule(name)): IncludedNorm() for name in plan.norms()}
+                model = _copy(model, swaps, make.kept(model))
+            _make_curves(model, plan)
+            for module in list(model.modules()):
+                if isinstance(module, nn.Sequential):
+                    Int8Sequential.adopt(module)
+                Int8TransformerEncoder.adopt(module)
+                Row.adopt(module)
+                ConvRow.adopt(module)
+                if plan.int8_layers():
+                    LayerNorm.adopt(module)
+            for module in list(model.modules()):  # when all rows within are what they become
+                ConvBlock.adopt(module)
+            _adopt_encoder_layers(model, plan)
+            _adopt_residuals(model, plan)
+            _open_scopes(model, plan)
+            for module in list(model.modules()):  # training forms that stay float become plain modules again
+                kind = type_of(module)
+                if kind is not None:
+                    kind.release(module)
+                elif isinstance(module, QATTable):
+                    module.release()
+        finally:
+            leave_fast_path(model)
     if plan.attentions:
         offer_attention(model, attention_schemes(plan.attentions))
     if plan.int8_layers() or plan.int8_tables():
