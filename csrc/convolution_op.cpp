@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv/depthwise.h"
+#include "conv_call.h"
 #include "linear.h"
 #include "run.h"
 #include "torch_checks.h"
@@ -17,52 +18,47 @@ using namespace torchq::ops;
 using torchq::DType;
 using torchq::QParams;
 using torchq::conv::Axis;
+using torchq::conv::dense_strides;
 using torchq::conv::Geometry;
+using torchq::conv::geometry_from;
 using torchq::conv::kAxes;
+using torchq::conv::kEach;
+using torchq::conv::kHead;
+using torchq::conv::kMostOfAxis;
+using torchq::conv::kMostValues;
+using torchq::conv::kPlace;
+using torchq::conv::padded_values;
 using torchq::conv::Problem;
 
 constexpr const char* op = "torchq::convolution";
-
-// The numbers of a geometry: dimensions, channels in and out, groups, and for each dimension the kernel, the stride,
-// the zeros before and after, and the dilation.
-constexpr int kHead = 4, kEach = 5;
-
-// The axes of 1, 2 or 3 dimensions among the three.
-constexpr int kPlace[3][3] = {{0}, {0, 2}, {0, 1, 2}};
 
 Geometry geometry_of(const std::vector<int64_t>& numbers, const Tensor& x, bool codes_in) {
   const int64_t count = static_cast<int64_t>(numbers.size()), dims = count ? numbers[0] : 0;
   CHECK(dims >= 1 && dims <= kAxes && count == kHead + kEach * dims, op,
         ": geometry must hold the numbers of torchq.ops.convolution.Geometry for 1 to 3 dimensions, got ", count,
         " numbers.");
-  Geometry g{};
-  g.in_channels = numbers[1], g.out_channels = numbers[2], g.groups = numbers[3];
+  CHECK(x.dim() == dims + 2, op, ": x must have ", dims + 2, " dimensions (batch, ",
+        codes_in ? "size..., channels" : "channels, size...", "), got ", shape_of(x), '.');
+  const Geometry g = geometry_from(numbers.data(), x.sizes().data() + (codes_in ? 1 : 2));
   CHECK(g.in_channels > 0 && g.out_channels >= 0 && g.groups > 0 && g.in_channels % g.groups == 0 &&
             g.out_channels % g.groups == 0,
         op, ": the channels in and out must be multiples of groups, got ", g.in_channels, ", ", g.out_channels, " and ",
         g.groups, " groups.");
-  CHECK(x.dim() == dims + 2, op, ": x must have ", dims + 2, " dimensions (batch, ",
-        codes_in ? "size..., channels" : "channels, size...", "), got ", shape_of(x), '.');
   const int64_t channels = x.size(codes_in ? dims + 1 : 1);
   CHECK(channels == g.in_channels, op, ": the weight was packed for ", g.in_channels, " input channels, but x has ",
         channels, " (x: ", shape_of(x), ").");
   for (int64_t d = 0; d < dims; ++d) {
-    Axis& axis = g.axes[kPlace[dims - 1][d]];
-    const int64_t* of = numbers.data() + kHead + kEach * d;
-    axis = {x.size(d + (codes_in ? 1 : 2)), of[0], of[1], of[4], of[2], of[3]};
+    const Axis& axis = g.axes[kPlace[dims - 1][d]];
     CHECK(axis.kernel > 0 && axis.stride > 0 && axis.dilation > 0 && axis.before >= 0 && axis.after >= 0, op,
           ": kernel, stride and dilation must be positive, and padding not negative, got ", axis.kernel, ", ",
           axis.stride, ", ", axis.dilation, ", ", axis.before, " and ", axis.after, '.');
-    constexpr int64_t kMost = int64_t{1} << 31;
-    CHECK(axis.kernel < kMost && axis.stride < kMost && axis.dilation < kMost && axis.before < kMost &&
-              axis.after < kMost,
-          op, ": kernel, stride, dilation and padding must be below 2^31.");
+    CHECK(std::max({axis.kernel, axis.stride, axis.dilation, axis.before, axis.after}) < kMostOfAxis, op,
+          ": kernel, stride, dilation and padding must be below 2^31.");
     CHECK(axis.extent() <= axis.padded(), op, ": the kernel, ", axis.kernel, " with dilation ", axis.dilation,
           ", is larger than the padded input, ", axis.padded(), " (x: ", shape_of(x), ").");
   }
-  double values = static_cast<double>(g.in_channels);
-  for (const Axis& axis : g.axes) values *= static_cast<double>(axis.padded());
-  CHECK(values < 0x1p46, op, ": the padded input would have ", values, " values for each sample.");
+  const double values = padded_values(g);
+  CHECK(values < kMostValues, op, ": the padded input would have ", values, " values for each sample.");
   return g;
 }
 
@@ -96,22 +92,8 @@ void set_weights(Problem& p, const Tensor& packed) {
   p.depthwise_scale = reinterpret_cast<const float*>(p.weights + at);
 }
 
-// The strides of samples that lie one after the other, each (channels, size...) or (size..., channels).
-void dense_strides(const int64_t* sizes, int64_t dims, bool channels_last, int64_t* strides) {
-  const auto size = [&](int64_t i) { return std::max<int64_t>(sizes[i], 1); };  // as torch counts
-  int64_t stride = channels_last ? size(1) : 1;
-  for (int64_t i = dims; i-- > 2; stride *= size(i)) strides[i] = stride;
-  strides[1] = channels_last ? 1 : stride;
-  strides[0] = channels_last ? stride : stride * size(1);
-}
-
-// Whether floats are laid out so. Strides of dimensions of size 1 say nothing.
 bool is_dense(const Tensor& t, bool channels_last) {
-  int64_t strides[kMaxDims];
-  dense_strides(t.sizes().data(), t.dim(), channels_last, strides);
-  for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) != 1 && t.stride(i) != strides[i]) return false;
-  return true;
+  return torchq::conv::is_dense(t.sizes().data(), t.strides().data(), t.dim(), channels_last);
 }
 
 Tensor empty_dense(const int64_t* sizes, int64_t dims, bool channels_last, ScalarType type) {

@@ -120,6 +120,7 @@ py::object multiply(PyObject* object, const Layer& layer) {
 }
 
 PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count == 4) return PyBool_FromLong(plain_state(args[0], args[1], args[2], args[3]) != nullptr);
   return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
 }
 
@@ -328,7 +329,8 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
-     "is_plain(module, cls): whether a call of this nn.Module is nothing but cls.forward()."},
+     "is_plain(module, cls[, enter, leave]): whether a call of this nn.Module is nothing but cls.forward(), and these "
+     "methods of scopes."},
     {"is_plain_row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain_row)), METH_FASTCALL,
      "is_plain_row(module, cls, behind, settings): the same, and whether the calls of the modules behind it are "
      "nothing but their forward() either, with these settings."},

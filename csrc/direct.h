@@ -12,5 +12,7 @@ void add_direct_norm(pybind11::module_& module);
 void add_direct_residual(pybind11::module_& module);
 // Adds call_attention (direct_attention.cpp); after the first.
 void add_direct_attention(pybind11::module_& module);
+// Adds call_convolution (direct_conv.cpp); after the first.
+void add_direct_conv(pybind11::module_& module);
 
 }  // namespace torchq

@@ -120,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
   torchq::add_direct_norm(m);
   torchq::add_direct_residual(m);
   torchq::add_direct_attention(m);
+  torchq::add_direct_conv(m);
 }
 
 // libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.

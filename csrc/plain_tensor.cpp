@@ -43,7 +43,8 @@ struct Asked {
 struct Torch {
   const dlpack::Exchange* exchange;
   PyTypeObject *tensor, *parameter;
-  PyObject* unusual[3];                        // functions that return something true where a mode or tracing is active
+  PyObject* dispatch_modes;                    // a function that returns how many there are
+  PyObject* unusual[2];                        // functions that return something true where a mode or tracing is active
   PyObject* autocast;                          // likewise for autocast
   PyObject *profiler, *profiling;              // the globals of torch's profiler, and the name of its flag among them
   PyObject *forward_ad, *level;                // likewise of forward-mode derivatives, whose level is -1 outside
@@ -106,9 +107,15 @@ bool in_forward_mode() {
   return !level || PyLong_AsLong(level) >= 0;
 }
 
-bool plain_eager() {
+bool plain_eager() { return plain_eager(0); }
+
+bool plain_eager(long own_modes) {
   if (!torch_.exchange) return false;
   if (autocast()) return false;
+  PyObject* modes = PyObject_CallNoArgs(torch_.dispatch_modes);
+  const bool only_own = modes && PyLong_Check(modes) && PyLong_AsLong(modes) == own_modes;
+  Py_XDECREF(modes);
+  if (!only_own) return false;
   for (PyObject* f : torch_.unusual)
     if (!falsy(PyObject_CallNoArgs(f))) return false;
   if (in_forward_mode()) return false;
@@ -148,10 +155,10 @@ bool is_contiguous(const dlpack::Tensor& t) {
   return true;
 }
 
-PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair& dtype, void** data) {
-  int64_t sizes[kMostDims];
-  std::copy_n(shape, ndim - 1, sizes);
-  sizes[ndim - 1] = n;
+namespace {
+
+// New memory for a tensor of this shape. On failure null, with a Python error set.
+dlpack::ManagedTensor* allocated(int64_t* sizes, int ndim, const DTypePair& dtype) {
   dlpack::Tensor prototype{};
   prototype.device = {dlpack::kCpu, 0};
   prototype.ndim = ndim;
@@ -159,11 +166,35 @@ PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair&
   prototype.dtype = dtype.dl;
   dlpack::ManagedTensor* managed;
   const auto set_error = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
-  if (torch_.exchange->allocate(&prototype, &managed, nullptr, set_error)) return nullptr;
+  return torch_.exchange->allocate(&prototype, &managed, nullptr, set_error) ? nullptr : managed;
+}
+
+PyObject* imported(dlpack::ManagedTensor* managed, void** data) {
   *data = const_cast<uint8_t*>(data_of(managed->tensor));
   void* y;
-  if (torch_.exchange->import_tensor(managed, &y)) return nullptr;
-  return static_cast<PyObject*>(y);
+  return torch_.exchange->import_tensor(managed, &y) ? nullptr : static_cast<PyObject*>(y);
+}
+
+}  // namespace
+
+PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair& dtype, void** data) {
+  int64_t sizes[kMostDims];
+  std::copy_n(shape, ndim - 1, sizes);
+  sizes[ndim - 1] = n;
+  dlpack::ManagedTensor* managed = allocated(sizes, ndim, dtype);
+  return managed ? imported(managed, data) : nullptr;
+}
+
+PyObject* new_channels_last(const int64_t* shape, int ndim, const DTypePair& dtype, void** data) {
+  int64_t sizes[kMostDims], strides[kMostDims];
+  std::copy_n(shape, ndim, sizes);
+  dlpack::ManagedTensor* managed = allocated(sizes, ndim, dtype);
+  if (!managed) return nullptr;
+  int64_t stride = shape[ndim - 1];
+  for (int i = ndim - 1; i >= 2; --i) strides[i] = stride, sizes[i] = shape[i - 1], stride *= sizes[i];
+  strides[0] = stride, strides[1] = 1, sizes[1] = shape[ndim - 1];
+  managed->tensor.shape = sizes, managed->tensor.strides = strides;  // which are copied where this is imported
+  return imported(managed, data);
 }
 
 void watch_torch() {
@@ -172,9 +203,9 @@ void watch_torch() {
   torch_.autocast = forever(py::module_::import("functools").attr("partial")(torch.attr("is_autocast_enabled"), "cpu"));
   torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
   torch_.parameter = reinterpret_cast<PyTypeObject*>(forever(torch.attr("nn").attr("Parameter")));
-  torch_.unusual[0] = forever(torch_c.attr("_len_torch_dispatch_stack"));
-  torch_.unusual[1] = forever(torch_c.attr("_len_torch_function_stack"));
-  torch_.unusual[2] = forever(torch_c.attr("_get_tracing_state"));
+  torch_.dispatch_modes = forever(torch_c.attr("_len_torch_dispatch_stack"));
+  torch_.unusual[0] = forever(torch_c.attr("_len_torch_function_stack"));
+  torch_.unusual[1] = forever(torch_c.attr("_get_tracing_state"));
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
   torch_.profiling = name("_is_profiler_enabled");
   torch_.forward_ad = forever(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));

@@ -29,6 +29,8 @@ bool in_forward_mode();
 // Whether nothing but the operation itself wants to know of a call: no mode, transform, tracing, autocast or profiler.
 // False as well where torch publishes no exchange table.
 bool plain_eager();
+// The same with so many dispatch modes that are torchq's own, and see nothing of what is called past them.
+bool plain_eager(long own_modes);
 
 // The tensor as it lies in memory, if it is dense and on the CPU. Inside a transform such as vmap a wrapped tensor
 // fails here, since it has no memory of its own, and a plain one may be read like any other.
@@ -60,6 +62,9 @@ constexpr int kMostDims = 64;
 // A new torch.Tensor on the CPU with the leading dimensions of this shape and n columns, and where its data lies. On
 // failure null, with a Python error set.
 PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair& dtype, void** data);
+
+// The same of this shape (n, size..., channels), read as (n, channels, size...) with the channels last in memory.
+PyObject* new_channels_last(const int64_t* shape, int ndim, const DTypePair& dtype, void** data);
 
 // To be called once, before all others.
 void watch_torch();

@@ -60,6 +60,18 @@ def call_attention(
     scheme: int,
     /,
 ) -> Tensor: ...
+def call_convolution(
+    own_modes: int,
+    x: Tensor,
+    packed: Tensor,
+    geometry: list[int],
+    qparams: list[float],
+    out_dtype: dtype,
+    channels_last: bool,
+    activation: int,
+    residual: Tensor | None,
+    /,
+) -> Tensor: ...
 def call_fused(
     module: nn.Module,
     cls: type[nn.Module],
@@ -83,7 +95,7 @@ def are_as_known(
     leave: Callable[..., Any],
     /,
 ) -> bool: ...
-def is_plain(module: nn.Module, cls: type[nn.Module], /) -> bool: ...
+def is_plain(module: nn.Module, cls: type[nn.Module], /, *scopes: Callable[..., Any]) -> bool: ...
 def is_plain_row(
     module: nn.Module,
     cls: type[nn.Module],

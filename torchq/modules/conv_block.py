@@ -13,9 +13,8 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
 from torchq.modules import gradients, simulation, writes
-from torchq.modules.activations import activation_of
 from torchq.modules.coded_sum import Codes
-from torchq.modules.curve import Curve
+from torchq.modules.curve import exact_activation_of
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import Int8Sequential, settings_of
 from torchq.modules.norms import IncludedNorm
@@ -26,9 +25,6 @@ from torchq.modules.straight import Block, block_of
 from torchq.modules.straight_forms import ConvRow, Form, become, may_become
 from torchq.modules.writes import is_eager
 from torchq.ops import Activation
-
-_EXACT = (Activation.RELU, Activation.RELU6)
-"""Which operations of torch give the bits of an epilogue. A Curve always does."""
 
 
 class Part(NamedTuple):
@@ -95,7 +91,7 @@ class ConvBlock(Form):
         return super().__call__(*args, **kwargs)
 
     def _run(self, x: Tensor) -> Any:
-        if gradients.wanted(x) or writes.modes() or torch._C._get_tracing_state() or _is_watched():
+        if gradients.wanted(x) or writes.modes() or torch._C._get_tracing_state() or simulation.is_watched():
             return NotImplemented
         state = self.__dict__
         known = state["_known"] if "_known" in state else self._learn()
@@ -143,12 +139,6 @@ class ConvBlock(Form):
         return conv.computed(torch.float32, last or residual is None, h, activation, residual, None)
 
 
-def _is_watched() -> bool:
-    """Whether somebody would see other operations than before, or wants other arithmetic."""
-    simulated = simulation.anywhere and simulation.simulating.get()
-    return simulated or torch.autograd.profiler._is_profiler_enabled
-
-
 def _known(module: nn.Module, block: Block) -> _Known | None:
     children = {name: module._modules.get(name) for name in (*block.one, *block.other, block.last)}
     parts = [Part(module, type(module), children, False, {})]
@@ -157,7 +147,7 @@ def _known(module: nn.Module, block: Block) -> _Known | None:
     )
     if one is None or other is None or last is None:
         return None
-    kinds = [kind for kind in map(_activation_of, last) if kind != Activation.NONE]
+    kinds = [kind for kind in map(exact_activation_of, last) if kind != Activation.NONE]
     left, right = _links(one), _links(other)
     if left is None or right is None or len(kinds) != 1 or (block.in_place and not left):
         return None
@@ -198,15 +188,7 @@ def _leaves(modules: list[Any], parts: list[Part]) -> list[nn.Module] | None:
 
 def _is_leaf(module: Any) -> bool:
     known = isinstance(module, QuantizedConv) or type(module) in (*IDLE, IncludedNorm)
-    return known or (isinstance(module, nn.Module) and _activation_of(module) != Activation.NONE)
-
-
-def _activation_of(module: nn.Module) -> Activation:
-    """The activation that a module is, with the bits of an epilogue."""
-    if isinstance(module, Curve):
-        return Activation(module.kind)
-    found = Activation.NONE if isinstance(module, QuantizedConv) else activation_of(module)
-    return found if found in _EXACT else Activation.NONE
+    return known or (isinstance(module, nn.Module) and exact_activation_of(module) != Activation.NONE)
 
 
 def _links(leaves: list[nn.Module]) -> tuple[Link, ...] | None:
@@ -215,7 +197,7 @@ def _links(leaves: list[nn.Module]) -> tuple[Link, ...] | None:
     for leaf in leaves:
         if isinstance(leaf, QuantizedConv):
             links.append(Link(leaf, Activation.NONE))
-        elif (kind := _activation_of(leaf)) != Activation.NONE:
+        elif (kind := exact_activation_of(leaf)) != Activation.NONE:
             if not links or links[-1].activation != Activation.NONE:
                 return None
             links[-1] = Link(links[-1].conv, kind)

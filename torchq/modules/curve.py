@@ -45,6 +45,22 @@ class Curve(nn.Module):
         return Activation(self.kind).name.lower()
 
 
+_EXACT = (Activation.RELU, Activation.RELU6)
+"""The operations of torch that give the bits of an epilogue."""
+
+
+def exact_activation_of(module: nn.Module | None) -> Activation:
+    """The activation that a module is, if it has the bits of an epilogue; else NONE. A Curve always has them.
+
+    >>> exact_activation_of(nn.ReLU()), exact_activation_of(nn.GELU()), exact_activation_of(Curve(Activation.GELU))
+    (<Activation.RELU: 1>, <Activation.NONE: 0>, <Activation.GELU: 2>)
+    """
+    if isinstance(module, Curve):
+        return Activation(module.kind)
+    found = activation_of(module)
+    return found if found in _EXACT else Activation.NONE
+
+
 class _Operations(Watch):
     """Lists the operations that run inside."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from torchq import kernels
+from torchq import _C, kernels
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.activations import FUNCTIONS
 from torchq.modules.channels_last import ChannelsLast
@@ -325,8 +325,12 @@ class QuantizedConv(PackedWeights, Leaf):
         if of_residual is not None:
             qparams += (*(() if y_qparams else (1.0, 0.0)), *map(float, of_residual))
         numbers = numbers_of(self.geometry, around) if around else self._numbers
-        settings = (numbers, qparams, dtype, last, activation, residual)
-        return writes.unseen(_convolution, x, packed, *settings)  # type: ignore[no-any-return]
+        settings = (x, packed, numbers, qparams, dtype, last, activation, residual)
+        if not is_dynamo_compiling():
+            y = _C.call_convolution(writes.own_modes(), *settings)
+            if y is not NotImplemented:
+                return y
+        return writes.unseen(_convolution, *settings)  # type: ignore[no-any-return]
 
     def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:
         """With a scale and zero point for each tile, as a linear layer has for each row."""

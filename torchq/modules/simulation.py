@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from torchq import _C
 from torchq.scopes import Scoped
 
@@ -18,6 +20,11 @@ def _set_anywhere(yes: bool) -> None:
 
 simulating: Scoped[bool] = Scoped("torchq.simulate", _set_anywhere)
 """Whether this thread and task simulates."""
+
+
+def is_watched() -> bool:
+    """Whether this thread simulates, or torch's profiler would see other operations."""
+    return torch.autograd.profiler._is_profiler_enabled or (anywhere and bool(simulating.get()))
 
 
 @contextmanager

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
+from torchq.modules import gradients, simulation
+from torchq.modules.curve import exact_activation_of
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.int8_sequential import InOrder, is_plain, settings_of, steps_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
+from torchq.modules.pending import Scope
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import Block, Line, line_of
+from torchq.modules.writes import is_eager
 from torchq.ops import Activation
 
 _CALL = nn.Module.__call__
@@ -136,7 +140,8 @@ class Row(Form, InOrder):
 class ConvRow(Form):
     """`act(norm(conv(x)))` with the norm in the weight: one call, and an activation that waits past the dispatcher."""
 
-    _known: tuple[tuple[type, ...], tuple[dict[str, Any], ...], int]  # its children's types, settings, activation
+    _known: tuple[tuple[type, ...], tuple[dict[str, Any], ...], int, bool]  # its children's types and settings, the
+    # activation, and whether that has the bits of an epilogue
 
     @staticmethod
     def adopt(module: nn.Module) -> None:
@@ -154,7 +159,8 @@ class ConvRow(Form):
             return
         become(ConvRow, module, line)
         kinds = tuple(map(type, (conv, *behind)))
-        module.__dict__["_known"] = (kinds, tuple(map(settings_of, cast(Any, behind))), found.kind)
+        exact = any(exact_activation_of(each) == found.kind for each in others)
+        module.__dict__["_known"] = (kinds, tuple(map(settings_of, cast(Any, behind))), found.kind, exact)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), skipping nn.Module's part of the calls where it has nothing to do."""
@@ -166,14 +172,22 @@ class ConvRow(Form):
 
     def _run(self, x: Tensor) -> Any:
         line, state = self.line, self.__dict__
-        kinds, settings, activation = self._known
+        kinds, settings, activation, exact = self._known
         conv, *others = children = tuple(map(state["_modules"].get, line.calls))
         behind = tuple(others)
         if not state.keys().isdisjoint(line.calls) or tuple(map(type, children)) != kinds or not self._is_as_read():
             return NotImplemented
         if type(self).forward is not line.forward or torch._C._get_tracing_state():
             return NotImplemented
-        if not _C.is_plain(self, type(self)) or not _C.is_plain_row(conv, kinds[0], behind, settings):
+        if not _C.is_plain_row(conv, kinds[0], behind, settings):
+            return NotImplemented
+        if (
+            exact
+            and _waits_for_nothing_else(conv, activation, x)
+            and _C.is_plain(self, type(self), Scope.enter, Scope.leave)
+        ):
+            return conv.fused(x, activation)
+        if not _C.is_plain(self, type(self)):
             return NotImplemented
         y = conv.forward(x)
         if activation == Activation.NONE:
@@ -184,3 +198,12 @@ class ConvRow(Form):
         for each in behind:
             y = each(y)
         return y
+
+
+def _waits_for_nothing_else(conv: QuantizedConv, activation: int, x: Tensor) -> bool:
+    """Whether this activation is all that the output for x would wait for, in a plain call."""
+    fold = conv.fold
+    alone = fold.activation == activation and not (fold.codes or fold.adds)
+    if not alone or type(x) is not Tensor or x.dim() != conv.dimensions + 2 or gradients.wanted(x):
+        return False
+    return is_eager(x) and not simulation.is_watched()

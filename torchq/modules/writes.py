@@ -128,6 +128,11 @@ def is_eager(x: Tensor) -> bool:
     return plain and not torch._C._are_functorch_transforms_active() and not _C.is_autocast_enabled()
 
 
+def own_modes() -> int:
+    """How many of the modes that see the operations of this thread are those that count writes."""
+    return int(_active.writes is not None)
+
+
 def unseen(op: Any, *args: Any) -> Any:
     """An operation that writes to nothing, past the mode that counts writes."""
     if _active.writes is None or modes():
