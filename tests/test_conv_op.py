@@ -82,10 +82,13 @@ def test_codes_in_and_out(kernel, name, generator):
     expected = layer.outputs(centered, torch.tensor(scale), Activation.RELU)
     y = layer(codes, x_qparams=X_QPARAMS, activation=Activation.RELU, channels_last=False)
     assert_identical(y, expected)
-    y_scale, y_zero_point = Y_QPARAMS
-    rounded = (expected * (1 / torch.tensor(y_scale))).clamp(-y_zero_point, 255 - y_zero_point).round() + y_zero_point
-    y = layer(codes, x_qparams=X_QPARAMS, y_qparams=Y_QPARAMS, activation=Activation.RELU)
-    assert_identical(y, rounded.to(torch.uint8).movedim(1, -1))
+    for activation in (Activation.RELU, Activation.RELU6, Activation.SILU):
+        expected = layer.outputs(centered, torch.tensor(scale), activation)
+        for y_scale, y_zero_point in (Y_QPARAMS, (0.03, 0), (0.02, 0)):  # the last holds less than 6
+            scaled = expected * (1 / torch.tensor(y_scale))
+            rounded = scaled.clamp(-y_zero_point, 255 - y_zero_point).round() + y_zero_point
+            y = layer(codes, x_qparams=X_QPARAMS, y_qparams=(y_scale, y_zero_point), activation=activation)
+            assert_identical(y, rounded.to(torch.uint8).movedim(1, -1), (activation, y_scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

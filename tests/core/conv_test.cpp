@@ -242,6 +242,8 @@ void test_codes_between() {
     for (const DType dtype : {DType::i8, DType::u8, DType::f32, DType::bf16})
       for (const Codes& c : {Codes{Activation::relu, 0, 0, 0, dtype},
                              {Activation::relu, 9, 0, 0, dtype},
+                             {Activation::relu6, 0, 0, 0, dtype},
+                             {Activation::relu6, 9, 0, 0, dtype},
                              {Activation::relu, 0, 9, 0, dtype},
                              {Activation::relu, 0, 0, 9, dtype},
                              {Activation::none, 0, 0, 0, dtype},
