@@ -8,6 +8,7 @@ import torchq
 from helpers.commands import run_code
 from helpers.compare import assert_identical
 from helpers.numbers import normal
+from torchq import compiling
 from torchq.compiling import fold_activations
 from torchq.modules.layer_norm import LayerNorm
 from torchq.numerics.qparams import QParams
@@ -173,6 +174,24 @@ def test_training_around_frozen_layers_is_not_touched():
     expected, x.grad = x.grad, None
     torch.compile(model, options=torchq.compile_options())(x).square().sum().backward()
     torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow(seconds=10)
+def test_inductor_caches_what_the_options_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    graphs = []
+    monkeypatch.setattr(compiling, "fold_activations", lambda graph: (graphs.append(graph), fold_activations(graph)))
+    model, x = torchq.convert(Model(F.gelu)), normal(4, 64)
+    results = []
+    for _ in range(2):
+        torch.compiler.reset()
+        with torch.no_grad():
+            results.append(torch.compile(model, options=torchq.compile_options())(x))
+    assert len(graphs) == 1  # the second time what it had made of the graph was taken
+    assert_identical(*results)
+    expected, activations = compiled_ops(model, x)
+    assert activations == [Activation.GELU, 0]
+    assert_identical(results[0], expected)
 
 
 @pytest.mark.subprocess

@@ -1,5 +1,6 @@
 """torch.compile of converted models: activations move into the int8 layers before them, as they do in eager mode."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from torchq import ops
+from torchq.modules import activations
 from torchq.modules.activations import activation_computed
 from torchq.ops import Activation
 
@@ -38,7 +41,23 @@ def compile_options() -> dict[str, Any]:
     >>> sorted(compile_options())
     ['pre_grad_custom_pass']
     """
-    return {"pre_grad_custom_pass": fold_activations}
+    return {"pre_grad_custom_pass": _cacheable_pass()}
+
+
+@functools.cache
+def _cacheable_pass() -> Any:
+    """`fold_activations` with an identity, by which inductor caches what it compiled."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # takes as long as torch itself
+
+    class FoldActivations(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            fold_activations(graph)
+
+        def uuid(self) -> bytes:
+            """Changes with the files that decide what it does: no graph of another version is taken."""
+            return get_hash_for_files((__file__, activations.__file__, ops.__file__))
+
+    return FoldActivations()
 
 
 def fold_activations(graph: fx.Graph) -> None:
