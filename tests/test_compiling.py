@@ -98,6 +98,23 @@ def test_hooks_count_in_compiled_calls(child, kind):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("child", [nn.Linear(16, 16), nn.LayerNorm(16)], ids=["layer", "norm"])
+@pytest.mark.parametrize("how", ["object before", "object after", "class"])
+def test_a_forward_of_its_own_counts_in_compiled_calls(child, how):
+    qmodel, x = torchq.convert(nn.Sequential(nn.Linear(16, 16), child).eval())[1], normal(2, 16)
+    chain = Chain(lambda: qmodel, 1)
+    torch.compiler.reset()
+    compiled = torch.compile(chain, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        if how == "object after":
+            assert not torch.equal(compiled(x), 2 * x)
+        if how == "class":
+            qmodel.__class__ = type("Own", (type(qmodel),), {"forward": lambda self, x: 2 * x})
+        else:
+            qmodel.forward = lambda x: 2 * x
+        assert torch.equal(compiled(x), 2 * x)
+
+
 class Typed(nn.Module):
     """Asks its layer for its dtype first, as the vision models of transformers do."""
 

@@ -34,7 +34,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __call__(self, input: Tensor) -> Tensor:
         """forward(), skipping nn.Module's and the dispatcher's part of the call if they have nothing to do."""
-        if is_dynamo_compiling() and not is_watched(self):  # with fewer guards than by way of nn.Module
+        if is_dynamo_compiling() and type(self) is LayerNorm and not is_watched(self):  # with few guards
             return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         if is_dynamo_compiling() or simulation.anywhere:
             return super().__call__(input)  # type: ignore[no-any-return]

@@ -31,9 +31,9 @@ class Leaf(nn.Module):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see its calls."""
+    """Whether hooks, or a forward of its own, see its calls."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or _has_any_global_hook())
+    return bool(own or "forward" in module.__dict__ or _has_any_global_hook())
 
 
 def exporting() -> bool:
