@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers.numbers import normal
-from torchq import _C, Plan, QConfig, apply_plan, convert
+from torchq import _C, Plan, QConfig, QuantizedLinear, apply_plan, convert
 from torchq.modules import encoder as encoders
 from torchq.modules import pending
 from torchq.modules.encoder import Int8TransformerEncoder
@@ -150,6 +150,27 @@ def patched(qmodel):
     qmodel.layers[1].forward = lambda *args, **kwargs: nn.TransformerEncoderLayer.forward(
         qmodel.layers[1], *args, **kwargs
     )
+
+
+CHANGES = {
+    "activation": torch.tanh,
+    "linear1": QuantizedLinear.from_float(nn.Linear(E, 64)).eval(),
+    "dropout": nn.Softsign().eval(),
+    "dropout1": nn.Softsign().eval(),
+    "_sa_block": lambda x, *args, **kwargs: 2 * x,
+    "_ff_block": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("kept", [(), ("layers.0.linear1",)], ids=["int8", "partly float"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_in_a_layer_counts(name, kept):
+    qmodel = convert(encoder(), config=QConfig(exclude=kept))
+    before = qmodel(X, src_key_padding_mask=PADDING)
+    setattr(qmodel.layers[0], name, CHANGES[name])
+    y, expected = (way(qmodel, X, src_key_padding_mask=PADDING) for way in (type(qmodel).__call__, torchs_way))
+    assert (y - before)[~PADDING].abs().max() > 0.1
+    torch.testing.assert_close(y[~PADDING], expected[~PADDING], rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("change", [hooked, in_training, foreign, patched])

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from helpers.numbers import normal
-from torchq import _C, Plan, QConfig, apply_plan, convert
+from torchq import _C, Plan, QConfig, QuantizedLinear, apply_plan, convert
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
+from torchq.modules.folding import NOTHING, Fold
+from torchq.ops import Activation
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -122,13 +124,22 @@ def test_copies_and_files():
 
 # ---- Where torch's code runs ----
 
+
+def first(fold=NOTHING):
+    return QuantizedLinear.from_float(nn.Linear(E, 64), fold=fold)
+
+
 CHANGES = {
     "another activation": lambda qlayer: setattr(qlayer, "activation", torch.tanh),
     "another module": lambda qlayer: setattr(qlayer, "linear2", nn.Linear(64, E)),
     "another norm": lambda qlayer: setattr(qlayer, "norm1", nn.LayerNorm(E, eps=0.1)),
     "an attention in float": lambda qlayer: setattr(qlayer, "self_attn", nn.MultiheadAttention(E, 4, batch_first=True)),
     "a layer before the dropout": lambda qlayer: setattr(qlayer, "dropout1", nn.Softsign()),
+    "an int8 layer": lambda qlayer: setattr(qlayer, "linear1", first()),
+    "an int8 layer before GELU": lambda qlayer: setattr(qlayer, "linear1", first(Fold(Activation.GELU))),
     "a forward of its own": lambda qlayer: setattr(qlayer, "forward", lambda x: 2 * x),
+    "an attention block of its own": lambda qlayer: setattr(qlayer, "_sa_block", lambda x, *args, **kwargs: x),
+    "a feed-forward block of its own": lambda qlayer: setattr(qlayer, "_ff_block", lambda x: x),
     "a hook": lambda qlayer: qlayer.register_forward_hook(lambda *args: args[-1] + 1),
     "a hook on a layer": lambda qlayer: qlayer.linear1.register_forward_hook(lambda *args: args[-1] + 1),
     "a hook on a norm": lambda qlayer: qlayer.norm2.register_forward_hook(lambda *args: args[-1] + 1),
@@ -208,6 +219,12 @@ def test_other_dtypes_and_autocast():
 def test_errors_are_torchs(args, kwargs, error):
     with pytest.raises((ValueError, TypeError, AssertionError), match=error):
         converted()(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_nested_tensor_gets_the_error_of_the_layers():
+    with pytest.raises(TypeError, match="x must be dense, got a nested tensor"):
+        converted()(torch.nested.nested_tensor([X[0], X[1, :4]]))
 
 
 def test_it_is_a_node_of_a_traced_graph():

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchq.modules import gradients
 from torchq.modules.base import Int8Module
-from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
+from torchq.modules.encoder_layer import Int8TransformerEncoderLayer, runs_torchs_code
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_sequences
 from torchq.modules.pending import Scope
 from torchq.modules.tracing import Leaf
@@ -69,14 +69,19 @@ class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
 
     def _may_skip(self, src: Tensor) -> bool:
         """Whether the float encoder skips padding in such a call, and nobody looks into the layers."""
-        if type(src) is not Tensor or src.dim() != 3 or src.layout != torch.strided or gradients.wanted(src):
+        if type(src) is not Tensor or src.dim() != 3 or src.layout != torch.strided or src.is_nested:
+            return False
+        if gradients.wanted(src):
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.layers.parameters()):
             return False
         fast = torch.backends.mha.get_fastpath_enabled() and not torch.is_autocast_enabled("cpu")
         if not fast or _has_any_global_hook() or torch._C._get_tracing_state():
             return False
-        return all(map(_is_torchs, self.layers)) and all(map(_is_idle, self.layers.modules()))
+        layers = list(self.layers)
+        if not all(map(_is_torchs, layers)) or not all(map(_is_idle, self.layers.modules())):
+            return False
+        return all(map(_as_written, layers))
 
     def _without_padding(self, src: Tensor, real: Tensor) -> Tensor:
         """Of real rows only; `real` (N, T) says which these are, the first of each sequence."""
@@ -115,6 +120,11 @@ def _is_torchs(layer: nn.Module) -> bool:
     attention: Any = layer.self_attn
     known = type(attention) in (QuantizedMultiheadAttention, nn.MultiheadAttention)
     return known and attention.bias_k is None and not attention.add_zero_attn
+
+
+def _as_written(layer: nn.Module) -> bool:
+    """Whether `_run` repeats what a call of the layer would do in eval mode."""
+    return layer.is_idle() if isinstance(layer, Int8TransformerEncoderLayer) else runs_torchs_code(layer)
 
 
 def _is_idle(module: nn.Module) -> bool:

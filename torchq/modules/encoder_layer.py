@@ -41,7 +41,8 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
     True
     """
 
-    _known: tuple[Any, tuple[dict[str, Any], ...], bool]  # the activation, settings of the children, whether sums fuse
+    # The activation, which of ours it is, settings of the children, whether sums fuse.
+    _known: tuple[Any, int, tuple[dict[str, Any], ...], bool]
 
     @staticmethod
     def adopt(layer: nn.Module, *, sums: bool) -> None:
@@ -59,7 +60,7 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
         settings: tuple[dict[str, Any], ...] = ({},) * (1 + len(_IDLE))
         if isinstance(layer.activation, nn.Module):
             settings += (settings_of(layer.activation),)
-        layer.__dict__["_known"] = (layer.activation, settings, sums)
+        layer.__dict__["_known"] = (layer.activation, first.fold.activation, settings, sums)
 
     def computes(self, layer: nn.Module) -> bool:
         """Whether the activation behind this child is computed with it."""
@@ -73,7 +74,7 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
 
     def _may_run(self, src: Any) -> bool:
         """Whether such a call is a plain one, and of torch's code."""
-        if type(src) is not Tensor or src.dim() != 3 or src.layout != torch.strided:
+        if type(src) is not Tensor or src.dim() != 3 or src.layout != torch.strided or src.is_nested:
             return False
         attention = self.__dict__["_modules"]["self_attn"]
         if type(attention) is not QuantizedMultiheadAttention or attention.training or not attention.batch_first:
@@ -83,9 +84,9 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
     def is_idle(self) -> bool:
         """Whether nothing but torch's own arithmetic happens in a call, in eval mode."""
         state = self.__dict__
-        children, (activation, settings, _) = state["_modules"], state["_known"]
+        children, (activation, _, settings, _) = state["_modules"], state["_known"]
         idle = tuple(map(children.get, _IDLE))
-        if not all(type(each) in IDLE for each in idle):
+        if not runs_torchs_code(self):
             return False
         if isinstance(activation, nn.Module):
             behind = (children.get("self_attn"), *idle, activation)
@@ -93,9 +94,7 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
         else:
             behind = (children.get("self_attn"), *idle)
             same = state.get("activation") is activation
-        if not same or not _C.is_plain_row(self, Int8TransformerEncoderLayer, behind, settings):
-            return False
-        return all(getattr(_TORCHS, name) is code for name, code in zip(_METHODS, _CODE, strict=True))
+        return same and _C.is_plain_row(self, Int8TransformerEncoderLayer, behind, settings)
 
     def _run(
         self,
@@ -121,8 +120,9 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
     def hidden(self, x: Tensor) -> Tensor:
         """`act(linear1(x))`, as one product if that may be."""
         first: Any = self.linear1
-        if type(first) is QuantizedLinear:
-            y = _C.call_fused(first, QuantizedLinear, x, None, first.fold.activation, (), (), None, None)
+        kind = self._known[1]
+        if type(first) is QuantizedLinear and first.fold.activation == kind:  # another layer may stand there now
+            y = _C.call_fused(first, QuantizedLinear, x, None, kind, (), (), None, None)
             if y is not NotImplemented:
                 return y
         activated: Tensor = self.activation(first(x))
@@ -131,12 +131,21 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
     def summed(self, norm: str, layer: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
         """`norm(layer(x) + residual)`, as one product if that may be."""
         module: Any = getattr(self, norm)
-        if self._known[2]:
+        if self._known[3]:
             y = _C.call_sum(layer, QuantizedLinear, module, LayerNorm, x, residual)
             if y is not NotImplemented:
                 return y
         normed: Tensor = module(residual + layer(x))
         return normed
+
+
+def runs_torchs_code(layer: nn.Module) -> bool:
+    """Whether the methods of a layer are those of nn.TransformerEncoderLayer, and its dropouts return their input."""
+    state = layer.__dict__
+    children = state["_modules"]
+    if not all(type(children.get(name)) in IDLE for name in _IDLE) or not state.keys().isdisjoint(_METHODS):
+        return False
+    return all(getattr(_TORCHS, name) is code for name, code in zip(_METHODS, _CODE, strict=True))
 
 
 def _as_torch_has_them(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> dict[str, Any]:
