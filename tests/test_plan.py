@@ -359,3 +359,19 @@ def test_a_plan_of_another_version_is_an_error_that_says_so(change):
         ValueError, match=r"torchq\.Plan\.from_dict: data must be .*(gptq_db|of_tomorrow).*convert the model"
     ):
         Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["layers"]["0"].update(channel_scale=["a"]),
+        lambda data: data["layers"]["0"].update(input_qparams=[1.0]),
+        lambda data: data.update(layers=[]),
+    ],
+    ids=["word", "half a pair", "list"],
+)
+def test_values_that_no_plan_can_hold_are_an_error_that_names_the_call(change):
+    data = convert(mlp()).torchq_plan.to_dict()
+    change(data)
+    with pytest.raises(ValueError, match=r"torchq\.Plan\.from_dict: data must be what .* does not fit: \w+Error"):
+        Plan.from_dict(data)

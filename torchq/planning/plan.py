@@ -358,7 +358,7 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field is missing or unknown, as in plans that torchq 0.1.0 saved.
+            ValueError: a field is missing or unknown, as in plans that torchq 0.1.0 saved, or holds what it can't.
         """
         try:
             return cls(
@@ -369,7 +369,7 @@ class Plan:
                 {name: AttentionPlan.from_dict(values) for name, values in data.get("attentions", {}).items()},
                 {name: TablePlan.from_dict(values) for name, values in data.get("tables", {}).items()},
             )
-        except (KeyError, TypeError) as wrong:
+        except (AttributeError, LookupError, TypeError, ValueError) as wrong:
             raise ValueError(
                 "torchq.Plan.from_dict: data must be what Plan.to_dict() of this version gives. It does not fit: "
                 f"{type(wrong).__name__} {wrong}. If another version of torchq saved it, convert the model again."
