@@ -14,6 +14,7 @@ from torchq import QConfig, convert, kernels, simulate
 from torchq.modules.coded_sum import CodedSum
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.straight import block_of
+from torchq.modules.straight_forms import Form
 from torchq.planning import coded_sums
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -205,6 +206,23 @@ def test_what_is_changed_afterwards_counts(ran, change):
         assert_identical(y, code(X))
     assert not ran
     assert not torch.equal(y, before)
+
+
+@pytest.mark.parametrize("value", [3, nn.Tanh()], ids=["attribute", "child"])
+@pytest.mark.parametrize("name", ["line", "original", "form", "_run", "_known"])
+def test_a_name_of_the_form_that_is_given_later_is_the_users(ran, name, value):
+    qmodel = made()
+    expected = qmodel(X)
+    for module in (qmodel, qmodel.layer[0]):
+        setattr(module, name, value)
+        assert getattr(module, name) is value
+    ran.clear()
+    assert_identical(qmodel(X), expected)
+    assert not ran
+    assert (type(qmodel), type(qmodel.layer[0]), type(qmodel.layer[1])) == (Bottleneck, ConvNorm, type(qmodel.layer[2]))
+    assert type(qmodel.layer[1]) is not ConvNorm
+    qmodel.layer[1].extra = value  # any other name changes nothing
+    assert isinstance(qmodel.layer[1], Form)
 
 
 def test_another_range_or_weight_counts(ran):

@@ -42,6 +42,16 @@ class Form(nn.Module):
         """Whether nobody has replaced the code since it was read, or how the user's class is called."""
         return self.line.forward.__code__ is self.line.code and self.original.__call__ is _CALL
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever takes a name that only the form has gets the user's class back: there it means what they set."""
+        form: Any = self.form  # for mypy, a class of torch has no hash
+        if name in _names(form):
+            object.__setattr__(self, "__class__", self.original)
+            self.__dict__.pop("_known", None)
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the user's class, since no module has the form's."""
         reduced: Any = super().__reduce_ex__(protocol)
