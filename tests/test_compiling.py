@@ -1,5 +1,7 @@
 """torch.compile with torchq's options: activations fold into the layers before them, and nothing else changes."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -113,6 +115,12 @@ def test_a_forward_of_its_own_counts_in_compiled_calls(child, how):
         else:
             qmodel.forward = lambda x: 2 * x
         assert torch.equal(compiled(x), 2 * x)
+
+
+def test_the_options_can_be_pickled():
+    """As a function's, so that other processes get them."""
+    options = torchq.compile_options()
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 class Typed(nn.Module):

@@ -57,6 +57,9 @@ def _cacheable_pass() -> Any:
             """Changes with the files that decide what it does: no graph of another version is taken."""
             return get_hash_for_files((__file__, activations.__file__, ops.__file__))
 
+        def __reduce__(self) -> Any:
+            return _cacheable_pass, ()
+
     return FoldActivations()
 
 
