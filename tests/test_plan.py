@@ -13,7 +13,7 @@ from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams
 from torchq.observers import OBSERVERS
 from torchq.planning.apply import apply_plan
-from torchq.planning.plan import LayerPlan, Plan
+from torchq.planning.plan import AttentionPlan, LayerPlan, Plan, TablePlan
 
 STATIC, DYNAMIC = (QConfig(activation=name, rounding="nearest") for name in ("static", "dynamic"))
 AUTO = QConfig(rounding="nearest")
@@ -331,6 +331,7 @@ def test_a_layer_edited_to_float_keeps_its_relu():
         ("0", {"activation": "2"}, "layer '0'.*'2'"),
         ("0", {"skipped": ("nope",)}, "layer '0'.*'nope'"),
         ("0", {"skipped": ("2",)}, "layer '0'.*'2'"),
+        ("0", {"per_channel": "yes"}, "layer '0' has per_channel 'yes', expected True or False"),
     ],
     ids=lambda value: "-".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, dict) else None,
 )
@@ -343,6 +344,15 @@ def test_an_invalid_plan_is_refused_and_changes_nothing(name, changes, message, 
         apply_plan(model, edited(plan, name, **changes), inplace=inplace)
     assert dict(model.named_modules()) == before
     assert not hasattr(model, "torchq_plan")
+
+
+@pytest.mark.parametrize("part", [None, "tables", "attentions"])
+def test_an_unknown_name_in_a_plan_is_refused(part):
+    table, attention = TablePlan("int8", "mine"), AttentionPlan("int8", "mine")
+    data = Plan({}, tables={"a": table}, attentions={"a": attention}).to_dict()
+    (data if part is None else data[part]["a"])["of_tomorrow"] = 1
+    with pytest.raises(ValueError, match=r"torchq\.Plan\.from_dict: .*TypeError \w+ has no of_tomorrow"):
+        Plan.from_dict(data)
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -47,6 +47,9 @@ def _require(ok: bool, name: str, problem: str) -> None:
 
 def _check_scheme(plan: Plan, name: str, planned: LayerPlan) -> None:
     _require(planned.kind in get_args(Kind), name, f"is to be {planned.kind!r}, expected one of {get_args(Kind)}")
+    _require(
+        isinstance(planned.per_channel, bool), name, f"has per_channel {planned.per_channel!r}, expected True or False"
+    )
     if planned.kind == "int8 static":
         _require(planned.input_qparams is not None, name, "is static, but its input_qparams are None")
     if planned.feeds is not None:

@@ -218,6 +218,7 @@ class AttentionPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "AttentionPlan":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        _refuse_unknown(cls, data)
         return cls(data["scheme"], data["reason"], {scheme: float(db) for scheme, db in data["sqnr_db"].items()})
 
 
@@ -247,6 +248,7 @@ class TablePlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TablePlan":
         """The inverse of `dataclasses.asdict`, and of the strings that JSON has for inf and nan."""
+        _refuse_unknown(cls, data)
         db = data["sqnr_db"]
         more = {key: data.get(key, False) for key in ("residual", "scaled")}  # plans of earlier versions have neither
         return cls(data["kind"], data["reason"], data["owner"], None if db is None else float(db), **more)
@@ -361,6 +363,7 @@ class Plan:
             ValueError: a field is missing or unknown, as in plans that torchq 0.1.0 saved, or holds what it can't.
         """
         try:
+            _refuse_unknown(cls, data)
             return cls(
                 {name: LayerPlan.from_dict(values) for name, values in data["layers"].items()},
                 data["frontier"] and Frontier.from_dict(data["frontier"]),
@@ -374,6 +377,12 @@ class Plan:
                 "torchq.Plan.from_dict: data must be what Plan.to_dict() of this version gives. It does not fit: "
                 f"{type(wrong).__name__} {wrong}. If another version of torchq saved it, convert the model again."
             ) from wrong
+
+
+def _refuse_unknown(kind: type, data: Mapping[str, Any]) -> None:
+    unknown = data.keys() - {each.name for each in dataclasses.fields(kind)}
+    if unknown:
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
 
 
 def _pair(data: Any) -> tuple[float, float] | None:
