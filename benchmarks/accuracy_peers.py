@@ -142,13 +142,13 @@ def onnx_bytes(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> 
         return path.read_bytes()
 
 
-def onnxruntime_dynamic(per_channel: bool) -> Callable[[Path, Task], None]:
+def onnxruntime_dynamic(per_channel: bool, **options: Any) -> Callable[[Path, Task], None]:
     """quantize_dynamic with signed weights."""
 
     def quantize(path: Path, task: Task) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        quantize_dynamic(path, path, per_channel=per_channel, weight_type=QuantType.QInt8)
+        quantize_dynamic(path, path, per_channel=per_channel, weight_type=QuantType.QInt8, **options)
 
     return quantize
 
@@ -171,7 +171,7 @@ def _static(**options: Any) -> Callable[[Path, Task], None]:
     return quantize
 
 
-def onnxruntime_static_linear(method: str) -> Callable[[Path, Task], None]:
+def onnxruntime_static_linear(method: str, **options: Any) -> Callable[[Path, Task], None]:
     """What ONNX Runtime documents as best for x86: u8 activations, per-channel int8 weights. Only for linear layers."""
 
     def quantize(path: Path, task: Task) -> None:
@@ -185,6 +185,7 @@ def onnxruntime_static_linear(method: str) -> Callable[[Path, Task], None]:
             calibrate_method=CalibrationMethod[method],
             # Products of two activations (attention) and the outputs of layers stay in float, which is more accurate.
             extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+            **options,
         )
         static(path, task)
 

@@ -4,20 +4,24 @@
     taskset -c 0 python -m benchmarks.conv --kind floats         # floats in, floats out, channels first
     taskset -c 0 python -m benchmarks.conv --networks resnet50   # some of them
 
-All int8 contestants are static and share scales, zero points and codes of the weights. Every answer is first compared
-with float32. Times are the best of interleaved rounds; `%` is of the products' time at the peak that is measured on
-registers.
+All int8 contestants are static and share scales, zero points and codes of the weights, but for the peers with 7 bits.
+Every answer is first compared with float32: times of peers whose answers are wrong are marked with `!`, and torchq's
+speed is not compared with them. Times are the best of interleaved rounds; `%` is of the products' time at the peak that
+is measured on registers.
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.conv_peers import Layer, Shape, answer, contestants
 from benchmarks.demo import markdown
+from benchmarks.peers import wrong
 from benchmarks.roofline import Roofline
-from benchmarks.timing import interleaved, machine, settle
+from benchmarks.timing import add_clock, interleaved, machine, settle
 from torchq import kernels
 from torchq.numerics.metrics import sqnr_db
 
@@ -89,37 +93,54 @@ def conformer() -> list[Shape]:
 
 
 NETWORKS = {f.__name__: f for f in (resnet50, mobilenet_v2, wav2vec2, whisper, conformer)}
-PEERS = ("ONNX Runtime", "OpenVINO")
+PEERS = ("ONNX Runtime", "OpenVINO", "ONNX Runtime, 7 bits", "OpenVINO, 7 bits")
 
 
-def measure(shape: Shape, kind: str, rounds: int) -> dict[str, float]:
-    """Seconds of each contestant, whose answers are right."""
+class Times(NamedTuple):
+    """Seconds of each contestant, and the names of those whose answers are wrong."""
+
+    seconds: dict[str, float]
+    wrong: list[str]
+
+    @property
+    def best(self) -> float:
+        """Of the int8 peers whose answers are right."""
+        return min(self.seconds[name] for name in PEERS if name not in self.wrong)
+
+
+def measure(shape: Shape, kind: str, rounds: int, clock: Callable[[], float]) -> Times:
+    """Times every contestant, and compares every answer with float32."""
     layer = Layer(shape)
     runs = contestants(layer, kind)
-    for name, run in runs.items():
-        db = sqnr_db(layer.y, answer(layer, kind, name, run))
-        if db < MIN_SQNR_DB:
-            raise RuntimeError(f"{name}, {shape}: {db:.1f} dB, the answer is wrong")
+    errors = {name: sqnr_db(layer.y, answer(layer, kind, name, run)) for name, run in runs.items()}
+    if errors["torchq"] < MIN_SQNR_DB:
+        raise RuntimeError(f"torchq, {shape}: {errors['torchq']:.1f} dB, the answer is wrong")
     with torch.no_grad():
-        many = torch.get_num_threads() > 1
-        return interleaved(runs, rounds=rounds, seconds=0.002, before=settle if many else lambda: None)
+        before = settle if torch.get_num_threads() > 1 else lambda: None
+        seconds = interleaved(runs, rounds=rounds, seconds=0.002, before=before, clock=clock)
+    return Times(seconds, wrong(errors, "torchq"))
 
 
-def row(shape: Shape, us: dict[str, float], peak: float) -> list[str]:
+def row(shape: Shape, times: Times, peak: float) -> list[str]:
     """Of the table."""
-    ours, best = us["torchq"], min(us[name] for name in PEERS)
+    ours = times.seconds["torchq"]
     cells = [shape.network, str(shape), str(shape.depth), f"{ours * 1e6:.0f}", f"{shape.products / peak / ours:.0%}"]
-    return [*cells, *(f"{us[name] * 1e6:.0f}" for name in us if name != "torchq"), f"{best / ours:.2f}"]
+    others = [
+        f"{seconds * 1e6:.0f}{'!' if name in times.wrong else ''}"
+        for name, seconds in times.seconds.items()
+        if name != "torchq"
+    ]
+    return [*cells, *others, f"{times.best / ours:.2f}"]
 
 
-def summary(found: list[tuple[Shape, dict[str, float]]], peak: float) -> str:
+def summary(found: list[tuple[Shape, Times]], peak: float) -> str:
     """A line for each network, for all, and for the layers that must come near the peak."""
     lines = []
     for network in dict.fromkeys(shape.network for shape, _ in found):
-        own = [us for shape, us in found if shape.network == network]
+        own = [times for shape, times in found if shape.network == network]
         lines.append(f"{network}: " + compared(own))
-    lines.append("all: " + compared([us for _, us in found]))
-    deep = [s.products / peak / us["torchq"] for s, us in found if s.groups == 1 and s.depth >= 256 and large(s)]
+    lines.append("all: " + compared([times for _, times in found]))
+    deep = [s.products / peak / t.seconds["torchq"] for s, t in found if s.groups == 1 and s.depth >= 256 and large(s)]
     if deep:
         lines.append(f"dense layers with K >= 256 and 14 x 14 outputs or more: at least {min(deep):.0%} of the peak")
     return "\n".join(lines)
@@ -130,11 +151,12 @@ def large(shape: Shape) -> bool:
     return torch.Size(shape.out_size).numel() >= 14 * 14
 
 
-def compared(times: list[dict[str, float]]) -> str:
-    """Geometric means over layers, and sums."""
-    ratios = [min(us[name] for name in PEERS) / us["torchq"] for us in times]
-    total = {name: sum(us[name] for us in times) * 1e3 for name in times[0]}
-    sums = ", ".join(f"{name} {ms:.2f} ms" for name, ms in total.items())
+def compared(times: list[Times]) -> str:
+    """Geometric means over layers; and sums, marked where an answer is wrong."""
+    ratios = [each.best / each.seconds["torchq"] for each in times]
+    total = {name: sum(each.seconds[name] for each in times) * 1e3 for name in times[0].seconds}
+    failed = {name for each in times for name in each.wrong}
+    sums = ", ".join(f"{name} {ms:.2f} ms{'!' if name in failed else ''}" for name, ms in total.items())
     return f"{statistics.geometric_mean(ratios):.2f}x the best int8 peer, least {min(ratios):.2f}x; sums: {sums}"
 
 
@@ -145,15 +167,17 @@ def main() -> None:
     parser.add_argument("--kind", choices=["codes", "floats"], default="codes")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    add_clock(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     peak = Roofline().peak(kernels.active()) / 2 * options.threads  # multiply-adds a second
     shapes = [shape for name in options.networks for shape in NETWORKS[name]()]
-    found = [(shape, measure(shape, options.kind, options.rounds)) for shape in shapes]
-    columns = [name for name in found[0][1] if name != "torchq"]
+    found = [(shape, measure(shape, options.kind, options.rounds, options.clock)) for shape in shapes]
+    columns = [name for name in found[0][1].seconds if name != "torchq"]
     header = ["network", "layer, kernel / stride, size", "K", "torchq", "%", *columns, "x"]
-    print(f"{machine()}\n{options.kind} in and out; microseconds; x: the best int8 peer's time by torchq's\n")
-    print(markdown([header, *(row(shape, us, peak) for shape, us in found)]))
+    print(f"{machine()}\n{options.kind} in and out; microseconds, ! where the answer is wrong")
+    print("x: the time of the best int8 peer whose answer is right by torchq's\n")
+    print(markdown([header, *(row(shape, times, peak) for shape, times in found)]))
     print(f"\n{summary(found, peak)}")
 
 

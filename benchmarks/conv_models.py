@@ -10,7 +10,6 @@ against float32, in dB. `torchq static` is `QConfig(activation="static")`: u8 co
 
 import copy
 import gc
-import time
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import torchq
 from benchmarks import accuracy_peers, transformer_peers
 from benchmarks.accuracy_peers import Make, Task, preset
-from benchmarks.peers import Peer, Run
+from benchmarks.peers import Peer, Run, overflow_fix
 from benchmarks.timing import machine
 from benchmarks.transformer_models import Cell, First, _normal, _whisper_encoder, with_weights
 from benchmarks.transformers import begin, measure, parser_of, shown, versions
@@ -124,6 +123,12 @@ CONTESTANTS = [
         OPENVINO,
     ),
     Peer(
+        "openvino int8: overflow_fix",
+        True,
+        transformer_peers._openvino("MIXED, 7 bits", transformer_peers._nncf(lambda: preset("MIXED") | overflow_fix())),
+        OPENVINO,
+    ),
+    Peer(
         "openvino int8: transformer",
         True,
         transformer_peers._openvino("usual", transformer_peers._nncf(transformer_peers._usual)),
@@ -135,6 +140,12 @@ CONTESTANTS = [
         transformer_peers._onnxruntime("static all", accuracy_peers._static()),
         ONNXRUNTIME,
     ),
+    Peer(
+        "onnxruntime int8: static, reduce_range",
+        True,
+        transformer_peers._onnxruntime("static all 7", accuracy_peers._static(reduce_range=True)),
+        ONNXRUNTIME,
+    ),
     Peer("torch float32", False, _float32(last=False)),
     Peer("torch float32, channels last", False, _float32(last=True)),
 ]
@@ -143,12 +154,10 @@ CONTESTANTS = [
 def main() -> None:
     """Measures the cells, and prints each."""
     parser = parser_of(__doc__, CELLS)
-    parser.add_argument("--cpu-time", action="store_true", help="for one thread on a busy machine: CPU time, not wall")
     arguments = parser.parse_args()
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
     cells, peers = begin(arguments, CELLS, CONTESTANTS)
     for cell in cells:
-        result = measure(cell, peers, arguments.threads, arguments.rounds, clock)
+        result = measure(cell, peers, arguments.threads, arguments.rounds, arguments.clock)
         print(f"{cell.name}, ms (dB): {'; '.join(f'{name} {shown(result, name)}' for name in result['ms'])}")
         for name, reason in result["failed"].items():
             print(f"  not built: {name}: {reason}")

@@ -1,8 +1,9 @@
 """One convolution by every engine, each through its best API: torchq, torch float32, ONNX Runtime and OpenVINO int8.
 
 The int8 peers get one ONNX graph, static and with a scale for each output channel: DequantizeLinear, Conv,
-QuantizeLinear. Inside a network a layer takes codes and gives codes ("codes"); at its ends it takes and gives floats,
-channels first ("floats").
+QuantizeLinear. Those called "7 bits" have weights of 7 bits: where a CPU adds pairs of products in int16, 8 bits
+saturate (benchmarks/peers.py). Inside a network a layer takes codes and gives codes ("codes"); at its ends it takes and
+gives floats, channels first ("floats").
 """
 
 import copy
@@ -80,6 +81,13 @@ class Layer:
         self.scale, _ = choose_qparams(self.weight, axis=0)
         self.codes = quantize(self.weight, self.scale, axis=0)
         self.x_qparams, self.y_qparams = (self._range(t) for t in (self.x, self.y))
+
+    def narrowed(self) -> "Layer":
+        """With weights of 7 bits."""
+        narrow = copy.copy(self)
+        narrow.scale = 2 * self.scale
+        narrow.codes = quantize(self.weight, narrow.scale, axis=0)
+        return narrow
 
     @staticmethod
     def _range(x: Tensor) -> tuple[float, int]:
@@ -233,7 +241,9 @@ def contestants(layer: Layer, kind: str) -> dict[str, Run]:
     if kind == "floats":
         runs |= {"torchq, channels last": torchq_run(layer, "channels last")}
     runs |= {"torch": torch_run(layer, False), "torch, channels last": torch_run(layer, True)}
-    return runs | {"ONNX Runtime": onnxruntime_run(layer, kind), "OpenVINO": openvino_run(layer, kind)}
+    for bits, given in (("", layer), (", 7 bits", layer.narrowed())):
+        runs |= {f"ONNX Runtime{bits}": onnxruntime_run(given, kind), f"OpenVINO{bits}": openvino_run(given, kind)}
+    return runs
 
 
 def answer(layer: Layer, kind: str, name: str, run: Run) -> Tensor:

@@ -5,7 +5,8 @@
     python -m benchmarks.linear --json out.json --plot out.png
 
 torchq is `QuantizedLinear` on a float tensor: dynamic per-token scheme, with bias. Every peer runs through its best API
-(benchmarks/peers.py). Times are the best of interleaved rounds. Each answer is first compared with float.
+(benchmarks/peers.py). Times are the best of interleaved rounds. Each answer is first compared with float. Peers whose
+answers are wrong are listed in a table of their own, and torchq's speed is not compared with theirs.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import math
 import statistics
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from torch import nn
 
 import torchq
 from benchmarks.demo import markdown
-from benchmarks.peers import PEERS, Peer, available
+from benchmarks.peers import PEERS, Peer, available, wrong
 from benchmarks.roofline import Roofline
-from benchmarks.timing import interleaved, machine, settle
+from benchmarks.timing import add_clock, interleaved, machine, settle
 from torchq.numerics.metrics import sqnr_db
 
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096), (64, 64)]
@@ -36,7 +38,9 @@ GRIDS = {
 MIN_SQNR_DB = 20.0  # below this it is a bug and not quantization: 8 bits give about 40 dB on normal data
 
 
-def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     """Microseconds and output SQNR of each contestant at (M, N, K)."""
     m, n, k = shape
     torch.manual_seed(0)
@@ -46,11 +50,12 @@ def measure(shape: tuple[int, int, int], peers: list[Peer], threads: int, rounds
     for peer in peers:
         run = peer.make(linear, x, threads)
         errors[peer.name] = sqnr_db(exact, run().float())
-        if errors[peer.name] < MIN_SQNR_DB:
-            raise RuntimeError(f"{peer.name} at {shape}: output SQNR {errors[peer.name]:.1f} dB, the answer is wrong")
         runs[peer.name] = run
-    times = interleaved(runs, rounds=rounds, before=settle if threads > 1 else lambda: None)
-    return {"shape": shape, "us": {name: t * 1e6 for name, t in times.items()}, "sqnr_db": errors}
+    if errors["torchq"] < MIN_SQNR_DB:
+        raise RuntimeError(f"torchq at {shape}: output SQNR {errors['torchq']:.1f} dB, the answer is wrong")
+    times = interleaved(runs, rounds=rounds, before=settle if threads > 1 else lambda: None, clock=clock)
+    us = {name: t * 1e6 for name, t in times.items()}
+    return {"shape": shape, "us": us, "sqnr_db": errors, "wrong": wrong(errors, "torchq")}
 
 
 def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline: Roofline, threads: int) -> float:
@@ -66,9 +71,9 @@ def limit(shape: tuple[int, int, int], machine_limits: dict[str, Any], roofline:
 
 
 def best(result: dict[str, Any], names: list[str]) -> tuple[str, float]:
-    """The fastest of these contestants, and its time in microseconds."""
+    """The fastest of these contestants whose answer is right, and its time in microseconds."""
     times: dict[str, float] = result["us"]
-    name = min(names, key=lambda candidate: times[candidate])
+    name = min((name for name in names if name not in result["wrong"]), key=lambda candidate: times[candidate])
     return name, times[name]
 
 
@@ -90,7 +95,22 @@ def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
         bound = result["limit_us"]
         row += [f"{torch_time:.1f} us", f"{torch_time / ours:.2f}"]
         rows.append([*row, f"{bound:.1f} us", f"{bound / ours:.0%}", f"{best(result, int8)[1] / bound:.2f}"])
-    return f"{markdown(rows)}\n\n{summary(results, int8)}"
+    return "\n\n".join([markdown(rows), summary(results, int8), *wrong_answers(results)])
+
+
+def wrong_answers(results: list[dict[str, Any]]) -> list[str]:
+    """A table of the contestants that were wrong somewhere: their times, and there the SQNR."""
+    names = [name for name in results[0]["us"] if any(name in result["wrong"] for result in results)]
+    if not names:
+        return []
+    rows = [["M x N x K", *names]]
+    for result in results:
+        cells = [
+            f"{result['us'][name]:.1f} us" + (f", {result['sqnr_db'][name]:.1f} dB" if name in result["wrong"] else "")
+            for name in names
+        ]
+        rows.append(["x".join(map(str, result["shape"])), *cells])
+    return ["Where an SQNR stands beside the time the answer is wrong, and not compared:", markdown(rows)]
 
 
 def summary(results: list[dict[str, Any]], int8: list[str]) -> str:
@@ -147,6 +167,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", metavar="PREFIX", help="only these, torchq and torch float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    add_clock(parser)
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
     parser.add_argument("--plot", type=Path, help="write a roofline plot here (needs matplotlib)")
@@ -164,7 +185,7 @@ def main() -> None:
         for shape in GRIDS[arguments.grid]:
             if arguments.layers and f"{shape[1]}x{shape[2]}" not in arguments.layers:
                 continue
-            results.append(measure(shape, peers, arguments.threads, arguments.rounds))
+            results.append(measure(shape, peers, arguments.threads, arguments.rounds, arguments.clock))
             results[-1]["limit_us"] = limit(shape, roof, roofline, arguments.threads)
             name, time = best(results[-1], roof["int8_peers"])
             print(

@@ -1,5 +1,6 @@
 """What all benchmarks share: torchq's own way of timing (torchq/timing.py), and a description of the machine."""
 
+import argparse
 import platform
 import time
 from pathlib import Path
@@ -22,6 +23,18 @@ def settle(limit: float = 1.0) -> None:
         time.sleep(nap)
         if time.process_time() - before < nap / 4:
             return
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Adds --cpu-time, which chooses the `clock` of the parsed arguments."""
+    parser.add_argument(
+        "--cpu-time",
+        dest="clock",
+        action="store_const",
+        const=time.process_time,
+        default=time.perf_counter,
+        help="for one thread on a busy machine: the CPU time of the process, not wall time",
+    )
 
 
 def machine() -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchq
 from benchmarks import accuracy_peers
 from benchmarks.accuracy_peers import Make, Task, onnx_bytes, openvino_model, preset, smooth
-from benchmarks.peers import Peer, Run, nncf_quantized, onnxruntime_run, openvino_run
+from benchmarks.peers import Peer, Run, nncf_quantized, onnxruntime_run, openvino_run, overflow_fix
 
 CACHE = Path(__file__).parent.parent / "build" / "transformers"
 
@@ -159,6 +159,10 @@ def _usual() -> dict[str, Any]:
     return {"model_type": nncf.ModelType.TRANSFORMER}
 
 
+def _usual_in_7_bits() -> dict[str, Any]:
+    return _usual() | overflow_fix()
+
+
 OURS, COMPILED, USUAL = "torchq", "torchq compiled", "openvino int8: usual"
 ONNXRUNTIME, OPENVINO = ("onnx", "onnxscript", "onnxruntime"), ("openvino", "nncf")
 CONTESTANTS = [
@@ -167,6 +171,7 @@ CONTESTANTS = [
     Peer(USUAL, True, _openvino("usual", _nncf(_usual)), OPENVINO),
     Peer("openvino int8: usual, bf16 hint", True, _openvino("usual", _nncf(_usual), _bfloat16_hint), OPENVINO),
     Peer("openvino int8: SmoothQuant 0.5", True, _openvino("0.5", _nncf(lambda: smooth(0.5))), OPENVINO),
+    Peer("openvino int8: usual, overflow_fix", True, _openvino("7 bits", _nncf(_usual_in_7_bits)), OPENVINO),
     Peer("openvino int8: MIXED", True, _openvino("MIXED", _nncf(lambda: preset("MIXED"))), OPENVINO),
     Peer(
         "onnxruntime int8: dynamic",
@@ -175,9 +180,21 @@ CONTESTANTS = [
         ONNXRUNTIME,
     ),
     Peer(
+        "onnxruntime int8: dynamic, reduce_range",
+        True,
+        _onnxruntime("dynamic 7", accuracy_peers.onnxruntime_dynamic(per_channel=True, reduce_range=True)),
+        ONNXRUNTIME,
+    ),
+    Peer(
         "onnxruntime int8: static",
         True,
         _onnxruntime("static", accuracy_peers.onnxruntime_static_linear("MinMax")),
+        ONNXRUNTIME,
+    ),
+    Peer(
+        "onnxruntime int8: static, reduce_range",
+        True,
+        _onnxruntime("static 7", accuracy_peers.onnxruntime_static_linear("MinMax", reduce_range=True)),
         ONNXRUNTIME,
     ),
     Peer("torch.ao int8: x86", True, _torch_ao("x86")),

@@ -7,7 +7,8 @@
 Models are built from their configs (benchmarks/transformer_models.py), and every engine runs through its best API
 (benchmarks/transformer_peers.py). In a cell all contestants run in one process, interleaved, and each waits until the
 one before burns no CPU any more. Times are the best of several rounds. Beside each stands the SQNR of the output
-against float32. A contestant that can't be built says why.
+against float32; with `wrong`, where it is so low that torchq's speed is not compared with it. A contestant that can't
+be built says why.
 
 Engines get a minute or two to build each cell the first time. Graphs of peers are kept in build/transformers.
 """
@@ -18,7 +19,6 @@ import json
 import logging
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -30,9 +30,9 @@ from torch import Generator, nn
 
 from benchmarks.accuracy_peers import Task
 from benchmarks.demo import markdown
-from benchmarks.peers import Peer, Run, available
+from benchmarks.peers import Peer, Run, available, wrong
 from benchmarks.roofline import Roofline
-from benchmarks.timing import interleaved, machine, settle
+from benchmarks.timing import add_clock, interleaved, machine, settle
 from benchmarks.transformer_models import CELLS, Cell
 from benchmarks.transformer_peers import COMPILED, CONTESTANTS, OURS, USUAL
 from torchq.numerics.metrics import sqnr_db
@@ -55,9 +55,7 @@ def task_of(cell: Cell) -> tuple[Task, torch.Tensor]:
     return Task(cell.name, cell.model(), calibration, []), cell.sample(cell.batch, generator)
 
 
-def measure(
-    cell: Cell, peers: list[Peer], threads: int, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Any]:
+def measure(cell: Cell, peers: list[Peer], threads: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Milliseconds and output SQNR of each contestant, and for those that failed the reason."""
     task, x = task_of(cell)
     runs: dict[str, Run] = {}
@@ -83,6 +81,7 @@ def measure(
         "kind": cell.kind,
         "ms": {name: t * 1e3 for name, t in times.items()},
         "sqnr_db": errors,
+        "wrong": wrong(errors, OURS) if OURS in errors else [],
         "failed": failed,
         "weights": weights_of(task.model),
     }
@@ -99,18 +98,21 @@ def weights_of(model: nn.Module) -> int:
 
 
 def fastest(result: dict[str, Any], contestant: str) -> str | None:
-    """The setting of a contestant that is fastest in this cell."""
-    names = [name for name in result["ms"] if name.partition(":")[0] == contestant]
+    """The setting of a contestant that is fastest in this cell, of those whose answers are right."""
+    right = result["ms"].keys() - result["wrong"]
+    names = [name for name in result["ms"] if name in right and name.partition(":")[0] == contestant]
     return min(names, key=lambda name: result["ms"][name], default=None)
 
 
 def shown(result: dict[str, Any], name: str | None) -> str:
     """Milliseconds, and the SQNR in parentheses."""
-    return f"{result['ms'][name]:.2f} ({result['sqnr_db'][name]:.1f})" if name in result["ms"] else "-"
+    if name not in result["ms"]:
+        return "-"
+    return f"{result['ms'][name]:.2f} ({result['sqnr_db'][name]:.1f}{', wrong' if name in result['wrong'] else ''})"
 
 
 def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
-    """A row per cell, a column per contestant; then what could not be built."""
+    """A row per cell, a column per contestant; then what could not be built, and what is wrong."""
     contestants = list(dict.fromkeys(peer.name.partition(":")[0] for peer in peers))
     header = ["ms (dB)"]
     for contestant in contestants:
@@ -129,7 +131,9 @@ def table(results: list[dict[str, Any]], peers: list[Peer]) -> str:
         for name, reason in result["failed"].items():
             failures.setdefault(f"{name}: {reason}", []).append(result["cell"])
     lines = [f"- {', '.join(cells)}: {failure}" for failure, cells in failures.items()]
-    return "\n".join([markdown(rows), *(["", "Not built:", *lines] if lines else [])])
+    saturated = [f"- {result['cell']}: {name} {shown(result, name)}" for result in results for name in result["wrong"]]
+    notes = [*(["", "Not built:", *lines] if lines else []), *(["", "Not compared:", *saturated] if saturated else [])]
+    return "\n".join([markdown(rows), *notes])
 
 
 def ratios(results: list[dict[str, Any]], ours: list[str], theirs: list[str]) -> dict[str, float]:
@@ -139,7 +143,7 @@ def ratios(results: list[dict[str, Any]], ours: list[str], theirs: list[str]) ->
         times = [
             [result["ms"][name] for name in (fastest(result, contestant) for contestant in side) if name]
             if side != [USUAL]
-            else [result["ms"][USUAL]] * (USUAL in result["ms"])
+            else [result["ms"][USUAL]] * (USUAL in result["ms"] and USUAL not in result["wrong"])
             for side in (ours, theirs)
         ]
         if all(times):
@@ -206,6 +210,7 @@ def parser_of(text: str | None, cells: Sequence[Cell]) -> argparse.ArgumentParse
     parser.add_argument("--contestants", nargs="+", metavar="PREFIX", help=f"only these and {OURS}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    add_clock(parser)
     return parser
 
 
@@ -231,7 +236,7 @@ def main() -> None:
     cells, peers = begin(arguments, CELLS, CONTESTANTS)
     results = []
     for cell in cells:
-        results.append(measure(cell, peers, arguments.threads, arguments.rounds))
+        results.append(measure(cell, peers, arguments.threads, arguments.rounds, arguments.clock))
         gc.collect()
         print(f"{cell.name}: {'; '.join(f'{n} {shown(results[-1], n)}' for n in results[-1]['ms'])}", flush=True)
     bandwidth = Roofline().bandwidth(256 << 20)
