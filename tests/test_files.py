@@ -380,6 +380,17 @@ def test_a_folder_that_is_missing(tmp_path):
         torchq.save(convert(mlp(24, 8)), tmp_path / "nowhere" / "m")
 
 
+def test_what_is_no_regular_file_stays(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link", tmp_path):
+        with pytest.raises(OSError, match=f"torchq.save: {path} is no regular file"):
+            torchq.save(convert(mlp(24, 8)), path)
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_a_link_goes_on_pointing_to_the_file(tmp_path, path):
     link = tmp_path / "link"
     link.symlink_to(path)

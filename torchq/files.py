@@ -68,6 +68,8 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
         "checksums": {key: _checksum(key, tensor) for key, tensor in tensors.items()},
     }
     text = json.dumps(about, separators=(",", ":"), allow_nan=False)
+    if os.path.exists(path) and not os.path.isfile(path):  # what took the place of /dev/null would be everybody's
+        raise OSError(f"torchq.save: {os.fspath(path)} is no regular file, which a new one could replace.")
     with _replacing(os.path.realpath(path)) as temporary:  # one key: several would come in any order
         try:
             save_file(tensors, temporary, {"torchq": f"{VERSION} {_of_text(text)} {text}"})
