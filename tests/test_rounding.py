@@ -357,3 +357,18 @@ def test_it_shows_progress(capsys):
     linear, data = layer_and_data()
     convert(linear, data, config=GPTQ, progress=True)
     assert "torchq: rounding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-44, 1e-40, 1e-37, 3e-36, 1e-35])
+def test_weights_that_are_next_to_nothing(factor):
+    """Below 127 · FLT_MIN a weight has code 0; such a layer gives its bias, as weight decay may leave it."""
+    model, x = (
+        nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48)),
+        normal(256, 48),
+    )
+    with torch.no_grad():
+        model[2].weight.mul_(factor)
+    qmodel = convert(model, x.split(64))
+    assert qmodel.torchq_plan.layers["2"].is_int8
+    torch.testing.assert_close(qmodel[:4](x), model[2].bias.relu().expand(256, 64), atol=1e-30, rtol=0)
+    assert sqnr_db(model(x), qmodel(x)) > 40

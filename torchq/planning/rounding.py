@@ -14,7 +14,7 @@ from torchq.errors import BadValueError, door
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.numerics.qparams import FLT_MIN, dequantize, quantize_weight
 from torchq.planning.choose import enough_channels
 from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
@@ -146,7 +146,7 @@ def _alike(layer: Layer, plan: LayerPlan, rounded: Rounded) -> bool:
     if by is not None:
         exact = exact / (by if by.dim() == 1 else by[some])
     likeness_db = sqnr_db(exact, dequantize(rounded.weight[some], rounded.scale[some], axis=0))
-    return likeness_db > MIN_LIKENESS_DB or not exact.any()
+    return likeness_db > MIN_LIKENESS_DB or not (exact.abs() > 127 * FLT_MIN).any()  # less has code 0, as zeros have
 
 
 def warn_of_missing(plan: Plan) -> None:
