@@ -30,6 +30,7 @@ from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
 from torchq.planning.stems import float_stems, keep_unjudged
 from torchq.planning.tables import keep_together
+from torchq.scopes import outside_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +93,7 @@ def convert(
     torch.Size([2, 10])
     """
     config = QConfig() if config is None else config
-    with taking_turns(model), Peers(group, model) as peers:
+    with taking_turns(model), Peers(group, model) as peers, outside_autocast():
         budget = make_budget(evaluate, max_drop, calib_loader)
         selection = select_layers(model, calib_loader, config)
         layers, barred, tables = selection

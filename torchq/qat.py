@@ -26,7 +26,7 @@ from torchq.planning.layers import Selection, select_layers, too_small
 from torchq.planning.plan import Kind, LayerPlan, Plan, TablePlan
 from torchq.planning.smoothing import smooth
 from torchq.planning.tables import keep_together
-from torchq.scopes import outside_inference_mode
+from torchq.scopes import outside_autocast, outside_inference_mode
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,7 +84,7 @@ def prepare_qat(
     ['0.bias', '0.input_range.ends', '0.weight']
     """
     config = QConfig() if config is None else config
-    with Peers(group, model) as peers, outside_inference_mode():
+    with Peers(group, model) as peers, outside_inference_mode(), outside_autocast():
         selection = _check(model, calib_loader, config, ranges)
         layers, barred, tables = selection
         free = {name: layer for name, layer in layers.items() if name not in barred}

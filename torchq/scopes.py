@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 
@@ -82,3 +82,28 @@ def outside_inference_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+_CALLERS: Scoped[tuple[bool, torch.dtype]] = Scoped("torchq_callers_autocast")
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Where torchq measures and rounds: its products would else be those of 16 bits.
+
+    >>> with torch.autocast("cpu"), outside_autocast():
+    ...     torch.is_autocast_enabled("cpu")
+    ...     with callers_autocast():
+    ...         torch.is_autocast_enabled("cpu")
+    False
+    True
+    """
+    callers = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    with _CALLERS.of(callers), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def callers_autocast() -> AbstractContextManager[object]:
+    """Within `outside_autocast`, where the user's model is called: as it was before. Elsewhere nothing."""
+    callers = _CALLERS.get()
+    return nullcontext() if callers is None else torch.autocast("cpu", dtype=callers[1], enabled=callers[0])

@@ -23,6 +23,7 @@ from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.registry import Layer
+from torchq.scopes import callers_autocast
 from torchq.watching import unwatched
 
 MIN_ROWS = 16
@@ -218,8 +219,11 @@ def _is_fixed(config: QConfig) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: eval mode, no gradients, and no fused attention kernels, which would bypass the layers' forward."""
-    with in_eval_mode(model), without_fast_path(), torch.no_grad():
+    """Inside: eval mode, no gradients, and no fused attention kernels, which would bypass the layers' forward.
+
+    Within `convert`, which computes outside of it, the caller's autocast too.
+    """
+    with in_eval_mode(model), without_fast_path(), torch.no_grad(), callers_autocast():
         yield
 
 
