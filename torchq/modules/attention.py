@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C, kernels, ops
 from torchq.modules import gradients
+from torchq.modules.attention_code import REGISTRY
 from torchq.modules.base import Int8Module
 from torchq.modules.plain_code import forward_of
 from torchq.numerics.metrics import decibels, energies
@@ -28,8 +29,6 @@ NAME = "torchq"
 
 SDPA = "sdpa"
 """The attention that torchq takes the place of: what it computes is the same. "eager" may be asked for its weights."""
-
-_REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which every modeling file of transformers knows it
 
 
 class OwnAttention(Int8Module):
@@ -84,34 +83,12 @@ def _asks_the_registry(module: nn.Module) -> bool:
     if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (SDPA, NAME):
         return False
     forward: Any = inspect.unwrap(forward_of(type(module)))
-    if _REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+    if REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return False
     try:
-        return forward.__globals__[_REGISTRY][SDPA] is _sdpa()
+        return forward.__globals__[REGISTRY][SDPA] is _sdpa()
     except (ImportError, KeyError, TypeError):  # another version of transformers, or a registry of another kind
         return False
-
-
-def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
-    """Lets the attention modules of a converted model use torchq, each by its scheme; those not named, torch's sdpa.
-
-    A config is shared by modules. A module whose config says "torchq" and that has no scheme computes by sdpa.
-    """
-    configs = {}
-    for name, module in attention_modules(model).items():
-        if isinstance(module, OwnAttention):
-            module.scheme = schemes.get(name, SDPA)
-            continue
-        config: Any = module.config
-        module.__dict__.pop("torchq_attention", None)
-        config._attn_implementation_internal = SDPA
-        if name in schemes:
-            module.torchq_attention = AttentionScheme(schemes[name])  # type: ignore[assignment]
-            configs[name] = config
-    if configs:
-        register()
-    for config in configs.values():
-        config._attn_implementation_internal = NAME
 
 
 def attends(module: nn.Module) -> bool:
@@ -218,8 +195,7 @@ def attention_forward(
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return _sdpa()(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
     rows, keys = query.shape[2], key.shape[2]
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(is_causal) and attention_mask is None and rows > 1
+    causal = is_causal_call(module, is_causal, attention_mask, rows)
     if causal and keys > rows:  # an empty cache of fixed length: what is not filled yet lies behind
         key, value = key[:, :, :rows], value[:, :, :rows]
     more = {"mask": attention_mask, "is_causal": causal, "scale": scaling}
@@ -234,6 +210,12 @@ def attention_forward(
     }
     y = attend(module, state.scheme, arguments)
     return y.transpose(1, 2).contiguous(), None
+
+
+def is_causal_call(module: nn.Module, is_causal: bool | None, mask: Tensor | None, rows: int) -> bool:
+    """Whether a row of such a call sees no key behind it."""
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return bool(is_causal) and mask is None and rows > 1
 
 
 def _sdpa() -> Any:

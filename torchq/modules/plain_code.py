@@ -27,7 +27,7 @@ PRODUCTS = {
 }
 """What code that multiplies by a matrix may look up beside."""
 
-_STEPS = (
+STEPS = (
     *("LOAD_", "BINARY_", "UNARY_", "INPLACE_", "COMPARE_OP", "CALL", "KW_NAMES", "PRECALL", "PUSH_NULL", "RETURN_"),
     *("STORE_FAST", "POP_", "COPY", "SWAP", "DUP_TOP", "ROT_", "NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD"),
     *("RESUME", "TO_BOOL", "BUILD_TUPLE", "BUILD_CONST_KEY_MAP", "NOT_TAKEN"),
@@ -98,7 +98,7 @@ class _Reader:
         return None
 
     def _is_plain_step(self, step: dis.Instruction, scope: dict[str, Any], callers: tuple[Any, ...]) -> bool:
-        if not step.opname.startswith(_STEPS) or "BACKWARD" in step.opname or "SUPER" in step.opname:
+        if not step.opname.startswith(STEPS) or "BACKWARD" in step.opname or "SUPER" in step.opname:
             return False
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = scope.get(step.argval)

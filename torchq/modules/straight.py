@@ -114,14 +114,15 @@ _USUAL = (
 part in what happens to its form."""
 
 
-def _is_usual(kind: type[nn.Module]) -> bool:
+def is_usual(kind: type[nn.Module]) -> bool:
+    """Whether its modules are called, read, copied and subclassed as any nn.Module is."""
     find = inspect.getattr_static
     return type(kind) in (type, abc.ABCMeta) and all(find(kind, x, None) is find(nn.Module, x, None) for x in _USUAL)
 
 
 @functools.lru_cache(maxsize=1024)
 def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> "_Value | None":
-    if not _is_usual(kind) or not _is_harmless(forward):
+    if not is_usual(kind) or not _is_harmless(forward):
         return None
     seen: list[str] = []
     try:

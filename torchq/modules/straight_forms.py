@@ -23,7 +23,7 @@ from torchq.modules.pending import Scope
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.straight import Block, Line, line_of
+from torchq.modules.straight import Line, line_of
 from torchq.modules.writes import is_eager
 from torchq.ops import Activation
 
@@ -60,7 +60,7 @@ class Form(nn.Module):
 
 
 @functools.lru_cache(maxsize=1024)
-def form_of(form: Any, original: Any, line: Line | Block) -> type[Any]:
+def form_of(form: Any, original: Any, line: tuple[Any, ...]) -> type[Any]:
     """The class that instances of a straight line become."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
@@ -77,7 +77,7 @@ def may_become(form: Any, module: nn.Module) -> bool:
     return not isinstance(module, Form) and _names(form).isdisjoint(dir(module))
 
 
-def become(form: Any, module: nn.Module, line: Line | Block) -> None:
+def become(form: Any, module: nn.Module, line: tuple[Any, ...]) -> None:
     """Makes a module an instance of a form, with this as its code."""
     kind: Any = type(module)
     kind = form_of(form, kind, line)

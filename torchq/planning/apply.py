@@ -8,7 +8,7 @@ from torch import nn
 
 from torchq import kernels
 from torchq.errors import BadTypeError, door
-from torchq.modules.attention import offer_attention
+from torchq.modules.attention_offer import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.conv_block import ConvBlock

@@ -1,0 +1,32 @@
+"""Offers torchq's attention to the modules of a converted model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from torchq.modules.attention import NAME, SDPA, AttentionScheme, OwnAttention, attention_modules, register
+from torchq.modules.self_attention import SelfAttention
+
+
+def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
+    """Lets the attention modules of a converted model use torchq, each by its scheme; those not named, torch's sdpa.
+
+    A config is shared by modules. A module whose config says "torchq" and that has no scheme computes by sdpa.
+    """
+    configs = {}
+    for name, module in attention_modules(model).items():
+        if isinstance(module, OwnAttention):
+            module.scheme = schemes.get(name, SDPA)
+            continue
+        config: Any = module.config
+        module.__dict__.pop("torchq_attention", None)
+        config._attn_implementation_internal = SDPA
+        SelfAttention.adopt(module)
+        if name in schemes:
+            module.torchq_attention = AttentionScheme(schemes[name])  # type: ignore[assignment]
+            configs[name] = config
+    if configs:
+        register()
+    for config in configs.values():
+        config._attn_implementation_internal = NAME
