@@ -162,6 +162,28 @@ def test_no_write_is_lost(write):
     assert torch.equal(layer(normal(2, 24)), before)
 
 
+def test_a_copy_of_what_is_there_is_no_write():
+    layer = layer_of()
+    weight, row = layer.weight.clone(), layer.weight[3]
+    for write in (
+        lambda w: w.copy_(weight),
+        lambda w: w.data.copy_(w),
+        lambda w: w[3].copy_(weight[3]),
+        lambda w: row.copy_(row),
+    ):
+        write(layer.weight)
+    assert torch.equal(layer.weight, weight)
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    for write in (
+        lambda w: w.copy_(weight),
+        lambda w: w[3].copy_(weight[3]),
+        lambda w: w.copy_(weight[3]),
+        lambda w: w.copy_(w.double()),
+    ):
+        with pytest.raises(RuntimeError, match=r"can't be written \(aten::copy_\)"):
+            write(layer.weight)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "weight_int8", "weight_scale"])
 def test_no_other_tensor_takes_its_place(name):
     layer = layer_of()

@@ -4,7 +4,7 @@ Much code reads a layer's weight beside calling it: its dtype and device, its no
 adapter that merges. A FloatView has what such code expects, the float dtype of the model, the shape, the device, no
 gradient, and costs nothing as long as only these are read. Where its values are used, the int8 weight is dequantized,
 so they are those that the layer computes with. It is read only: a write would be lost, and so is an error, also through
-a view of it (`weight[0] = 1`, `weight.data.mul_(2)`).
+a view of it (`weight[0] = 1`, `weight.data.mul_(2)`); but for a copy of the values that are there already.
 
 It is a tensor subclass without memory of its own (a "wrapper subclass"): torch hands it every operation, and it runs
 the operation on the dequantized values.
@@ -69,6 +69,8 @@ class FloatView(MadeTensor):
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and any(isinstance(leaf, FloatView) for leaf in tree_leaves(given.get(argument.name))):
+                if func is _COPY and _is_same(*args[:2]):
+                    return args[0]
                 raise read_only(func._schema.name)
         first = args[0] if args else None
         if func is _EMBEDDING and isinstance(first, FloatView) and first.look_up is not None:
@@ -113,6 +115,16 @@ class FloatView(MadeTensor):
 
 
 _EMBEDDING = torch.ops.aten.embedding.default
+_COPY = torch.ops.aten.copy_.default
+
+
+def _is_same(view: Tensor, source: Tensor) -> bool:
+    """Whether a copy would change nothing, as where DistributedDataParallel sends all processes what they have."""
+    values = view.make() if isinstance(view, FloatView) else view
+    source = source.make() if isinstance(source, FloatView) else source
+    return (source.shape, source.dtype, source.device) == (values.shape, values.dtype, values.device) and torch.equal(
+        source, values
+    )
 
 
 def float_weight(packed: Tensor, k: int) -> Tensor:
