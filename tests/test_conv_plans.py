@@ -9,6 +9,7 @@ from torch import nn
 
 from helpers.compare import assert_identical, snapshot
 from helpers.convolutional import IMAGE, IMAGES, ConvNorm, resnet, shaken
+from helpers.mobile import Network
 from helpers.numbers import normal
 from torchq import Plan, QConfig, apply_plan, convert, plan_of, report
 from torchq.calibration.calibrate import calibrate
@@ -263,3 +264,9 @@ def test_plans_that_do_not_fit():
     edited = dataclasses.replace(plan.layers[name], channel_scale=(1.0,) * 27)
     with pytest.raises(ValueError, match=r"'stem.conv' has a channel_scale of 27 numbers, expected 3"):
         apply_plan(model, dataclasses.replace(plan, layers={**plan.layers, name: edited}))
+
+
+def test_the_sum_of_a_block_belongs_to_its_last_convolution():
+    plan = plan_of(convert(Network().eval(), [normal(2, 32, 20, 20)], config=QConfig(activation="static")))
+    sums = {name for name, planned in plan.layers.items() if planned.adds}
+    assert sums == {"blocks.1.reduce.convolution", "blocks.2.reduce.convolution"}

@@ -9,7 +9,7 @@ called as it was seen here.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,12 +148,14 @@ class Readers(Watch):
             return None
         if args[0].shape != args[1].shape or args[0].dtype != args[1].dtype or args[0] is args[1]:
             return None
+        waiting: list[int] = []
         for x in args if func is _ADD[0] else args[:1]:
             key = storage_key(x)
             output = self._alive(key)
             if output is not None and output.chain[0] in self._convolutions and ADDITION not in output.chain:
-                return key
-        return None
+                waiting.append(cast(int, key))
+        unread = [key for key in waiting if key not in self._taken]  # the input of a block has been read by its layers
+        return next(iter((*unread, *waiting)), None)
 
     def _alive(self, key: int | None) -> _Output | None:
         output = None if key is None else self._outputs.get(key)
