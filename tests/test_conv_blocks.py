@@ -13,7 +13,7 @@ from helpers.numbers import normal
 from torchq import QConfig, convert, kernels, simulate
 from torchq.modules.coded_sum import CodedSum
 from torchq.modules.conv_block import ConvBlock
-from torchq.modules.straight import block_of
+from torchq.modules.flow import flow_of
 from torchq.modules.straight_forms import Form
 from torchq.planning import coded_sums
 
@@ -132,9 +132,9 @@ class Early(Named):
 
 
 def test_code_that_writes_elsewhere_is_no_block():
-    assert block_of(Again) is None  # what was written into is used under its old name
-    assert block_of(Early) is None
-    assert block_of(Writes)[2:] == ((), ("one", "two"), True, "act")
+    assert flow_of(Again(), Again) is None  # what was written into is used under its old name
+    assert flow_of(Early(), Early) is None
+    assert flow_of(Writes(), Writes)[:4] == ((), ("one", "two"), True, ("act",))
     qmodel = made(Writes())
     assert not isinstance(qmodel, ConvBlock)  # it writes into its input
     x = X.clone()

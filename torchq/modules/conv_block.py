@@ -1,10 +1,12 @@
-"""Residual blocks of the user as one call: `act(convs(x) + shortcut(x))`, if that is proven to be their code.
+"""Blocks of the user as one call: `act(convs(x) + shortcut(x))` or `convs(x)`, if that is proven to be their code.
 
 The block's convolutions then run one after the other, with nothing of Python between them but this loop: codes go from
-one to the next, and the sum and its activation are the last one's epilogue, as the plan has it. The children stay what
-they are; wherever anybody could see a difference, the code of the user runs (`straight_forms.py`).
+one to the next, zeros that the code adds around a tensor are padding of the convolution that reads it, and a sum with
+its activation is the last one's epilogue, as the plan has it. The children stay what they are; wherever anybody could
+see a difference, the code of the user runs (`straight_forms.py`).
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +16,16 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.coded_sum import Codes
+from torchq.modules.convolving import is_channels_last
 from torchq.modules.curve import exact_activation_of
+from torchq.modules.flow import Code, Facts, Flow, Zeros, code_of, flow_of
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import Int8Sequential, settings_of
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.pending import Scope
-from torchq.modules.pending_conv import MIN_VALUES, as_it_lies, codes_of
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of, handed_on
 from torchq.modules.quantized_conv import QuantizedConv
-from torchq.modules.straight import Block, block_of
+from torchq.modules.straight import UnknownError, is_usual
 from torchq.modules.straight_forms import ConvRow, Form, become, may_become
 from torchq.modules.writes import is_eager
 from torchq.ops import Activation
@@ -46,10 +50,11 @@ class Part(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A convolution of a chain, and the activation behind it."""
+    """A convolution of a chain, the activation behind it, and the zeros before it, if there are any."""
 
     conv: QuantizedConv
     activation: int
+    zeros: Zeros | None
 
 
 class _Known(NamedTuple):
@@ -57,30 +62,48 @@ class _Known(NamedTuple):
 
     Args:
         parts: the block, and all modules in it.
-        main: the convolutions whose last one adds.
-        side: those of the shortcut; none where it is the input.
+        facts: what else their codes have read.
+        main: the convolutions whose last one adds, if any does.
+        side: those of the shortcut; none where it is the input; None where there is no sum.
     """
 
     parts: tuple[Part, ...]
+    facts: tuple[Facts, ...]
     main: tuple[Link, ...]
-    side: tuple[Link, ...]
+    side: tuple[Link, ...] | None
+
+
+class _Entered(NamedTuple):
+    """What a chain begins with.
+
+    Args:
+        given: the tensor that the block was called with.
+        values: its values as they lie, or its codes.
+        codes: what these codes are; None for values.
+        around: zeros that the codes lack.
+    """
+
+    given: Tensor
+    values: Tensor
+    codes: Codes | None
+    around: tuple[int, ...] = ()
 
 
 class ConvBlock(Form):
-    """`act(convs(x) + shortcut(x))` in one loop over its convolutions."""
+    """`act(convs(x) + shortcut(x))`, or `convs(x)`, in one loop over its convolutions."""
 
-    line: Block  # type: ignore[assignment]
+    line: Code  # type: ignore[assignment]
     _known: "_Known | None"  # None: its children are no longer what they were
-    reads = staticmethod(block_of)  # type: ignore[assignment]
+    reads = staticmethod(code_of)  # type: ignore[assignment]
 
     @staticmethod
     def adopt(module: nn.Module) -> None:
-        """Makes a module a ConvBlock, if this is its code, of int8 convolutions and what they fuse."""
-        block = block_of(type(module))
-        if block is None or not may_become(ConvBlock, module):
+        """Makes a module a ConvBlock, if its code is one, of int8 convolutions and what they fuse."""
+        if isinstance(module, nn.Sequential) or not may_become(ConvBlock, module):
             return
-        if _known(module, block) is not None:
-            become(ConvBlock, module, block)
+        code = code_of(type(module))
+        if code is not None and _known(module) is not None:
+            become(ConvBlock, module, code)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), as one loop where that is all that happens."""
@@ -98,24 +121,33 @@ class ConvBlock(Form):
         if known is None or not _C.are_as_known(known.parts, Scope.enter, Scope.leave):
             return NotImplemented
         main, side = known.main, known.side
-        first = main[0].conv
-        if x.dim() != first.dimensions + 2 or x.numel() == 0 or x.dtype != torch.float32:
+        first = main[0]
+        images = x.dim() == first.conv.dimensions + 2 and x.shape[1] == first.conv.in_channels
+        if not images or x.numel() == 0 or x.dtype != torch.float32:
             return NotImplemented
-        held = codes_of(x)
-        values = as_it_lies(x) if held is None else held.codes
-        if not is_eager(values):
+        if side == () and type(x) is Tensor and not _lies_as_usual(x):
+            return NotImplemented  # torch would lay the sum out as x
+        if not all(facts.hold() for facts in known.facts):
             return NotImplemented
         try:
-            residual = self._chained(side, x, values, held) if side else held or values
+            entered = _codes_for(first, x) if side is None else None
+            if entered is None:
+                held = codes_of(x)
+                entered = _Entered(x, as_it_lies(x) if held is None else held.codes, held)
+            if not is_eager(entered.values):
+                return NotImplemented
+            if side is None:
+                return self._chained(main, entered)
+            residual = self._chained(side, entered) if side else entered.codes or entered.values
             elements = (residual.codes if isinstance(residual, Codes) else residual).numel()
             if main[-1].conv.fold.sum_qparams is not None and elements < MIN_VALUES:
                 return NotImplemented  # there is nothing to gain, and its code would add floats
-            return self._chained(main, x, values, held, residual)
-        except RuntimeError:  # the code of the user will say it of its own line
+            return self._chained(main, entered, residual)
+        except (RuntimeError, UnknownError):  # the code of the user will say it of its own line
             return NotImplemented
 
     def _learn(self) -> "_Known | None":
-        known = self.__dict__["_known"] = _known(self, self.line)
+        known = self.__dict__["_known"] = _known(self)
         return known
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -123,41 +155,96 @@ class ConvBlock(Form):
         new, made_of, state, *rest = super().__reduce_ex__(protocol)
         return new, made_of, {name: value for name, value in state.items() if name != "_known"}, *rest
 
-    def _chained(
-        self, links: tuple[Link, ...], x: Tensor, values: Tensor, held: Codes | None, residual: Any = None
-    ) -> Any:
+    def _chained(self, links: tuple[Link, ...], entered: _Entered, residual: Any = None) -> Any:
         """What these make of x, and of what is added: as a convolution gives it, with the channels last for a sum."""
-        conv, activation = links[0]
-        last, h = conv.gives_last(x), values
-        if held is not None and not (held.qparams == conv.input_qparams and conv.takes_codes):
-            h = as_it_lies(x)
+        (conv, activation, zeros), given = links[0], entered.given
+        last, h, around = conv.gives_last(given), entered.values, entered.around
+        if entered.codes is not None and not (entered.codes.qparams == conv.input_qparams and conv.takes_codes):
+            h = as_it_lies(given)
         for after in links[1:]:
+            h, around = _with_zeros(h, conv, zeros, around)
             reads = after.conv.input_qparams if conv.fold.codes and after.conv.takes_codes else None
-            h = conv.computed(torch.float32, True, h, activation, None, reads)
-            conv, activation = after
+            h = conv.computed(torch.float32, True, h, activation, None, reads, around)
+            (conv, activation, zeros), around = after, ()
             last = conv.gives_last_after(last)
-        return conv.computed(torch.float32, last or residual is None, h, activation, residual, None)
+        h, around = _with_zeros(h, conv, zeros, around)
+        if self.__dict__["_known"].side is not None:
+            return conv.computed(torch.float32, last or residual is None, h, activation, residual, None, around)
+        written = given if h is entered.values and entered.codes is None else None  # by others, while it waits
+        if written is not None and around:
+            h, written, around = nn.functional.pad(h, around), None, ()
+        sizes = [*(h.shape[1:-1] if h.dtype == torch.uint8 else h.shape[2:])]
+        for i, count in enumerate(around):
+            sizes[-1 - i // 2] += count
+        return handed_on(conv, h, last, tuple(sizes), activation, written, around)
 
 
-def _known(module: nn.Module, block: Block) -> _Known | None:
-    children = {name: module._modules.get(name) for name in (*block.one, *block.other, block.last)}
-    parts = [Part(module, type(module), children, False, {})]
+def _lies_as_usual(x: Tensor) -> bool:
+    """Whether its axes are in the order that one of torch's memory formats has, dense or not."""
+    strides = x.stride()
+    return is_channels_last(x) or (strides[-1] > 0 and all(a >= b for a, b in pairwise(strides)))
+
+
+def _codes_for(link: Link, x: Tensor) -> _Entered | None:
+    """The codes of what waits for this convolution; None if it has none for it."""
+    conv = link.conv
+    if type(x) is not PendingConv or conv.input_qparams is None or not (conv.takes_codes and x.layer.fold.codes):
+        return None
+    if x.padding and link.zeros is not None:
+        return None
+    codes = x.codes(conv.input_qparams)
+    return None if codes is None else _Entered(x, codes, Codes(codes, conv.input_qparams, x.dtype), x.padding)
+
+
+def _with_zeros(
+    h: Tensor, conv: QuantizedConv, zeros: Zeros | None, around: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input of a convolution, and the zeros around it that it lacks."""
+    if zeros is None:
+        return h, around
+    shape = tuple(h.shape)
+    around = zeros.around((shape[0], shape[-1], *shape[1:-1]) if h.dtype == torch.uint8 else shape)
+    if around and conv.tiled and conv.input_qparams is None:  # each place has a scale of its own
+        return nn.functional.pad(h, around), ()
+    return h, around
+
+
+# ---- What a block is ------------------------------------------------------------------------------------------------
+
+
+def _known(module: nn.Module) -> _Known | None:
+    parts: list[Part] = []
+    facts: list[Facts] = []
+    flow = _flow(module, parts, facts)
+    if flow is None:
+        return None
     one, other, last = (
-        _leaves([children[name] for name in names], parts) for names in (block.one, block.other, (block.last,))
+        None if steps is None else _leaves(module, steps, parts, facts) for steps in (flow.one, flow.other, flow.last)
     )
-    if one is None or other is None or last is None:
+    left, right = _links(one), _links(other)
+    if flow.other is None:
+        return (
+            None if not left or not _run_as_one((*left[:-1],), left[-1]) else _Known((*parts,), (*facts,), left, None)
+        )
+    if last is None or left is None or right is None or (flow.in_place and not left):
         return None
     kinds = [kind for kind in map(exact_activation_of, last) if kind != Activation.NONE]
-    left, right = _links(one), _links(other)
-    if left is None or right is None or len(kinds) != 1 or (block.in_place and not left):
-        return None
     main, side = (left, right) if left and left[-1].conv.fold.adds else (right, left)
-    if not main or not main[-1].conv.fold.adds or main[-1].activation != Activation.NONE:
+    if len(kinds) > 1 or not main or not main[-1].conv.fold.adds or main[-1].activation != Activation.NONE:
         return None
-    main = (*main[:-1], Link(main[-1].conv, kinds[0]))
+    main = (*main[:-1], main[-1]._replace(activation=kinds[0] if kinds else Activation.NONE))
     if any(link.conv.fold.adds for link in (*main[:-1], *side)) or not all(map(_is_folded, (*main, *side))):
         return None
-    return _Known(tuple(parts), main, side)
+    return _Known((*parts,), (*facts,), main, side)
+
+
+def _run_as_one(before: tuple[Link, ...], last: Link) -> bool:
+    """Whether these may be a chain without a sum."""
+    if last.activation == Activation.NONE:  # what comes later is not the block's
+        last = last._replace(activation=last.conv.fold.activation)
+    elif last.conv.fold.adds:
+        return False
+    return not any(link.conv.fold.adds for link in before) and all(map(_is_folded, (*before, last)))
 
 
 def _is_folded(link: Link) -> bool:
@@ -166,41 +253,87 @@ def _is_folded(link: Link) -> bool:
     return conv.fold.activation == link.activation and conv.padding_mode == "zeros"
 
 
-def _leaves(modules: list[Any], parts: list[Part]) -> list[nn.Module] | None:
-    """The modules that these call in the end, in order; None if one does anything else. `parts` gets all of them."""
-    found: list[nn.Module] = []
-    for module in modules:
-        kind, children, in_order = type(module), {}, False
-        if kind in (nn.Sequential, Int8Sequential):
-            children, in_order = dict(module._modules), True
-        elif isinstance(module, ConvRow):
-            children = {name: module._modules[name] for name in module.line.calls}
-        elif not _is_leaf(module):
-            return None
-        leaf = isinstance(module, QuantizedConv) or bool(children)
-        parts.append(Part(module, kind, children, in_order, {} if leaf else settings_of(module)))
-        inside = _leaves(list(children.values()), parts) if children or in_order else [module]
+def _flow(module: nn.Module, parts: list[Part], facts: list[Facts]) -> Flow | None:
+    """What a module of the user computes, which becomes a part of the block."""
+    kind: Any = type(module)
+    flow = flow_of(module, kind.original if isinstance(module, Form) else kind)
+    if flow is not None:
+        parts.append(Part(module, kind, flow.children, False, flow.settings))
+        facts.append(flow.facts)
+    return flow
+
+
+def _leaves(owner: nn.Module, steps: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | None:
+    """The modules that these steps call in the end, and zeros, in order; None if one does anything else.
+
+    `parts` and `facts` get all of them.
+    """
+    found: list[Any] = []
+    for step in steps:
+        inside = [step] if isinstance(step, Zeros) else _inside(owner._modules[step], parts, facts)
         if inside is None:
             return None
         found += inside
     return found
 
 
+def _inside(module: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | None:
+    kind = type(module)
+    if isinstance(module, (ConvRow, ConvBlock)):
+        flow = _flow(module, parts, facts)
+        return None if flow is None or flow.other is not None else _leaves(module, flow.one, parts, facts)
+    if _is_sequential(kind):
+        parts.append(Part(module, kind, dict(module._modules), True, {}))
+        facts.append(_sequential(kind))
+        return _leaves(module, list(module._modules), parts, facts)
+    if not _is_leaf(module):
+        return None
+    parts.append(Part(module, kind, {}, False, {} if isinstance(module, QuantizedConv) else settings_of(module)))
+    return [Zeros.constant(module.padding)] if kind in _PADS else [module]
+
+
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+_OF_SEQUENTIAL = ("forward", "__iter__", "__len__")
+
+
+def _is_sequential(kind: Any) -> bool:
+    """Whether modules of a class call all their children in order, as an nn.Sequential does."""
+    if kind in (nn.Sequential, Int8Sequential):
+        return True
+    own = issubclass(kind, nn.Sequential) and is_usual(kind)
+    return own and all(getattr(kind, name) is getattr(nn.Sequential, name) for name in _OF_SEQUENTIAL)
+
+
+def _sequential(kind: Any) -> Facts:
+    facts = Facts()
+    for name in _OF_SEQUENTIAL:
+        facts.add(getattr, kind, name, getattr(kind, name))
+    return facts
+
+
 def _is_leaf(module: Any) -> bool:
+    if type(module) in _PADS:
+        return bool(module.value == 0)
     known = isinstance(module, QuantizedConv) or type(module) in (*IDLE, IncludedNorm)
     return known or (isinstance(module, nn.Module) and exact_activation_of(module) != Activation.NONE)
 
 
-def _links(leaves: list[nn.Module]) -> tuple[Link, ...] | None:
-    """These as convolutions and the activations behind them; None if they are something else."""
+def _links(leaves: list[Any] | None) -> tuple[Link, ...] | None:
+    """These as convolutions, the activations behind them, and the zeros before; None if they are something else."""
     links: list[Link] = []
-    for leaf in leaves:
-        if isinstance(leaf, QuantizedConv):
-            links.append(Link(leaf, Activation.NONE))
-        elif (kind := exact_activation_of(leaf)) != Activation.NONE:
-            if not links or links[-1].activation != Activation.NONE:
+    zeros: Zeros | None = None
+    for leaf in leaves or ():
+        if isinstance(leaf, Zeros):
+            if zeros is not None:
                 return None
-            links[-1] = Link(links[-1].conv, kind)
+            zeros = leaf
+        elif isinstance(leaf, QuantizedConv):
+            links.append(Link(leaf, Activation.NONE, zeros))
+            zeros = None
+        elif (kind := exact_activation_of(leaf)) != Activation.NONE:
+            if not links or links[-1].activation != Activation.NONE or zeros is not None:
+                return None
+            links[-1] = links[-1]._replace(activation=kind)
         elif isinstance(leaf, IncludedNorm) and not links:
             return None
-    return tuple(links)
+    return None if leaves is None or zeros is not None else tuple(links)

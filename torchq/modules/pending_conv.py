@@ -11,7 +11,9 @@ As a `Pending`, it lives no longer than the call of the innermost module that ho
 and to the other summand; where somebody has written to one of them before it was computed, it raises an error.
 """
 
+import math
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -22,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 from torchq.modules import gradients, writes
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.coded_sum import CodedSum, Codes
-from torchq.modules.convolving import Output, is_zero_padding, with_zeros
+from torchq.modules.convolving import Output, is_zero_padding, output_of, with_zeros
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred
 from torchq.modules.refusals import explained
-from torchq.modules.writes import Private, Unwritten, run_on_values
+from torchq.modules.writes import Private, Unwritten, is_eager, run_on_values
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
@@ -211,6 +213,49 @@ class PendingConv(Deferred):
             return self
         y = self.make()
         return self if in_place else y
+
+
+def waiting_for(
+    layer: Any, x: Tensor, dtype: Any, last: bool, sizes: Sequence[int], given: Tensor | None, around: tuple[int, ...]
+) -> PendingConv | None:
+    """The output of this QuantizedConv for x, if it has enough values to wait for what its plan names.
+
+    The arguments are those of `QuantizedConv._int8_or_later`.
+    """
+    fold, scope = layer.fold, layer.scope
+    if scope is None or not (fold.codes or fold.adds or fold.activation != Activation.NONE):
+        return None
+    deferred = scope.deferred()
+    if deferred is None or not is_eager(x):
+        return None
+    output = output_of(layer.geometry, x.shape[0], sizes, last)
+    if math.prod(output.shape) < MIN_VALUES:
+        return None
+    if torch.is_inference_mode_enabled():
+        writes.start()
+    held = Private(x) if given is None else Unwritten.now(x, given)
+    return PendingConv(layer, held, output, dtype, deferred, around)
+
+
+def handed_on(
+    layer: Any,
+    x: Tensor,
+    last: bool,
+    sizes: Sequence[int],
+    activation: int,
+    given: Tensor | None,
+    around: tuple[int, ...],
+) -> Tensor:
+    """`act(layer(x))` in float32, as the layer and an activation behind it give it; it may wait for what follows both.
+
+    The other arguments are those of `waiting_for`.
+    """
+    fold = layer.fold
+    more = fold.adds or fold.activation != activation  # something comes that is no part of this call
+    waits = fold.codes or more
+    waiting = waiting_for(layer, x, torch.float32, last, sizes, given, around) if waits else None
+    y = waiting if waiting is None or more else waiting.followed_by(activation)
+    return layer.computed(torch.float32, last, x, activation, None, None, around) if y is None else y
 
 
 def as_it_lies(x: Tensor) -> Tensor:

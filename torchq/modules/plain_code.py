@@ -45,6 +45,28 @@ def forward_of(kind: type[nn.Module]) -> Any:
     return getattr(kind, "forward", None)
 
 
+def runs_straight(code: types.CodeType) -> bool:
+    """Whether code has no loops, no imports, and stores to locals only: so it ends, if what it calls does.
+
+    >>> runs_straight((lambda x: x + 1 if x else 2).__code__), runs_straight((lambda x: [x for x in x]).__code__)
+    (True, False)
+    """
+    return all(map(_runs_on, dis.get_instructions(code)))
+
+
+_MORE_STEPS = ("UNPACK_SEQUENCE", "JUMP_IF_")
+_JUMPS = {*dis.hasjabs, *dis.hasjrel}
+
+
+def _runs_on(step: dis.Instruction) -> bool:
+    ahead = step.opcode not in _JUMPS or step.argval > step.offset
+    return ahead and (_is_straight(step) or step.opname.startswith(_MORE_STEPS))
+
+
+def _is_straight(step: dis.Instruction) -> bool:
+    return step.opname.startswith(STEPS) and "BACKWARD" not in step.opname and "SUPER" not in step.opname
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether `module.forward` takes one argument, and its code is arithmetic only.
 
@@ -98,7 +120,7 @@ class _Reader:
         return None
 
     def _is_plain_step(self, step: dis.Instruction, scope: dict[str, Any], callers: tuple[Any, ...]) -> bool:
-        if not step.opname.startswith(STEPS) or "BACKWARD" in step.opname or "SUPER" in step.opname:
+        if not _is_straight(step):
             return False
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = scope.get(step.argval)

@@ -1,6 +1,5 @@
 """QuantizedConv1d, QuantizedConv2d, QuantizedConv3d: nn.Conv1d, nn.Conv2d and nn.Conv3d in int8."""
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -25,7 +24,6 @@ from torchq.modules.convolving import (
     is_channels_last,
     is_tiled,
     numbers_of,
-    output_of,
     padded,
     rounded_by,
     tiles,
@@ -34,11 +32,11 @@ from torchq.modules.float_view import FloatView
 from torchq.modules.folding import NOTHING, Fold
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
-from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of, waiting_for
 from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
-from torchq.modules.writes import Private, Unwritten, is_eager
+from torchq.modules.writes import is_eager
 from torchq.numerics.qparams import (
     QParams,
     dequantize,
@@ -248,17 +246,9 @@ class QuantizedConv(PackedWeights, Leaf):
 
         `sizes` are those of x with the zeros `around` it, which codes lack.
         """
-        if self.scope is not None and not is_dynamo_compiling() and activation == Activation.NONE:
-            fold, deferred = self.fold, self.scope.deferred()
-            waits = fold.codes or fold.adds or fold.activation != Activation.NONE
-            if waits and deferred is not None and is_eager(x):
-                output = output_of(self.geometry, x.shape[0], sizes, last)
-                if math.prod(output.shape) >= MIN_VALUES:
-                    if torch.is_inference_mode_enabled():
-                        writes.start()
-                    held = Private(x) if given is None else Unwritten.now(x, given)
-                    return PendingConv(self, held, output, dtype, deferred, around)
-        return self._floats(x, activation, dtype, last, around=around)
+        alone = activation == Activation.NONE and not is_dynamo_compiling()
+        waiting = waiting_for(self, x, dtype, last, sizes, given, around) if alone else None
+        return self._floats(x, activation, dtype, last, around=around) if waiting is None else waiting
 
     def computed(
         self,

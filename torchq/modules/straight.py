@@ -35,26 +35,6 @@ class Line(NamedTuple):
     last: str | None
 
 
-class Block(NamedTuple):
-    """What the code of a residual block computes: `last(one(x) + other(x))`.
-
-    Args:
-        forward: the function.
-        code: its code.
-        one: the children called one after the other on the argument, on the left of the sum.
-        other: those on its right; none where that is the argument.
-        in_place: whether the sum is written into the left side.
-        last: the child called on the sum.
-    """
-
-    forward: types.FunctionType
-    code: types.CodeType
-    one: tuple[str, ...]
-    other: tuple[str, ...]
-    in_place: bool
-    last: str
-
-
 def line_of(kind: type[nn.Module]) -> Line | None:
     """What modules of a class compute, if that is a straight line of children.
 
@@ -75,26 +55,6 @@ def line_of(kind: type[nn.Module]) -> Line | None:
     if not apart or len(y.calls_) != 1 or y.in_place_:
         return None
     return Line(forward, code, cast(int, one.of_), one.calls_, y.calls_[0])
-
-
-def block_of(kind: type[nn.Module]) -> Block | None:
-    """What modules of a class compute, if that is a residual block.
-
-    >>> class Plain(nn.Module):
-    ...     def forward(self, x):
-    ...         y = self.second(self.first(x))
-    ...         y += self.shortcut(x)
-    ...         return self.act(y)
-    >>> block_of(Plain)[2:]
-    (('first', 'second'), ('shortcut',), True, 'act')
-    """
-    y, forward = _computed(kind)
-    if y is None or isinstance(y.of_, int) or len(y.calls_) != 1:
-        return None
-    one, other = y.of_
-    if one.of_ != 0 or other.of_ != 0:
-        return None
-    return Block(forward, forward.__code__, one.calls_, other.calls_, y.in_place_, y.calls_[0])
 
 
 def _computed(kind: type[nn.Module]) -> Any:
@@ -121,15 +81,15 @@ def is_usual(kind: type[nn.Module]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> "_Value | None":
+def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> "Symbol | None":
     if not is_usual(kind) or not _is_harmless(forward):
         return None
     seen: list[str] = []
     try:
-        y = forward(_Module(kind, seen), *(_Value(index) for index in range(code.co_argcount - 1)))
-    except (_UnknownError, AttributeError, TypeError, UnboundLocalError):
+        y = forward(_Module(kind, seen), *(Symbol(index) for index in range(code.co_argcount - 1)))
+    except (UnknownError, AttributeError, TypeError, UnboundLocalError):
         return None
-    return y if type(y) is _Value and len(seen) == y.count() else None
+    return y if type(y) is Symbol and len(seen) == y.count() else None
 
 
 _STEPS = (
@@ -158,14 +118,14 @@ def _is_harmless(forward: types.FunctionType) -> bool:
     return plain and not inner and code.co_argcount in (2, 3) and all(steps)
 
 
-class _UnknownError(Exception):
+class UnknownError(Exception):
     """The code does something else."""
 
 
-class _Value:
+class Symbol:
     """A symbol: an argument, by its index, or the sum of two; and the children called on it."""
 
-    def __init__(self, of: Any, calls: tuple[str, ...] = (), *, in_place: bool = False) -> None:
+    def __init__(self, of: Any, calls: tuple[Any, ...] = (), *, in_place: bool = False) -> None:
         self.of_, self.calls_, self.in_place_ = of, calls, in_place  # a sum may be written into its left side
         self.written_ = False
 
@@ -173,18 +133,24 @@ class _Value:
         """How many calls it takes to compute it."""
         return len(self.calls_) + (0 if isinstance(self.of_, int) else sum(each.count() for each in self.of_))
 
-    def __add__(self, other: Any) -> "_Value":
+    def __add__(self, other: Any) -> "Symbol":
         return self._sum(other, in_place=False)
 
-    def __iadd__(self, other: Any) -> "_Value":
+    def __iadd__(self, other: Any) -> "Symbol":
         y = self._sum(other, in_place=True)
         self.written_ = True
         return y
 
-    def _sum(self, other: Any, *, in_place: bool) -> "_Value":
-        if type(other) is not _Value or self.written_ or other.written_:
-            raise _UnknownError
-        return _Value((self, other), in_place=in_place)
+    def __bool__(self) -> bool:
+        raise UnknownError
+
+    __eq__ = __bool__  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+    def _sum(self, other: Any, *, in_place: bool) -> "Symbol":
+        if type(other) is not Symbol or self.written_ or other.written_:
+            raise UnknownError
+        return Symbol((self, other), in_place=in_place)
 
 
 class _Module:
@@ -195,12 +161,12 @@ class _Module:
 
     def __getattr__(self, name: str) -> Any:
         if inspect.getattr_static(self.kind_, name, None) is not None:
-            raise _UnknownError
+            raise UnknownError
 
-        def call(x: Any) -> _Value:
-            if type(x) is not _Value or x.written_:
-                raise _UnknownError
+        def call(x: Any) -> Symbol:
+            if type(x) is not Symbol or x.written_:
+                raise UnknownError
             self.seen_.append(name)
-            return _Value(x.of_, (*x.calls_, name), in_place=x.in_place_)
+            return Symbol(x.of_, (*x.calls_, name), in_place=x.in_place_)
 
         return call

@@ -90,7 +90,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 ConvRow.adopt(module)
                 if plan.int8_layers():
                     LayerNorm.adopt(module)
-            for module in list(model.modules()):  # when all rows within are what they become
+            for module in reversed(list(model.modules())):  # when all within are what they become
                 ConvBlock.adopt(module)
             _adopt_encoder_layers(model, plan)
             _adopt_residuals(model, plan)
