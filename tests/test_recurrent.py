@@ -302,7 +302,7 @@ BAD = {
     "dtype": ((torch.zeros(5, 3, 16).double(),), TypeError, "input must be float32, bfloat16 or float16, got torch.fl"),
     "features": ((torch.zeros(5, 3, 15),), ValueError, r"with 16 features; got \(5, 3, 15\)"),
     "dimensions": ((torch.zeros(2, 5, 3, 16),), ValueError, r"input must be .*got \(2, 5, 3, 16\)"),
-    "no steps": ((torch.zeros(0, 3, 16),), ValueError, r"at least one step and one row, got \(0, 3, 16\)"),
+    "no steps": ((torch.zeros(0, 3, 16),), ValueError, r"at least one step, got \(0, 3, 16\)"),
     "no tuple": (
         (torch.zeros(5, 3, 16), torch.zeros(1, 3, 40)),
         TypeError,

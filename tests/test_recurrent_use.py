@@ -12,7 +12,7 @@ from torch import nn
 from helpers.compare import assert_identical
 from helpers.numbers import normal
 from helpers.recurrent import Alone, assert_alike, assert_same, converted, flat, given_state
-from torchq import QuantizedLinear, convert, simulate
+from torchq import QuantizedLinear, convert, prepare_qat, simulate
 from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -181,3 +181,28 @@ def test_cells_are_calibrated_and_refuse_bad_input():
         qmodel.cell(torch.zeros(2, 15))
     with pytest.raises(ValueError, match=r"hx must have the shape \(2, 40\), got \(3, 40\)"):
         qmodel.cell(torch.zeros(2, 16), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("way", ["plain", "simulated", "with a gradient", "in training form"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(16, 40, num_layers=2, bidirectional=True),
+        lambda: nn.LSTM(16, 40, proj_size=24, batch_first=True),
+        lambda: nn.GRU(16, 40, batch_first=True),
+        lambda: nn.RNN(16, 40),
+        lambda: nn.LSTMCell(16, 40),
+        lambda: nn.GRUCell(16, 40),
+    ],
+)
+def test_a_batch_without_rows(make, way):
+    float_module = make()
+    is_cell = isinstance(float_module, nn.RNNCellBase)
+    make_int8 = prepare_qat if way == "in training form" else convert
+    module = make_int8(float_module, [normal(32, 16) if is_cell else normal(8, 8, 16)] * 2)
+    shape = (0, 16) if is_cell else (0, 5, 16) if float_module.batch_first else (5, 0, 16)
+    x = torch.empty(shape, requires_grad=way == "with a gradient")
+    with simulate() if way == "simulated" else torch.set_grad_enabled(x.requires_grad):
+        found, expected = flat(module(x)), flat(float_module(x))
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    assert all(y.dtype == torch.float32 for y in found)

@@ -26,6 +26,7 @@ class Given(NamedTuple):
         batch_sizes: of a PackedSequence, sorted by length; None: every step has all of the batch.
         source: the input as it came.
         batched: whether the input has a batch dimension.
+        steps: how many there are.
     """
 
     x: Tensor
@@ -33,6 +34,7 @@ class Given(NamedTuple):
     batch_sizes: Tensor | None
     source: Tensor | PackedSequence
     batched: bool
+    steps: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,8 +44,8 @@ class Given(NamedTuple):
     @property
     def sizes(self) -> list[int]:
         """How many rows of the batch take part in each step."""
-        batch = self.state.h.shape[1]
-        return [batch] * (len(self.x) // batch) if self.batch_sizes is None else self.batch_sizes.tolist()
+        whole = [self.state.h.shape[1]] * self.steps
+        return whole if self.batch_sizes is None else self.batch_sizes.tolist()
 
 
 RunLayer = Callable[[int, Tensor, State], tuple[Tensor, State]]
@@ -74,19 +76,21 @@ def arrange(module: Any, input: Any, hx: Any = None) -> Given:
         )
     batched = packed or data.dim() == 3
     if packed:
-        batch, x = int(input.batch_sizes[0]), data
+        batch, steps, x = int(input.batch_sizes[0]), len(input.batch_sizes), data
     else:
         data = data if batched else data.unsqueeze(1)
         data = data.transpose(0, 1) if batched and module.batch_first else data
-        batch, x = data.shape[1], data.reshape(-1, module.input_size)
-        if data.shape[0] == 0 or batch == 0:
-            raise ValueError(f"{name}: input must have at least one step and one row, got {tuple(input.shape)}.")
+        steps, batch = data.shape[:2]
+        x = data.reshape(steps * batch, module.input_size)
+        if steps == 0:
+            raise ValueError(f"{name}: input must have at least one step, got {tuple(input.shape)}.")
     rows = module.num_layers * len(directions(module))
     states = _states(module, hx, (rows, batch) if batched else (rows,), x)
     if packed and hx is not None and input.sorted_indices is not None:
         states = [each.index_select(1, input.sorted_indices) for each in states]
     h, *c = states if batched else [each.unsqueeze(1) for each in states]
-    return Given(x.float(), State(h, c[0] if c else None), input.batch_sizes if packed else None, input, batched)
+    sizes = input.batch_sizes if packed else None
+    return Given(x.float(), State(h, c[0] if c else None), sizes, input, batched, steps)
 
 
 def arrange_cell(module: Any, input: Any, hx: Any = None) -> Given:
@@ -104,8 +108,8 @@ def arrange_cell(module: Any, input: Any, hx: Any = None) -> Given:
             f"got {tuple(input.shape)}."
         )
     x = input if input.dim() == 2 else input.unsqueeze(0)
-    h, *c = (each.view(1, len(x), -1) for each in _states(module, hx, tuple(input.shape[:-1]), x))
-    return Given(x.float(), State(h, c[0] if c else None), None, input, input.dim() == 2)
+    h, *c = (each.view(1, len(x), each.shape[-1]) for each in _states(module, hx, tuple(input.shape[:-1]), x))
+    return Given(x.float(), State(h, c[0] if c else None), None, input, input.dim() == 2, 1)
 
 
 def run_layers(module: Any, given: Given, run_layer: RunLayer) -> tuple[Tensor, State]:
@@ -132,7 +136,7 @@ def as_input(module: Any, given: Given, rows: Tensor) -> Tensor:
     """Rows (rows, features) with the leading dimensions that the input has."""
     if isinstance(given.source, PackedSequence) or not given.batched:
         return rows
-    steps: Tensor = rows.unflatten(0, (-1, given.state.h.shape[1]))
+    steps: Tensor = rows.unflatten(0, (given.steps, given.state.h.shape[1]))
     return steps.transpose(0, 1) if module.batch_first else steps
 
 
