@@ -135,6 +135,16 @@ def test_where_no_output_judges_it_stays_in_float(case):
     assert len(qmodel.torchq_plan.int8_layers()) == 16
 
 
+def test_smoothing_does_not_make_it_int8_again():
+    model = Residual(width=4096, channels=3)
+    images = [normal(4, 3, 24, 24, seed=i) * torch.tensor([1.0, 30.0, 0.1]).view(3, 1, 1) for i in range(4)]
+    expected = model.patches(images[0])
+    qmodel = convert(model, images, config=dataclasses.replace(NEAREST, smoothing="auto"), inplace=True)
+    assert_identical(qmodel.patches(images[0]), expected)
+    assert qmodel.torchq_plan.layers["patches"].kind == "float"
+    assert qmodel.torchq_plan.int8_layers() == ["up.0", "down.0"]
+
+
 @pytest.mark.parametrize("settings", [{"activation": "dynamic"}, {"exclude": ("up", "down")}])
 def test_without_data_it_is_in_int8_where_asked_for_or_where_it_holds_much(settings):
     assert isinstance(convert(Residual(), config=QConfig(**settings)).patches, QuantizedConv)

@@ -120,7 +120,7 @@ def convert(
             return applied(model, peers.received(), inplace=inplace)
         evidence = include_norms(merged)
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
-        stages = (choose, unjudged, keep_together, smooth, fine_heads, fuse, rounded, describe)
+        stages = (choose, smooth, unjudged, keep_together, fine_heads, fuse, rounded, describe)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)
