@@ -26,6 +26,7 @@ from torchq.planning.logged import log_plan
 from torchq.planning.norms import include_norms
 from torchq.planning.plan import attached_plan
 from torchq.planning.rounding import round_weights
+from torchq.planning.routers import keep_choices
 from torchq.planning.selfcheck import SelfCheck
 from torchq.planning.smoothing import smooth
 from torchq.planning.stems import float_stems, keep_unjudged
@@ -120,7 +121,7 @@ def convert(
             return applied(model, peers.received(), inplace=inplace)
         evidence = include_norms(merged)
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
-        stages = (choose, smooth, unjudged, keep_together, fine_heads, fuse, rounded, describe)
+        stages = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads, fuse, rounded, describe)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

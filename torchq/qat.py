@@ -234,7 +234,7 @@ def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) ->
     for name, layer in evidence.layers.items():
         record = evidence.records[name]
         if not record.has_data:
-            if ranges == "observed" or layer.kind.dynamic_unreached:
+            if ranges == "observed" or layer.kind.routed:
                 starts[name] = _without_data(layer)
             continue
         lo, hi = _best_range(layer, record, scales.get(name), evidence.config)
@@ -244,7 +244,7 @@ def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) ->
 
 def _without_data(layer: Layer) -> InputRange:
     """The range of a layer that no batch has reached: of an expert, which training may not reach either, per token."""
-    return PerToken() if layer.kind.dynamic_unreached else ObservedRange()
+    return PerToken() if layer.kind.routed else ObservedRange()
 
 
 def _best_range(layer: Layer, record: Record, scale: Tensor | None, config: QConfig) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from torchq.planning import layers, stems, tables
 from .measure import both, measure
 from .models import ARCHITECTURES
 
-HEAD = ("architecture", "int8", "named", "resident", "dB", "calibrated", "multiplied in float")
+HEAD = ("architecture", "int8", "named", "resident", "dB", "calibrated", "routers free", "multiplied in float")
 
 
 def main(names: list[str]) -> None:
@@ -30,7 +30,8 @@ def main(names: list[str]) -> None:
         for name in names or ARCHITECTURES:
             row = measure(ARCHITECTURES[name], both(ARCHITECTURES[name], QConfig()))
             shares = (f"{row.int8:.1%}", f"{row.named:.1%}", f"{row.resident:.2f}")
-            rows.append((name, *shares, *(f"{db:.1f}" for db in row.db), ", ".join(row.left) or "-"))
+            free = "-" if row.free == row.db else "{:.1f}, {:.1f}".format(*row.free)
+            rows.append((name, *shares, *(f"{db:.1f}" for db in row.db), free, ", ".join(row.left) or "-"))
             print(name, file=sys.stderr, flush=True)
     print("\n".join(text.table(HEAD, rows)))
 

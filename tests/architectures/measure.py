@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Row(NamedTuple):
         left: the multiplied parameters in float, by the class of their module.
         resident: bytes of the whole model at its real size, as a share of float's.
         db: SQNR of the output without data and calibrated: the median of the JUDGES. Routers choose as in float.
+        free: the same where routers choose by themselves: the median of MANY batches, since a few rows decide.
     """
 
     int8: float
@@ -73,6 +74,7 @@ class Row(NamedTuple):
     left: tuple[str, ...]
     resident: float
     db: tuple[float, float]
+    free: tuple[float, float]
 
 
 BATCHES = 4  # of 4, so that a layer behind a pooling sees 16 rows
@@ -81,6 +83,9 @@ BATCHES = 4  # of 4, so that a layer behind a pooling sees 16 rows
 JUDGES = range(95, 100)
 """The seeds of the batches that are measured. One alone says little of a model whose layers amplify errors: of gated T5
 without data these five have 16 to 21 dB."""
+
+MANY = range(95, 125)
+"""The seeds where routers choose by themselves."""
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -112,7 +117,9 @@ def measure(architecture: Architecture, models: tuple[nn.Module, nn.Module, nn.M
     with torch.no_grad(), Multiplied(model) as products:
         run(model, batches[0])
     judged = [_outputs(models, batch) for batch in batches]
-    dbs = [statistics.median(sqnr_db(ys[0], ys[i]) for ys in judged) for i in (1, 2)]
+    db = free = _medians(judged)
+    if any(_routers(model)):
+        free = _medians([[run(each, architecture.inputs(seed)) for each in models] for seed in MANY])
     sizes = {name: p.nbytes for name, p in model.named_parameters() if name in products.found and p.dim() >= 2}
     names: dict[str, list[str]] = {}  # of tied parameters, all names
     first = {id(p): name for name, p in model.named_parameters()}
@@ -125,14 +132,18 @@ def measure(architecture: Architecture, models: tuple[nn.Module, nn.Module, nn.M
     with torch.device("meta"):
         real = architecture.real()
     shares = [sum(sizes[name] for name in group) / total for group in (int8, named)]
-    return Row(*shares, tuple(sorted(left)), resident(real, plain) / model_bytes(real), (dbs[0], dbs[1]))
+    return Row(*shares, tuple(sorted(left)), resident(real, plain) / model_bytes(real), db, free)
+
+
+def _medians(judged: Sequence[Sequence[Tensor]]) -> tuple[float, float]:
+    plain, calibrated = (statistics.median(sqnr_db(ys[0], ys[i]) for ys in judged) for i in (1, 2))
+    return plain, calibrated
 
 
 def _outputs(models: tuple[nn.Module, ...], batch: Mapping[str, Any]) -> list[Tensor]:
     """What each model gives, the later ones with the first one's choices of experts.
 
-    A row whose experts are chosen otherwise is another row: of 64, up to 4 are so in a layer of Mixtral or Qwen3-MoE,
-    whose routers are random here. They leave 18 to 31 dB, where the same choices leave 30 to 33.
+    A row whose experts are chosen otherwise is another row. So this is what int8 costs besides.
     """
     chosen: list[Any] = []
     with _hooked(models[0], lambda module, args, y: chosen.append(y)):
@@ -147,11 +158,14 @@ def _outputs(models: tuple[nn.Module, ...], batch: Mapping[str, Any]) -> list[Te
 @contextmanager
 def _hooked(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     """Calls `hook` behind each router of the model, which stay in float."""
-    routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
     with ExitStack() as stack:
-        for router in routers:
+        for router in _routers(model):
             stack.enter_context(router.register_forward_hook(hook))
         yield
+
+
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if type(module).__name__.endswith("TopKRouter"))
 
 
 def _is_int8(qmodel: nn.Module, name: str) -> bool:

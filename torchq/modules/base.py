@@ -87,9 +87,9 @@ class ModuleType(ABC):
     name: str
     """The type as a user knows it, for messages: "nn.Linear"."""
 
-    dynamic_unreached = False
-    """Whether a matrix that calibration data never reached is dynamic. If not, it stays in float: code that never calls
-    a layer may still read its weight."""
+    routed = False
+    """Whether a router chooses which of its matrices a row goes to. Such a one that calibration data never reached is
+    dynamic. Others stay in float: code that never calls a layer may still read its weight."""
 
     absorbs: bool = False
     """Whether its int8 layer may include the norm behind it, and hand codes to another one wherever in the model."""

@@ -270,7 +270,7 @@ class ExpertsType(TrainableParts):
 
     name = "stacked experts"
     form = QATExperts
-    dynamic_unreached = True
+    routed = True
 
     def __init__(self) -> None:
         self._proofs: WeakKeyDictionary[nn.Module, tuple[object, str | None]] = WeakKeyDictionary()

@@ -138,7 +138,7 @@ def _require_data(plan: Plan, evidence: Evidence) -> None:
 
 
 def _needs_data(layer: Layer) -> bool:
-    return layer.trained is None and not layer.kind.dynamic_unreached
+    return layer.trained is None and not layer.kind.routed
 
 
 def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
@@ -151,7 +151,7 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         if share <= SMALL_INPUT:
             return LayerPlan("float", f"no data to judge it by: {share:.1%} of weights whose errors the steps amplify")
         return LayerPlan("int8 dynamic", "no calibration data", per_channel)
-    if record.calls == 0 and config.activation == "auto" and not layer.kind.dynamic_unreached:
+    if record.calls == 0 and config.activation == "auto" and not layer.kind.routed:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)

@@ -11,7 +11,7 @@ hold most of the weights: it may cost a transformer 16 dB, and in float takes up
 convolutions it is one of many, costs 0.5 dB at most, and hands its codes on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar, cast
 
 from torch import nn
@@ -29,7 +29,9 @@ SIGNAL_CHANNELS = 4
 """A convolution with no more input channels reads pixels or samples, which no other layer has made."""
 
 SMALL_SHARE = 0.01
-"""How much of the weights of all layers in int8 it may hold, since in float it takes up to three times as long."""
+"""How much of the weights of all layers in int8 it may hold, since in float it takes up to three times as long.
+
+So much may stay in float in front of routers too (`routers.py`)."""
 
 COST_DB = 1.0
 """How much of the output's SQNR it must cost in int8: a fifth of the error."""
@@ -62,30 +64,32 @@ def keep_unjudged(plan: Plan, evidence: Evidence, *, inplace: bool = False) -> P
     """
     if (evidence.batches and not inplace) or evidence.config.activation != "auto":
         return plan
-    layers = _int8_layers(plan, evidence)
-    convolutions = {name: layer for name, layer in layers.items() if layer.kind.absorbs}
-    if _weights(convolutions) > MOST_CONVOLUTIONS * _weights(layers):
+    layers = int8_layers(plan, evidence)
+    convolutions = [name for name, layer in layers.items() if layer.kind.absorbs]
+    if share(convolutions, layers) > MOST_CONVOLUTIONS:
         return plan
-    names, total = _stems(plan, evidence), _weights(layers)
-    held = _weights({name: layers[name] for name in names})
+    names = _stems(plan, evidence)
     unjudged = "inplace=True can't undo what costs much" if evidence.batches else "no data to judge it by"
-    why = f"{unjudged}: {held / max(total, 1):.1%} of the weights make all that the others work on"
+    why = f"{unjudged}: {share(names, layers):.1%} of the weights make all that the others work on"
     return return_to_float(plan, dict.fromkeys(names, why))
 
 
 def _stems(plan: Plan, evidence: Evidence) -> list[str]:
     """The convolutions in int8 that read a signal; none if they hold more than a small share of all weights."""
-    layers = _int8_layers(plan, evidence)
-    stems = {name: layer for name, layer in layers.items() if _reads_signal(layer)}
-    return list(stems) if _weights(stems) <= SMALL_SHARE * _weights(layers) else []
+    layers = int8_layers(plan, evidence)
+    stems = [name for name, layer in layers.items() if _reads_signal(layer)]
+    return stems if share(stems, layers) <= SMALL_SHARE else []
 
 
-def _int8_layers(plan: Plan, evidence: Evidence) -> dict[str, Layer]:
+def int8_layers(plan: Plan, evidence: Evidence) -> dict[str, Layer]:
+    """The layers that the plan has in int8."""
     return {name: evidence.layers[name] for name in plan.int8_layers() if name in evidence.layers}
 
 
-def _weights(layers: Mapping[str, Layer]) -> int:
-    return sum(layer.out_features * layer.in_features for layer in layers.values())
+def share(names: Iterable[str], layers: Mapping[str, Layer]) -> float:
+    """How much of the weights of `layers` these of them hold."""
+    sizes = {name: layer.out_features * layer.in_features for name, layer in layers.items()}
+    return sum(sizes[name] for name in names) / max(sum(sizes.values()), 1)
 
 
 def _reads_signal(layer: Layer) -> bool:
