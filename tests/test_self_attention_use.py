@@ -15,6 +15,7 @@ import torchq
 from helpers.compare import assert_identical
 from helpers.numbers import normal
 from helpers.self_attention import assert_same, bert, by_code, converted, forms, outputs, tokens
+from torchq.modules.attention import AttentionScheme
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
@@ -133,6 +134,55 @@ def test_what_is_changed_afterwards_counts(model, change):
         return
     assert_identical(results[0], results[1])
     assert results[0].shape != before.shape or not torch.equal(results[0], before)
+
+
+class Flat(nn.Module):
+    """Gives the rows of all batches in one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).reshape(1, -1, 64)
+
+
+def flat_children(attention):
+    for name in ("query", "key", "value"):
+        setattr(attention, name, Flat(getattr(attention, name)))
+
+
+def before_query(change):
+    """A hook on a child that changes the module between the calls of its children."""
+
+    def install(attention):
+        attention.query.register_forward_pre_hook(lambda module, args: change(attention, args[0]))
+
+    return install
+
+
+BETWEEN = {
+    "the scale, from its input": lambda attention, x: setattr(attention, "scaling", x.abs().mean().item()),
+    "the next child": lambda attention, x: setattr(attention, "key", nn.Identity()),
+    "the attention function": lambda attention, x: setattr(attention, "torchq_attention", AttentionScheme("bfloat16")),
+    "training": lambda attention, x: setattr(attention, "training", True),
+}
+CHANGES_BETWEEN = [flat_children, *map(before_query, BETWEEN.values())]
+
+
+@pytest.mark.parametrize("install", CHANGES_BETWEEN, ids=["flat children", *BETWEEN])
+def test_children_may_do_anything_between_the_calls(install):
+    """The first call already gives what the code does."""
+    results, x = [], normal(2, 5, 64)
+    for of in (lambda model: model, by_code):
+        attention = of(converted(bert())).encoder.layer[1].attention.self
+        with torch.inference_mode():
+            before = attention(x)[0]
+            install(attention)
+            torch.manual_seed(1)
+            results.append(attention(x)[0])
+    assert_identical(results[0], results[1])
+    assert torch.equal(results[0], before) == (install is flat_children)
 
 
 def test_code_that_is_replaced_counts(model, monkeypatch):

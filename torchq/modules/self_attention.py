@@ -2,8 +2,8 @@
 
 transformers makes views for each head, asks its registry and hands on what it was given by name. Here a call is the
 three children, the attention of their outputs as they lie, and the children behind it. The children are called as
-they are, so hooks on them, gradients and whatever else count as ever. Wherever anybody could see a difference, the
-code of the user runs (`straight_forms.py`).
+they are, so gradients and whatever else count as ever. Wherever anybody could see a difference, or change anything
+between the calls, as a hook on a child may, the code of the user runs (`straight_forms.py`).
 """
 
 from typing import Any
@@ -15,6 +15,8 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C
 from torchq.modules.attention import NAME, AttentionScheme, attend_directly, attention_forward, is_causal_call
 from torchq.modules.attention_code import MASK, SelfAttentionCode, self_attention_of
+from torchq.modules.folding import IDLE
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight_forms import Form, become, may_become
 from torchq.modules.writes import modes
 
@@ -69,7 +71,7 @@ class SelfAttention(Form):
         names = (*line.projections, *line.behind)
         children = tuple(map(state["_modules"].get, names))
         size, scale, scheme = state.get(line.size), state.get(line.scale), state.get("torchq_attention")
-        if x.dim() != 3 or None in children or not state.keys().isdisjoint(names):
+        if x.dim() != 3 or not all(map(_is_known, children)) or not state.keys().isdisjoint(names):
             return NotImplemented
         if type(size) is not int or size <= 0 or type(scale) is not float or type(scheme) is not AttentionScheme:
             return NotImplemented
@@ -89,6 +91,15 @@ class SelfAttention(Form):
         for child in children[3:]:
             y = child(y)
         return y, None
+
+
+_KNOWN = (QuantizedLinear, nn.Linear, *IDLE)
+
+
+def _is_known(child: Any) -> bool:
+    """Whether a call of it gives the rows of its input, and runs nothing that could change the module meanwhile."""
+    kind = type(child)
+    return kind in _KNOWN and _C.is_plain(child, kind)
 
 
 def _asks_for_torchq(config: Any) -> bool:
