@@ -151,3 +151,23 @@ def test_code_is_read_behind_decorators_and_only_where_forward_leads(monkeypatch
     idle = convert(Model(functools.partial(Idle, 512)))
     assert isinstance(idle.first, QuantizedLinear)
     assert isinstance(idle.mixture.gate, QuantizedLinear)
+
+
+class Odd:
+    """Something that answers no questions."""
+
+    def __bool__(self):
+        raise RuntimeError("neither")
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize("held", [torch.ones(HIDDEN), normal(HIDDEN).numpy(), Odd()], ids=["tensor", "array", "odd"])
+def test_what_a_class_holds_beside_methods_is_not_asked(held, monkeypatch):
+    monkeypatch.setattr(Chosen, "mean", held, raising=False)
+    monkeypatch.setattr(Chosen, "forward", lambda self, x: (self.mean, self.choose(x))[1].values @ normal(2, HIDDEN))
+    model = listed()
+    kept = convert(model)
+    assert not isinstance(kept.first, QuantizedLinear)
+    assert_identical(kept.mixture(X), model.mixture(X))

@@ -71,13 +71,17 @@ def _code(kind: type[nn.Module]) -> Iterator[Any]:
     """The code of a class's forward, and of the methods that it names, but for nn.Module's."""
     waiting, seen = [forward_of(kind)], set()
     while waiting:
-        method = inspect.unwrap(waiting.pop())
-        if isinstance(method, FunctionType) and method not in seen:
+        method = _function(waiting.pop())
+        if method is not None and method not in seen:
             seen.add(method)
             yield method.__code__
             own = (name for name in method.__code__.co_names if not hasattr(nn.Module, name))
-            waiting += [getattr(found, "__func__", found) for name in own if (found := _static(kind, name))]
+            waiting += [inspect.getattr_static(kind, name, None) for name in own]
 
 
-def _static(kind: type[nn.Module], name: str) -> Any:
-    return inspect.getattr_static(kind, name, None)
+def _function(value: Any) -> FunctionType | None:
+    """The function that an attribute of a class is, behind decorators. Of anything else nothing is asked."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+    return function if isinstance(function, FunctionType) else None
