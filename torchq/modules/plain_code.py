@@ -6,6 +6,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,10 +49,15 @@ def forward_of(kind: type[nn.Module]) -> Any:
 def runs_straight(code: types.CodeType) -> bool:
     """Whether code has no loops, no imports, and stores to locals only: so it ends, if what it calls does.
 
+    Nor does it ask whether two objects are one, of which stand-ins know nothing; only whether one is a constant.
+
     >>> runs_straight((lambda x: x + 1 if x else 2).__code__), runs_straight((lambda x: [x for x in x]).__code__)
     (True, False)
+    >>> runs_straight((lambda x: x is not None).__code__), runs_straight((lambda x, y: x is y).__code__)
+    (True, False)
     """
-    return all(map(_runs_on, dis.get_instructions(code)))
+    steps = list(dis.get_instructions(code))
+    return all(map(_runs_on, steps)) and all(_of_constant(*each) for each in pairwise(steps))
 
 
 _MORE_STEPS = ("UNPACK_SEQUENCE", "JUMP_IF_")
@@ -61,6 +67,10 @@ _JUMPS = {*dis.hasjabs, *dis.hasjrel}
 def _runs_on(step: dis.Instruction) -> bool:
     ahead = step.opcode not in _JUMPS or step.argval > step.offset
     return ahead and (_is_straight(step) or step.opname.startswith(_MORE_STEPS))
+
+
+def _of_constant(before: dis.Instruction, step: dis.Instruction) -> bool:
+    return step.opname != "IS_OP" or (before.opname.startswith("LOAD_CONST") and not step.is_jump_target)
 
 
 def _is_straight(step: dis.Instruction) -> bool:
