@@ -6,7 +6,6 @@ nothing can happen that isn't seen: no globals but the registry, no builtins, no
 branch that depends on a symbol is unknown.
 """
 
-import dis
 import functools
 import inspect
 import sys
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
-from torchq.modules.plain_code import STEPS, forward_of
+from torchq.modules.plain_code import forward_of, runs_straight
 from torchq.modules.straight import is_usual
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -134,25 +133,13 @@ def _read(
 _TAKEN = ("module", "query", "key", "value", "dropout", "scaling")
 """What the code gives the attention function itself."""
 
-_STEPS = (*STEPS, "BUILD_MAP", "DICT_MERGE", "UNPACK_SEQUENCE")
-"""How the bytecode instructions begin that may occur."""
-
 
 def _is_harmless(function: types.FunctionType) -> bool:
     code = function.__code__
     usual = inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS | inspect.CO_VARKEYWORDS | inspect.CO_NESTED
     if code.co_flags & ~usual or code.co_freevars or code.co_cellvars or code.co_kwonlyargcount:
         return False
-    if code.co_argcount < 3 or any(name.startswith("__") for name in code.co_names):
-        return False
-    return all(
-        step.opname.startswith(_STEPS) and not (step.opcode in (*dis.hasjrel, *dis.hasjabs) and _goes_back(step))
-        for step in dis.get_instructions(code)
-    )
-
-
-def _goes_back(step: dis.Instruction) -> bool:
-    return not isinstance(step.argval, int) or step.argval <= step.offset
+    return code.co_argcount >= 3 and not any(name.startswith("__") for name in code.co_names) and runs_straight(code)
 
 
 def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, ...], mask: Any) -> Any:

@@ -28,7 +28,7 @@ PRODUCTS = {
 }
 """What code that multiplies by a matrix may look up beside."""
 
-STEPS = (
+_STEPS = (
     *("LOAD_", "BINARY_", "UNARY_", "INPLACE_", "COMPARE_OP", "CALL", "KW_NAMES", "PRECALL", "PUSH_NULL", "RETURN_"),
     *("STORE_FAST", "POP_", "COPY", "SWAP", "DUP_TOP", "ROT_", "NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD"),
     *("RESUME", "TO_BOOL", "BUILD_TUPLE", "BUILD_CONST_KEY_MAP", "NOT_TAKEN"),
@@ -60,7 +60,7 @@ def runs_straight(code: types.CodeType) -> bool:
     return all(map(_runs_on, steps)) and all(_of_constant(*each) for each in pairwise(steps))
 
 
-_MORE_STEPS = ("UNPACK_SEQUENCE", "JUMP_IF_")
+_MORE_STEPS = ("UNPACK_SEQUENCE", "JUMP_IF_", "BUILD_MAP", "DICT_MERGE")
 _JUMPS = {*dis.hasjabs, *dis.hasjrel}
 
 
@@ -74,7 +74,7 @@ def _of_constant(before: dis.Instruction, step: dis.Instruction) -> bool:
 
 
 def _is_straight(step: dis.Instruction) -> bool:
-    return step.opname.startswith(STEPS) and "BACKWARD" not in step.opname and "SUPER" not in step.opname
+    return step.opname.startswith(_STEPS) and "BACKWARD" not in step.opname and "SUPER" not in step.opname
 
 
 def is_plain(module: nn.Module) -> bool:
