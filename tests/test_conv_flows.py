@@ -213,6 +213,33 @@ def test_functions_and_codes_that_are_replaced_count(ran, monkeypatch):
     assert_identical(qmodel(X), before)
 
 
+@pytest.mark.parametrize(("name", "value"), [("use_residual", False), ("reduce", nn.Identity())])
+def test_attributes_that_its_class_gets_later_count(ran, name, value):
+    class Own(Inverted):
+        pass
+
+    qmodel = made(Own())
+    before, code = qmodel(X), by_code(qmodel)
+    assert qmodel in ran
+    ran.clear()
+    setattr(Own, name, property(lambda _: value))
+    result = []
+    for model in (qmodel, code):
+        try:
+            result.append(model(X))
+        except RuntimeError as error:  # a sum of other shapes
+            result.append(str(error))
+    assert qmodel not in ran
+    if isinstance(result[1], str):
+        assert result[0] == result[1]
+    else:
+        assert_identical(*result)
+        assert not torch.equal(result[0], before)
+    delattr(Own, name)
+    assert_identical(qmodel(X), before)
+    assert qmodel in ran
+
+
 def test_a_sequential_of_another_forward_counts(ran, monkeypatch):
     qmodel = made(Torchvision())
     before = qmodel(X)

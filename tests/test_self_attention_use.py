@@ -185,6 +185,19 @@ def test_children_may_do_anything_between_the_calls(install):
     assert torch.equal(results[0], before) == (install is flat_children)
 
 
+@pytest.mark.parametrize(("name", "value"), [("scaling", 0.7), ("query", torch.zeros_like)])
+def test_what_its_class_gets_later_counts(model, monkeypatch, name, value):
+    attention, x = forms(model)[0], normal(2, 5, 64)
+    before, plain = attention(x)[0], copy.deepcopy(attention)
+    object.__setattr__(plain, "__class__", attention.original)
+    monkeypatch.setattr(attention.original, name, property(lambda _: value), raising=False)
+    y = attention(x)[0]
+    assert not torch.equal(y, before)
+    assert_identical(y, plain(x)[0])
+    monkeypatch.undo()
+    assert_identical(attention(x)[0], before)
+
+
 def test_code_that_is_replaced_counts(model, monkeypatch):
     attention, x = forms(model)[0], normal(2, 5, 64)
     inner = attention.line.inner

@@ -236,6 +236,8 @@ class _Run:
         self.settings: dict[str, Any] = {}
         self.facts = Facts()
         self._depth = 0
+        for name in ("__getattr__", "__getattribute__"):
+            self.facts.add(getattr, kind, name, getattr(kind, name))
 
     def itself(self) -> _StandIn:
         """Stands for the module."""
@@ -243,6 +245,7 @@ class _Run:
 
     def _read(self, name: str) -> Any:
         state = vars(self._module)
+        self.facts.add(getattr, self._kind, name, getattr(self._kind, name, _MISSING))  # it would hide a child
         if name in state:
             value = self._plainly(self._module, name)
             self.settings[name] = value
