@@ -155,6 +155,9 @@ CHANGES = {
     "strides that its code reads": lambda block: setattr(block.depthwise.convolution, "stride", (3, 4)),
     "a hook on a layer": lambda block: block.depthwise.register_forward_hook(lambda *_: _[2] * 2),
     "a hook on a convolution": lambda block: block.depthwise.convolution.register_forward_hook(lambda *_: _[2] * 2),
+    "another mode of padding": lambda block: vars(block.depthwise.convolution).update(
+        padding_mode="reflect", _reversed_padding_repeated_twice=[1, 1, 1, 1]
+    ),
     "a forward of a layer": lambda block: setattr(block.reduce, "forward", lambda x: block.reduce.convolution(-x)),
 }
 

@@ -39,7 +39,8 @@ class Part(NamedTuple):
         kind: its class.
         children: those that its code calls, by name; none of a module without children of interest.
         in_order: whether it calls all its children, in their order.
-        settings: the attributes that it computes with, other than those of a convolution, which each call reads.
+        settings: the attributes that it computes with; of a convolution the mode of its padding, since each call reads
+            the others.
     """
 
     module: nn.Module
@@ -288,7 +289,9 @@ def _inside(module: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | N
         return _leaves(module, list(module._modules), parts, facts)
     if not _is_leaf(module):
         return None
-    parts.append(Part(module, kind, {}, False, {} if isinstance(module, QuantizedConv) else settings_of(module)))
+    is_conv = isinstance(module, QuantizedConv)
+    settings = {"padding_mode": module.padding_mode} if is_conv else settings_of(module)
+    parts.append(Part(module, kind, {}, False, settings))
     return [Zeros.constant(module.padding)] if kind in _PADS else [module]
 
 
