@@ -266,6 +266,25 @@ def test_copies_and_pickles_are_blocks_too(ran):
         assert len(ran) == 6
 
 
+class Stateful(Inverted):
+    """Its state is no dict."""
+
+    def __getstate__(self):
+        return "a state", self.__dict__
+
+    def __setstate__(self, state):
+        super().__setstate__(state[1])
+
+
+def test_a_class_with_a_state_of_its_own_is_copied_as_it_says(ran):
+    qmodel = made(Stateful())
+    y = qmodel(X)
+    assert qmodel not in ran  # its state could hold anything
+    for copied in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
+        assert type(copied) is Stateful
+        assert_identical(copied(X), y)
+
+
 def test_modes_gradients_autocast_simulation_and_odd_inputs_see_the_code(ran):
     qmodel = made(Inverted())
     code = by_code(qmodel)

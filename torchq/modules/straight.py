@@ -68,7 +68,7 @@ def _computed(kind: type[nn.Module]) -> Any:
 
 _USUAL = (
     *("__call__", "__getattr__", "__getattribute__", "__class__", "__new__", "__init_subclass__"),
-    *("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"),
+    *("__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__"),
 )
 """What a class must have of nn.Module. One with a way of its own to be called, read, copied or subclassed would have a
 part in what happens to its form."""
