@@ -1,4 +1,4 @@
-"""Fixtures: each kernel in turn, seeds, gradients, threads. A file lists those for all its tests in `pytestmark`."""
+"""Fixtures: each kernel in turn, seeds, gradients, threads, blocks. A file lists those of its tests in `pytestmark`."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torchq import kernels, ops
+from torchq.modules.conv_block import ConvBlock
 from torchq.planning import budget, layers
 from torchq.timing import interleaved
 
@@ -116,6 +117,22 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
         assert kernels.last_used() == name, "another kernel than the forced one ran"
         yield name
         assert kernels.last_used() in may_run(name), "another kernel than the forced one ran"
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[ConvBlock]:
+    """Lists the blocks of convolutions that ran as one."""
+    seen: list[ConvBlock] = []
+    usual = ConvBlock._run
+
+    def spy(block: ConvBlock, x: torch.Tensor) -> object:
+        y = usual(block, x)
+        if y is not NotImplemented:
+            seen.append(block)
+        return y
+
+    monkeypatch.setattr(ConvBlock, "_run", spy)
+    return seen
 
 
 @pytest.fixture

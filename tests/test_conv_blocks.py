@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
+from helpers.conv_blocks import DATA, STATIC, X
 from helpers.convolutional import IMAGES, Bottleneck, ConvNorm, by_code, resnet
-from helpers.numbers import normal
 from torchq import QConfig, convert, kernels, simulate
 from torchq.modules.coded_sum import CodedSum
 from torchq.modules.conv_block import ConvBlock
@@ -19,9 +19,6 @@ from torchq.planning import coded_sums
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-STATIC = QConfig(activation="static", rounding="nearest", smoothing="none")
-DATA = [normal(4, 32, 20, 20, seed=i) for i in range(4)]
-X = normal(2, 32, 20, 20, seed=9)
 KERNELS = [kernel for kernel in kernels.names() if kernel in kernels.runnable()]
 
 
@@ -47,21 +44,6 @@ class Named(nn.Module):
 
 def made(block=None, config=STATIC):
     return convert((Bottleneck(32, 64) if block is None else block).eval(), DATA, config=config)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Lists the blocks that ran as one."""
-    seen, usual = [], ConvBlock._run
-
-    def spy(block, x):
-        y = usual(block, x)
-        if y is not NotImplemented:
-            seen.append(block)
-        return y
-
-    monkeypatch.setattr(ConvBlock, "_run", spy)
-    return seen
 
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic", "auto"])

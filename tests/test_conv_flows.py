@@ -10,6 +10,7 @@ from torch import nn
 
 from helpers import mobile
 from helpers.compare import assert_identical
+from helpers.conv_blocks import DATA, STATIC, X
 from helpers.convolutional import by_code
 from helpers.mobile import ConvNormAct, Inverted, Layer, Network, Padded, Timm, Torchvision
 from helpers.numbers import normal
@@ -19,28 +20,9 @@ from torchq.modules.pending_conv import PendingConv
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-STATIC = QConfig(activation="static", rounding="nearest", smoothing="none")
-DATA = [normal(4, 32, 20, 20, seed=i) for i in range(4)]
-X = normal(2, 32, 20, 20, seed=9)
-
 
 def made(block, config=STATIC, data=DATA):
     return convert(block.eval(), data, config=config)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Lists the blocks that ran as one."""
-    seen, usual = [], ConvBlock._run
-
-    def spy(block, x):
-        y = usual(block, x)
-        if y is not NotImplemented:
-            seen.append(block)
-        return y
-
-    monkeypatch.setattr(ConvBlock, "_run", spy)
-    return seen
 
 
 BLOCKS = {
