@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "classes.h"
 #include "direct_call.h"
 #include "direct_layer.h"
 #include "dlpack.h"
@@ -38,7 +39,7 @@ struct Names {
   PyObject *buffers, *packed, *input_qparams;
   PyObject *scope, *defer;
   PyObject *training, *p;  // of any module, and of a Dropout
-  PyObject *modules, *line, *original, *forward, *call, *module_call;
+  PyObject* modules;
   PyObject *zero, *one;  // 0 and 1.0
 } names;
 
@@ -242,7 +243,7 @@ bool are_plain(PyObject* modules, PyObject* settings) {
     PyObject* module = PyTuple_GET_ITEM(modules, i);
     PyObject* state = plain_state(module, reinterpret_cast<PyObject*>(Py_TYPE(module)));
     PyObject* own = PyTuple_GET_ITEM(settings, i);
-    if (!state || !PyDict_Check(own) || !has(state, own)) return false;
+    if (!state || !PyDict_Check(own) || !has(state, own) || !computes_as_known(Py_TYPE(module))) return false;
     if (PyDict_GetItemWithError(state, names.p) && PyDict_GetItemWithError(state, names.training) != Py_False)
       return false;
   }
@@ -275,17 +276,6 @@ bool has_children(PyObject* state, PyObject* children, bool in_order) {
   return true;
 }
 
-// Whether nobody has replaced the code of a form's class since it was read (torchq/modules/straight_forms.py).
-bool is_as_read(PyObject* form) {
-  const auto line = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.line));
-  const auto original = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.original));
-  const auto forward = py::reinterpret_steal<py::object>(PyObject_GetAttr(form, names.forward));
-  if (!line || !original || !forward || !PyTuple_Check(line.ptr()) || PyTuple_GET_SIZE(line.ptr()) < 2) return false;
-  const auto call = py::reinterpret_steal<py::object>(PyObject_GetAttr(original.ptr(), names.call));
-  return call.ptr() == names.module_call && forward.ptr() == PyTuple_GET_ITEM(line.ptr(), 0) &&
-         PyFunction_Check(forward.ptr()) && PyFunction_GET_CODE(forward.ptr()) == PyTuple_GET_ITEM(line.ptr(), 1);
-}
-
 // Whether a part of a block, (module, class, children, in_order, settings), is as it was.
 bool is_as_known(PyObject* part, PyObject* pre_hook, PyObject* hook) {
   if (!PyTuple_Check(part) || PyTuple_GET_SIZE(part) != 5) return false;
@@ -293,10 +283,10 @@ bool is_as_known(PyObject* part, PyObject* pre_hook, PyObject* hook) {
   const bool in_order = PyTuple_GET_ITEM(part, 3) == Py_True;
   PyObject* state = plain_state(PyTuple_GET_ITEM(part, 0), cls, pre_hook, hook);
   if (!state || !PyDict_Check(children) || !PyDict_Check(own) || !has(state, own)) return false;
+  if (!computes_as_known(reinterpret_cast<PyTypeObject*>(cls))) return false;
   if (PyDict_GetItemWithError(state, names.p) && PyDict_GetItemWithError(state, names.training) != Py_False)
     return false;
-  if (!in_order && !PyDict_GET_SIZE(children)) return true;
-  return has_children(state, children, in_order) && (in_order || is_as_read(cls));
+  return (!in_order && !PyDict_GET_SIZE(children)) || has_children(state, children, in_order);
 }
 
 PyObject* are_as_known(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -362,11 +352,8 @@ PyMethodDef methods[] = {
 void add_direct_calls(py::module_& module) {
   watch_nn_module();
   watch_torch();
-  names = {
-      name("_buffers"), name("packed"),     name("input_qparams"),  name("scope"),    name("defer"),   name("training"),
-      name("p"),        name("_modules"),   name("line"),           name("original"), name("forward"), name("__call__"),
-      nullptr,          PyLong_FromLong(0), PyFloat_FromDouble(1.0)};
-  names.module_call = forever(py::module_::import("torch.nn").attr("Module").attr("__call__"));
+  names = {name("_buffers"), name("packed"), name("input_qparams"), name("scope"),      name("defer"),
+           name("training"), name("p"),      name("_modules"),      PyLong_FromLong(0), PyFloat_FromDouble(1.0)};
   PyModule_AddFunctions(module.ptr(), methods);
 }
 

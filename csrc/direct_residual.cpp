@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "classes.h"
 #include "direct.h"
 #include "direct_call.h"
 #include "direct_layer.h"
@@ -17,7 +18,7 @@ namespace torchq {
 namespace {
 
 struct Names {
-  PyObject *modules, *forward, *training;
+  PyObject *modules, *training;
 } names;
 
 // What the module's code was found to call.
@@ -47,12 +48,7 @@ bool is_idle(const py::object& module, PyObject* classes) {
   auto* cls = reinterpret_cast<PyObject*>(Py_TYPE(module.ptr()));
   if (PySequence_Contains(classes, cls) != 1) return false;
   PyObject* own = plain_state(module.ptr(), cls);
-  return own && PyDict_GetItemWithError(own, names.training) == Py_False;
-}
-
-bool is_forward_of(PyObject* cls, PyObject* function) {
-  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(cls, names.forward));
-  return found.ptr() == function;
+  return own && computes_as_known(Py_TYPE(module.ptr())) && PyDict_GetItemWithError(own, names.training) == Py_False;
 }
 
 // Whether this can be added to y, which has x's shape but for the last dimension.
@@ -109,18 +105,17 @@ PyObject* call_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* call_residual(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
-    if (count != 8) Py_RETURN_NOTIMPLEMENTED;
-    Line line{args[3], args[4], nullptr, nullptr, nullptr};
-    PyObject* state = line.read(args[5]) && is_forward_of(args[1], args[2]) ? plain_state(args[0], args[1]) : nullptr;
-    return or_not_implemented(state ? computed(state, line, args[6], args[7]) : py::object());
+    if (count != 7) Py_RETURN_NOTIMPLEMENTED;
+    Line line{args[2], args[3], nullptr, nullptr, nullptr};
+    PyObject* state = line.read(args[4]) ? plain_state(args[0], args[1]) : nullptr;
+    return or_not_implemented(state ? computed(state, line, args[5], args[6]) : py::object());
   });
 }
 
 PyMethodDef methods[] = {
     {"call_residual", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_residual)), METH_FASTCALL,
-     "call_residual(module, cls, forward, calls, norm, (layer_class, norm_class, idle_classes), x, residual): "
-     "norm(idle(layer(x)) + residual), where forward is still the class's and the children are what they are said to "
-     "be; or NotImplemented."},
+     "call_residual(module, cls, calls, norm, (layer_class, norm_class, idle_classes), x, residual): "
+     "norm(idle(layer(x)) + residual), where the children are what they are said to be; or NotImplemented."},
     {"call_sum", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_sum)), METH_FASTCALL,
      "call_sum(layer, layer_class, norm, norm_class, x, residual): norm(layer(x) + residual), or NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
@@ -128,7 +123,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 void add_direct_residual(py::module_& module) {
-  names = {name("_modules"), name("forward"), name("training")};
+  names = {name("_modules"), name("training")};
   PyModule_AddFunctions(module.ptr(), methods);
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "classes.h"
 #include "direct.h"
 #include "gemm/gemm.h"
 
@@ -116,6 +117,7 @@ PYBIND11_MODULE(_C, m) {
         "Takes the function that gives the name of the kernel forced in the caller's context, or None. For good.");
   m.def("ask_for_kernel", &ask_for_kernel, "Whether any context forces a kernel, so that the function must be asked.");
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
+  torchq::add_classes(m);
   torchq::add_direct_calls(m);
   torchq::add_direct_norm(m);
   torchq::add_direct_residual(m);

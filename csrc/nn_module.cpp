@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "classes.h"
+
 namespace py = pybind11;
 
 namespace torchq {
@@ -42,7 +44,7 @@ PyObject* plain_state(PyObject* module, PyObject* cls) { return plain_state(modu
 
 PyObject* plain_state(PyObject* module, PyObject* cls, PyObject* pre_hook, PyObject* hook) {
   PyObject* const allowed[] = {pre_hook, hook, nullptr, nullptr};
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls) return nullptr;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != cls || !is_as_known(Py_TYPE(module))) return nullptr;
   PyObject* state = PyObject_GenericGetDict(module, nullptr);
   if (!state) return PyErr_Clear(), nullptr;
   Py_DECREF(state);  // the module keeps it alive

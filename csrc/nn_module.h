@@ -21,9 +21,9 @@ inline bool falsy(PyObject* result) {
 // To be called once, before plain_state.
 void watch_nn_module();
 
-// The state of a module whose call is nothing but cls.forward(), else null: its type is cls, there is no hook on it or
-// on all modules, it has no forward() of its own, and it is not compiled. nn.Module.__call__ checks the same, in 0.7
-// us, ten times as long.
+// The state of a module whose call is nothing but cls.forward(), else null: its type is cls, which is as it was noted
+// (classes.h), there is no hook on it or on all modules, it has no forward() of its own, and it is not compiled.
+// nn.Module.__call__ checks all but the class, in 0.7 us, ten times as long.
 PyObject* plain_state(PyObject* module, PyObject* cls);
 
 // The same of a module that may have forward pre-hooks and forward hooks which are methods of these functions.

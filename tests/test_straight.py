@@ -82,7 +82,7 @@ def is_fused(module, *args):
     """Whether a call of this Residual would be one product."""
     line, kinds = module.line, (QuantizedLinear, LayerNorm, IDLE)
     x, residual = args[line.source], args[1 - line.source]
-    y = _C.call_residual(module, type(module), line.forward, line.calls, line.last, kinds, x, residual)
+    y = _C.call_residual(module, type(module), line.calls, line.last, kinds, x, residual)
     return y is not NotImplemented
 
 

@@ -168,7 +168,7 @@ def named(form, *names):
 
 
 @pytest.mark.parametrize("form", [Residual, Row])
-@pytest.mark.parametrize("names", [("line", "form"), ("_run", "original"), ("adopt", "_is_as_read")])
+@pytest.mark.parametrize("names", [("line", "form"), ("_run", "original"), ("adopt", "reads")])
 def test_children_may_have_the_names_of_a_forms_attributes(form, names):
     args = inputs()[: 2 if form is Residual else 1]
     module, plain = converted(named(form, *names)()), converted(named(form, "a", "b")(), fuse=False)

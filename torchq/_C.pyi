@@ -32,7 +32,6 @@ def call_layer_norm(module: nn.Module, cls: type[nn.Module], x: Tensor, /) -> Te
 def call_residual(
     module: nn.Module,
     cls: type[nn.Module],
-    forward: Callable[..., Any],
     calls: tuple[str, ...],
     norm: str | None,
     kinds: tuple[type[nn.Module], type[nn.Module], tuple[type[nn.Module], ...]],
@@ -95,6 +94,8 @@ def are_as_known(
     leave: Callable[..., Any],
     /,
 ) -> bool: ...
+def computes_as_known(cls: type[nn.Module], /) -> bool: ...
+def set_comparison(function: Callable[[type[nn.Module]], tuple[Any, ...] | None], /) -> None: ...
 def is_plain(module: nn.Module, cls: type[nn.Module], /, *scopes: Callable[..., Any]) -> bool: ...
 def is_plain_row(
     module: nn.Module,

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torchq.modules.classes import know
 from torchq.modules.plain_code import forward_of, is_plain
 from torchq.ops import Activation
 
@@ -62,6 +63,9 @@ _SLOPES: dict[int, Callable[[Tensor], Tensor]] = {
 
 _OF_TORCH = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.ReLU6, nn.Hardtanh)
 _FORWARDS = {kind.forward for kind in _OF_TORCH}
+
+for _kind in _OF_TORCH:
+    know(_kind)
 
 # Those that are one operation, which a layer can wait for (`pending`).
 _FUNCTIONS_OF_TORCH = (

@@ -54,6 +54,10 @@ class SelfAttentionCode(NamedTuple):
     refused: frozenset[str]
     takes_more: bool
 
+    def attributes(self) -> tuple[str, ...]:
+        """The names that it looks up in the module, and the one that the attention function does."""
+        return *self.projections, *self.behind, self.size, self.scale, "config", "torchq_attention"
+
     def registry(self) -> Any:
         """The attention functions that it asks; none if they are not transformers', or its code was replaced."""
         inner: Any = self.inner  # for mypy, a function in a tuple is a method

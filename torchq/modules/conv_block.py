@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
 from torchq.modules import gradients, simulation, writes
+from torchq.modules.classes import know
 from torchq.modules.coded_sum import Codes
 from torchq.modules.convolving import is_channels_last
 from torchq.modules.curve import exact_activation_of
@@ -259,8 +260,10 @@ def _flow(module: nn.Module, parts: list[Part], facts: list[Facts]) -> Flow | No
     kind: Any = type(module)
     flow = flow_of(module, kind.original if isinstance(module, Form) else kind)
     if flow is not None:
+        know(kind, flow.names)
         parts.append(Part(module, kind, flow.children, False, flow.settings))
-        facts.append(flow.facts)
+        if flow.facts:
+            facts.append(flow.facts)
     return flow
 
 
@@ -285,7 +288,7 @@ def _inside(module: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | N
         return None if flow is None or flow.other is not None else _leaves(module, flow.one, parts, facts)
     if _is_sequential(kind):
         parts.append(Part(module, kind, dict(module._modules), True, {}))
-        facts.append(_sequential(kind))
+        know(kind, _OF_SEQUENTIAL)
         return _leaves(module, list(module._modules), parts, facts)
     if not _is_leaf(module):
         return None
@@ -305,13 +308,6 @@ def _is_sequential(kind: Any) -> bool:
         return True
     own = issubclass(kind, nn.Sequential) and is_usual(kind)
     return own and all(getattr(kind, name) is getattr(nn.Sequential, name) for name in _OF_SEQUENTIAL)
-
-
-def _sequential(kind: Any) -> Facts:
-    facts = Facts()
-    for name in _OF_SEQUENTIAL:
-        facts.add(getattr, kind, name, getattr(kind, name))
-    return facts
 
 
 def _is_leaf(module: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import _canonical_mask, _none_or_dtype
 
 from torchq import _C
+from torchq.modules.classes import know
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import settings_of
 from torchq.modules.layer_norm import LayerNorm
@@ -23,9 +24,7 @@ from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.tracing import Leaf
 from torchq.ops import Activation
 
-_TORCHS = nn.TransformerEncoderLayer
 _METHODS = ("forward", "_sa_block", "_ff_block")
-_CODE = tuple(getattr(_TORCHS, name) for name in _METHODS)
 _IDLE = ("dropout", "dropout1", "dropout2")
 _MASKS = {"src_mask", "src_key_padding_mask", "is_causal"}
 
@@ -145,7 +144,11 @@ def runs_torchs_code(layer: nn.Module) -> bool:
     children = state["_modules"]
     if not all(type(children.get(name)) in IDLE for name in _IDLE) or not state.keys().isdisjoint(_METHODS):
         return False
-    return all(getattr(_TORCHS, name) is code for name, code in zip(_METHODS, _CODE, strict=True))
+    return _C.computes_as_known(type(layer))
+
+
+for _kind in (nn.TransformerEncoderLayer, Int8TransformerEncoderLayer):
+    know(_kind, _METHODS)
 
 
 def _as_torch_has_them(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class Facts:
         """One more."""
         self._known[id(of), name] = Fact(read, of, name, value)
 
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
     def hold(self) -> bool:
         """Whether reading again gives the same."""
         return all(read(of, name, _MISSING) is value for read, of, name, value in list(self._known.values()))
@@ -110,7 +113,8 @@ class Flow(NamedTuple):
         last: the steps on the sum.
         children: the children that the code has looked at, by name; some may be None.
         settings: the module's own attributes that it has read.
-        facts: what else it has read.
+        names: all names that it has looked up in the module.
+        facts: what it has read elsewhere.
     """
 
     one: tuple[Step, ...]
@@ -119,6 +123,7 @@ class Flow(NamedTuple):
     last: tuple[Step, ...]
     children: dict[str, nn.Module | None]
     settings: dict[str, Any]
+    names: tuple[str, ...]
     facts: Facts
 
 
@@ -127,6 +132,10 @@ class Code(NamedTuple):
 
     forward: types.FunctionType
     code: types.CodeType
+
+    def attributes(self) -> tuple[str, ...]:
+        """None: what names a run looks up depends on the module (`Flow.names`)."""
+        return ()
 
 
 def code_of(kind: type[nn.Module]) -> Code | None:
@@ -173,9 +182,9 @@ def flow_of(module: nn.Module, kind: type[nn.Module]) -> Flow | None:
         (one, other), last = y.of_, y.calls_
         if one.of_ != 0 or other.of_ != 0:
             return None
-    return Flow(
-        one.calls_, None if other is None else other.calls_, y.in_place_, last, run.children, run.settings, run.facts
-    )
+    names = (*run.children, *run.settings)
+    right = None if other is None else other.calls_
+    return Flow(one.calls_, right, y.in_place_, last, run.children, run.settings, names, run.facts)
 
 
 def _may_run(function: types.FunctionType) -> bool:
@@ -236,8 +245,6 @@ class _Run:
         self.settings: dict[str, Any] = {}
         self.facts = Facts()
         self._depth = 0
-        for name in ("__getattr__", "__getattribute__"):
-            self.facts.add(getattr, kind, name, getattr(kind, name))
 
     def itself(self) -> _StandIn:
         """Stands for the module."""
@@ -245,7 +252,6 @@ class _Run:
 
     def _read(self, name: str) -> Any:
         state = vars(self._module)
-        self.facts.add(getattr, self._kind, name, getattr(self._kind, name, _MISSING))  # it would hide a child
         if name in state:
             value = self._plainly(self._module, name)
             self.settings[name] = value

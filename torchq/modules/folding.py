@@ -6,12 +6,16 @@ from typing import NamedTuple
 from torch import nn
 
 from torchq.modules.activations import activation_of
+from torchq.modules.classes import know
 from torchq.modules.curve import Curve
 from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 IDLE = (nn.Dropout, nn.Identity)
 """They return their input in eval mode."""
+
+for _kind in IDLE:
+    know(_kind)
 
 
 class Fold(NamedTuple):

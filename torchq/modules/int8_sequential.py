@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchq import _C
 from torchq.modules import simulation
+from torchq.modules.classes import know
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.ops import Activation
@@ -57,8 +58,10 @@ class Step(NamedTuple):
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes that a module computes with."""
-    return {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+    """The attributes that a module computes with. That its class hides none of them is noted (`classes.know`)."""
+    settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+    know(type(module), settings)
+    return settings
 
 
 class Watch:
@@ -152,11 +155,16 @@ class Int8Sequential(InOrder, nn.Sequential):
         """forward(), skipping nn.Module's part of the call if it has nothing to do."""
         if is_dynamo_compiling() or not _C.is_plain(self, Int8Sequential):
             return super().__call__(input)
-        return self.forward(input)
+        return self._run(input)
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
-        return self._run(input)
+        if is_dynamo_compiling() or _C.computes_as_known(Int8Sequential):
+            return self._run(input)
+        return super().forward(input)  # somebody gave nn.Sequential another one
+
+
+know(Int8Sequential)
 
 
 def steps_of(children: list[Any]) -> list[Step]:
@@ -209,8 +217,11 @@ def is_plain(module: nn.Module, *, but: type | None = None) -> bool:
     """Whether only its own forward() would see a call of this module, `but` such hooks, and it samples nothing."""
     if type(module) in IDLE and module.training and getattr(module, "p", 0.0) != 0.0:
         return False
-    if not is_dynamo_compiling() and _C.is_plain(module, type(module)):
-        return True
+    if not is_dynamo_compiling():
+        if not _C.computes_as_known(type(module)):
+            return False
+        if _C.is_plain(module, type(module)):
+            return True
     others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not others and not replaced and all(type(hook) is but for hook in module._forward_pre_hooks.values())

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm
 
 from torchq import _C, ops
 from torchq.modules import gradients, simulation
+from torchq.modules.classes import know
 from torchq.modules.tracing import is_watched, path_in_graph
 
 
@@ -47,7 +48,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., normalized_shape[0]) -> the same shape and dtype."""
-        if is_compiling() or simulation.simulating.get() or not self._is_plain(input):
+        if is_compiling() or simulation.simulating.get() or not self._is_plain(input) or _is_changed():
             return super().forward(input)
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
@@ -58,3 +59,11 @@ class LayerNorm(nn.LayerNorm):
             return False
         wanted = any(map(gradients.wanted, tensors))
         return not wanted and not torch.is_autocast_enabled("cpu") and x.dim() > 0 and x.shape[-1] == len(self.weight)
+
+
+know(LayerNorm)
+
+
+def _is_changed() -> bool:
+    """Whether somebody gave nn.LayerNorm another forward."""
+    return not _C.computes_as_known(LayerNorm)

@@ -6,8 +6,6 @@ they are, so gradients and whatever else count as ever. Wherever anybody could s
 between the calls, as a hook on a child may, the code of the user runs (`straight_forms.py`).
 """
 
-import functools
-from collections.abc import KeysView
 from typing import Any
 
 import torch
@@ -49,9 +47,9 @@ class SelfAttention(Form):
 
     def _is_plain(self) -> bool:
         """Whether its code is still what was read, in eval mode, and nobody else sees the call."""
-        if type(self).forward is not self.line.forward or not self._is_as_read() or modes():
+        if modes() or not _C.is_plain(self, type(self)):
             return False
-        return _C.is_plain(self, type(self)) and not torch._C._get_tracing_state() and self.training is False
+        return not torch._C._get_tracing_state() and self.training is False
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, bool | None] | None:
         """The input, the mask and `is_causal` of a call whose other arguments are None, as if they were not there."""
@@ -72,12 +70,9 @@ class SelfAttention(Form):
         line, state = self.line, self.__dict__
         names = (*line.projections, *line.behind)
         children = tuple(map(state["_modules"].get, names))
-        kind: Any = self.original  # for mypy, a class of torch has no hash
         size, scale, scheme = state.get(line.size), state.get(line.scale), state.get("torchq_attention")
         if x.dim() != 3 or not all(map(_is_known, children)) or not state.keys().isdisjoint(names):
             return NotImplemented
-        if not all(given.isdisjoint((*names, line.size, line.scale)) for given in _given(kind)):
-            return NotImplemented  # what the class has hides a child
         if type(size) is not int or size <= 0 or type(scale) is not float or type(scheme) is not AttentionScheme:
             return NotImplemented
         if not _asks_for_torchq(state.get("config")) or line.registry().get(NAME) is not attention_forward:
@@ -96,12 +91,6 @@ class SelfAttention(Form):
         for child in children[3:]:
             y = child(y)
         return y, None
-
-
-@functools.lru_cache(maxsize=256)
-def _given(kind: Any) -> tuple[KeysView[str], ...]:
-    """The names that a class and its bases have, up to nn.Module. They follow when something is given to a class."""
-    return tuple(vars(each).keys() for each in kind.__mro__ if each not in nn.Module.__mro__)
 
 
 _KNOWN = (QuantizedLinear, nn.Linear, *IDLE)

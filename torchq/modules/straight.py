@@ -34,6 +34,10 @@ class Line(NamedTuple):
     calls: tuple[str, ...]
     last: str | None
 
+    def attributes(self) -> tuple[str, ...]:
+        """The names that it looks up in the module."""
+        return self.calls if self.last is None else (*self.calls, self.last)
+
 
 def line_of(kind: type[nn.Module]) -> Line | None:
     """What modules of a class compute, if that is a straight line of children.

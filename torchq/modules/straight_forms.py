@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
 from torchq.modules import gradients, simulation
+from torchq.modules.classes import know
 from torchq.modules.curve import exact_activation_of
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.int8_sequential import InOrder, is_plain, settings_of, steps_of
@@ -27,8 +28,6 @@ from torchq.modules.straight import Line, line_of
 from torchq.modules.writes import is_eager
 from torchq.ops import Activation
 
-_CALL = nn.Module.__call__
-
 
 class Form(nn.Module):
     """A form of a class of the user. Instances of that class become instances of the form."""
@@ -37,10 +36,6 @@ class Form(nn.Module):
     original: type[nn.Module]  # the user's class
     line: Line  # its code
     reads = staticmethod(line_of)  # what reads the code of such a class
-
-    def _is_as_read(self) -> bool:
-        """Whether nobody has replaced the code since it was read, or how the user's class is called."""
-        return self.line.forward.__code__ is self.line.code and self.original.__call__ is _CALL
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Whoever takes a name that only the form has gets the user's class back: there it means what they set."""
@@ -63,7 +58,9 @@ class Form(nn.Module):
 def form_of(form: Any, original: Any, line: tuple[Any, ...]) -> type[Any]:
     """The class that instances of a straight line become."""
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
+    kind: Any = type(original.__name__, (form, original), {**names, "form": form, "original": original, "line": line})
+    know(kind, cast(Line, line).attributes())
+    return kind  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -106,10 +103,10 @@ class Residual(Form):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), as one product where that is all that happens."""
-        if not is_dynamo_compiling() and len(args) == 2 and not kwargs and self._is_as_read():
-            forward, _, source, calls, norm = self.line
+        if not is_dynamo_compiling() and len(args) == 2 and not kwargs:
+            _, _, source, calls, norm = self.line
             kinds = (QuantizedLinear, LayerNorm, IDLE)
-            y = _C.call_residual(self, type(self), forward, calls, norm, kinds, args[source], args[1 - source])
+            y = _C.call_residual(self, type(self), calls, norm, kinds, args[source], args[1 - source])
             if y is not NotImplemented:
                 return y
         return super().__call__(*args, **kwargs)
@@ -142,7 +139,7 @@ class Row(Form, InOrder):
     def _is_straight(self) -> bool:
         """Whether its code is still what was read, of children that it has, and nobody else sees the call."""
         line, state = self.line, self.__dict__
-        if type(self).forward is not line.forward or not self._is_as_read() or not is_plain(self):
+        if not is_plain(self) or (is_dynamo_compiling() and type(self).forward is not line.forward):
             return False
         return all(name not in state and state["_modules"].get(name) is not None for name in line.calls)
 
@@ -185,9 +182,9 @@ class ConvRow(Form):
         kinds, settings, activation, exact = self._known
         conv, *others = children = tuple(map(state["_modules"].get, line.calls))
         behind = tuple(others)
-        if not state.keys().isdisjoint(line.calls) or tuple(map(type, children)) != kinds or not self._is_as_read():
+        if not state.keys().isdisjoint(line.calls) or tuple(map(type, children)) != kinds:
             return NotImplemented
-        if type(self).forward is not line.forward or torch._C._get_tracing_state():
+        if torch._C._get_tracing_state():
             return NotImplemented
         if not _C.is_plain_row(conv, kinds[0], behind, settings):
             return NotImplemented

@@ -11,6 +11,7 @@ from torchq.errors import BadTypeError, door
 from torchq.modules.attention_offer import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
+from torchq.modules.classes import know
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
@@ -101,6 +102,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                     kind.release(module)
                 elif isinstance(module, QATTable):
                     module.release()
+                know(type(module))
         finally:
             leave_fast_path(model)
     if plan.attentions:
