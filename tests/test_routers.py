@@ -38,6 +38,14 @@ class Chosen(nn.Module):
         return (weights.unsqueeze(2) * every.gather(1, ids.unsqueeze(2).expand(-1, -1, HIDDEN))).sum(dim=1)
 
 
+class Switched(Chosen):
+    """With one expert for each row, the most likely one."""
+
+    def choose(self, x):
+        chosen = nn.functional.one_hot(self.gate(x).argmax(dim=-1), 4)
+        return chosen.float().sort(descending=True)
+
+
 class Stacked(nn.Module):
     """The same with stacked experts, and a router of another class, which has a parameter and no layer."""
 
@@ -65,8 +73,8 @@ class Model(nn.Module):
         return self.head(x + self.other(x))
 
 
-def listed(width=512):
-    return Model(functools.partial(Chosen, width))
+def listed(width=512, kind=Chosen):
+    return Model(functools.partial(kind, width))
 
 
 def choices(model, x):
@@ -151,6 +159,19 @@ def test_code_is_read_behind_decorators_and_only_where_forward_leads(monkeypatch
     idle = convert(Model(functools.partial(Idle, 512)))
     assert isinstance(idle.first, QuantizedLinear)
     assert isinstance(idle.mixture.gate, QuantizedLinear)
+
+
+def test_routers_choose_by_argmax_too():
+    model = listed(kind=Switched)
+    qmodel = convert(model)
+    layers = qmodel.torchq_plan.layers
+    assert [name for name, layer in layers.items() if not layer.is_int8] == ["first", "mixture.gate", "other.gate"]
+    assert_identical(choices(qmodel, X), choices(model, X))
+
+
+def test_argmax_alone_chooses_no_expert(monkeypatch):
+    monkeypatch.setattr(Chosen, "choose", lambda self, x: (self.gate(x).amax(-1, True), self.gate(x).argmax(-1, True)))
+    assert all(layer.is_int8 for layer in convert(listed()).torchq_plan.layers.values())
 
 
 class Odd:
