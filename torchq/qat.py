@@ -23,6 +23,7 @@ from torchq.modules.registry import Layer, type_names
 from torchq.planning.apply import leave_fast_path
 from torchq.planning.choose import measure, plan_by
 from torchq.planning.layers import Selection, select_layers, too_small
+from torchq.planning.mixtures import unreached_experts
 from torchq.planning.plan import Kind, LayerPlan, Plan, TablePlan
 from torchq.planning.smoothing import smooth
 from torchq.planning.tables import keep_together
@@ -231,11 +232,14 @@ def _plan(
 def _starts(evidence: Evidence, scales: Mapping[str, Tensor], ranges: Ranges) -> dict[str, InputRange]:
     """The initial range of each layer. One without data is left out if its range is to be learned, but for experts."""
     starts: dict[str, InputRange] = {}
+    experts = unreached_experts(evidence)
     for name, layer in evidence.layers.items():
         record = evidence.records[name]
         if not record.has_data:
-            if ranges == "observed" or layer.kind.routed:
-                starts[name] = _without_data(layer)
+            if name in experts:
+                starts[name] = PerToken()
+            elif ranges == "observed":
+                starts[name] = ObservedRange()
             continue
         lo, hi = _best_range(layer, record, scales.get(name), evidence.config)
         starts[name] = ObservedRange(lo, hi) if ranges == "observed" else LearnedRange(lo, hi)

@@ -88,8 +88,7 @@ class ModuleType(ABC):
     """The type as a user knows it, for messages: "nn.Linear"."""
 
     routed = False
-    """Whether a router chooses which of its matrices a row goes to. Such a one that calibration data never reached is
-    dynamic. Others stay in float: code that never calls a layer may still read its weight."""
+    """Whether a router chooses which of its matrices a row goes to."""
 
     absorbs: bool = False
     """Whether its int8 layer may include the norm behind it, and hand codes to another one wherever in the model."""

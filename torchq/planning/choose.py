@@ -1,7 +1,7 @@
 """Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
 from torchq.numerics.qparams import QParams, dequantize, quantize_weight
 from torchq.ops.fine import linear_fine
+from torchq.planning.mixtures import unreached_experts
 from torchq.planning.plan import LayerPlan, Plan
 
 _ENOUGH_CHANNELS = 256  # of a layer's outputs, to tell one scheme from another
@@ -115,21 +116,19 @@ def choose(plan: Plan, evidence: Evidence) -> Plan:
     Raises:
         ValueError: `activation="static"`, but the calibration data never reached a layer.
     """
+    experts = unreached_experts(evidence)
     if evidence.config.activation == "static":
-        _require_data(plan, evidence)
+        _require_data(plan, evidence, experts)
     layers = {
-        name: _choose_layer(evidence.layers[name], evidence) if layer.is_int8 else layer
+        name: _choose_layer(evidence.layers[name], evidence, experts) if layer.is_int8 else layer
         for name, layer in plan.layers.items()
     }
     return dataclasses.replace(plan, layers=layers)
 
 
-def _require_data(plan: Plan, evidence: Evidence) -> None:
-    missed = [
-        name
-        for name, record in evidence.records.items()
-        if plan.layers[name].is_int8 and not record.has_data and _needs_data(evidence.layers[name])
-    ]
+def _require_data(plan: Plan, evidence: Evidence, experts: Set[str]) -> None:
+    needed = [name for name in evidence.records if evidence.layers[name].trained is None and name not in experts]
+    missed = [name for name in needed if plan.layers[name].is_int8 and not evidence.records[name].has_data]
     if missed:
         raise BadValueError(
             f"activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
@@ -137,11 +136,8 @@ def _require_data(plan: Plan, evidence: Evidence) -> None:
         )
 
 
-def _needs_data(layer: Layer) -> bool:
-    return layer.trained is None and not layer.kind.routed
-
-
-def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
+def _choose_layer(layer: Layer, evidence: Evidence, experts: Set[str]) -> LayerPlan:
+    """The plan of one layer. Of `experts` only their calls reach the weights."""
     config, record, trained = evidence.config, evidence.records.get(layer.name), layer.trained
     if trained is not None:
         return _plan_trained(layer, trained, record.whole if record is not None and record.has_data else None)
@@ -151,7 +147,7 @@ def _choose_layer(layer: Layer, evidence: Evidence) -> LayerPlan:
         if share <= SMALL_INPUT:
             return LayerPlan("float", f"no data to judge it by: {share:.1%} of weights whose errors the steps amplify")
         return LayerPlan("int8 dynamic", "no calibration data", per_channel)
-    if record.calls == 0 and config.activation == "auto" and not layer.kind.routed:
+    if record.calls == 0 and config.activation == "auto" and layer.name not in experts:
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
