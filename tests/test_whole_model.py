@@ -204,7 +204,7 @@ def test_what_multiplies_without_a_layer_is_named_with_its_bytes_and_what_helps(
     assert left["Inner's own parameters"].bytes == 4 * (192 * 64 + 64)
     assert left["ParameterList"].matrices == ("raw.0",)
     for kind in ("Inner's own parameters", "ParameterList"):
-        assert left[kind].advice.endswith("what it multiplies by becomes int8 if an nn.Linear holds it and is called")
+        assert left[kind].advice.endswith("or an nn.Bilinear holds it and is called")
     assert left["ConvTranspose1d"].advice.startswith("transposed convolutions stay in float")
     computed = left["ParametrizationList's own parameters"]
     assert computed.matrices == ("normed.parametrizations.weight.original1",)

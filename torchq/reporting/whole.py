@@ -22,7 +22,8 @@ _ADVICE: dict[type, str] = {
     "nn.Linear and a rearranged output, which becomes int8",
     parametrize.ParametrizationList: "a weight is computed of them, for a module that stays in float",
     torch.jit.ScriptModule: "torch.jit compiled it; convert the model before torch.jit.script or torch.jit.trace",
-    nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear holds it and is called",
+    nn.Module: "parameters of its own: what it multiplies by becomes int8 if an nn.Linear, one for each matrix, or an "
+    "nn.Bilinear holds it and is called",
 }
 """Of modules that hold matrices which no layer of the plan is: why they are float, and what helps."""
 
@@ -108,7 +109,10 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
 
 
 def _is_matrix(module: nn.Module, tensor: Any) -> bool:
-    if sum(size > 1 for size in tensor.shape) < 2 or isinstance(module, _LOOKED_UP):
+    if sum(size > 1 for size in tensor.shape) < 2:
+        return False
+    tables = (own for name, own in module._parameters.items() if name.startswith("weight"))
+    if isinstance(module, _LOOKED_UP) and any(tensor is table for table in tables):
         return False
     if not isinstance(module, torch.jit.ScriptModule):
         return isinstance(tensor, nn.Parameter)
