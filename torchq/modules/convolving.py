@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +16,64 @@ _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def geometry_of(conv: Any) -> Geometry:
-    """What the op must know of a float convolution. Padding of another mode than zeros is added before (`padded`)."""
+    """What the op must know of a float convolution. Padding of another mode than zeros is added before (`padded`).
+
+    As torch's function it takes one number for all dimensions.
+    """
+    stride, dilation = (_each(value, conv) for value in (conv.stride, conv.dilation))
     if conv.padding_mode != "zeros" or conv.padding == "valid":
         padding = [(0, 0)] * len(conv.kernel_size)
     elif conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(each != 1 for each in stride):
+            raise ValueError("padding='same' is not supported for strided convolutions")  # torch's words
+        totals = [d * (k - 1) for d, k in zip(dilation, conv.kernel_size, strict=True)]
         padding = [(total // 2, total - total // 2) for total in totals]
     else:
-        padding = [(each, each) for each in conv.padding]
+        padding = [(each, each) for each in _each(conv.padding, conv)]
     channels = conv.in_channels, conv.out_channels
-    return Geometry(*channels, conv.kernel_size, conv.stride, tuple(padding), conv.dilation, conv.groups)
+    return Geometry(*channels, conv.kernel_size, stride, tuple(padding), dilation, conv.groups)
+
+
+def _each(value: Any, conv: Any) -> tuple[int, ...]:
+    """A number for each dimension."""
+    return (value,) * len(conv.kernel_size) if isinstance(value, int) else tuple(value)
+
+
+class Settings(nn.Module):
+    """The settings of a convolution. Those that torch's read in each call take effect when they are changed."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] | int
+    padding: tuple[int, ...] | int | str
+    dilation: tuple[int, ...] | int
+    padding_mode: str
+    geometry: Geometry
+    tiled: bool
+    _numbers: list[int]
+
+    def _take_settings(self, conv: Any) -> None:
+        """Those of a float convolution, or of one like it."""
+        names = ("in_channels", "out_channels", "groups", "kernel_size", *_IN_EACH_CALL)
+        self.__dict__.update({name: getattr(conv, name) for name in names}, **_made_of(conv))
+        self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _IN_EACH_CALL:
+            changed = {**self.__dict__, name: value}
+            self.__dict__.update({name: value}, **_made_of(SimpleNamespace(**changed)))  # one step to other threads
+        else:
+            super().__setattr__(name, value)
+
+
+_IN_EACH_CALL = ("stride", "padding", "dilation", "padding_mode")
+
+
+def _made_of(conv: Any) -> dict[str, Any]:
+    geometry = geometry_of(conv)
+    return {"geometry": geometry, "_numbers": geometry.numbers(), "tiled": is_tiled(conv)}
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -63,8 +112,9 @@ def is_zero_padding(func: Any, args: Any, kwargs: Any) -> bool:
 
 def is_pointwise(conv: Any) -> bool:
     """Whether each place of the output is a linear function of one place of the input, the same place."""
-    ones = all(each == 1 for each in (*conv.kernel_size, *conv.stride))
-    return ones and conv.groups == 1 and not any(map(any, geometry_of(conv).padding))
+    geometry = geometry_of(conv)
+    ones = all(each == 1 for each in (*geometry.kernel, *geometry.stride))
+    return ones and conv.groups == 1 and not any(map(any, geometry.padding))
 
 
 def is_tiled(conv: Any) -> bool:
@@ -72,8 +122,9 @@ def is_tiled(conv: Any) -> bool:
 
     So it is as a pointwise one, of tiles of the input.
     """
-    alone = conv.kernel_size == conv.stride and all(each == 1 for each in conv.dilation)
-    return alone and conv.groups == 1 and not any(map(any, geometry_of(conv).padding)) and conv.padding_mode == "zeros"
+    geometry = geometry_of(conv)
+    alone = geometry.kernel == geometry.stride and all(each == 1 for each in geometry.dilation)
+    return alone and conv.groups == 1 and not any(map(any, geometry.padding)) and conv.padding_mode == "zeros"
 
 
 def tiles(x: Tensor, kernel: tuple[int, ...]) -> Tensor:

@@ -46,6 +46,7 @@ class QuantizedTable(PackedWeights):
 
     _source: type[nn.Module]  # the float module's class
     float_key = "weight"
+    fixed = (*PackedWeights.fixed, "max_norm")
     has_bias = had_bias = False
     input_qparams = None
     _owner: tuple[PackedWeights] | None = None  # in a tuple, so that it is no child

@@ -225,7 +225,7 @@ def attended(
         if direct is not NotImplemented:
             return direct, None
     q, k, v = (_per_head(attention, x) for x in (q, k, v))
-    batch, heads, rows, _ = q.shape
+    batch, _, rows, _ = q.shape
     if is_causal and attn_mask is None:
         raise _error("is_causal is a hint that attn_mask is the causal mask, but attn_mask is None. Pass the mask")
     if key_padding_mask is not None:
@@ -249,7 +249,7 @@ def attended(
         y = attend(attention, scheme_of(attention), {"q": q, "k": k, "v": v, "mask": mask, "is_causal": is_causal})
         if weights is not None:
             returned = AttentionWeights(q, k, None if mask is None else mask.clone(), weights)
-    return y.transpose(1, 2).reshape(batch, rows, heads * attention.head_dim), returned
+    return y.transpose(1, 2).reshape(batch, rows, attention.embed_dim), returned
 
 
 def _attended_directly(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -271,7 +271,7 @@ def of_sequences(attention: nn.MultiheadAttention, x: Tensor, lengths: Sequence[
     else:
         matrices = matrices_of(attention)
         projected = [linear(x, *matrices[part]) for part in INPUTS]
-    by_head = [y.unflatten(-1, (attention.num_heads, attention.head_dim)).split(lengths) for y in projected]
+    by_head = [y.unflatten(-1, (attention.num_heads, _size(attention))).split(lengths) for y in projected]
     heads = [_of_sequence(attention, *each) for each in zip(*by_head, strict=True)]
     y: Tensor = attention.out_proj(torch.cat(heads).flatten(1))
     return y
@@ -296,6 +296,11 @@ def _may_wait(q: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0
 
 
+def _size(attention: nn.MultiheadAttention) -> int:
+    """The columns of a head, which torch's functions take from the number of heads in each call."""
+    return int(attention.embed_dim // attention.num_heads)
+
+
 def scheme_of(attention: nn.MultiheadAttention) -> str:
     """By which scheme it attends; the float module by torch's own."""
     return attention.scheme if isinstance(attention, OwnAttention) else SDPA
@@ -307,7 +312,7 @@ def _per_head(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
         x = x.unsqueeze(0)
     elif not attention.batch_first:
         x = x.transpose(0, 1)
-    heads: Tensor = x.unflatten(-1, (attention.num_heads, attention.head_dim))
+    heads: Tensor = x.unflatten(-1, (attention.num_heads, _size(attention)))
     return heads.transpose(1, 2)
 
 
@@ -315,7 +320,7 @@ def _with_extra_keys(attention: nn.MultiheadAttention, k: Tensor, v: Tensor) -> 
     """Keys and values with `bias_k`, `bias_v` and a zero behind them, as the module has it, and how many these are."""
     extra = 0
     if attention.bias_k is not None and attention.bias_v is not None:
-        form = (1, attention.num_heads, 1, attention.head_dim)
+        form = (1, attention.num_heads, 1, _size(attention))
         both = zip((k, v), (attention.bias_k, attention.bias_v), strict=True)
         k, v = (torch.cat([x, bias.to(x.dtype).view(form).expand(len(x), -1, -1, -1)], dim=2) for x, bias in both)
         extra += 1

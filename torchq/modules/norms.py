@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from torchq.modules.base import Matrix
 from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, forward_of, is_plain_value, odd_step
+from torchq.modules.refusals import not_settable
 
 _RANKS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _WORDS = ARITHMETIC | PRODUCTS | {"batch_norm", "requires_grad"}
@@ -27,6 +28,14 @@ _CLOSE = 1e-5  # relative: what it may lose that computes in float32 whatever it
 
 class IncludedNorm(nn.Identity):
     """What stands in the place of a norm that the layer before it includes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_NORMS:
+            raise not_settable(name, "a norm that the weight of the int8 layer before it includes")
+        super().__setattr__(name, value)
+
+
+_OF_NORMS = ("eps", "weight", "bias", "running_mean", "running_var")
 
 
 def is_foldable(module: nn.Module | None, rank: int | None = None) -> bool:

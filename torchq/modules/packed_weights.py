@@ -8,7 +8,7 @@ foreign code the layer has `weight` and `bias` in float (`FloatView`).
 
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torchq import ops
 from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
+from torchq.modules.refusals import not_settable
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, weight_blocks
 from torchq.numerics.residual import residuals_of
@@ -43,6 +44,7 @@ class PackedWeights(Int8Module):
     has_bias: bool
     dtype: torch.dtype
     input_qparams: QParams | None
+    fixed: ClassVar[tuple[str, ...]] = ("in_features", "out_features")  # what the packed weight was made for
     transposed: bool = False  # whether `weight` is (in_features, out_features) to foreign code
 
     def replace_weight(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
@@ -179,6 +181,8 @@ class PackedWeights(Int8Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _READ_ONLY:
             raise read_only(name)
+        if name in self.fixed and value != self.__dict__.get(name, value):
+            raise not_settable(name, f"a {type(self).__name__}, whose packed weight was made for what it is")
         super().__setattr__(name, value)
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------

@@ -15,14 +15,13 @@ from torchq.modules.activations import FUNCTIONS
 from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.coded_sum import CodedSum, Codes
 from torchq.modules.convolving import (
+    Settings,
     along,
     along_weight,
     as_rows,
     convolved,
-    geometry_of,
     in_format,
     is_channels_last,
-    is_tiled,
     numbers_of,
     padded,
     rounded_by,
@@ -43,13 +42,13 @@ from torchq.numerics.qparams import (
     float32_qparams,
 )
 from torchq.ops import Activation, activate, linear_dynamic
-from torchq.ops.convolution import Geometry, pack, packed_bytes, unpack
+from torchq.ops.convolution import pack, packed_bytes, unpack
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _convolution = torch.ops.torchq.convolution.default
 
 
-class QuantizedConv(PackedWeights, Leaf):
+class QuantizedConv(Settings, PackedWeights, Leaf):
     """`y = conv(dequantize(codes(x · c)), w) + bias`: int8 weights, u8 activations, exact int32 sums.
 
     Takes (N, in_channels, *spatial), or without N, in float32, bfloat16 or float16, and returns what the float module
@@ -66,15 +65,12 @@ class QuantizedConv(PackedWeights, Leaf):
         fold: what may be computed together with this layer.
         dtype: of `weight` and `bias`, as other code reads them.
         channel_scale: float32 (in_channels,), positive; without groups, or with one for each channel.
-        includes: the name of the norm behind it whose part is in the weight and the bias, or None.
     """
 
-    in_channels: int
-    out_channels: int
-    groups: int
-    geometry: Geometry
     dimensions: ClassVar[int]
+    fixed = (*PackedWeights.fixed, "in_channels", "out_channels", "kernel_size", "groups")
     scope: Scope | None = None  # in whose calls the output may wait for what follows
+    includes: str | None = None  # the name of the norm behind it whose part is in the weight and the bias
     hands: Scope | None = None  # in whose calls only convolutions read the output, so that its channels may lie last
 
     def __init__(
@@ -88,22 +84,15 @@ class QuantizedConv(PackedWeights, Leaf):
         fold: Fold = NOTHING,
         dtype: torch.dtype = torch.float32,
         channel_scale: Tensor | None = None,
-        includes: str | None = None,
     ) -> None:
         super().__init__()
         conv = cast(Any, like)
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-        self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
-        self.geometry = geometry_of(conv)
-        self._numbers = self.geometry.numbers()
+        self._take_settings(conv)
         self.out_features, self.in_features = weight_int8.shape[0], weight_int8.shape[1:].numel()
         self.has_bias = self.had_bias = bias is not None
         self.input_qparams = float32_qparams(input_qparams)
-        self.fold, self.dtype, self.includes = fold, dtype, includes
+        self.fold, self.dtype = fold, dtype
         self._weight_last = is_channels_last(conv.weight)
-        self.tiled = is_tiled(conv)
         self._set_packed(self._pack(weight_int8, weight_scale, bias, channel_scale))
 
     @property
@@ -367,7 +356,7 @@ class QuantizedConv(PackedWeights, Leaf):
         """Shape, scheme and kernel, for `repr`."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
         parts += [f"padding={self.padding}"] if self.padding else []
-        parts += [f"dilation={self.dilation}"] if any(each != 1 for each in self.dilation) else []
+        parts += [f"dilation={self.dilation}"] if any(each != 1 for each in self.geometry.dilation) else []
         parts += [f"groups={self.groups}"] if self.groups != 1 else []
         parts += [f"bias={self.has_bias}", f"scheme={'dynamic' if self.input_qparams is None else 'static'}"]
         parts += [f"kernel={kernels.active()}"]

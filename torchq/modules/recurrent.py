@@ -265,6 +265,11 @@ class QuantizedCell(_Recurrent, OneStep):
             self.nonlinearity = module.nonlinearity
         self.proj_size = 0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "nonlinearity" and self.mode.startswith("RNN"):  # which nn.RNNCell reads in each call
+            self.mode = _mode_of(value)
+
     def _get_name(self) -> str:
         return f"Quantized{self.mode.partition('_')[0]}Cell"
 
@@ -276,5 +281,9 @@ class QuantizedCell(_Recurrent, OneStep):
 def mode_of_cell(module: nn.RNNCellBase) -> str:
     """The `mode` that nn.RNNBase has for layers of such cells."""
     if isinstance(module, nn.RNNCell):
-        return f"RNN_{module.nonlinearity.upper()}"
+        return _mode_of(module.nonlinearity)
     return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
+
+
+def _mode_of(nonlinearity: str) -> str:
+    return f"RNN_{nonlinearity.upper()}"

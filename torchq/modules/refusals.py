@@ -12,6 +12,18 @@ def not_codes(layer: str = "QuantizedLinear") -> TypeError:
     )
 
 
+def not_settable(name: str, of: str) -> AttributeError:
+    """The error of an attribute that the float module computes with, and this one can't any more.
+
+    >>> str(not_settable("groups", "a QuantizedConv2d"))[:51]
+    "torchq: 'groups' can't be set of a QuantizedConv2d."
+    """
+    return AttributeError(
+        f"torchq: {name!r} can't be set of {of}. Set it in the float model before convert(), or leave this layer in "
+        "float with QConfig(exclude=(name,))."
+    )
+
+
 def refuse_layout(x: Tensor, layer: str = "QuantizedLinear") -> None:
     """Raises a TypeError for what is no dense tensor: nested, sparse, or in a layout of another library.
 
