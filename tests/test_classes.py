@@ -113,7 +113,7 @@ CHANGES = [  # the form, the class or namespace that gets it, its name, the valu
 
 def plainly(module, args):
     """What the code of the form's class gives when all calls are those of nn.Module, and nothing waits."""
-    handles = [each.register_forward_hook(lambda *_: None) for each in module.modules()]
+    handles = [each.register_forward_pre_hook(lambda *_: None) for each in module.modules()]
     try:
         return module(*args)
     finally:

@@ -144,6 +144,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torchq. this forward hook sees:UserWarning")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_changed_afterwards_counts(ran, change):
     qmodel = made(Inverted())

@@ -284,6 +284,7 @@ def watched(model):
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:torchq. this forward hook sees:UserWarning")
 def test_hooks_see_what_the_float_model_has():
     qmodel = waiting(Bottleneck(32, 64))
     y, twin = qmodel(X), unfused(qmodel)

@@ -155,6 +155,18 @@ def test_an_included_norm_takes_no_settings():
     assert norm.name == "mine"
 
 
+def test_a_later_hook_in_front_of_an_included_norm_is_warned_of():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16)).eval()
+    layer, seen = convert(model, IMAGES, config=QConfig(activation="dynamic"))[0], []
+    with pytest.warns(UserWarning, match="behind the norm that is in its int8 weight.*before convert"):
+        layer.register_forward_hook(lambda _, args, y: seen.append(y))
+    assert "includes=1" in repr(layer)
+    assert_identical(layer(X), seen[0])
+    model[0].register_forward_hook(lambda *_: seen.append("float"))
+    kept = convert(model, IMAGES, config=QConfig(activation="dynamic"))
+    assert type(kept[1]) is nn.BatchNorm2d
+
+
 # ---- Other modules --------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """QuantizedConv1d, QuantizedConv2d, QuantizedConv3d: nn.Conv1d, nn.Conv2d and nn.Conv3d in int8."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -94,6 +95,16 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
         self.fold, self.dtype = fold, dtype
         self._weight_last = is_channels_last(conv.weight)
         self._set_packed(self._pack(weight_int8, weight_scale, bias, channel_scale))
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's. A hook of a layer that includes a norm sees what the norm gives, and a warning says so."""
+        if self.includes is not None:
+            warnings.warn(
+                "torchq: this forward hook sees the output of a convolution behind the norm that is in its int8 weight "
+                "(repr() names it). Register it before convert(), and the norm stays a module of its own.",
+                stacklevel=2,
+            )
+        return super().register_forward_hook(*args, **kwargs)
 
     @property
     def takes_codes(self) -> bool:

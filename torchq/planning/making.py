@@ -13,6 +13,7 @@ from torchq.modules.embedding import QuantizedTable
 from torchq.modules.fine_linear import FineLinear
 from torchq.modules.folding import Fold
 from torchq.modules.packed_weights import PackedWeights
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.registry import Layer, layers_of
 from torchq.numerics.qparams import float32_qparams
 from torchq.ops import Activation
@@ -40,6 +41,8 @@ class FromFloat:
         made = layers[0].kind.become(layers[0].module, parts).train(layers[0].module.training)
         if isinstance(made, Int8Module):
             made.float_key = _lost_key(layers[0].module, made)
+        if isinstance(made, QuantizedConv):
+            made.includes = plan.layers[path].norm
         return made
 
     def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
