@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 import types
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -19,6 +20,7 @@ from helpers.commands import run_code
 from helpers.compare import assert_identical
 from helpers.texts import SIZES
 from torchq import QConfig, convert
+from torchq.modules.attention import attends
 from torchq.modules.base import Int8Module
 from torchq.planning import tables
 
@@ -165,6 +167,54 @@ def test_a_float_checkpoint_is_converted_as_it_is_loaded(name, tmp_path):
     assert_same(loaded, expected, {"input_ids": IDS[0]})
     loaded.save_pretrained(tmp_path / "int8")
     assert_same(type(model).from_pretrained(tmp_path / "int8"), expected, {"input_ids": IDS[0]})
+
+
+@pytest.mark.slow(seconds=4)
+@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+def test_an_attention_that_is_asked_for_by_name(asked, tmp_path):
+    """It is the one that computes, with all else in int8 as saved; by default, and by its name, torchq's is."""
+    qmodel, other = static_bert(), convert(bert(), [{"input_ids": IDS[0]}], config=replace(STATIC, attention="none"))
+    qmodel.save_pretrained(tmp_path)
+    load = transformers.AutoModelForMaskedLM.from_pretrained
+    loaded = load(tmp_path, attn_implementation=asked)
+    assert loaded.config._attn_implementation == asked
+    assert loaded.torchq_plan.attentions == {}
+    assert loaded.torchq_plan.layers == qmodel.torchq_plan.layers
+    other.set_attn_implementation(asked)
+    assert_identical(loaded(IDS[1])[0], other(IDS[1])[0])
+    if asked == "eager":
+        assert len(loaded(IDS[1], output_attentions=True).attentions) == 2
+    loaded.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").config._attn_implementation == "sdpa"
+    assert_same(load(tmp_path, attn_implementation="torchq"), qmodel, {"input_ids": IDS[1]})
+
+
+@pytest.mark.parametrize(("asked", "used"), [("eager", "eager"), ("sdpa", "sdpa"), ("torchq", "torchq")])
+def test_an_attention_that_is_asked_for_of_a_float_checkpoint(asked, used, tmp_path):
+    bert().save_pretrained(tmp_path)
+    more = {"quantization_config": hf.TorchqConfig(), "attn_implementation": asked}
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path, **more)
+    assert loaded.config._attn_implementation == used
+    assert len(loaded.torchq_plan.attentions) == (2 if used == "torchq" else 0)
+    expected = convert(bert(), config=QConfig(attention="auto" if used == "torchq" else "none"))
+    expected.set_attn_implementation(used)
+    assert_identical(loaded(IDS[0])[0], expected(IDS[0])[0])
+
+
+def test_an_attention_that_is_asked_for_of_one_tower(tmp_path):
+    """The config of each tower counts, and of a model that copies its config the whole one."""
+    text, vision = {**SIZES, **MORE, "max_position_embeddings": 16}, {**VISION, **MORE}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    convert(clip, config=QConfig(attention="int8")).save_pretrained(tmp_path / "clip")
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path / "clip", attn_implementation={"text_config": "eager"})
+    assert list(loaded.torchq_plan.attentions) == ["vision_model.encoder.layers.0.self_attn"]
+    assert loaded.text_model.config._attn_implementation == "eager"
+    sizes = {"d_model": 32, "vocab_size": 99, "max_position_embeddings": 32, "encoder_layers": 1, "decoder_layers": 1}
+    bart = transformers.BartModel(transformers.BartConfig(**sizes, encoder_ffn_dim=48, decoder_ffn_dim=48)).eval()
+    convert(bart, config=QConfig(attention="int8")).save_pretrained(tmp_path / "bart")
+    loaded = transformers.BartModel.from_pretrained(tmp_path / "bart", attn_implementation="sdpa")
+    assert loaded.torchq_plan.attentions == {}
+    assert not any(map(attends, loaded.modules()))
 
 
 def test_modules_to_not_convert(tmp_path):

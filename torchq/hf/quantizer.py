@@ -8,7 +8,7 @@ checkpoint's tensors. Then the layers return, and take them.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from torchq.conversion import convert
 from torchq.errors import BadValueError
+from torchq.modules.attention import NAME
+from torchq.modules.attention_offer import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import find_layers
+from torchq.planning.attach import attach_plan
 from torchq.planning.names import Rename, renamed
-from torchq.planning.plan import Plan
+from torchq.planning.plan import Plan, attached_plan, attention_schemes
 from torchq.planning.pretrained import ADVICE, METHOD, Int8Quantizer, TorchqConfig, guards
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton
 from torchq.planning.tables import find_tables
@@ -36,6 +39,7 @@ class TorchqHfQuantizer(Int8Quantizer):
     """What transformers asks while it loads a model. Users pass a `TorchqConfig`."""
 
     _moved: Sequence[tuple[str, str]] = ()  # heads that this class lacks, and the tables that take their tensors
+    _asked: Sequence[str | None] = ()  # the attn_implementation of each of the model's configs; None is the default
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """Raises ValueError for a device other than the CPU."""
@@ -47,6 +51,11 @@ class TorchqHfQuantizer(Int8Quantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """The CPU, whatever other devices there are."""
         return None if device_map is None else {"": "cpu"}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Notes what the user asks for, before transformers puts its default in the place of None."""
+        self._asked = [each._attn_implementation for each in _configs(config)]
+        return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """Those of an int8 checkpoint: its tensors have the model's names, but for tables whose head is left out.
@@ -64,7 +73,7 @@ class TorchqHfQuantizer(Int8Quantizer):
         if not self.pre_quantized:
             return
         try:
-            skeleton(model, self.plan_for(model), inplace=True)
+            skeleton(model, self._left(model, self.plan_for(model)), inplace=True)
         except Exception as error:  # the plan may say anything
             raise ValueError(f"torchq: this checkpoint does not fit {type(model).__name__}: {error}") from error
         ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -83,6 +92,9 @@ class TorchqHfQuantizer(Int8Quantizer):
             complete_plan(model)
         else:
             convert(model, config=self.quantization_config.qconfig(self._excluded(model)), inplace=True)
+            plan = self._left(model, attached_plan(model))
+            offer_attention(model, attention_schemes(plan.attentions))
+            attach_plan(model, plan)
         return model
 
     def plan_for(self, model: Any) -> Plan:
@@ -93,6 +105,18 @@ class TorchqHfQuantizer(Int8Quantizer):
         rename = renaming(plan, model)
         plan, self._moved = without_lost_heads(plan, rename)
         return renamed(plan, rename)
+
+    def _left(self, model: Any, plan: Plan) -> Plan:
+        """What is left of the plan: `attn_implementation` may ask for another attention than torchq's."""
+        configs = [id(each) for each in _configs(model.config)]
+        asked = dict(zip(configs, self._asked, strict=True)) if len(configs) == len(self._asked) else {}
+        own = next(iter(self._asked), None)  # of modules whose config is a copy
+        rows = {}
+        for name, row in plan.attentions.items():
+            config = getattr(_at(model, name), "config", None)
+            if config is None or asked.get(id(config), own) in (None, NAME):
+                rows[name] = row
+        return dataclasses.replace(plan, attentions=rows)
 
     def placeholder(self, name: str, layer: PackedWeights) -> "Awaiting":
         """What stands for the layer of this name while its tensors are loaded."""
@@ -109,6 +133,21 @@ class TorchqHfQuantizer(Int8Quantizer):
                     stacklevel=2,
                 )
         return tuple(name for name in names if not should_convert_module(name, patterns))
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A model's config and those in it."""
+    yield config
+    for key in config.sub_configs:
+        if getattr(config, key, None) is not None:
+            yield from _configs(getattr(config, key))
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # check_plan names it
+        return None
 
 
 # ---- A plan that was saved with another class's head -----------------------------------------------------------------
