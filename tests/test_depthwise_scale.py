@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers.compare import assert_identical
 from helpers.numbers import normal
-from torchq import QConfig, apply_plan, convert, plan_of, prepare_qat, simulate
+from torchq import QConfig, apply_plan, convert, load, plan_of, prepare_qat, save, simulate
 from torchq.numerics.metrics import sqnr_db
 from torchq.ops.convolution import Geometry, convolve, pack, packed_bytes
 from torchq.planning.plan import Plan
@@ -73,6 +73,22 @@ def test_plans_states_and_copies_have_it():
     assert_identical(copy.deepcopy(qmodel)(X), expected)
     without = dataclasses.replace(plan.layers["0"], channel_scale=None)
     assert not torch.equal(apply_plan(model, Plan({"0": without}))(X), expected)
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "static"])
+def test_files_and_exported_programs_have_it(activation, tmp_path):
+    qmodel = convert(depthwise(), DATA, config=QConfig(activation=activation))
+    expected, without = qmodel(X), convert(depthwise(), DATA, config=QConfig(activation=activation, smoothing="none"))
+    save(qmodel, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = depthwise()
+    loaded = load(tmp_path / "m.safetensors", empty)
+    assert torch.equal(loaded[0].channel_scale, qmodel[0].channel_scale)
+    assert loaded.torchq_plan == qmodel.torchq_plan
+    assert_identical(loaded(X), expected)
+    torch.export.save(torch.export.export(qmodel, (X,)), tmp_path / "m.pt2")
+    assert_identical(torch.export.load(tmp_path / "m.pt2").module()(X), expected)
+    assert sqnr_db(without(X), expected) < 60  # so it counts
 
 
 @pytest.mark.parametrize("activation", ["dynamic", "static"])
