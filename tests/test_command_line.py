@@ -19,7 +19,7 @@ import torchq
 from conftest import TOO_SMALL
 from helpers import ROOT
 from helpers.commands import environment_here
-from torchq import command_line, kernels
+from torchq import kernels
 from torchq.command_line import bench, environment, look, models
 from torchq.command_line.app import run
 from torchq.command_line.console import UserError, guarded
@@ -376,16 +376,10 @@ def test_warnings_are_a_line_each_said_once(capsys):
 @pytest.mark.slow(seconds=3)
 def test_the_command_is_installed():
     """As `torchq`, by pyproject.toml, and as `python -m torchq`."""
-    assert '\n[project.scripts]\ntorchq = "torchq.command_line:main"\n' in (ROOT / "pyproject.toml").read_text()
+    assert '\n[project.scripts]\ntorchq = "_torchq_command:main"\n' in (ROOT / "pyproject.toml").read_text()
     command, variables = [sys.executable, "-m", "torchq", "--version"], environment_here()
     run = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert run.stdout == f"torchq {torchq.__version__}\n"
-
-
-def test_what_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(command_line, "NEEDED", ("typer", "no_such_package"))
-    with pytest.raises(SystemExit, match=r"needs no_such_package\. Install it: pip install no_such_package "):
-        command_line.main()
 
 
 def test_models_without_transformers(monkeypatch, torchq_command, tmp_path):

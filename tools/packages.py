@@ -71,8 +71,9 @@ def check_contents(wheel: Path) -> None:
         held = {name for name in packed.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     sources = [path.relative_to(ROOT) for path in (ROOT / "torchq").rglob("*") if path.is_file()]
     wanted = {str(path) for path in sources if path.suffix != ".so" and "__pycache__" not in path.parts}
+    wanted |= {path.name for path in ROOT.glob("_torchq_*.py")}
     libraries = {name for name in held if name.startswith("torchq/_C.") and name.endswith(".so")}
-    if len(libraries) != 1 or held - libraries != wanted | {"_torchq_autoload.py"}:
+    if len(libraries) != 1 or held - libraries != wanted:
         sys.exit(f"{wheel.name} has {held - wanted}, and lacks {wanted - held}")
 
 
