@@ -8,9 +8,11 @@ import os
 import shutil
 import sys
 
-from setuptools import setup
+import setuptools
 
 MIN_TORCH = (2, 10)
+MIN_SETUPTOOLS = 77  # an older one can't read pyproject.toml
+TOOLS = f"pip install 'setuptools>={MIN_SETUPTOOLS}' pybind11 ninja"
 
 # -ffp-contract=off: each float operation is rounded once, on every ISA. See docs/design.md.
 # -Wno-*uninitialized: false alarms in the avx512fintrin.h of g++ 12.
@@ -44,7 +46,7 @@ FOLDERS = ["csrc", "csrc/gemm", "csrc/attention", "csrc/conv"]
 
 def check_torch() -> None:
     """Exits with instructions if torch is missing or too old for the stable ABI."""
-    advice = "Install it first (pip install 'torch>=2.10'), then: pip install --no-build-isolation ."
+    advice = f"Install it first (pip install 'torch>=2.10'), then: {TOOLS}; pip install --no-build-isolation ."
     try:
         import torch
     except ImportError:
@@ -63,9 +65,20 @@ def check_compiler() -> None:
         )
 
 
+def check_tools() -> None:
+    """Exits with instructions if what pip would bring into an isolated build is missing."""
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        sys.exit(f"torchq: building needs pybind11, which is missing here. Install what builds need: {TOOLS}")
+    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+        sys.exit(f"torchq: building needs a later setuptools than {setuptools.__version__}. Install it: {TOOLS}")
+
+
 def extension_arguments() -> dict:
     check_torch()
     check_compiler()
+    check_tools()
     import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -84,4 +97,4 @@ def extension_arguments() -> dict:
 
 # A source distribution and metadata need neither torch nor a compiler.
 needs_build = not {"sdist", "egg_info", "dist_info", "--version", "--help"} & set(sys.argv)
-setup(**(extension_arguments() if needs_build else {}))
+setuptools.setup(**(extension_arguments() if needs_build else {}))

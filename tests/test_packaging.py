@@ -73,6 +73,32 @@ def test_build_with_an_old_torch_says_so(tmp_path, version):
     assert f"needs torch >= 2.10 (the stable ABI), found {version}" in error
 
 
+@pytest.mark.subprocess
+def test_build_without_its_tools_says_so(tmp_path):
+    """As in a new environment: without isolation, pip brings none of them."""
+    (tmp_path / "pybind11.py").write_text("raise ImportError('none')")
+    error = build(tmp_path, path=os.environ["PATH"], torch_stub=THIS_TORCH)
+    assert error.endswith(
+        "building needs pybind11, which is missing here. Install what builds need: "
+        "pip install 'setuptools>=77' pybind11 ninja\n"
+    )
+    (tmp_path / "pybind11.py").write_text("")
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nsetup = print")
+    error = build(tmp_path, path=os.environ["PATH"], torch_stub=THIS_TORCH)
+    assert "building needs a later setuptools than 65.5.0. Install it: pip install 'setuptools>=77' " in error
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md"])
+def test_what_builds_need_is_installed_before_they_are(page):
+    """By the lines that a reader copies, in the words that setup.py has where it is missing."""
+    tools = "pip install 'setuptools>=77' pybind11 ninja"
+    assert f'TOOLS = f"{tools.replace("77", "{MIN_SETUPTOOLS}")}"' in (ROOT / "setup.py").read_text()
+    found = re.findall(r"(?m)^```\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL)
+    builds = [block for block in found if re.search(r"pip install --no-build-isolation '?\.", block)]
+    assert builds
+    assert [block for block in builds if tools not in block.partition("--no-build-isolation")[0]] == []
+
+
 def test_stub_declares_exactly_what_the_module_has():
     tree = ast.parse((ROOT / "torchq" / "_C.pyi").read_text())
     declared = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
