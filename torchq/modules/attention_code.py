@@ -6,6 +6,7 @@ nothing can happen that isn't seen: no globals but the registry, no builtins, no
 branch that depends on a symbol is unknown.
 """
 
+import dis
 import functools
 import inspect
 import sys
@@ -39,7 +40,7 @@ class SelfAttentionCode(NamedTuple):
         behind: the children called on what the heads give, one after the other.
         names: of its arguments, the first of which is the input.
         refused: names that a call may not have: the code, or the attention function, would do something else.
-        takes_more: whether it takes arguments by other names, which it hands on.
+        takes_more: whether it takes arguments by other names, which it only hands on to the attention function.
     """
 
     forward: types.FunctionType
@@ -140,6 +141,8 @@ _TAKEN = ("module", "query", "key", "value", "dropout", "scaling")
 
 def _is_harmless(function: types.FunctionType) -> bool:
     code = function.__code__
+    if "keys" in code.co_names or any(step.opname == "DICT_UPDATE" for step in dis.get_instructions(code)):
+        return False  # it may look at what a call gives by other names
     usual = inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS | inspect.CO_VARKEYWORDS | inspect.CO_NESTED
     if code.co_flags & ~usual or code.co_freevars or code.co_cellvars or code.co_kwonlyargcount:
         return False
@@ -151,10 +154,12 @@ def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, 
     world: dict[str, Any] = {"__builtins__": {}}
     world |= {name: _Symbol() for name in function.__code__.co_names if name in function.__globals__}
     module = _Module(kind)
-    world[REGISTRY] = _Registry(module, mask)
-    alone = types.FunctionType(function.__code__, world, argdefs=function.__defaults__)
+    world[REGISTRY] = _Registry(module, mask, function)
+    alone = types.FunctionType(_with_plain_arguments(function.__code__), world)
+    given = {name: mask if name == MASK else None for name in names}
+    others = [_Others()] if function.__code__.co_flags & inspect.CO_VARKEYWORDS else []
     try:
-        y = alone(module, _Input(module), **{name: mask if name == MASK else None for name in names})
+        y = alone(module, _Input(module), *given.values(), *others)
     except (_UnknownError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError):
         return None
     except (TypeError, ValueError):
@@ -168,6 +173,13 @@ def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, 
     if any("." in path for path in used) or not module.read_ <= {*used, "config", "config._attn_implementation"}:
         return None
     return heads.projections_, heads.size_, heads.scale_, joined.behind_
+
+
+def _with_plain_arguments(code: types.CodeType) -> types.CodeType:
+    """The same code, whose `**kwargs` is one more argument."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return code
+    return code.replace(co_flags=code.co_flags & ~inspect.CO_VARKEYWORDS, co_argcount=code.co_argcount + 1)
 
 
 # ---- Symbols --------------------------------------------------------------------------------------------------------
@@ -260,22 +272,41 @@ class _Product(_Symbol):
         return _Product(self.child_, self.shape_, self.size_, turned=True)
 
 
+class _Others(_Symbol):
+    """Arguments by whatever names, which can only be handed on."""
+
+    VALUE = _Symbol()
+
+    def keys(self) -> tuple[str, ...]:
+        return (_ANY_NAME,)
+
+    def __getitem__(self, name: Any) -> _Symbol:  # type: ignore[override]
+        return self.VALUE if type(name) is str and name == _ANY_NAME else _unknown()
+
+
+_ANY_NAME = "any other name"
+
+
 class _Registry(_Symbol):
     """transformers' attention functions."""
 
-    def __init__(self, module: _Module, mask: Any) -> None:
+    def __init__(self, module: _Module, mask: Any, function: types.FunctionType) -> None:
         self.module_, self.mask_ = module, mask
+        takes_more = function.__code__.co_flags & inspect.CO_VARKEYWORDS
+        self.others_ = {_ANY_NAME: _Others.VALUE} if takes_more else {}
 
     def get_interface(self, name: Any, default: Any) -> Callable[..., Any]:
         if type(name) is not _Attribute or name.path_ != "config._attn_implementation" or type(default) is not _Symbol:
             raise _UnknownError
         return self.attend_
 
-    def attend_(self, *args: Any, scaling: Any, dropout: Any = 0.0) -> Any:
+    def attend_(self, *args: Any, scaling: Any, dropout: Any = 0.0, **others: Any) -> Any:
         module, *products, mask = args
         right = module is self.module_ and mask is self.mask_ and type(scaling) is _Attribute
         known = right and len(products) == 3 and all(type(each) is _Product and each.turned_ for each in products)
         if not known or type(dropout) is not float or dropout != 0.0:
+            raise _UnknownError
+        if others.keys() != self.others_.keys() or any(others[name] is not self.others_[name] for name in others):
             raise _UnknownError
         if len({each.size_ for each in products}) != 1:
             raise _UnknownError
