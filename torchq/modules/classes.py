@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
+from torchq.modules.tracing import exporting
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NAMES = (
@@ -84,6 +86,11 @@ def compared(kind: type[nn.Module]) -> Known | None:
         if not all(reference() is value for value, reference in pairs):
             return None
     return Known(_forward_of(kind), state.code, state.functions)
+
+
+def computes_as_known(kind: type[nn.Module]) -> bool:
+    """Whether a class has what it had when it was noted. Export gives nn.Module another call: no change of values."""
+    return is_dynamo_compiling() or exporting() or _C.computes_as_known(kind)
 
 
 _MISSING = object()

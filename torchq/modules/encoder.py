@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from torchq import _C
 from torchq.modules import gradients
 from torchq.modules.base import Int8Module
+from torchq.modules.classes import computes_as_known
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer, runs_torchs_code
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_sequences
 from torchq.modules.pending import Scope
@@ -132,7 +132,7 @@ def _is_idle(module: nn.Module) -> bool:
     """Whether a call of the module is its forward in eval mode, and nothing else."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ours = all(isinstance(getattr(hook, "__self__", None), Scope) for hook in hooks)
-    own = "forward" not in vars(module) and _C.computes_as_known(type(module))
+    own = "forward" not in vars(module) and computes_as_known(type(module))
     return ours and own and not module.training
 
 

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import _canonical_mask, _none_or_dtype
 
 from torchq import _C
-from torchq.modules.classes import know
+from torchq.modules.classes import computes_as_known, know
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import settings_of
 from torchq.modules.layer_norm import LayerNorm
@@ -144,7 +144,7 @@ def runs_torchs_code(layer: nn.Module) -> bool:
     children = state["_modules"]
     if not all(type(children.get(name)) in IDLE for name in _IDLE) or not state.keys().isdisjoint(_METHODS):
         return False
-    return _C.computes_as_known(type(layer))
+    return computes_as_known(type(layer))
 
 
 for _kind in (nn.TransformerEncoderLayer, Int8TransformerEncoderLayer):

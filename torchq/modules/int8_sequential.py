@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchq import _C
 from torchq.modules import simulation
-from torchq.modules.classes import know
+from torchq.modules.classes import computes_as_known, know
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.ops import Activation
@@ -159,7 +159,7 @@ class Int8Sequential(InOrder, nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential's."""
-        if is_dynamo_compiling() or _C.computes_as_known(Int8Sequential):
+        if computes_as_known(Int8Sequential):
             return self._run(input)
         return super().forward(input)  # somebody gave nn.Sequential another one
 
@@ -217,11 +217,10 @@ def is_plain(module: nn.Module, *, but: type | None = None) -> bool:
     """Whether only its own forward() would see a call of this module, `but` such hooks, and it samples nothing."""
     if type(module) in IDLE and module.training and getattr(module, "p", 0.0) != 0.0:
         return False
-    if not is_dynamo_compiling():
-        if not _C.computes_as_known(type(module)):
-            return False
-        if _C.is_plain(module, type(module)):
-            return True
+    if not is_dynamo_compiling() and _C.is_plain(module, type(module)):
+        return True
+    if not computes_as_known(type(module)):
+        return False
     others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not others and not replaced and all(type(hook) is but for hook in module._forward_pre_hooks.values())

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 
 from torchq import _C, ops
 from torchq.modules import gradients, simulation
-from torchq.modules.classes import know
+from torchq.modules.classes import computes_as_known, know
 from torchq.modules.tracing import is_watched, path_in_graph
 
 
@@ -66,4 +66,4 @@ know(LayerNorm)
 
 def _is_changed() -> bool:
     """Whether somebody gave nn.LayerNorm another forward."""
-    return not _C.computes_as_known(LayerNorm)
+    return not computes_as_known(LayerNorm)
