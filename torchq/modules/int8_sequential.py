@@ -217,10 +217,10 @@ def is_plain(module: nn.Module, *, but: type | None = None) -> bool:
     """Whether only its own forward() would see a call of this module, `but` such hooks, and it samples nothing."""
     if type(module) in IDLE and module.training and getattr(module, "p", 0.0) != 0.0:
         return False
-    if not is_dynamo_compiling() and _C.is_plain(module, type(module)):
-        return True
     if not computes_as_known(type(module)):
         return False
+    if not is_dynamo_compiling() and _C.is_plain(module, type(module)):
+        return True
     others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook()
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not others and not replaced and all(type(hook) is but for hook in module._forward_pre_hooks.values())
