@@ -14,7 +14,7 @@ bool is_as_known(PyTypeObject* cls);
 // The same, and whether torch's functions that this code calls are those that it called.
 bool computes_as_known(PyTypeObject* cls);
 
-// Adds is_as_known and set_comparison to torchq._C.
+// Adds computes_as_known and set_comparison to torchq._C.
 void add_classes(pybind11::module_& module);
 
 }  // namespace torchq

@@ -140,6 +140,26 @@ def test_what_a_class_or_torch_gets_later_counts(monkeypatch, form, where, name,
     assert_identical(module(*args), before)
 
 
+EXPORTED = [each for each in CHANGES if each[0] in ("a row", "a sequential") and each[2] in ("forward", "relu")]
+
+
+@pytest.mark.parametrize(
+    ("form", "where", "name", "value"),
+    EXPORTED,
+    ids=[f"{form}-{where.__name__}-{name}" for form, where, name, _ in EXPORTED],
+)
+def test_export_sees_the_change_too(monkeypatch, form, where, name, value):
+    """Though it changes nn.Module itself while it traces."""
+    make, _, args = MADE[form]
+    module = make()
+    before = module(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, value, raising=False)
+        exported = torch.export.export(module, args, strict=False).module()(*args)
+        assert_identical(exported, module(*args))
+    assert not torch.equal(exported, before)
+
+
 @pytest.mark.parametrize("form", MADE)
 def test_what_is_changed_before_the_first_call_counts(monkeypatch, form):
     make, _, args = MADE[form]

@@ -10,7 +10,7 @@ states that were compared here, and a call compares one number for each module.
 import dis
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -73,15 +73,22 @@ def know(kind: type[nn.Module], names: Iterable[str] = ()) -> None:
             state.held[name] = [_reference(value) for value in _held(kind, name)]
 
 
-def compared(kind: type[nn.Module]) -> Known | None:
-    """What a class that is as it was noted has; None for one that has changed. The first look at a class notes it."""
+def compared(kind: type[nn.Module], but: Collection[str] = ()) -> Known | None:
+    """What a class that is as it was noted has, `but` under these names; None for one that has changed.
+
+    The first look at a class notes it, unless an export has changed it meanwhile.
+    """
     known: Any = kind
     if known not in _states:
+        if exporting():
+            return None
         know(kind)
     state = _states[known]
     if kind.__mro__[1:] != state.bases:
         return None
     for name, references in list(state.held.items()):
+        if name in but:
+            continue
         pairs = zip(_held(kind, name), references, strict=True)
         if not all(reference() is value for value, reference in pairs):
             return None
@@ -89,8 +96,19 @@ def compared(kind: type[nn.Module]) -> Known | None:
 
 
 def computes_as_known(kind: type[nn.Module]) -> bool:
-    """Whether a class has what it had when it was noted. Export gives nn.Module another call: no change of values."""
-    return is_dynamo_compiling() or exporting() or _C.computes_as_known(kind)
+    """Whether a class has what it had when it was noted, but for what torch.export changes while it traces."""
+    if is_dynamo_compiling():
+        return True
+    if not exporting():
+        return _C.computes_as_known(kind)
+    known = compared(kind, _OF_EXPORT)
+    if known is None or getattr(known.forward, "__code__", None) is not known.code:
+        return False
+    return all(scope.get(name) is value for scope, name, value in known.functions)
+
+
+_OF_EXPORT = ("__call__", "__getattr__")
+"""What export without `strict` gives nn.Module, to see its calls. It changes no values."""
 
 
 _MISSING = object()
