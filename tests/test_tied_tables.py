@@ -242,10 +242,11 @@ def test_a_table_that_is_only_read_stays_in_float():
     assert plan.tables["words"].reason == "calib_loader never reached it; its table may be read without calling it"
 
 
-def test_a_table_that_more_than_look_ups_reads_stays_in_float():
+@pytest.mark.parametrize("read", [lambda table: table[:7].sum(), lambda table: torch.cat([table, table]).sum()])
+def test_a_table_that_more_than_look_ups_reads_stays_in_float(read):
     class Reads(Language):
         def forward(self, ids):
-            return super().forward(ids) + self.words.weight[:7].sum()
+            return super().forward(ids) + read(self.words.weight)
 
     for tie, kinds in ((False, ["float", "int8"]), (True, ["int8", "int8"])):
         model = Reads(tie=tie).eval()

@@ -1,6 +1,7 @@
 """Modes that watch torch's operations."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -40,3 +41,14 @@ def unwatched(x: Tensor) -> AbstractContextManager[None]:
     """
     plain = type(x) in (Tensor, nn.Parameter)
     return torch._C._DisableTorchDispatch() if plain else nullcontext()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an operation's arguments. (What torch has for any nested structure takes as long as the rest.)"""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_in(each)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

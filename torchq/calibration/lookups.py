@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
-from torchq.watching import Watch
+from torchq.watching import Watch, tensors_in
 
 _OF_LOOKUPS = ("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::detach")
 
@@ -42,7 +41,7 @@ class Lookups(Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and notes the tables that it reads."""
         if func._schema.name not in _OF_LOOKUPS:
-            keys = {storage_key(leaf) for leaf in tree_leaves((args, kwargs))}
+            keys = {storage_key(tensor) for tensor in tensors_in((args, kwargs))}
             self.read.update(self._tables[key] for key in keys & self._tables.keys())
         return func(*args, **(kwargs or {}))
 

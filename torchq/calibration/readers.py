@@ -22,7 +22,7 @@ from torchq.modules.convolving import is_zero_padding
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
-from torchq.watching import Watch
+from torchq.watching import Watch, tensors_in
 
 ADDITION = "+"
 """In a chain: the output is one of two summands of the same shape."""
@@ -120,7 +120,7 @@ class Readers(Watch):
             return func(*args, **(kwargs or {}))
         step, key_taken = self._step(func, args, kwargs)
         allowed = self._inside[-1] if self._inside else None
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             key = storage_key(tensor)
             output = self._alive(key)
             if output is None or key == key_taken:
@@ -197,14 +197,3 @@ class Readers(Watch):
             self._register((name,), y)
         elif key is not None and (output := self._alive(key)) is not None and output.chain[0] in self._convolutions:
             self._register((*output.chain, name), y)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of an operation's arguments. (What torch has for any nested structure takes as long as the rest.)"""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
