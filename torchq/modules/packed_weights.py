@@ -60,6 +60,10 @@ class PackedWeights(Int8Module):
         weight, scale, bias, channel_scale = self._unpacked()
         return weight, scale, bias, channel_scale if channel_scale.numel() else None
 
+    def share(self, packed: Tensor, residual: Tensor | None = None) -> None:
+        """Takes the packed weight, and a table's residuals, of another layer like this one, which keeps them too."""
+        self._set_packed(packed, residual)
+
     # ---- As a table: an embedding may share the weight ---------------------------------------------------------------
 
     def table(self) -> tuple[Tensor, Tensor | None]:

@@ -125,6 +125,45 @@ class Empty(FromFloat):
         return {key: _without_values(tensor) for key, tensor in tensors.items() if not tensor.is_meta}
 
 
+class Sharing(FromFloat):
+    """Makes int8 modules of the weights of a float model, or of the packed weights that an int8 model has of them.
+
+    Plans that are tried one after the other have most layers in common. What is shared is nothing that anybody writes
+    to: whoever changes a layer's weight gives it another tensor.
+
+    Args:
+        plan: a plan of the same float model.
+        converted: the int8 model by it.
+    """
+
+    def __init__(self, plan: Plan, converted: nn.Module) -> None:
+        self._plan, self._modules = plan, dict(converted.named_modules(remove_duplicate=False))
+
+    def layer(self, model: nn.Module, plan: Plan, layer: Layer) -> PackedWeights:
+        """The int8 layer that `plan` makes of this one."""
+        made, before = self._modules.get(layer.name), self._plan.layers.get(layer.name)
+        if not isinstance(made, PackedWeights) or before is None or not _same_weights(before, plan.layers[layer.name]):
+            return super().layer(model, plan, layer)
+        again = Empty().layer(model, plan, layer)
+        again.share(made.packed)
+        return again
+
+    def table(self, model: nn.Module, plan: Plan, name: str, owner: nn.Module | None) -> QuantizedTable:
+        """What the embedding of this name becomes; `owner` is the int8 module that its table is the weight of."""
+        made, row = self._modules.get(name), plan.tables[name]
+        if owner is not None or not isinstance(made, QuantizedTable) or self._plan.tables.get(name) != row:
+            return super().table(model, plan, name, owner)
+        again = Empty().table(model, plan, name, owner)
+        again.share(*made.table())
+        return again
+
+
+def _same_weights(one: LayerPlan, other: LayerPlan) -> bool:
+    """Whether both plans, of one layer in int8, give it the same weights and bias."""
+    same = one.rounding == other.rounding and one.weights is other.weights and one.per_channel == other.per_channel
+    return one.is_int8 and same and one.channel_scale == other.channel_scale and one.norm == other.norm
+
+
 def empty_linear(layer: Layer) -> nn.Linear:
     """An nn.Linear of this layer's size on the meta device."""
     has_bias = layer.matrix.bias is not None

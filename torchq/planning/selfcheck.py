@@ -27,8 +27,16 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
 from torchq.planning.attach import attach_plan
 from torchq.planning.budget import floats
+from torchq.planning.making import Sharing
 from torchq.planning.plan import Checked, LayerPlan, Plan
-from torchq.planning.tables import LOSS_DB, measured_tables, small_ones, tables_in_float, tables_of_their_own
+from torchq.planning.tables import (
+    LOSS_DB,
+    heads_of_tables,
+    measured_tables,
+    small_ones,
+    tables_in_float,
+    tables_of_their_own,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +99,7 @@ class SelfCheck:
             return plan, converted
         measured, kept = {MADE: db}, {MADE: (plan, converted)}
         for name, other in (self._others(plan) | self._float_inputs(plan, db)).items():
-            candidate = applied(model, other)
+            candidate = applied(model, other, make=Sharing(plan, converted))
             other_db = self.compare(candidate)
             if other_db is None:
                 continue
@@ -113,15 +121,20 @@ class SelfCheck:
         """
         if self._config.embeddings != "auto" or not plan.int8_tables():
             return plan, converted, db
-        exact_db = self.compare(applied(model, tables_in_float(plan, "", heads=False)))
+        make, shared = Sharing(plan, converted), heads_of_tables(plan)
+        exact = applied(model, tables_in_float(plan, "", heads=False), make=make)
+        exact_db = self.compare(exact)
         while exact_db is not None and plan.int8_tables():
             alone = tables_of_their_own(plan)
             if exact_db <= db + (LOSS_DB if alone else self.margin_db):
                 break
             why = f"int8 costs {exact_db - db:.1f} dB of the model's output, {db:.1f} instead of {exact_db:.1f}"
             plan = tables_in_float(plan, why, *(small_ones(model, alone) or plan.int8_tables()))
-            converted = applied(model, plan)
-            db = self.compare(converted) or db
+            if plan.int8_tables() or shared:
+                converted = applied(model, plan, make=make)
+                db = self.compare(converted) or db
+            else:  # no head is in float with them, so this is what was compared with
+                converted, db = exact, exact_db
         return plan, converted, db
 
     def final(self, converted: nn.Module, plan: Plan, *, inplace: bool = False) -> Plan:

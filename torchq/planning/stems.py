@@ -20,6 +20,7 @@ from torchq.calibration.calibrate import Evidence
 from torchq.modules.registry import Layer
 from torchq.planning.apply import applied
 from torchq.planning.budget import return_to_float
+from torchq.planning.making import Sharing
 from torchq.planning.plan import Plan
 from torchq.planning.selfcheck import SelfCheck
 
@@ -48,7 +49,7 @@ def float_stems(model: M, plan: Plan, converted: M, evidence: Evidence, check: S
     if not names or checked is None or evidence.config.activation != "auto":
         return plan, converted
     db = checked.model_db
-    made = applied(model, return_to_float(plan, dict.fromkeys(names, "")))
+    made = applied(model, return_to_float(plan, dict.fromkeys(names, "")), make=Sharing(plan, converted))
     exact_db = check.compare(made)
     if exact_db is None or not exact_db > db + COST_DB:
         return plan, converted
