@@ -20,7 +20,7 @@ from torchq.numerics.qparams import dequantize, quantize_weight
 from torchq.planning.apply import apply_plan
 from torchq.planning.choose import Yardstick
 from torchq.planning.plan import Plan
-from torchq.planning.smoothing import ALPHAS, channel_scale
+from torchq.planning.smoothing import ALPHAS, NO_STATIC, channel_scale
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -47,6 +47,17 @@ def test_outlier_channels_cost_nothing(norm, activation):
         assert layer.alpha in ALPHAS
         assert after > before + 10
     assert torch.equal(smooth.a.channel_scale, torch.tensor(smooth.torchq_plan.layers["a"].channel_scale))
+
+
+@pytest.mark.parametrize(
+    ("activation", "schemes"), [("auto", ["dynamic"]), ("dynamic", ["dynamic"]), ("static", ["dynamic", "percentile"])]
+)
+def test_static_ranges_of_a_smoothed_layer_are_measured_where_they_are_asked_for(activation, schemes):
+    config = QConfig(activation=activation, observer="percentile", rounding="nearest")
+    plan = convert(Block(), DATA, config=config).torchq_plan
+    for layer in plan.layers.values():
+        assert sorted(layer.sqnr_db) == schemes
+        assert (layer.reason == NO_STATIC) == (activation == "auto")
 
 
 def test_a_model_without_outliers_is_left_as_it_is():

@@ -1,6 +1,7 @@
 """Chooses the scheme of each layer by measuring every candidate on the layer's own calibration rows."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
@@ -172,37 +173,38 @@ def yardstick_of(layer: Layer, trial: Trial, config: QConfig) -> Yardstick:
 
 def plan_by(layer: Layer, trial: Trial, config: QConfig, *, no_static: str | None = None) -> LayerPlan:
     """The plan of this layer by `trial`, as `plan_layer` makes it."""
-    return plan_layer(yardstick_of(layer, trial, config), trial, config, no_static=no_static)
+    return plan_layer(yardstick_of(layer, trial, config), trial.ranges, config, no_static=no_static)
 
 
 def plan_layer(
     yardstick: Yardstick,
-    trial: Trial,
+    ranges: Mapping[str, QParams],
     config: QConfig,
     *,
     channel_scale: Tensor | None = None,
     no_static: str | None = None,
 ) -> LayerPlan:
-    """The scheme and range with the least error on the rows of `trial`, or float if none is good enough.
+    """The scheme and range with the least error on the rows of the yardstick, or float if none is good enough.
 
-    `yardstick` has the same rows. The layer has this `channel_scale` (K,), for which the trial's ranges were made.
-    `no_static` says why the layer is not static unless that is asked for.
+    The layer has this `channel_scale` (K,), for which the ranges were made; without ranges it is dynamic. `no_static`
+    says why the layer is not static unless that is asked for.
     """
-    per_channel, measured = config.weight == "per_channel", yardstick.measure(trial.ranges, channel_scale)
-    observer = max(trial.ranges, key=lambda name: measured[name])
-    static, dynamic = measured[observer], measured["dynamic"]
+    per_channel, measured = config.weight == "per_channel", yardstick.measure(ranges, channel_scale)
+    observer = max(ranges, key=lambda name: measured[name], default=None)
+    static, dynamic = measured.get(observer or "", math.nan), measured["dynamic"]
     if config.activation == "auto":
         close = static >= config.min_sqnr_db and static >= dynamic - config.margin_db  # False for nan
         use_static, reason = close, "static costs no accuracy" if close else "static would cost accuracy"
-        if close and no_static is not None:
+        if no_static is not None and (close or observer is None):
             use_static, reason = False, no_static
     else:
         use_static, reason = config.activation == "static", "asked for"
     if not (static if use_static else dynamic) >= config.min_sqnr_db:
-        best = f"static {static:.1f} dB ({observer}), dynamic {dynamic:.1f} dB"
+        best = "" if observer is None else f"static {static:.1f} dB ({observer}), "
+        best += f"dynamic {dynamic:.1f} dB"
         return LayerPlan("float", f"{best}: below min_sqnr_db = {config.min_sqnr_db:g}", sqnr_db=measured)
-    if use_static:
-        return LayerPlan("int8 static", reason, per_channel, trial.ranges[observer], observer, measured)
+    if use_static and observer is not None:
+        return LayerPlan("int8 static", reason, per_channel, ranges[observer], observer, measured)
     return LayerPlan("int8 dynamic", reason, per_channel, sqnr_db=measured)
 
 

@@ -14,7 +14,7 @@ of its own: there alpha = 1 costs the weight nothing, and gives every channel al
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from torchq.calibration.calibrate import Evidence
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.modules.registry import Layer
+from torchq.numerics.qparams import QParams
 from torchq.planning.choose import plan_layer, too_few, yardstick_of
 from torchq.planning.plan import LayerPlan, Plan
 from torchq.planning.tables import heads_of_coarse_tables, measured_tables
@@ -126,10 +127,10 @@ class _Try(NamedTuple):
 def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig, least: float) -> LayerPlan:
     """The plan of this layer with the best alpha, or as it is.
 
-    All alphas are compared with a range per row. Static ranges are tried only for the best of them, and only if it
-    gains more than `least`, since to make them and to measure them takes most of the time. (For all, if all layers are
-    to be static.) Where rows are few, each part of them judges what the other gives; the worse of the two with a scale
-    must be better than the better one without.
+    All alphas are compared with a range per row, and the best is taken if it gains more than `least`. Static ranges are
+    made only where a smoothed layer may become static, since to make them and to measure them takes most of the time:
+    of convolutions, for the best alpha; of all layers if they are to be static, for all. Where rows are few, each part
+    of them judges what the other gives; the worse of the two with a scale must be better than the better one without.
     """
     trials, w_peak, alphas = record.trials(), _peak(layer.channel_rows), _alphas(layer)
     yardsticks = [yardstick_of(layer, trial, config) for trial in trials]
@@ -148,8 +149,11 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
 
     def tries(alpha: float | None) -> list[_Try]:
         scale = scales.get(alpha)
-        pairs = zip(yardsticks, record.trials(scale), strict=True)
         no_static = too_few(record) or (None if scale is None else NO_STATIC)
+        ranges: list[Mapping[str, QParams]] = [{}] * len(yardsticks)
+        if scale is None or config.activation == "static" or layer.kind.absorbs:  # convolutions may become static later
+            ranges = [trial.ranges for trial in record.trials(scale)]
+        pairs = zip(yardsticks, ranges, strict=True)
         plans = [plan_layer(*pair, config, channel_scale=scale, no_static=no_static) for pair in pairs]
         return [_Try(plan, _less(_db(plan), leaving(alpha))) for plan in plans]
 

@@ -41,7 +41,8 @@ class LayerReport:
         int8_seconds: time of the int8 layer at the same shape.
         drift: the share of values clipped at inference, from `watch_drift`.
         advice: to calibrate the layer again, if it has drifted.
-        static_db: SQNR of the output with the best static range, with weights rounded to nearest.
+        static_db: SQNR of the output with the best static range, with weights rounded to nearest. None for a layer
+            that is smoothed and need not be static.
         dynamic_db: SQNR of the output with ranges per row, with weights rounded to nearest.
         smoothing_db: the gain in SQNR by smoothing.
         alpha: how far smoothing moves the range of the input's channels into the weight, in [0, 1].
