@@ -67,6 +67,22 @@ class Settings(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _check_shape(self, x: Tensor) -> None:
+        dimensions = len(self.kernel_size)
+        if x.dim() != dimensions + 2 or x.shape[1] != self.in_channels:
+            places = ", ".join(("depth", "height", "width")[3 - dimensions :]) if dimensions > 1 else "length"
+            raise RuntimeError(
+                f"{type(self).__name__}: x must be (N, {self.in_channels}, {places}) or without N, got {list(x.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        """Those that are not the usual ones, for `repr`."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        parts += [f"padding={self.padding}"] if self.padding else []
+        parts += [f"dilation={self.dilation}"] if any(each != 1 for each in self.geometry.dilation) else []
+        parts += [f"groups={self.groups}"] if self.groups != 1 else []
+        return ", ".join(parts)
+
 
 _IN_EACH_CALL = ("stride", "padding", "dilation", "padding_mode")
 

@@ -37,11 +37,7 @@ from torchq.modules.quantized_linear import autocast_dtype
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
 from torchq.modules.writes import is_eager
-from torchq.numerics.qparams import (
-    QParams,
-    dequantize,
-    float32_qparams,
-)
+from torchq.numerics.qparams import QParams, dequantize, float32_qparams
 from torchq.ops import Activation, activate, linear_dynamic
 from torchq.ops.convolution import pack, packed_bytes, unpack
 
@@ -356,20 +352,10 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolved(x, weight, bias, self.geometry)
 
-    def _check_shape(self, x: Tensor) -> None:
-        if x.dim() != self.dimensions + 2 or x.shape[1] != self.in_channels:
-            places = ", ".join(("depth", "height", "width")[3 - self.dimensions :]) if self.dimensions > 1 else "length"
-            raise RuntimeError(
-                f"{type(self).__name__}: x must be (N, {self.in_channels}, {places}) or without N, got {list(x.shape)}."
-            )
-
     def extra_repr(self) -> str:
         """Shape, scheme and kernel, for `repr`."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        parts += [f"padding={self.padding}"] if self.padding else []
-        parts += [f"dilation={self.dilation}"] if any(each != 1 for each in self.geometry.dilation) else []
-        parts += [f"groups={self.groups}"] if self.groups != 1 else []
-        parts += [f"bias={self.has_bias}", f"scheme={'dynamic' if self.input_qparams is None else 'static'}"]
+        parts = [super().extra_repr(), f"bias={self.has_bias}"]
+        parts += [f"scheme={'dynamic' if self.input_qparams is None else 'static'}"]
         parts += [f"kernel={kernels.active()}"]
         parts += [f"includes={self.includes}"] if self.includes is not None else []
         if self.fold.activation != Activation.NONE:
