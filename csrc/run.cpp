@@ -205,7 +205,7 @@ std::vector<QParams> qparams_of_samples(const conv::Job& job) {
 void run(const Kernel& kernel, conv::Problem problem) {
   conv::Job job = conv::schedule(kernel, problem, thread_count());
   std::vector<QParams> samples;
-  if (problem.x.per_sample) samples = qparams_of_samples(job);
+  if (problem.x.per_sample && !problem.multiplies_floats()) samples = qparams_of_samples(job);
   problem.x.samples = samples.data();
   run_parts(job);
 }

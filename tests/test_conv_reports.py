@@ -12,6 +12,7 @@ from helpers.numbers import normal
 from torchq import QConfig, convert, profile_layers, report, watch_drift
 from torchq.numerics.metrics import count_clipped, sqnr_db
 from torchq.planning.plan import Plan
+from torchq.planning.smoothing import NO_CODES
 from torchq.reporting import profile
 from torchq.reporting.profile import LayerTime
 
@@ -141,7 +142,7 @@ def test_the_report_says_what_convolutions_with_groups_lack():
     for name in ("0.conv", "2.conv"):
         layer = qmodel.torchq_plan.layers[name]
         assert layer.is_int8
-        assert layer.no_smoothing == (None if name == "0.conv" else why_not)
+        assert layer.no_smoothing == (NO_CODES if name == "0.conv" else why_not)
         assert layer.no_gptq == "a convolution with groups, which gptq is not written for"
     text = str(report(qmodel))
     assert f"not smoothed: {why_not}" in text

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchq import QConfig, apply_plan, convert, load, plan_of, prepare_qat, sav
 from torchq.numerics.metrics import sqnr_db
 from torchq.ops.convolution import Geometry, convolve, pack, packed_bytes
 from torchq.planning.plan import Plan
+from torchq.planning.smoothing import NO_CODES
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -32,10 +34,12 @@ def error_db(model: nn.Module, qmodel: nn.Module) -> list[float]:
     return [sqnr_db(x, y) for x, y in zip(model(X).unbind(1), qmodel(X).unbind(1), strict=True)]
 
 
-@pytest.mark.parametrize("activation", ["auto", "dynamic", "static"])
-def test_every_channel_has_all_codes(activation):
+STATIC = QConfig(activation="static")
+
+
+def test_every_channel_has_all_codes():
     model = depthwise()
-    configs = (QConfig(activation=activation, smoothing=each) for each in ("none", "auto"))
+    configs = (QConfig(activation="static", smoothing=each) for each in ("none", "auto"))
     plain, scaled = (convert(model, DATA, config=config) for config in configs)
     before, after = error_db(model, plain), error_db(model, scaled)
     assert min(before) < 20
@@ -44,14 +48,39 @@ def test_every_channel_has_all_codes(activation):
     assert (layer.alpha, len(layer.channel_scale)) == (1.0, C)
     peaks = torch.cat(DATA).abs().amax((0, 2, 3)) * torch.tensor(layer.channel_scale)
     assert torch.allclose(peaks, peaks[:1].expand(C), rtol=1e-5)
-    assert layer.kind == ("int8 static" if activation == "static" else "int8 dynamic")
+    assert layer.kind == "int8 static"
     assert torch.equal(scaled[0].channel_scale, torch.tensor(layer.channel_scale))
+
+
+@pytest.mark.parametrize("activation", ["auto", "dynamic"])
+def test_floats_are_multiplied_as_they_are(activation):
+    """Without a range there are no codes to scale, and only the weight is rounded: to half a step in 127."""
+    model = depthwise()
+    qmodel = convert(model, DATA, config=QConfig(activation=activation))
+    layer = qmodel.torchq_plan.layers["0"]
+    assert (layer.kind, layer.channel_scale, layer.no_smoothing) == ("int8 dynamic", None, NO_CODES)
+    exact = nn.functional.conv2d(X.double(), (qmodel[0].weight + 0).double(), model[0].bias.double(), 1, 1, 1, C)
+    assert sqnr_db(exact.float(), qmodel(X)) > 120
+    assert min(error_db(model, qmodel)) > 40
+    assert torch.equal(qmodel(torch.zeros_like(X)), model[0].bias.reshape(1, C, 1, 1).expand_as(X))
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    qmodel, x = convert(depthwise(), DATA), X.clone()
+    expected = qmodel(X)
+    x[0, 3, 5, 5], x[1, 2, 0, 0] = math.nan, math.inf
+    y = qmodel(x)
+    off = torch.zeros_like(X, dtype=torch.bool)
+    off[0, 3, 4:7, 4:7] = off[1, 2, :2, :2] = True
+    assert not y[off].isfinite().any()
+    assert torch.equal(y[~off], expected[~off])
 
 
 def test_codes_of_the_weight_are_those_without_it():
     """A row of the weight is divided by one number, and so is its scale."""
     model = depthwise()
-    plain, scaled = (convert(model, DATA, config=QConfig(smoothing=each)) for each in ("none", "auto"))
+    configs = (dataclasses.replace(STATIC, smoothing=each) for each in ("none", "auto"))
+    plain, scaled = (convert(model, DATA, config=config) for config in configs)
     off = (plain[0].weight_int8.int() - scaled[0].weight_int8.int()).abs()
     assert off.max() <= 1  # where float32 rounds the quotient to another side
     assert (off > 0).sum() <= 2
@@ -61,7 +90,7 @@ def test_codes_of_the_weight_are_those_without_it():
 
 def test_plans_states_and_copies_have_it():
     model = depthwise()
-    qmodel = convert(model, DATA)
+    qmodel = convert(model, DATA, config=STATIC)
     expected = qmodel(X)
     plan = Plan.from_dict(json.loads(json.dumps(plan_of(qmodel).to_dict())))
     again = apply_plan(model, plan)
@@ -75,20 +104,32 @@ def test_plans_states_and_copies_have_it():
     assert not torch.equal(apply_plan(model, Plan({"0": without}))(X), expected)
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "static"])
-def test_files_and_exported_programs_have_it(activation, tmp_path):
-    qmodel = convert(depthwise(), DATA, config=QConfig(activation=activation))
-    expected, without = qmodel(X), convert(depthwise(), DATA, config=QConfig(activation=activation, smoothing="none"))
-    save(qmodel, tmp_path / "m.safetensors")
+def loaded_of(qmodel: nn.Module, path) -> nn.Module:
+    """The model from a file, after checks that it and an exported program give what qmodel does."""
+    save(qmodel, path / "m.safetensors")
     with torch.device("meta"):
         empty = depthwise()
-    loaded = load(tmp_path / "m.safetensors", empty)
-    assert torch.equal(loaded[0].channel_scale, qmodel[0].channel_scale)
+    loaded = load(path / "m.safetensors", empty)
     assert loaded.torchq_plan == qmodel.torchq_plan
-    assert_identical(loaded(X), expected)
-    torch.export.save(torch.export.export(qmodel, (X,)), tmp_path / "m.pt2")
-    assert_identical(torch.export.load(tmp_path / "m.pt2").module()(X), expected)
-    assert sqnr_db(without(X), expected) < 60  # so it counts
+    assert_identical(loaded(X), qmodel(X))
+    torch.export.save(torch.export.export(qmodel, (X,)), path / "m.pt2")
+    assert_identical(torch.export.load(path / "m.pt2").module()(X), qmodel(X))
+    return loaded
+
+
+def test_files_and_exported_programs_have_it(tmp_path):
+    qmodel = convert(depthwise(), DATA, config=STATIC)
+    loaded = loaded_of(qmodel, tmp_path)
+    assert torch.equal(loaded[0].channel_scale, qmodel[0].channel_scale)
+    without = convert(depthwise(), DATA, config=dataclasses.replace(STATIC, smoothing="none"))
+    assert sqnr_db(without(X), qmodel(X)) < 60  # so it counts
+
+
+def test_files_and_exported_programs_multiply_floats(tmp_path):
+    model = depthwise()
+    loaded = loaded_of(convert(model, DATA, config=QConfig(activation="dynamic")), tmp_path)
+    assert loaded[0].channel_scale is None
+    assert min(error_db(model, loaded)) > 40
 
 
 @pytest.mark.parametrize("activation", ["dynamic", "static"])
@@ -100,10 +141,18 @@ def test_the_simulated_path_rounds_alike(activation):
 
 
 def test_the_training_form_rounds_alike():
-    trained = prepare_qat(depthwise(), DATA)
+    trained = prepare_qat(depthwise(), DATA, config=STATIC)
     assert trained[0].channel_scale.shape == (C,)
     converted = convert(trained.eval())
     assert torch.equal(converted[0].channel_scale, trained[0].channel_scale)
+    with simulate():
+        assert_identical(converted(X), trained(X))
+
+
+def test_the_training_form_multiplies_floats_too():
+    trained = prepare_qat(depthwise(), DATA, config=QConfig(activation="dynamic"))
+    assert trained[0].channel_scale is None
+    converted = convert(trained.eval())
     with simulate():
         assert_identical(converted(X), trained(X))
 

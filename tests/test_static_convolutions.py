@@ -115,6 +115,17 @@ def test_as_many_as_the_output_allows(monkeypatch, most, share):
         assert layer.feeds is None or {name, layer.feeds} <= set(static)
 
 
+def test_a_depthwise_one_is_static_only_where_it_gets_codes(monkeypatch):
+    """A softmax gives it floats, which it multiplies as they are."""
+    monkeypatch.setattr(SelfCheck, "compare", lambda *args, **kwargs: 30.0)
+    relu, softmax = torch.nn.ReLU(), torch.nn.Softmax(1)
+    depthwise = [torch.nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2)]
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), relu, depthwise[0], softmax, depthwise[1]).eval()
+    plan = convert(model, [normal(2, 16, 12, 12, seed=i) for i in range(6)], config=NEAREST).torchq_plan
+    assert convolutional(plan) == {"0": "int8 static", "2": "int8 static", "4": "int8 dynamic"}
+    assert (plan.layers["0"].feeds, plan.layers["2"].feeds) == ("2", None)
+
+
 @pytest.mark.parametrize(
     ("static_db", "without_db", "taken"), [(29.1, 25.0, True), (28.9, 25.0, False), (29.1, 29.5, False)]
 )

@@ -8,7 +8,7 @@
 //         the GEMM
 //         write_outputs(), where the GEMM can't write to y itself
 //
-// or run_depthwise() on the whole band.
+// or run_depthwise() on the whole band, whose floats it takes as they are where there is no static range.
 
 #include "conv.h"
 
@@ -74,6 +74,7 @@ void run_band(const Job& job, int64_t sample, int64_t begin, int64_t end, int pa
   const Geometry& g = p.geometry;
   const int64_t row = g.axes[1].outputs() * g.axes[2].outputs(), stride = g.axes[0].stride;
   const Band band{sample, begin / row * stride, (end - 1) / row * stride + g.axes[0].extent()};
+  if (p.multiplies_floats()) return run_depthwise_floats(job, band, begin, end, s);
   const QParams qparams = p.x.per_sample ? p.x.samples[sample] : p.x.qparams;
   const uint8_t* image = load_image(job, band, qparams, s);
   if (p.is_depthwise) return run_depthwise(job, band, image, qparams, begin, end, s);

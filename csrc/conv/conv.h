@@ -52,9 +52,9 @@ struct Input {
   const void* data;    // samples, one after the other
   DType dtype;         // f32, bf16 or f16, quantized here; u8, codes already, channels last
   bool channels_last;  // (outer, middle, inner, channels), else (channels, outer, middle, inner)
-  bool per_sample;     // each sample gets its own scale and zero point; else qparams
+  bool per_sample;     // each sample gets its own scale and zero point (but see multiplies_floats); else qparams
   QParams qparams;
-  const QParams* samples = nullptr;  // [batch], if per_sample: for run()
+  const QParams* samples = nullptr;  // [batch], if per_sample and quantized: for run()
 };
 
 struct Output {
@@ -85,6 +85,9 @@ struct Problem {
   const PackedHeader& weights_of(int64_t group) const {
     return *reinterpret_cast<const PackedHeader*>(weights + group * weights_stride);
   }
+  // Without a static range a depthwise convolution multiplies x as it is: a value is in as many products as there are
+  // taps, and a search for the range and codes of all values would take as long as these.
+  bool multiplies_floats() const { return is_depthwise && x.per_sample; }
   bool has_channel_scale() const {
     return is_depthwise ? depthwise_scale != nullptr : weights_of(0).has_channel_scale != 0;
   }
@@ -111,6 +114,9 @@ struct Job {
   int64_t image_rows() const {  // of a band: steps of the outer axis
     const Axis& outer = problem->geometry.axes[0];
     return (band_rows - 1) * outer.stride + outer.extent();
+  }
+  int64_t image_pixels() const {
+    return image_rows() * problem->geometry.axes[1].padded() * problem->geometry.axes[2].padded();
   }
 };
 

@@ -1,10 +1,12 @@
-// Depthwise convolutions, 16 channels at a time: the codes of a band and the weights in lanes, then the kernel.
+// Depthwise convolutions, 16 channels at a time: the codes or floats of a band and the weights in lanes, then the
+// kernel.
 
 #include "depthwise.h"
 
 #include <algorithm>
 #include <cstring>
 
+#include "../gemm/scalar.h"
 #include "outputs.h"
 #include "patches.h"
 
@@ -15,6 +17,12 @@ namespace {
 // The taps that a kernel takes at once: as many along the outer axis.
 int64_t taps_at_once(const Kernel& kernel) { return kernel.interleave ? 4 : 1; }
 
+// Weights are divided by this, a power of two, before they multiply floats, and sums multiplied: so products are no
+// larger than the floats, and no bit of theirs changes.
+constexpr float kMostWeight = 128.0f;
+
+constexpr int64_t kAtOnce = 128;  // pixels whose lanes stay in L1 while 16 channels are read, one after the other
+
 // Calls f(outer, middle, inner) for the first of the taps of each step of depthwise().
 template <class F>
 void for_each_step(const Geometry& g, int64_t at_once, const F& f) {
@@ -24,7 +32,7 @@ void for_each_step(const Geometry& g, int64_t at_once, const F& f) {
 }
 
 // The weights of a panel, whose layout is depth taps x 16 channels, as depthwise() takes them.
-void load_weights(const Job& job, const uint8_t* panel, int64_t depth, int32_t* weights) {
+void load_weights(const Job& job, const uint8_t* panel, int64_t depth, float divided_by, int32_t* weights) {
   const Geometry& g = job.problem->geometry;
   const auto* codes = reinterpret_cast<const int8_t*>(panel + kPanelMeta);
   const int64_t at_once = taps_at_once(*job.kernel);
@@ -36,7 +44,7 @@ void load_weights(const Job& job, const uint8_t* panel, int64_t depth, int32_t* 
   for_each_step(g, at_once, [&](int64_t o, int64_t m, int64_t i) {
     if (at_once == 1) {
       auto* floats = reinterpret_cast<float*>(weights);
-      for (int64_t c = 0; c < kPanelColumns; ++c) floats[c] = tap(o, m, i)[c * depth];
+      for (int64_t c = 0; c < kPanelColumns; ++c) floats[c] = tap(o, m, i)[c * depth] * (1.0f / divided_by);
     } else {
       std::memset(weights, 0, kPanelColumns * 4);
       for (int64_t k = 0; k < std::min(at_once, g.axes[0].kernel - o); ++k)
@@ -74,6 +82,34 @@ void load_lanes(const Job& job, const Band& band, const uint8_t* image, int32_t 
   }
 }
 
+// The same of floats, times the channel scale: these channels, of at most 16, and zeros in the lanes of the others.
+template <class T>
+void load_floats(const Job& job, const Band& band, int64_t channel, int64_t channels, int32_t* lanes) {
+  const Problem& p = *job.problem;
+  const Geometry& g = p.geometry;
+  const int64_t lane_count = job.image_pixels() * kPanelColumns;
+  const Places places{g, band, reinterpret_cast<uint8_t*>(lanes), kPanelColumns * 4};
+  const int64_t pixel_step = p.x.channels_last ? g.in_channels : 1, channel_step = p.x.channels_last ? 1 : g.pixels();
+  const T* x = static_cast<const T*>(p.x.data) + band.sample * g.in_channels * g.pixels() + channel * channel_step;
+  float scale[kPanelColumns];
+  for (int64_t c = 0; c < channels; ++c) scale[c] = p.depthwise_scale ? p.depthwise_scale[channel + c] : 1.0f;
+  std::fill_n(lanes, lane_count, 0);
+  const int64_t end = places.first(band.end), together = places.together();
+  for (int64_t pixel = places.first(band.begin), next; pixel < end; pixel = next) {
+    next = std::min({end, pixel + kAtOnce, (pixel / together + 1) * together});
+    auto* to = reinterpret_cast<float*>(places.of(pixel));
+    const T* from = x + pixel * pixel_step;
+    if (p.x.channels_last) {
+      for (int64_t i = pixel; i < next; ++i, to += kPanelColumns, from += pixel_step)
+        for (int64_t c = 0; c < channels; ++c) to[c] = to_float(from[c]) * scale[c];
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < next - pixel; ++i)
+        to[i * kPanelColumns + c] = to_float(from[c * channel_step + i]) * scale[c];
+  }
+}
+
 // Pixels [begin, end), line by line.
 void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depthwise d, const Scratch& s) {
   const Geometry& g = job.problem->geometry;
@@ -90,24 +126,24 @@ void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depth
   }
 }
 
-}  // namespace
-
-void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const QParams& qparams, int64_t begin,
-                   int64_t end, const Scratch& s) {
+// Output pixels [begin, end) of the band. qparams: of its image; load(channel, channels) puts 16 of them into lanes.
+template <class F>
+void run_channels(const Job& job, const Band& band, const QParams& qparams, float divided_by, int64_t begin,
+                  int64_t end, const Scratch& s, const F& load) {
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
   const PackedHeader& weights = p.weights_of(0);
   Depthwise d{};
   d.taps = find_offsets(job, s.offsets), d.offsets = s.offsets, d.weights = s.weights;
-  d.scale = qparams.scale, d.zero_point = qparams.zero_point;
+  d.scale = qparams.scale * divided_by, d.zero_point = qparams.zero_point;
   d.out_dtype = p.y.dtype, d.activation = p.activation;
   d.out_inv_scale = 1.0f / p.y.qparams.scale, d.out_zero_point = p.y.qparams.zero_point;
   const int64_t bytes = element_bytes(d.out_dtype);
   for (int64_t channel = 0; channel < g.out_channels; channel += kPanelColumns) {
     const int64_t channels = std::min(kPanelColumns, g.out_channels - channel);
     d.panel = reinterpret_cast<const uint8_t*>(&weights + 1) + channel / kPanelColumns * panel_bytes(weights.k);
-    load_weights(job, d.panel, layout_depth(weights.layout), s.weights);
-    load_lanes(job, band, image + channel * job.kernel->codes.bytes, qparams.zero_point, s.lanes);
+    load_weights(job, d.panel, layout_depth(weights.layout), divided_by, s.weights);
+    load(channel, channels);
     const Outputs outputs{band.sample, begin, end - begin, channel, channels, kPanelColumns};
     const bool direct = job.y_in_place && channels == kPanelColumns;
     d.out_stride = (direct ? g.out_channels : kPanelColumns) * bytes;
@@ -117,6 +153,26 @@ void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const
     compute(job, band, begin, end, d, s);
     if (!direct) write_outputs(p, outputs, s.y);
   }
+}
+
+}  // namespace
+
+void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const QParams& qparams, int64_t begin,
+                   int64_t end, const Scratch& s) {
+  run_channels(job, band, qparams, 1.0f, begin, end, s, [&](int64_t channel, int64_t) {
+    load_lanes(job, band, image + channel * job.kernel->codes.bytes, qparams.zero_point, s.lanes);
+  });
+}
+
+void run_depthwise_floats(const Job& job, const Band& band, int64_t begin, int64_t end, const Scratch& s) {
+  const auto load = [&](int64_t channel, int64_t channels) {
+    switch (job.problem->x.dtype) {
+      case DType::bf16: return load_floats<Bf16>(job, band, channel, channels, s.lanes);
+      case DType::f16: return load_floats<F16>(job, band, channel, channels, s.lanes);
+      default: load_floats<float>(job, band, channel, channels, s.lanes);
+    }
+  };
+  run_channels(job, band, {1.0f, 0}, kMostWeight, begin, end, s, load);
 }
 
 }  // namespace conv

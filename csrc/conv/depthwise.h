@@ -16,6 +16,9 @@ inline int64_t depthwise_scale_at(const Geometry& g) {
   return round_up(packed_bytes(g.out_channels, g.taps(), false), 64);
 }
 
+// Output pixels [begin, end) of the band, whose floats are multiplied as they are.
+void run_depthwise_floats(const Job& job, const Band& band, int64_t begin, int64_t end, const Scratch& s);
+
 // Output pixels [begin, end) of the band whose image this is.
 void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const QParams& qparams, int64_t begin,
                    int64_t end, const Scratch& s);

@@ -12,32 +12,6 @@ namespace torchq {
 namespace conv {
 namespace {
 
-// Where pixels of the input go in the image of a band.
-struct Places {
-  const Job& job;
-  const Band& band;
-  uint8_t* image;
-
-  const Axis& axis(int i) const { return job.problem->geometry.axes[i]; }
-  // Along each axis in steps of the padded input.
-  uint8_t* at(int64_t outer, int64_t middle, int64_t inner) const {
-    return image + (outer - band.begin) * job.plane_bytes + middle * job.line_bytes + inner * job.pixel_bytes;
-  }
-  // Of a pixel of the input, counted from the start of the sample.
-  uint8_t* of(int64_t pixel) const {
-    const int64_t inner = axis(2).size, middle = axis(1).size;
-    return at(pixel / (inner * middle) + axis(0).before, pixel / inner % middle + axis(1).before,
-              pixel % inner + axis(2).before);
-  }
-  // Pixels of the input that lie side by side in the image, too: up to the next padding.
-  int64_t together() const {
-    int64_t pixels = axis(2).size;
-    if (axis(2).padded() > axis(2).size) return pixels;
-    pixels *= axis(1).size;
-    return axis(1).padded() > axis(1).size ? pixels : pixels * axis(0).size;
-  }
-};
-
 // How values become codes.
 struct Quantizer {
   const Kernel& kernel;
@@ -73,7 +47,7 @@ void quantize_run(const Quantizer& q, const uint8_t* x, int64_t count, const flo
 // Pixels [begin, end) of a sample whose channels are last. quantize() writes whole vectors, beyond the end of a run: so
 // runs go in order, and padding comes after them.
 void load_channels_last(const Quantizer& q, const Places& places, const uint8_t* x, int64_t begin, int64_t end) {
-  const int64_t channels = places.job.problem->geometry.in_channels, bytes = channels * element_bytes(q.dtype);
+  const int64_t channels = places.geometry.in_channels, bytes = channels * element_bytes(q.dtype);
   const int64_t together = places.together();
   for (int64_t pixel = begin, next; pixel < end; pixel = next) {
     next = std::min(end, (pixel / together + 1) * together);
@@ -82,7 +56,7 @@ void load_channels_last(const Quantizer& q, const Places& places, const uint8_t*
       quantize_run(q, x + pixel * bytes, (next - pixel) * channels, nullptr, to);
       continue;
     }
-    for (int64_t i = pixel; i < next; ++i, to += places.job.pixel_bytes)
+    for (int64_t i = pixel; i < next; ++i, to += places.pixel_bytes)
       quantize_run(q, x + i * bytes, channels, q.channel_scale, to);
   }
 }
@@ -135,7 +109,7 @@ void scatter(const Tile& tile, uint8_t* const* places, int64_t first_channel, bo
 void find_places(const Places& places, int64_t begin, int64_t count, uint8_t** found) {
   const int64_t together = places.together();
   uint8_t* place = places.of(begin);
-  for (int64_t i = 0, left = together - begin % together; i < count; ++i, place += places.job.pixel_bytes) {
+  for (int64_t i = 0, left = together - begin % together; i < count; ++i, place += places.pixel_bytes) {
     if (left-- == 0) place = places.of(begin + i), left = together - 1;
     found[i] = place;
   }
@@ -144,7 +118,7 @@ void find_places(const Places& places, int64_t begin, int64_t count, uint8_t** f
 constexpr int64_t kAhead = 4;
 
 void load_channels_first(const Quantizer& q, const Places& places, const uint8_t* x, int64_t begin, int64_t end) {
-  const Geometry& g = places.job.problem->geometry;
+  const Geometry& g = places.geometry;
   const CodeFormat& format = q.kernel.codes;
   const int64_t bytes = element_bytes(q.dtype), stride = kPlanePixels * format.bytes * format.interleaved_rows;
   const bool beyond = g.in_channels <= (format.bytes == 1 ? kBlock<uint8_t> : kBlock<uint16_t>);
@@ -169,7 +143,7 @@ void load_channels_first(const Quantizer& q, const Places& places, const uint8_t
 // ---- Codes, and padding ------------------------------------------------------------------------------------------
 
 void load_codes(const CodeFormat& format, const Places& places, const uint8_t* x, int64_t begin, int64_t end) {
-  const int64_t channels = places.job.problem->geometry.in_channels, together = places.together();
+  const int64_t channels = places.geometry.in_channels, together = places.together();
   const uint8_t flip = format.shift == 128 ? 0x80 : 0;
   for (int64_t pixel = begin, next; pixel < end; pixel = next) {
     next = std::min(end, (pixel / together + 1) * together);
@@ -185,8 +159,7 @@ void load_codes(const CodeFormat& format, const Places& places, const uint8_t* x
   }
 }
 
-void pad(const Places& places, int32_t zero_point) {
-  const Job& job = places.job;
+void pad(const Job& job, const Places& places, int32_t zero_point) {
   const CodeFormat& format = job.kernel->codes;
   const Axis &outer = places.axis(0), &middle = places.axis(1), &inner = places.axis(2);
   const auto fill = [&](uint8_t* to, int64_t bytes) {
@@ -229,19 +202,15 @@ const uint8_t* load_image(const Job& job, const Band& band, const QParams& qpara
   const auto* x =
       static_cast<const uint8_t*>(p.x.data) + band.sample * g.in_channels * g.pixels() * element_bytes(p.x.dtype);
   if (job.image_in_place) return x + band.begin * job.plane_bytes;
-  const Places places{job, band, s.image};
-  const int64_t plane = g.axes[1].size * g.axes[2].size;
-  const auto in_sample = [&](int64_t outer) {
-    return std::clamp<int64_t>(outer - g.axes[0].before, 0, g.axes[0].size) * plane;
-  };
-  const int64_t begin = in_sample(band.begin), end = in_sample(band.end);
+  const Places places{g, band, s.image, job.pixel_bytes};
+  const int64_t begin = places.first(band.begin), end = places.first(band.end);
   if (p.x.dtype == DType::u8) {
     load_codes(job.kernel->codes, places, x, begin, end);
   } else {
     const Quantizer q{*job.kernel, p.x.dtype, qparams, p.x.per_sample, channel_scale_of(p, s.channel_scale), s};
     (p.x.channels_last ? load_channels_last : load_channels_first)(q, places, x, begin, end);
   }
-  pad(places, qparams.zero_point);
+  pad(job, places, qparams.zero_point);
   return s.image;
 }
 

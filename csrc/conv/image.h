@@ -1,6 +1,8 @@
 // The image of codes: each value of a sample once, channels last, with its padding.
 #pragma once
 
+#include <algorithm>
+
 #include "conv.h"
 #include "scratch.h"
 
@@ -10,6 +12,37 @@ namespace conv {
 // Steps [begin, end) of the outer axis of a sample, padding included.
 struct Band {
   int64_t sample, begin, end;
+};
+
+// Where pixels of the input go in the image of a band, of so many bytes for each pixel.
+struct Places {
+  const Geometry& geometry;
+  const Band& band;
+  uint8_t* image;
+  int64_t pixel_bytes;
+
+  const Axis& axis(int i) const { return geometry.axes[i]; }
+  // Along each axis in steps of the padded input.
+  uint8_t* at(int64_t outer, int64_t middle, int64_t inner) const {
+    return image + (((outer - band.begin) * axis(1).padded() + middle) * axis(2).padded() + inner) * pixel_bytes;
+  }
+  // Of a pixel of the input, counted from the start of the sample.
+  uint8_t* of(int64_t pixel) const {
+    const int64_t inner = axis(2).size, middle = axis(1).size;
+    return at(pixel / (inner * middle) + axis(0).before, pixel / inner % middle + axis(1).before,
+              pixel % inner + axis(2).before);
+  }
+  // The first pixel of the input in this step of the padded outer axis, or in the next one that has any.
+  int64_t first(int64_t outer) const {
+    return std::clamp<int64_t>(outer - axis(0).before, 0, axis(0).size) * axis(1).size * axis(2).size;
+  }
+  // Pixels of the input that lie side by side in the image, too: up to the next padding.
+  int64_t together() const {
+    int64_t pixels = axis(2).size;
+    if (axis(2).padded() > axis(2).size) return pixels;
+    pixels *= axis(1).size;
+    return axis(1).padded() > axis(1).size ? pixels : pixels * axis(0).size;
+  }
 };
 
 // The image of a band: x itself, or the scratch, filled.

@@ -81,10 +81,18 @@ void schedule_depthwise(Job& job, int most_parts) {
   job.parts = static_cast<int>(std::clamp<int64_t>(outputs / kOutputsPerThread, 1, most_parts));
 }
 
+// The kernel whose depthwise() takes floats: this one, or where it takes codes four taps at once, the best that does.
+const Kernel& that_takes_floats(const Kernel& kernel) {
+  for (int i = 0; kernel.interleave && i < kernel_count(); ++i)
+    if (!kernel_at(i).interleave && can_run(kernel_at(i))) return kernel_at(i);
+  return kernel;
+}
+
 }  // namespace
 
-Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
+Job schedule(const Kernel& asked, const Problem& problem, int most_parts) {
   const Geometry& g = problem.geometry;
+  const Kernel& kernel = problem.multiplies_floats() ? that_takes_floats(asked) : asked;
   const CodeFormat& format = kernel.codes;
   Job job{};
   job.problem = &problem;
@@ -98,7 +106,8 @@ Job schedule(const Kernel& kernel, const Problem& problem, int most_parts) {
   job.runs = runs_of(job);
   job.y_in_place = problem.y.channels_last || g.out_pixels() == 1;
   problem.is_depthwise ? schedule_depthwise(job, most_parts) : schedule_product(job, most_parts);
-  if (!job.image_in_place) job.image_bytes = job.image_rows() * job.plane_bytes + kSlack;
+  if (!job.image_in_place && !problem.multiplies_floats())
+    job.image_bytes = job.image_rows() * job.plane_bytes + kSlack;
   job.scratch_bytes = scratch_bytes(job);
   return job;
 }

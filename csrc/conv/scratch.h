@@ -46,7 +46,7 @@ inline Scratch carve(const Job& job, Carver& from) {
     const int64_t outputs = job.band_rows * g.axes[1].outputs() * g.axes[2].outputs();
     s.y = from.take<uint8_t>(outputs * kPanelColumns * 4);
     s.residual = from.take<uint8_t>(outputs * kPanelColumns * 4);
-    s.lanes = from.take<int32_t>(job.image_rows() * g.axes[1].padded() * g.axes[2].padded() * kPanelColumns);
+    s.lanes = from.take<int32_t>(job.image_pixels() * kPanelColumns);
     s.weights = from.take<int32_t>(g.taps() * kPanelColumns);
     s.offsets = from.take<int64_t>(g.taps());
     return s;

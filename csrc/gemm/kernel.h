@@ -137,11 +137,12 @@ constexpr int64_t kGatherBeyond = 64;
 
 // Some pixels of a depthwise convolution, for 16 channels.
 //
-//   sum[p, c] = Σ_t image[p * step + offsets[t] + c] · weights[t * 16 + c]        exact
+//   sum[p, c] = Σ_t image[p * step + offsets[t] + c] · weights[t * 16 + c]        tap by tap, by fma; exact of codes
 //   y[p, c]   = act(sum[p, c] * (scale * panel.scale[c]) + panel.bias[c])         as a Block's, residual and all
 //
-// Image and weights are floats, as Kernel::widen() gives them. Or, where a kernel has interleave(), each is four codes
-// of a lane's channel, for four taps at once, and the sum is less zero_point * panel.colsum[c].
+// Image and weights are floats: codes as Kernel::widen() gives them, or values of x. Or, where a kernel has
+// interleave(), each is four codes of a lane's channel, for four taps at once, and the sum is less zero_point *
+// panel.colsum[c].
 struct Depthwise {
   const int32_t* image;
   int64_t taps;  // or fours of them

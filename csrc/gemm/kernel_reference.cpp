@@ -131,7 +131,8 @@ void depthwise(const Depthwise& d) {
   for (int64_t p = 0; p < d.pixels; ++p)
     for (int c = 0; c < kPanelColumns; ++c) {
       float sum = 0.0f;
-      for (int64_t t = 0; t < d.taps; ++t) sum += image[p * d.step + d.offsets[t] + c] * weights[t * kPanelColumns + c];
+      for (int64_t t = 0; t < d.taps; ++t)
+        sum = std::fma(image[p * d.step + d.offsets[t] + c], weights[t * kPanelColumns + c], sum);
       uint8_t* row = static_cast<uint8_t*>(d.out) + p * d.out_stride;
       float y = sum * (d.scale * meta[16 + c]) + meta[32 + c];
       if (d.residual.data) y += summand_at(d.residual, p, c);

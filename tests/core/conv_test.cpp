@@ -81,23 +81,28 @@ Case random_case(const Geometry& g, DType dtype, bool per_sample) {
   return c;
 }
 
-// The code of a tap: of the padding that of 0.
-uint8_t code_of(const Case& c, int64_t sample, const int64_t (&at)[3], int64_t channel) {
-  const QParams& q = c.samples[sample];
+// Where the value of a tap is in x; -1 in the padding.
+int64_t index_of(const Case& c, int64_t sample, const int64_t (&at)[3], int64_t channel) {
   int64_t pixel = 0;
   for (int a = 0; a < 3; ++a) {
-    if (at[a] < 0 || at[a] >= c.g.axes[a].size) return static_cast<uint8_t>(q.zero_point);
+    if (at[a] < 0 || at[a] >= c.g.axes[a].size) return -1;
     pixel = pixel * c.g.axes[a].size + at[a];
   }
-  const int64_t i = c.index(sample, pixel, channel);
+  return c.index(sample, pixel, channel);
+}
+
+// The code of a value of x, or of the padding.
+uint8_t code_of(const Case& c, int64_t sample, int64_t i) {
+  const QParams& q = c.samples[sample];
+  if (i < 0) return static_cast<uint8_t>(q.zero_point);
   if (c.dtype == DType::u8) return c.x[i];
   return oracle_code(rounded(element(c.x.data(), c.dtype, i) * rounded(1.0f / q.scale)), q.zero_point);
 }
 
-// The patches of a sample's pixels for a group, as rows of codes.
-Rows patches_of(const Case& c, int64_t sample, int64_t group) {
+// Calls f with where each value of the patches of a sample's pixels for a group is in x.
+template <class F>
+void for_each_value(const Case& c, int64_t sample, int64_t group, const F& f) {
   const Geometry& g = c.g;
-  Rows rows{g.out_pixels(), g.depth(), DType::u8, false, c.samples[sample], {}};
   const auto& [outer, middle, inner] = g.axes;
   for (int64_t p = 0; p < g.out_pixels(); ++p) {
     const int64_t out[] = {p / (middle.outputs() * inner.outputs()), p / inner.outputs() % middle.outputs(),
@@ -107,11 +112,31 @@ Rows patches_of(const Case& c, int64_t sample, int64_t group) {
                             tap % inner.kernel};
       int64_t at[3];
       for (int a = 0; a < 3; ++a) at[a] = out[a] * g.axes[a].stride + of[a] * g.axes[a].dilation - g.axes[a].before;
-      for (int64_t i = 0; i < g.group_inputs(); ++i)
-        rows.bytes.push_back(code_of(c, sample, at, group * g.group_inputs() + i));
+      for (int64_t i = 0; i < g.group_inputs(); ++i) f(index_of(c, sample, at, group * g.group_inputs() + i));
     }
   }
+}
+
+// These patches, as rows of codes.
+Rows patches_of(const Case& c, int64_t sample, int64_t group) {
+  Rows rows{c.g.out_pixels(), c.g.depth(), DType::u8, false, c.samples[sample], {}};
+  for_each_value(c, sample, group, [&](int64_t i) { rows.bytes.push_back(code_of(c, sample, i)); });
   return rows;
+}
+
+// What a depthwise convolution of floats gives for a channel of a sample, before residual and activation.
+std::vector<float> of_floats(const Case& c, int64_t sample, int64_t channel) {
+  const Weights& w = c.weights[channel];
+  std::vector<float> y;
+  int64_t tap = 0;
+  float sum = 0.0f;
+  for_each_value(c, sample, channel, [&](int64_t i) {
+    sum = std::fma(i < 0 ? 0.0f : element(c.x.data(), c.dtype, i), static_cast<float>(w.codes[tap]), sum);
+    if (++tap < c.g.taps()) return;
+    y.push_back(rounded(rounded(sum * w.scale[0]) + (w.bias.empty() ? 0.0f : w.bias[0])));
+    tap = 0, sum = 0.0f;
+  });
+  return y;
 }
 
 // y (batch, pixels, channels) without activation; the activation follows the residual.
@@ -119,11 +144,13 @@ std::vector<float> expected(const Case& c) {
   std::vector<float> y(c.outputs());
   for (int64_t sample = 0; sample < c.batch; ++sample)
     for (int64_t group = 0; group < c.g.groups; ++group) {
+      const bool floats = c.depthwise && c.per_sample;
       const Sums sums = oracle_sums(patches_of(c, sample, group), c.weights[group]);
+      const std::vector<float> of = floats ? of_floats(c, sample, group) : std::vector<float>();
       for (int64_t p = 0; p < c.g.out_pixels(); ++p)
         for (int64_t n = 0; n < c.g.group_outputs(); ++n) {
           const int64_t i = (sample * c.g.out_pixels() + p) * c.g.out_channels + group * c.g.group_outputs() + n;
-          y[i] = oracle_value(sums, c.weights[group], Activation::none, p, n);
+          y[i] = floats ? of[p] : oracle_value(sums, c.weights[group], Activation::none, p, n);
           if (!c.residual.empty()) y[i] = rounded(y[i] + c.residual[i]);
         }
     }

@@ -15,7 +15,7 @@ from torchq.modules.qat_conv import QAT_OF_DIMENSIONS, QATConv
 from torchq.modules.qat_linear import TrainedLayer
 from torchq.modules.quantized_conv import OF_DIMENSIONS, QuantizedConv
 from torchq.modules.ranges import InputRange
-from torchq.ops.convolution import packs_as_one
+from torchq.ops.convolution import is_depthwise, packs_as_one
 
 MIN_CHANNELS = 4
 """Of a group's inputs and outputs, with more than one group: fewer fill too little of a panel."""
@@ -40,12 +40,12 @@ class ConvType(ModuleType):
         return weight_of(module)
 
     def patches(self, module: nn.Module) -> Patches | None:
-        outputs = 0  # which patches do not depend on: layers that read the same ones share a record
-        return (
-            None
-            if is_pointwise(module)
-            else Patches(geometry_of(module)._replace(out_channels=outputs), tiled=is_tiled(module))
-        )
+        if is_pointwise(module):
+            return None
+        geometry = geometry_of(module)
+        takes_floats = is_depthwise(weight_of(module).shape, geometry.groups)
+        # Patches do not depend on the outputs: layers that read the same ones share a record.
+        return Patches(geometry._replace(out_channels=0), tiled=is_tiled(module), takes_floats=takes_floats)
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         x = args[0] if args else next(iter(kwargs.values()), None)

@@ -9,7 +9,7 @@ All patches of an input would take `taps` times its memory. So only some are gat
 
 Beside its values a row carries the smallest and the largest value of each channel in the sample that it comes from. For
 the dynamic scheme has a range for each sample, and not for each row as a linear layer has. Only where patches do not
-overlap (`convolving.is_tiled`) each row has its own.
+overlap (`convolving.is_tiled`) each row has its own; and a depthwise convolution multiplies floats (`takes_floats`).
 """
 
 import math
@@ -32,6 +32,7 @@ class Patches(NamedTuple):
 
     geometry: Geometry
     tiled: bool = False
+    takes_floats: bool = False
 
     @property
     def channels(self) -> int:
@@ -131,6 +132,8 @@ class Patches(NamedTuple):
         values = values if tiled is None else values * tiled
         if qparams is not None:
             return fake_quantize(values, *qparams, dtype=torch.uint8)
+        if self.takes_floats:
+            return values
         return fake_quantize(values, *self.sample_qparams(rows, channel_scale), axis=0, dtype=torch.uint8)
 
     def multiplied(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,10 +7,13 @@ from torchq.modules.convolving import along, along_weight, as_rows, convolved, g
 from torchq.modules.convolving import is_tiled as has_tiles
 from torchq.modules.qat_linear import QATLayer
 from torchq.modules.ranges import PerToken, fake_quantize_weight
+from torchq.ops.convolution import is_depthwise
 
 
 class QATConv(QATLayer):
     """`y = conv(x̂, ŵ) + b` in float32: the same as the converted layer in `torchq.simulate()`.
+
+    x̂ of a dynamic depthwise one is x.
 
     With a channel_scale c (C,), x̂ is made of x · c and ŵ of w / c; with groups, each has one channel then. A batch norm
     behind it stays a module of its own, which trains as ever, and becomes a part of the int8 layer in `convert`.
@@ -49,6 +52,8 @@ class QATConv(QATLayer):
         bias = None if self.bias is None else self.bias.float()
         if not isinstance(self.input_range, PerToken):
             return convolved(self.input_range(x), weight, bias, geometry)
+        if is_depthwise(weight.shape, geometry.groups):
+            return convolved(x, weight, bias, geometry)
         if has_tiles(self):
             parts = tiles(x, geometry.kernel)
             rows = self.input_range(parts.reshape(-1, parts.shape[-1])).reshape(parts.shape)

@@ -39,7 +39,7 @@ from torchq.modules.tracing import Leaf
 from torchq.modules.writes import is_eager
 from torchq.numerics.qparams import QParams, dequantize, float32_qparams
 from torchq.ops import Activation, activate, linear_dynamic
-from torchq.ops.convolution import pack, packed_bytes, unpack
+from torchq.ops.convolution import is_depthwise, pack, packed_bytes, unpack
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _convolution = torch.ops.torchq.convolution.default
@@ -51,7 +51,8 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
     Takes (N, in_channels, *spatial), or without N, in float32, bfloat16 or float16, and returns what the float module
     does: the same shape, dtype (or autocast's) and memory format. Without `input_qparams` each sample has a scale and
     zero point of its own; where patches do not overlap (kernel 1, or as wide as the stride), each patch has, as a row
-    of a linear layer. c is the `channel_scale`: 1 without one, and else the weight is the float layer's by c.
+    of a linear layer; and a depthwise one multiplies floats as they are. c is the `channel_scale`: 1 without one, and
+    else the weight is the float layer's by c.
 
     Args:
         weight_int8: int8 (out_channels, in_channels / groups, *kernel).
@@ -336,8 +337,9 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
             values = values * along(channel_scale, self.dimensions)
         by_tiles = self.tiled and pair is None
         values = tiles(values, self.geometry.kernel) if by_tiles else values
-        rounded = rounded_by(values.detach(), pair, by_rows=by_tiles)
-        values = gradients.straight_through(values, rounded) if gradients.wanted(values) else rounded
+        if pair is not None or not is_depthwise(weight.shape, self.groups):
+            rounded = rounded_by(values.detach(), pair, by_rows=by_tiles)
+            values = gradients.straight_through(values, rounded) if gradients.wanted(values) else rounded
         exact = dequantize(weight, scale, axis=0)
         if by_tiles:
             return nn.functional.linear(values, as_rows(exact), bias).movedim(-1, 1)

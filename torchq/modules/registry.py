@@ -19,7 +19,7 @@ from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.recurrent_types import CellType, QATCellType, QATRecurrentType, RecurrentType
 from torchq.numerics.qparams import quantize_weight
-from torchq.ops.convolution import packed_bytes, packs_as_one
+from torchq.ops.convolution import packed_bytes
 
 TYPES: list[ModuleType] = [
     *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
@@ -97,10 +97,7 @@ class Layer:
     @property
     def is_depthwise(self) -> bool:
         """Whether each channel of its input has outputs of its own: it is a convolution with one group for each."""
-        shape = self.kind.weight(self.module, self.part).shape
-        return (
-            self.patches is not None and self.patches.is_depthwise and packs_as_one(shape, self.patches.geometry.groups)
-        )
+        return self.patches is not None and self.patches.takes_floats
 
     def packed_bytes(self, *, channel_scale: bool = False) -> int:
         """The bytes that its int8 weight takes, with a channel_scale or without."""

@@ -97,7 +97,7 @@ def pack(
     (1, 2)
     """
     taps = weight[0, 0].numel() if weight.numel() else 1
-    if groups > 1 and packs_as_one(weight.shape, groups):
+    if is_depthwise(weight.shape, groups):
         whole = ops.pack(weight.flatten(1), scale, bias)
         if channel_scale is None:
             return whole
@@ -144,7 +144,16 @@ def packs_as_one(shape: Sequence[int], groups: int) -> bool:
     >>> packs_as_one((8, 1, 3, 3), 8), packs_as_one((8, 2, 3, 3), 4)
     (True, False)
     """
-    return groups == 1 or (groups == shape[0] and shape[1] == 1 and math.prod(shape[2:]) <= _MOST_TAPS)
+    return groups == 1 or is_depthwise(shape, groups)
+
+
+def is_depthwise(shape: Sequence[int], groups: int) -> bool:
+    """Whether each channel is a group with one output: without a static range such a one multiplies floats.
+
+    >>> is_depthwise((8, 1, 3, 3), 8), is_depthwise((8, 2, 3, 3), 4), is_depthwise((1, 1, 3, 3), 1)
+    (True, False, False)
+    """
+    return 1 < groups == shape[0] and shape[1] == 1 and math.prod(shape[2:]) <= _MOST_TAPS
 
 
 def unpack(packed: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -195,13 +204,17 @@ def convolve(
     `y = float(Σ (code - zero_point)·w) * (scale * w_scale[o]) + bias[o]`; then the residual is added, then comes the
     activation, then y is rounded to its dtype, each operation rounded once.
 
+    A depthwise convolution (each channel a group with one output) without `x_qparams` multiplies x as it is:
+    `y = (Σ x·w) * w_scale[o] + bias[o]`, a sum of float32, tap by tap, where each step is rounded once (fma). It has so
+    few products for each value that codes would take as long as these.
+
     Args:
         x: float32, bfloat16 or float16 (N, in, *size), any strides; contiguous and channels last take no copy. Or uint8
             (N, *size, in): codes.
         packed: from `pack`. Its channel_scale, if any, multiplies x first; x then can't be codes.
         geometry: what was packed for, and stride, padding and dilation.
         x_qparams: scale and zero point of x. None: each sample gets its own, from the range of all its values, as by
-            `choose_qparams`; a sample with NaN or infinity gives NaN.
+            `choose_qparams`; a sample with NaN or infinity gives NaN. (Depthwise: see above.)
         y_qparams: scale and zero point of y; y is then uint8 codes.
         out_dtype: of y without `y_qparams`: by default that of x, or float32 where x holds codes.
         channels_last: whether the channels of y are last in memory. None: as in x; codes are channels last.

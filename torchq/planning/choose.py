@@ -30,6 +30,9 @@ SMALL_INPUT = 0.05
 With data, the model's output tells whether it must (selfcheck.py).
 """
 
+FLOATS = "a depthwise convolution that gets no codes multiplies floats"
+"""Why one is not static unasked: its range would save nothing, except between static convolutions (convolutions.py)."""
+
 TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 
 
@@ -152,7 +155,7 @@ def _choose_layer(layer: Layer, evidence: Evidence, experts: Set[str]) -> LayerP
         return LayerPlan("float", "calib_loader never reached it; its weight may be read without calling it")
     if not record.has_data:
         return LayerPlan("int8 dynamic", "no calibration data reached it", per_channel)
-    return plan_by(layer, record.whole, config, no_static=too_few(record))
+    return plan_by(layer, record.whole, config, no_static=FLOATS if layer.is_depthwise else too_few(record))
 
 
 def too_few(record: Record) -> str | None:

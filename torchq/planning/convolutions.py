@@ -4,7 +4,8 @@ Static saves a linear layer 1 to 3 %, and a convolution the more: no pass over t
 before it gives u8 codes, a quarter of the bytes, which nothing quantizes again. So the rule for single layers
 (choose.py) is not the last word here. Convolutions that it made dynamic become static, as many as cost the model's
 output no more than STATIC_DB, all together, and leave it no more than MARGIN_DB below what one has without data. Where
-convolutions are only a part of the model, they save only a part of its time, and may cost as much less.
+convolutions are only a part of the model, they save only a part of its time, and may cost as much less. A depthwise one
+multiplies floats without quantizing them, so static saves it nothing unless another one gives it codes.
 """
 
 import dataclasses
@@ -84,10 +85,12 @@ def _prefixes(options: list[_Option]) -> list[dict[str, LayerPlan]]:
 
 def _options(plan: Plan, evidence: Evidence) -> list[_Option]:
     """What could be static, those first that add least error for each value they read."""
-    options = []
+    options, fed = [], {chain[-1] for chain in evidence.chains.values() if chain}
     for name, planned in plan.layers.items():
         layer = evidence.layers.get(name)
         if planned.kind != "int8 dynamic" or layer is None or not layer.kind.absorbs or layer.trained is not None:
+            continue
+        if layer.is_depthwise and name not in fed:
             continue
         static = _as_static(name, planned, evidence)
         if static is not None:

@@ -38,6 +38,8 @@ def describe(plan: Plan, evidence: Evidence) -> Plan:
         count = max(1, round(record.sample.rows_seen / record.calls))
         dynamic = None if patches is None else patches.sample_qparams(record.sample.rows, scale)
         stats = layer_stats(error, rows, layer.input_qparams, count, dynamic)
+        if patches is not None and patches.takes_floats and layer.input_qparams is None:
+            stats = dataclasses.replace(stats, input_db=sqnr_db(rows, rows))
         if layer.fine:
             stats = dataclasses.replace(stats, input_db=sqnr_db(rows, rounded_twice(rows)))
         if evidence.layers[name].kind.absorbs:

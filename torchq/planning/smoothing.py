@@ -9,7 +9,8 @@ The product is the same, but the range is now shared between the activations and
 output channel. The layer itself multiplies, where it quantizes its rows (`ops.pack`, channel_scale). So nothing else in
 the model changes, and every layer may have its own c. Each alpha is measured like any other scheme: on the layer's own
 rows, with the real integer ops. In a depthwise convolution each channel has a row of the weight, and so a weight scale,
-of its own: there alpha = 1 costs the weight nothing, and gives every channel all codes.
+of its own: there alpha = 1 costs the weight nothing, and gives every channel all codes. Only if all are to be static: a
+dynamic one multiplies floats.
 """
 
 import dataclasses
@@ -47,6 +48,9 @@ is enough to cost the model's output 4 dB, while a range for each row costs 1 to
 that scales its input takes no codes, but static ones may give them: convolutions.py decides by the model's output.
 """
 
+NO_CODES = "a depthwise convolution multiplies floats, or codes of others, which can't be scaled"
+"""Why one has no scales unless all layers are to be static: they are for the codes that it makes of floats itself."""
+
 _ROUNDED = 0.25
 """What GPTQ is expected to leave of the error of rounding weights to nearest: so alpha may move more of the range into
 them. (In the models of benchmarks/accuracy.py it leaves 0.1 to 0.6 of a layer's.)
@@ -69,7 +73,9 @@ def smooth(plan: Plan, evidence: Evidence) -> Plan:
         layer = evidence.layers.get(name)
         if not planned.sqnr_db or layer is None or layer.trained is not None or name in tied:
             continue
-        if not layer.takes_scale:
+        if layer.is_depthwise and evidence.config.activation != "static":
+            layers[name] = dataclasses.replace(planned, no_smoothing=NO_CODES)
+        elif not layer.takes_scale:
             why_not = "a convolution with groups of several channels takes no channel_scale"
             layers[name] = dataclasses.replace(planned, no_smoothing=why_not)
         elif not _would_not_shrink(layer):
@@ -145,6 +151,8 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
 
     @cache
     def dynamic(alpha: float | None) -> float:
+        if layer.is_depthwise:
+            return tries(alpha)[0].db  # of its static ranges
         return _less(yardsticks[0].measure({}, scales.get(alpha))["dynamic"], leaving(alpha))
 
     def tries(alpha: float | None) -> list[_Try]:

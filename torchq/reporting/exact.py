@@ -73,23 +73,33 @@ def simulated_finely(given: Given) -> tuple[Tensor, Tensor]:
 def convolved(given: Given, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """The same of a convolution, whose input is (N, in, *size), or codes (N, *size, in): y, and what int8 may be off.
 
-    Without a range in `given`, each sample has one.
+    Without a range in `given`, each sample has one; or, if it is depthwise, is multiplied as it is. Then each of its
+    sums of T products is rounded T times, relative to the sum of their magnitudes.
     """
     weight, weight_scale, bias, channel_scale = convolution.unpack(given.packed, geometry)
     x = given.x.movedim(-1, 1) if given.x.dtype == torch.uint8 else given.x
     if channel_scale is not None:
         x = x.float() * _by_channel(channel_scale, x)
-    codes, scale = _codes(x.flatten(1), given, None)
+    as_it_is = given.scale is None and convolution.is_depthwise(weight.shape, geometry.groups)
+    codes, scale = (x.double(), 1.0) if as_it_is else _codes(x.flatten(1), given, None)
     padding = [each for pair in reversed(geometry.padding) for each in pair]
     padded = functional.pad(codes.view(x.shape), padding)
     conv = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[
         len(geometry.kernel) - 1
     ]
-    sums = conv(padded, weight.double(), None, geometry.stride, 0, geometry.dilation, geometry.groups)
+
+    def summed(values: Tensor, weight: Tensor) -> Tensor:
+        return conv(values, weight.double(), None, geometry.stride, 0, geometry.dilation, geometry.groups)
+
+    sums = summed(padded, weight)
     y = sums * (scale.view(-1, *[1] * (x.dim() - 1)) if isinstance(scale, Tensor) else scale)
     y = y * _by_channel(weight_scale.double(), y)
     b = _by_channel(bias.double(), y)
-    return y + b, 4 * U * (y.abs() + b.abs()) + _TINY
+    allowed = 4 * U * (y.abs() + b.abs()) + _TINY
+    if as_it_is:
+        taps = weight[0].numel()
+        allowed += taps * U * summed(padded.abs(), weight.abs().double()) * _by_channel(weight_scale.double(), y)
+    return y + b, allowed
 
 
 def _by_channel(vector: Tensor, like: Tensor) -> Tensor:
