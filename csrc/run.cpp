@@ -334,6 +334,15 @@ void normalize_on_threads(const Kernel& kernel, const NormRows& rows) {
                               [&](int64_t begin, int64_t end) { normalize(kernel, rows.part(begin, end)); });
 }
 
+void round_on_threads(const FeedbackBlock& block) {
+  constexpr int64_t kGroups = 4;  // of columns, at least, for each thread
+  const int64_t groups = ceil_div(block.columns, kFeedbackColumns);
+  torch::stable::parallel_for(0, groups, kGroups, [&](int64_t begin, int64_t end) {
+    round_with_feedback(block, begin * kFeedbackColumns, std::min(end * kFeedbackColumns, block.columns),
+                        thread_scratch(feedback_scratch_bytes(block)));
+  });
+}
+
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y) {
   const int64_t row_bytes = table.width * element_bytes(dtype);
   if (count * row_bytes > kHugeOutput) prefer_huge_pages(y, count * row_bytes);

@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "conv/conv.h"
+#include "gemm/feedback.h"
 #include "gemm/gemm.h"
 #include "recurrent.h"
 
@@ -61,6 +62,9 @@ void activate(const Kernel& kernel, Activation activation, const Values& values)
 
 // Computes rows.y with this kernel, on as many of torch's threads as the values pay for.
 void normalize_on_threads(const Kernel& kernel, const NormRows& rows);
+
+// Rounds all columns of the block, on as many of torch's threads as they pay for.
+void round_on_threads(const FeedbackBlock& block);
 
 // y (count, table.width) of dtype f32, bf16 or f16: these rows of the table, on as many of torch's threads as pay.
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y);

@@ -163,6 +163,7 @@ void test_gemm(bool quick);     // gemm_test.cpp
 void test_curves(bool quick);   // curves_test.cpp: the activations against the C library's functions in double
 void test_cells();              // cells_test.cpp: a step of a recurrent cell, likewise
 void test_norm();               // norm_test.cpp: LayerNorm, likewise
+void test_feedback();           // feedback_test.cpp: rounding with feedback, vectors against one column at a time
 void test_parts();              // parts_test.cpp
 void test_schedule();           // schedule_test.cpp: what schedule() decides, shown by spy kernels
 void test_pack();               // pack_test.cpp: pack, unpack, packed_header

@@ -161,6 +161,7 @@ int main(int argc, char** argv) {
   test_curves(arguments.quick);
   test_cells();
   test_norm();
+  test_feedback();
   test_pack();
   test_rows(arguments.quick);
   test_schedule();

@@ -57,7 +57,7 @@ GROUPS = {
     "ops": ["test_ops.py", "test_kernels.py", "test_golden.py", "test_activations.py"],
     "layers": ["test_direct.py", "test_linear.py", "test_calls.py", "test_gradients.py", "test_threads.py"],
     "hostile": ["test_hostile_tensors.py", "test_recurrent_op.py", "test_conv_op.py"],
-    "convolutions": ["test_conv_op.py", "test_layer_norm.py"],
+    "convolutions": ["test_conv_op.py", "test_layer_norm.py", "test_feedback.py"],
     "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py"],
 }
 # Limits the memory of its process, which then is not enough for the sanitizer's own.

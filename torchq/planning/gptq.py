@@ -17,13 +17,17 @@ change numbers: the layer is as fast as before.
 import torch
 from torch import Tensor
 
-_DAMPING, _BLOCK, _PANEL = 0.01, 256, 16  # a panel of 16 channels stays in L1 or L2
+from torchq.ops.feedback import round_with_feedback
+
+_DAMPING = 0.01
+_BLOCK = 128  # channels rounded by one call, whose errors stay in L1 (csrc/gemm/feedback.h)
 _CORNER = 128  # rows of H factorized at a time
+_GATHERED = 256  # rows of H gathered at a time
 _VALUES = 2**22  # of a weight, rounded at a time: with more rows, a channel costs fewer calls of torch
 
 
 def gptq(weight: Tensor, scale: Tensor, gram: Tensor, channel_scale: Tensor | None = None) -> Tensor:
-    """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of 256 channels.
+    """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of channels.
 
     Time N·K² + K³/6 multiplications, and one temporary matrix of K x K, of which half is touched.
 
@@ -50,7 +54,8 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor, channel_scale: Tensor | No
     count = max(1, _VALUES // max(1, len(gram)))
     for start in range(0, len(weight), count):
         rows = slice(start, start + count)
-        codes[rows, order] = _rounded(weight[rows].T[order].div_(factors.unsqueeze(1)), scale[rows], unit).T
+        channels = weight[rows].T.contiguous()[order].div_(factors.unsqueeze(1))
+        codes[rows, order] = _rounded(channels, scale[rows], unit).T
     return codes
 
 
@@ -60,22 +65,11 @@ def _rounded(weight: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
     Writes its errors into the weight.
     """
     errors = weight  # a row of errors is the weight until it is rounded, and then its error
-    inverse = scale.reciprocal()
     result = torch.empty_like(errors, dtype=torch.int8)
-    targets, codes = torch.empty(2, _BLOCK, errors.shape[1], dtype=torch.float32, device="cpu")
     for stop in range(len(errors), 0, -_BLOCK):
-        start = max(0, stop - _BLOCK)
-        count, block, within = stop - start, errors[start:stop], unit[start:stop, start:stop]
-        torch.addmm(block, unit[start:stop, stop:], errors[stop:], out=targets[:count])
-        for last in range(count, 0, -_PANEL):
-            first = max(0, last - _PANEL)
-            for j in range(last - 1, first - 1, -1):
-                target, code, after = targets[j], codes[j], slice(j + 1, last)
-                target.addmv_(block[after].T, within[j, after])
-                torch.mul(target, inverse, out=code).round_().clamp_(-127, 127)
-                block[j].addcmul_(code, scale, value=-1)
-            targets[:first].addmm_(within[:first, first:last], block[first:last])
-        result[start:stop] = codes[:count]
+        some = slice(max(0, stop - _BLOCK), stop)
+        targets = torch.addmm(errors[some], unit[some, stop:], errors[stop:])
+        result[some], errors[some] = round_with_feedback(targets, errors[some], unit[some, some], scale)
     return result
 
 
@@ -94,10 +88,10 @@ def _unit_factor(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 def _reordered(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """H on and above its diagonal."""
     result = torch.empty_like(gram)
-    for start in range(0, len(gram), _BLOCK):
-        rows, columns = order[start : start + _BLOCK], order[start:]
+    for start in range(0, len(gram), _GATHERED):
+        rows, columns = order[start : start + _GATHERED], order[start:]
         values = gram[rows].gather(1, columns.expand(len(rows), -1))  # several times as fast as by both indices at once
-        some = slice(start, start + _BLOCK)
+        some = slice(start, start + _GATHERED)
         torch.mul(values.mul_(factors[start:]), factors[some].unsqueeze(1), out=result[some, start:])
     return result
 
