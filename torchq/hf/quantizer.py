@@ -57,6 +57,10 @@ class TorchqHfQuantizer(Int8Quantizer):
         self._asked = [each._attn_implementation for each in _configs(config)]
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same: transformers 5.17 lets a quantizer see the config only here."""
+        return self.update_attn_implementation(config)
+
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """Those of an int8 checkpoint: its tensors have the model's names, but for tables whose head is left out.
 
