@@ -47,7 +47,8 @@ def energies(reference: Tensor, approximation: Tensor) -> Tensor:
     for ref, approx in pieces:
         if not ref.dtype == approx.dtype == torch.float32:  # in float32, a difference is rounded by 2^-24 of itself
             ref, approx = ref.double(), approx.double()
-        sums += torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in (ref, ref - approx)]).square()
+        norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in (ref, ref - approx)])
+        sums += norms.square().cpu()
     return sums
 
 

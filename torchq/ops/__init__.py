@@ -16,6 +16,7 @@ from torchq import _C
 from torchq.numerics.attention import gradients
 from torchq.numerics.recurrent import Cell
 from torchq.ops.cells import recurrent
+from torchq.ops.elsewhere import check_devices
 from torchq.ops.norm import layer_norm
 
 __all__ = [
@@ -333,15 +334,8 @@ class _Attention(torch.autograd.Function):
 # ---- Fakes: shapes and dtypes without data, for torch.compile and torch.export ------------------------------------
 
 
-def _check_devices(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
-    torch._check(
-        x.device == y.device,
-        lambda: f"torchq::{op}: {name} is on {x.device}, {other} on {y.device}. Move both to the CPU.",
-    )
-
-
 def _rows_out(op: str, name: str, x: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_devices(op, name, x, "the packed weight", packed)
+    check_devices(op, name, x, "the packed weight", packed)
     return x.new_empty((*x.shape[:-1], out_features(packed, x.shape[-1])), dtype=dtype)
 
 
@@ -349,7 +343,7 @@ def _rows_out(op: str, name: str, x: Tensor, packed: Tensor, dtype: torch.dtype)
 def _(weight: Tensor, scale: Tensor, bias: Tensor | None = None, channel_scale: Tensor | None = None) -> Tensor:
     for name, vector in (("scale", scale), ("bias", bias), ("channel_scale", channel_scale)):
         if vector is not None:
-            _check_devices("pack", name, vector, "weight", weight)
+            check_devices("pack", name, vector, "weight", weight)
     n, k = weight.shape
     return weight.new_empty((packed_bytes(n, k, channel_scale is not None),), dtype=torch.uint8)
 
@@ -410,10 +404,10 @@ def _(
     window: int | None = None,
     scheme: int = 0,
 ) -> Tensor:
-    _check_devices("attention", "k", k, "q", q)
-    _check_devices("attention", "v", v, "q", q)
+    check_devices("attention", "k", k, "q", q)
+    check_devices("attention", "v", v, "q", q)
     if mask is not None:
-        _check_devices("attention", "mask", mask, "q", q)
+        check_devices("attention", "mask", mask, "q", q)
     batch, heads, rows, _ = q.shape
     if q.stride(1) < q.stride(2):
         return q.new_empty((batch, rows, heads, v.shape[3])).transpose(1, 2)

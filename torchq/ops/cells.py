@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchq.numerics.recurrent import Cell
+from torchq.ops.elsewhere import check_devices
 
 _recurrent = torch.ops.torchq.recurrent.default
 
@@ -71,11 +72,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, others in (("gates", gates), ("packed_hh", packed_hh), ("packed_hr", packed_hr)):
         for other in others:
-            torch._check(
-                other.device == h0.device,
-                lambda name=name, other=other: (
-                    f"torchq::recurrent: {name} is on {other.device}, h0 on {h0.device}. Move both to the CPU."
-                ),
-            )
+            check_devices("recurrent", name, other, "h0", h0)
     y = h0.new_empty((gates[0].shape[0], len(gates) * h0.shape[2]))
     return y, h0.new_empty(h0.shape), h0.new_empty((0,) if c0 is None else c0.shape)

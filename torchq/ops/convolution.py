@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchq import ops
 from torchq.ops import Activation
+from torchq.ops.elsewhere import check_devices
 
 __all__ = ["Geometry", "convolve", "pack", "unpack"]
 
@@ -270,12 +271,8 @@ def _(
     residual: Tensor | None = None,
 ) -> Tensor:
     for name, other in (("the packed weight", packed), ("residual", residual)):
-        torch._check(
-            other is None or other.device == x.device,
-            lambda name=name, other=other: (
-                f"torchq::convolution: x is on {x.device}, {name} on {other.device}. Move both to the CPU."
-            ),
-        )
+        if other is not None:
+            check_devices("convolution", "x", x, name, other)
     _, inputs, outputs, groups = geometry[:4]
     kernel, stride, before, after, dilation = (tuple(geometry[4 + i :: 5]) for i in range(5))
     padding = tuple(zip(before, after, strict=True))

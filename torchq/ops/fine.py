@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchq.ops.elsewhere import check_devices
+
 __all__ = ["linear_fine"]
 
 
@@ -37,8 +39,5 @@ def linear_fine(x: Tensor, packed: Tensor, activation: int = 0) -> Tensor:
 def _(x: Tensor, packed: Tensor, activation: int = 0) -> Tensor:
     from torchq.ops import out_features  # it is made of this
 
-    torch._check(
-        x.device == packed.device,
-        lambda: f"torchq::linear_fine: x is on {x.device}, the packed weight on {packed.device}. Move both to the CPU.",
-    )
+    check_devices("linear_fine", "x", x, "the packed weight", packed)
     return x.new_empty((*x.shape[:-1], out_features(packed, x.shape[-1])))
