@@ -147,15 +147,38 @@ FIGURE = re.compile(r"\d (?:dB|ms|us|s|seconds|GB/s|Gop/s|%|[KMG]i?B)\b|\d %|\d[
 COMMAND = re.compile(r"python (?:-m|examples/|tools/)|make [a-z]|tests?/|test_\w+|by hand")
 
 
+BLOCK_OF_CODE = re.compile(r"(?ms)^ *```.*?^ *```")
+HEAD = 3  # so many paragraphs, tables and blocks of code begin a section
+
+
+def paragraphs(text: str) -> list[tuple[str, str]]:
+    """Each paragraph, list or table: without the blocks of code in it, and with them."""
+    code: list[str] = []
+    text = BLOCK_OF_CODE.sub(lambda block: code.append(block[0]) or f"\0{len(code) - 1}\0", text)
+    parts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return [(re.sub(r"\0\d+\0", "", part), re.sub(r"\0(\d+)\0", lambda n: code[int(n[1])], part)) for part in parts]
+
+
 def test_every_figure_has_the_command_that_prints_it():
-    """In a table or a sentence: the command stands in its section, or, but for the README, at the start of its page."""
+    """In the same paragraph, list or table, in one beside it, or at the head of its section, subsection or page.
+
+    The README's beginning speaks for itself only. What a block of code prints, it does itself.
+    """
     silent = []
     for page in PAGES:
         intro, *sections = re.split(r"(?m)^(?=## )", page.read_text())
+        of_page = page.stem != "README" and COMMAND.search(intro) is not None
         for section in (intro, *sections):
-            claims = FIGURE.search(re.sub(r"(?ms)^ *```.*?^ *```", "", section))  # what a block prints, it does itself
-            if claims and not COMMAND.search(section if page.stem == "README" else intro + section):
-                silent.append((name(page), section.splitlines()[0], claims[0]))
+            parts = paragraphs(section)
+            named = [COMMAND.search(whole) is not None for _, whole in parts]
+            at_head = of_page or any(named[:HEAD])
+            under = False
+            for i, (words, _) in enumerate(parts):
+                if words.startswith("###"):
+                    under = any(named[i : i + HEAD])
+                claim = FIGURE.search(words)
+                if claim and not (at_head or under or any(named[max(0, i - 1) : i + 2])):
+                    silent.append((name(page), section.splitlines()[0], claim[0]))
     assert silent == []
 
 
