@@ -277,3 +277,15 @@ def test_a_pool_of_processes(sentences, tmp_path):
         assert_identical(embedded(model, batch, pool=pool, chunk_size=20), embedded(model, batch))
     finally:
         model.stop_multi_process_pool(pool)
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_offloading_int8_layers_is_refused(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    x = torch.randn(4, 24)
+    qmodel = convert(nn.Sequential(nn.Linear(24, 40), nn.ReLU()))
+    expected, where = qmodel(x), {"offload_dir": tmp_path} if offload == "disk_offload" else {}
+    with pytest.raises(TypeError, match=r"offloaded to the CPU or a disk.*torchq\.load maps"):
+        getattr(accelerate, offload)(qmodel, execution_device=torch.device("cpu"), **where)
+    assert_identical(qmodel(x), expected)
+    assert_identical(accelerate.dispatch_model(qmodel, {"": "cpu"})(x), expected)

@@ -43,8 +43,18 @@ class FloatView(MadeTensor):
     _is_hf_initialized = True  # to transformers, which initializes the weights that no checkpoint had
 
     @staticmethod
-    def __new__(cls, make: Callable[[], Tensor], like: Tensor, device: torch.device) -> Any:
-        """A view that looks like `like`, a tensor on the meta device; `make()` gives its values."""
+    def __new__(cls, make: Callable[[], Tensor], like: Any = None, device: Any = None, **_: Any) -> Any:
+        """A view that looks like `like`, a tensor on the meta device; `make()` gives its values.
+
+        Raises:
+            TypeError: a tensor in the place of `make`, as libraries call the class of a parameter to replace it.
+        """
+        if isinstance(make, Tensor):
+            raise TypeError(
+                "torchq: the weight of an int8 layer is computed from its packed one, and no other tensor can take its "
+                "place: not to be offloaded to the CPU or a disk, either. It is a quarter of the float weight, and "
+                "torchq.load maps its file, so that memory is used for what is read."
+            )
         return torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,
