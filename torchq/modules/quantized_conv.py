@@ -38,11 +38,12 @@ from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import Leaf
 from torchq.modules.writes import is_eager
 from torchq.numerics.qparams import QParams, dequantize, float32_qparams
-from torchq.ops import Activation, activate, linear_dynamic
+from torchq.ops import Activation, activate
 from torchq.ops.convolution import is_depthwise, pack, packed_bytes, unpack
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _convolution = torch.ops.torchq.convolution.default
+_linear_dynamic = torch.ops.torchq.linear_dynamic.default
 
 
 class QuantizedConv(Settings, PackedWeights, Leaf):
@@ -304,7 +305,7 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
             of_residual = residual.qparams if keeps else None
             residual = residual.codes if keeps else residual.dequantized(last)
         if self.tiled and pair is None:
-            return self._by_places(x, activation, dtype, last, residual)
+            return self._by_places(x, packed, activation, dtype, last, residual)
         qparams = [] if pair is None else list(map(float, pair))
         if y_qparams is not None:
             qparams += map(float, y_qparams)
@@ -319,14 +320,17 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
                 return y
         return writes.unseen(_convolution, *settings)  # type: ignore[no-any-return]
 
-    def _by_places(self, x: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None) -> Tensor:
+    def _by_places(
+        self, x: Tensor, packed: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None
+    ) -> Tensor:
         """With a scale and zero point for each tile, as a linear layer has for each row."""
         rows = tiles(x, self.geometry.kernel)
         if residual is None:
-            y = linear_dynamic(rows if x.dtype is dtype else rows.float(), self.packed, activation).to(dtype)
-            return in_format(y.movedim(-1, 1), last)
-        y = linear_dynamic(rows.float(), self.packed).movedim(-1, 1) + residual.float()
-        return in_format(activate(y, activation).to(dtype), last)
+            y = _linear_dynamic(rows if x.dtype is dtype else rows.float(), packed, activation).movedim(-1, 1)
+        else:
+            y = _linear_dynamic(rows.float(), packed, Activation.NONE).movedim(-1, 1) + residual.float()
+            y = y if activation == Activation.NONE else activate(y, activation)
+        return in_format(y.to(dtype), last)
 
     def _simulated(self, x: Tensor) -> Tensor:
         """Before the activation, in float32."""
