@@ -15,7 +15,7 @@ from torch import Tensor
 from torchq import _C
 from torchq.numerics.attention import gradients
 from torchq.numerics.recurrent import Cell
-from torchq.ops import flops as flops
+from torchq.ops import flops as flops  # imported for what it registers
 from torchq.ops.cells import recurrent
 from torchq.ops.elsewhere import check_devices
 from torchq.ops.norm import layer_norm
