@@ -10,6 +10,7 @@ import dis
 import functools
 import inspect
 import types
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -78,10 +79,10 @@ _USUAL = (
 part in what happens to its form."""
 
 
-def is_usual(kind: type[nn.Module]) -> bool:
-    """Whether its modules are called, read, copied and subclassed as any nn.Module is."""
-    find = inspect.getattr_static
-    return type(kind) in (type, abc.ABCMeta) and all(find(kind, x, None) is find(nn.Module, x, None) for x in _USUAL)
+def is_usual(kind: type[nn.Module], but: Collection[str] = ()) -> bool:
+    """Whether its modules are called, read, copied and subclassed as any nn.Module is, `but` for these names."""
+    find, names = inspect.getattr_static, (name for name in _USUAL if name not in but)
+    return type(kind) in (type, abc.ABCMeta) and all(find(kind, x, None) is find(nn.Module, x, None) for x in names)
 
 
 @functools.lru_cache(maxsize=1024)

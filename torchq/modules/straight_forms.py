@@ -37,6 +37,11 @@ class Form(nn.Module):
     line: Line  # its code
     reads = staticmethod(line_of)  # what reads the code of such a class
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What the user's class does with each subclass is for theirs: a form is the class itself, in fewer calls."""
+        if "original" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Whoever takes a name that only the form has gets the user's class back: there it means what they set."""
         form: Any = self.form  # for mypy, a class of torch has no hash

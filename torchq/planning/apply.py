@@ -11,6 +11,7 @@ from torchq.errors import BadTypeError, door
 from torchq.modules.attention_offer import offer_attention
 from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
+from torchq.modules.chunked import Chunked
 from torchq.modules.classes import know
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import faster
@@ -91,6 +92,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 ConvRow.adopt(module)
                 if plan.int8_layers():
                     LayerNorm.adopt(module)
+                    Chunked.adopt(module)
             for module in reversed(list(model.modules())):  # when all within are what they become
                 ConvBlock.adopt(module)
             _adopt_encoder_layers(model, plan)
