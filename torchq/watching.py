@@ -1,37 +1,58 @@
 """Modes that watch torch's operations."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from torchq.imports import when_imported
 
 
 class Watch(TorchDispatchMode):
     """A TorchDispatchMode that no graph has a part of, and that does not import torch._dynamo for that.
 
     torch hides what a mode does from torch.compile by `torch._disable_dynamo`, whose first call imports torch._dynamo.
-    That takes as long as torch itself. Where nobody has imported it, nothing is compiled.
+    That takes as long as torch itself. Until somebody imports it, nothing is compiled. Code that runs under a mode may
+    be the first to: flex_attention is.
+
+    Operators of functions, such as flex_attention and cond, are operations as others: `name_of` and `may_write`.
     """
 
-    _hidden = False
+    supports_higher_order_operators = True  # else torch raises NotImplementedError for them
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        when_imported("torch._dynamo", cls._hide)
+
+    @classmethod
+    def _hide(cls, dynamo: Any) -> None:
+        cls.__torch_dispatch__ = dynamo.disable(cls.__torch_dispatch__)  # type: ignore[method-assign]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # torch asks this, and then leaves the method as it is
         return False
 
-    def __enter__(self) -> "Self":
-        kind: Any = type(self)
-        if "torch._dynamo" in sys.modules and not kind._hidden:
-            kind.__torch_dispatch__, kind._hidden = torch.compiler.disable(kind.__torch_dispatch__), True
-        super().__enter__()
-        return self
+
+def name_of(func: Any) -> str:
+    """The name of an operation that a mode is told of.
+
+    >>> name_of(torch.ops.aten.add.Tensor), name_of(torch.ops.higher_order.cond)
+    ('aten::add', 'cond')
+    """
+    return func._schema.name if hasattr(func, "_schema") else func.name()  # type: ignore[no-any-return]
+
+
+def may_write(func: Any) -> bool:
+    """Whether an operation may write to its arguments. One that runs functions might: what these do, no mode is told.
+
+    >>> ops = torch.ops
+    >>> may_write(ops.aten.add.Tensor), may_write(ops.aten.add_.Tensor), may_write(ops.higher_order.cond)
+    (False, True, True)
+    """
+    return not hasattr(func, "_schema") or func._schema.is_mutable
 
 
 def unwatched(x: Tensor) -> AbstractContextManager[None]:

@@ -6,7 +6,6 @@ undone by the last to leave; hooks act on the calls of the thread that set them 
 module take turns.
 """
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,11 +16,15 @@ from typing import Any, ParamSpec
 import torch
 from torch import nn
 
+from torchq.imports import when_imported
+
 P = ParamSpec("P")
 
 _LOCK = threading.Condition()
 _no_fast_path: list[bool] = []  # one entry for each that has it off: what it was when the first came
-_eager: list[Any] = []  # one entry for each that runs uncompiled: the stance that the first set
+_eager: list[Any] = []  # the stance by which compiled parts run uncompiled, while it is set
+_running_eager = 0  # how many want that; code that they run may be the first to import the compiler
+_has_compiler = False
 _evaluated: dict[int, tuple[nn.Module, bool]] = {}  # by id: the module, and the flag the first found
 _evaluations: Counter[int] = Counter()
 _converted: dict[int, tuple[int, int]] = {}  # by the module's id: the thread that converts it, and how often
@@ -45,18 +48,33 @@ def without_fast_path() -> Iterator[None]:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Compiled parts run uncompiled, or hooks would be traced; as before when the last thread leaves."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
-        yield
-        return
+    global _running_eager
     with _LOCK:
-        _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
+        _running_eager += 1
+        _set_stance()
     try:
         yield
     finally:
         with _LOCK:
-            stance = _eager.pop()
-            if not _eager:
-                stance.__exit__(None, None, None)
+            _running_eager -= 1
+            if _eager and not _running_eager:
+                _eager.pop().__exit__(None, None, None)
+
+
+def _compiler_came(_: Any) -> None:
+    global _has_compiler
+    with _LOCK:
+        _has_compiler = True
+        _set_stance()
+
+
+def _set_stance() -> None:
+    """Under the lock. Without a compiler nothing is compiled, and this would import it."""
+    if _has_compiler and _running_eager and not _eager:
+        _eager.append(torch.compiler.set_stance("force_eager"))
+
+
+when_imported("torch._dynamo", _compiler_came)
 
 
 @contextmanager

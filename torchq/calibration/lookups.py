@@ -9,7 +9,7 @@ from torch import nn
 
 from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
-from torchq.watching import Watch, tensors_in
+from torchq.watching import Watch, name_of, tensors_in
 
 _OF_LOOKUPS = ("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::detach")
 
@@ -40,7 +40,7 @@ class Lookups(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and notes the tables that it reads."""
-        if func._schema.name not in _OF_LOOKUPS:
+        if name_of(func) not in _OF_LOOKUPS:
             keys = {storage_key(tensor) for tensor in tensors_in((args, kwargs))}
             self.read.update(self._tables[key] for key in keys & self._tables.keys())
         return func(*args, **(kwargs or {}))

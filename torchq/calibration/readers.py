@@ -22,7 +22,7 @@ from torchq.modules.convolving import is_zero_padding
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
-from torchq.watching import Watch, tensors_in
+from torchq.watching import Watch, may_write, tensors_in
 
 ADDITION = "+"
 """In a chain: the output is one of two summands of the same shape."""
@@ -125,7 +125,7 @@ class Readers(Watch):
             output = self._alive(key)
             if output is None or key == key_taken:
                 continue
-            writes = func._schema.is_mutable and output.chain[0] not in self._convolutions
+            writes = may_write(func) and output.chain[0] not in self._convolutions
             if key != allowed or writes:
                 self._found[output.chain].add(None)
         y = func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchq.modules.activations import activation_of
 from torchq.modules.pending import ACTIVATIONS, Deferred
 from torchq.ops import Activation
-from torchq.watching import Watch
+from torchq.watching import Watch, may_write
 
 _activate = torch.ops.torchq.activate.default
 
@@ -88,5 +88,5 @@ def faster(module: nn.Module) -> nn.Module:
     with torch.no_grad(), _Operations() as operations:
         type(module).forward(module, x)
     first = operations.seen[0]
-    stays = len(operations.seen) == 1 and (first in ACTIVATIONS or first._schema.is_mutable)
+    stays = len(operations.seen) == 1 and (first in ACTIVATIONS or may_write(first))
     return module if stays else cast(nn.Module, Curve(kind)).train(module.training)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from torchq.modules.computed_weights import weight_of
 from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, is_plain_value, odd_step
-from torchq.watching import Watch
+from torchq.watching import Watch, name_of
 
 
 class Proof(NamedTuple):
@@ -188,7 +188,7 @@ class _Operations(Watch):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen[func._schema.name] += 1
+        self.seen[name_of(func)] += 1
         return func(*args, **(kwargs or {}))
 
 

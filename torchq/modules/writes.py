@@ -150,7 +150,9 @@ def run_on_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def written_by(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to, by its schema."""
+    """The tensors that an operation writes to, by its schema; of an operator of functions, all that it is given."""
+    if not hasattr(func, "_schema"):
+        return [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     places, names = _written_places(func)
     if not places and not names:
         return []

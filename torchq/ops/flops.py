@@ -4,20 +4,16 @@ Without a formula an op counts as 0, without a word. Sums, curves, look-ups and 
 Importing torch.utils.flop_counter may import triton, so `import torchq` does not: the formulas wait for who does.
 """
 
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from torchq import _C as _C  # which defines the ops
+from torchq.imports import when_imported
 from torchq.numerics.recurrent import Cell
-
-_COUNTER = "torch.utils.flop_counter"
 
 
 def product_flops(x: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
@@ -63,26 +59,4 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(getattr(torch.ops.torchq, name))(formula)
 
 
-class _WhenImported(MetaPathFinder):
-    """Finds torch's module once, and has the formulas registered when it was run."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                _register(module)
-
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+when_imported("torch.utils.flop_counter", _register)

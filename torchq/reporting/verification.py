@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from torchq import kernels, ops
 from torchq.calibration.batches import Forward, call_with_batch
+from torchq.calibration.isolation import uncompiled
 from torchq.errors import BadValueError, door
 from torchq.modules.attention import attention_modules
 from torchq.modules.quantized_conv import QuantizedConv
@@ -79,7 +80,7 @@ def verify(qmodel: nn.Module, example: Any, *, forward: Forward | None = None) -
     """
     attached_plan(qmodel)
     checks = _Checks(qmodel)
-    with checks.attention_named(qmodel), checks:
+    with checks.attention_named(qmodel), uncompiled(), checks:
         if forward is None:
             call_with_batch(qmodel, example, "example")
         else:
