@@ -367,3 +367,22 @@ OF_TRANSFORMERS = {
 def test_activations_of_transformers(name, activation):
     activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
     assert activation_of(activations.ACT2FN[name]) == activation
+
+
+def test_torchs_own_are_found_once_for_each_setting(monkeypatch):
+    """Networks have hundreds of them. Other settings are others, and a class may get another forward."""
+    runs = []
+    clamp = torch.nn.functional.hardtanh
+    monkeypatch.setattr(torch.nn.functional, "hardtanh", lambda *args: runs.append(1) or clamp(*args))
+    module = nn.Hardtanh(0.0, 6.0)
+    assert activation_of(module) == Activation.RELU6
+    first = len(runs)
+    assert [activation_of(nn.Hardtanh(0.0, 6.0)) for _ in range(9)] == 9 * [Activation.RELU6]
+    assert len(runs) == first
+    module.max_val = 5.0
+    assert activation_of(module) == Activation.NONE
+    module.max_val = 6.0
+    module.register_forward_hook(lambda *_: None)
+    assert activation_of(module) == Activation.NONE
+    monkeypatch.setattr(nn.Hardtanh, "forward", lambda self, x: nn.functional.silu(x))
+    assert activation_of(nn.Hardtanh(0.0, 6.0)) == Activation.SILU

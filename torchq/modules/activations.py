@@ -1,13 +1,15 @@
 """The activations that a QuantizedLinear can compute in its epilogue: functions, slopes, and which modules they are."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchq.modules.classes import know
-from torchq.modules.plain_code import forward_of, is_plain
+from torchq.modules.plain_code import forward_of, is_plain, is_plain_value
 from torchq.ops import Activation
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -100,6 +102,25 @@ def activation_of(module: nn.Module | None) -> Activation:
     """
     if module is None or not _may_run(module):
         return Activation.NONE
+    settings = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+    if type(module) in _OF_TORCH and all(map(is_plain_value, settings.values())):
+        kind: Any = type(module)  # for mypy, a class of torch has no hash
+        return _of_torch(kind, forward_of(kind), tuple(settings.items()))
+    return _computed(module)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+@functools.lru_cache(maxsize=256)
+def _of_torch(kind: Any, forward: Any, settings: tuple[tuple[str, Any], ...]) -> Activation:
+    """That of torch's modules of this class with these settings: networks have hundreds that are alike."""
+    module = kind()
+    vars(module).update(settings)
+    return _computed(module)
+
+
+def _computed(module: nn.Module) -> Activation:
     kinds = {activation_computed(partial(_forward, module, training)) for training in (False, True)}
     return kinds.pop() if len(kinds) == 1 else Activation.NONE
 

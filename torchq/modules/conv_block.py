@@ -329,10 +329,11 @@ def _links(leaves: list[Any] | None) -> tuple[Link, ...] | None:
         elif isinstance(leaf, QuantizedConv):
             links.append(Link(leaf, Activation.NONE, zeros))
             zeros = None
+        elif isinstance(leaf, IncludedNorm):
+            if not links:
+                return None
         elif (kind := exact_activation_of(leaf)) != Activation.NONE:
             if not links or links[-1].activation != Activation.NONE or zeros is not None:
                 return None
             links[-1] = links[-1]._replace(activation=kind)
-        elif isinstance(leaf, IncludedNorm) and not links:
-            return None
     return None if leaves is None or zeros is not None else tuple(links)

@@ -46,6 +46,7 @@ def forward_of(kind: type[nn.Module]) -> Any:
     return getattr(kind, "forward", None)
 
 
+@functools.lru_cache(maxsize=1024)
 def runs_straight(code: types.CodeType) -> bool:
     """Whether code has no loops, no imports, and stores to locals only: so it ends, if what it calls does.
 
