@@ -15,6 +15,7 @@ from torchq.errors import BadValueError, door
 from torchq.planning.apply import applied
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
+from torchq.planning.by_code import with_code_read
 from torchq.planning.choose import choose
 from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
@@ -119,7 +120,7 @@ def convert(
         if merged is None:
             del layers, selection, free, evidence  # as below
             return applied(model, peers.received(), inplace=inplace)
-        evidence = include_norms(merged)
+        evidence = include_norms(with_code_read(merged))
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
         stages = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads, fuse, rounded, describe)
         plan = first_plan(model, selection)

@@ -286,7 +286,7 @@ def _inside(module: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | N
     if isinstance(module, (ConvRow, ConvBlock)):
         flow = _flow(module, parts, facts)
         return None if flow is None or flow.other is not None else _leaves(module, flow.one, parts, facts)
-    if _is_sequential(kind):
+    if is_sequential(kind):
         parts.append(Part(module, kind, dict(module._modules), True, {}))
         know(kind, _OF_SEQUENTIAL)
         return _leaves(module, list(module._modules), parts, facts)
@@ -302,7 +302,7 @@ _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _OF_SEQUENTIAL = ("forward", "__iter__", "__len__")
 
 
-def _is_sequential(kind: Any) -> bool:
+def is_sequential(kind: Any) -> bool:
     """Whether modules of a class call all their children in order, as an nn.Sequential does."""
     if kind in (nn.Sequential, Int8Sequential):
         return True

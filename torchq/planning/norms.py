@@ -2,24 +2,18 @@
 
 import dataclasses
 from collections import Counter
-from itertools import pairwise
-
-from torch import nn
 
 from torchq.calibration.calibrate import Evidence
 from torchq.modules.norms import factors, is_foldable
-from torchq.planning.layers import has_hooks
 
 
 def include_norms(evidence: Evidence) -> Evidence:
     """The evidence with layers that include the norm behind them, and the names of these norms.
 
-    With calibration data it takes what the runs have shown: the norm alone reads what the convolution gives, and reads
-    nothing else. Without, it takes neighbours in an nn.Sequential. Both must have one place in the model, for whoever
-    calls one of them would not get what the float model gives.
+    Runs, or code (`by_code.py`), have shown that the norm alone reads what the convolution gives, and reads nothing
+    else. Both must have one place in the model, for whoever calls one of them would not get what the float model gives.
     """
-    found = evidence.norms if evidence.batches else _neighbours(evidence)
-    found = found if evidence.config.fuse else {}
+    found = evidence.norms if evidence.config.fuse else {}
     places = Counter(id(child) for module in evidence.model.modules() for child in module._modules.values())
     norms, layers = {}, dict(evidence.layers)
     for name, norm_name in found.items():
@@ -34,16 +28,3 @@ def include_norms(evidence: Evidence) -> Evidence:
             continue
         layers[name], norms[name] = dataclasses.replace(layer, norm=norm), norm_name
     return dataclasses.replace(evidence, layers=layers, norms=norms)
-
-
-def _neighbours(evidence: Evidence) -> dict[str, str]:
-    names = {id(layer.module): name for name, layer in evidence.layers.items() if layer.kind.absorbs}
-    found = {}
-    for path, sequential in evidence.model.named_modules():
-        if type(sequential) is not nn.Sequential or "forward" in vars(sequential):
-            continue
-        children = [(f"{path}.{key}" if path else key, child) for key, child in sequential._modules.items()]
-        for (_, child), (name, behind) in pairwise(children):
-            if id(child) in names and child is not None and not has_hooks(child) and is_foldable(behind):
-                found[names[id(child)]] = name
-    return found

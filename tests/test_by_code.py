@@ -1,0 +1,174 @@
+"""Without calibration data, what follows a convolution is read from the code of the modules that hold it."""
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.compare import assert_identical
+from helpers.conv_blocks import DATA, X
+from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, by_code, resnet, shaken
+from helpers.mobile import Inverted, Network, Padded, Timm, Torchvision
+from torchq import QConfig, apply_plan, convert, plan_of, prepare_qat
+from torchq.modules.conv_block import ConvBlock
+from torchq.modules.norms import IncludedNorm
+from torchq.numerics.metrics import sqnr_db
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+DYNAMIC = QConfig(activation="dynamic", rounding="nearest", smoothing="none")
+
+
+class Flags(nn.Module):
+    """What a class of many networks does depends on its settings, and an activation is shared by all."""
+
+    def __init__(self, inputs, outputs, act=None, norm=True):
+        super().__init__()
+        self.use_norm, self.activate = norm, act is not None
+        self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=not norm)
+        if norm:
+            self.norm = shaken(nn.BatchNorm2d(outputs), seed=outputs)
+        if act is not None:
+            self.act = act
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.use_norm:
+            x = self.norm(x)
+        if self.activate:
+            x = self.act(x)
+        return x
+
+
+class Unit(nn.Module):
+    def __init__(self, inputs=32, outputs=32):
+        super().__init__()
+        act = nn.ReLU(inplace=True)
+        self.resize = inputs != outputs
+        self.body = nn.Sequential(Flags(inputs, 48, act), Flags(48, outputs))
+        if self.resize:
+            self.shortcut = Flags(inputs, outputs, norm=False)
+        self.act = act
+
+    def forward(self, x):
+        residual = self.shortcut(x) if self.resize else x
+        x = self.body(x)
+        x = x + residual
+        return self.act(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "x"),
+    [
+        (Unit(), DATA, X),
+        (Unit(32, 64), DATA, X),
+        (Basic(32), DATA, X),
+        (Bottleneck(32, 64), DATA, X),
+        (Inverted(), DATA, X),
+        (Torchvision(), DATA, X),
+        (Timm(), DATA, X),
+        (Padded(), DATA, X),
+        (Network(), DATA, X),
+        (ConvNorm(3, 32, act=nn.SiLU()), IMAGES, IMAGE),
+        (resnet(), IMAGES, IMAGE),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_code_says_what_runs_would_show(model, images, x):
+    model = model.eval()
+    qmodel, seen = convert(model), convert(model, images, config=DYNAMIC)
+    told, shown = ({n: (r.norm, r.adds, r.activation) for n, r in m.torchq_plan.layers.items()} for m in (qmodel, seen))
+    assert told == shown
+    assert any(map(any, told.values()))
+    assert_identical(qmodel(x), seen(x))
+    assert sqnr_db(model(x), qmodel(x)) > 30
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in qmodel.modules())
+    assert_identical(by_code(qmodel)(x), qmodel(x))
+    assert_identical(apply_plan(model, plan_of(qmodel))(x), qmodel(x))
+
+
+def test_a_block_is_one_loop():
+    assert isinstance(convert(Unit(32, 64).eval()), ConvBlock)
+    assert not isinstance(convert(Unit(32, 64).eval(), config=QConfig(fuse=False)), ConvBlock)
+
+
+class Twice(ConvNorm):
+    def forward(self, x):
+        return self.norm(self.norm(self.conv(x)))
+
+
+class Again(ConvNorm):
+    """The same convolution in front of the norm and behind it."""
+
+    def forward(self, x):
+        return self.conv(self.act(self.norm(self.conv(x))))
+
+
+class Around(nn.Module):
+    """A shared block, with a norm behind one of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(32, 32, 1))
+        self.one, self.two = nn.Sequential(self.block, shaken(nn.BatchNorm2d(32))), nn.Sequential(self.block, nn.ReLU())
+
+    def forward(self, x):
+        return self.one(x) + self.two(x)
+
+
+class Reads(ConvNorm):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class Patched(ConvNorm):
+    """An instance with a forward of its own."""
+
+    def __init__(self):
+        super().__init__(32, 32)
+        self.forward = lambda x: self.norm(self.conv(x) * 2)
+
+
+class Watched(nn.Module):
+    """Somebody looks at what lies between the convolution and its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.seen = nn.Sequential(nn.Conv2d(32, 32, 1)), shaken(nn.BatchNorm2d(32)), []
+        self.body.register_forward_hook(lambda module, args, y: self.seen.append(y.clone()))
+
+    def forward(self, x):
+        return self.norm(self.body(x))
+
+
+class Depends(ConvNorm):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) if x.mean() > 0 else y
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Twice(32, 32), Again(32, 32), Around(), Reads(32, 32), Patched(), Watched(), Depends(32, 32)],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_code_does_not_prove_stays(model):
+    model = model.eval()
+    qmodel = convert(model)
+    assert not any(isinstance(module, IncludedNorm) for module in qmodel.modules())
+    for x in (X, X - 1, X + 1):
+        assert sqnr_db(model(x), qmodel(x)) > 30
+    for one, other in zip(getattr(model, "seen", ()), getattr(qmodel, "seen", ()), strict=False):
+        assert sqnr_db(one, other) > 30
+
+
+def test_a_trained_model_needs_no_data_either():
+    model = nn.Sequential(Unit(32, 64), Unit(64, 32)).eval()
+    trained = prepare_qat(model, DATA).eval()
+    qmodel = convert(trained)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in qmodel.modules())
+    assert sum(layer.adds for layer in qmodel.torchq_plan.layers.values()) == 2
+    assert any(layer.feeds for layer in qmodel.torchq_plan.layers.values())
+    assert sqnr_db(trained(X), qmodel(X)) > 35
+    with torch.no_grad():
+        assert sqnr_db(model(X), qmodel(X)) > 25
