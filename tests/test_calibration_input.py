@@ -56,6 +56,34 @@ def test_non_finite_input_is_named_by_layer_and_batch(bad):
     assert "got 1 NaN or Inf among the 120" in message
 
 
+def not_dense():
+    rows, model = [X[:3], X[3:]], nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+    yield "jagged", model, torch.nested.nested_tensor(rows, layout=torch.jagged), "a nested tensor. Pass it padded"
+    yield "nested", model, torch.nested.nested_tensor(rows, layout=torch.strided), "a nested tensor. Pass it padded"
+    yield "sparse", model, X.to_sparse(), "torch.sparse_coo. Pass x.to_dense() instead."
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("number", range(3))
+def test_input_that_is_not_dense_is_refused(number):
+    _, model, batch, message = list(not_dense())[number]
+    model(batch)  # in float it works
+    for forward in (None, lambda model, batch: model(batch)):
+        said = error_of([X, batch], model, forward=forward)
+        assert said.startswith("TypeError: layer '0' in batch 1 of calib_loader: x must be dense, got " + message)
+
+
+def test_an_error_about_a_nested_batch_names_it():
+    batch = torch.nested.nested_tensor([X[:3], X[3:]], layout=torch.strided)
+    with pytest.raises(RuntimeError, match="of its own") as caught:
+        recorded(Net(), [batch], forward=lambda model, batch: fail())
+    assert "batch 0 of calib_loader, a nested float32 tensor." in "".join(caught.value.__notes__)
+
+
+def fail():
+    raise RuntimeError("of its own")
+
+
 @pytest.mark.parametrize(
     "batch",
     [normal(4, 5), torch.ones(4, 6, dtype=torch.long), normal(4, 6).double(), torch.empty(4, 6, device="meta")],

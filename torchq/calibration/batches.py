@@ -238,6 +238,8 @@ def _described(batch: Any) -> str:
     """
     if isinstance(batch, Tensor):
         dtype = str(batch.dtype).removeprefix("torch.")
+        if batch.is_nested:
+            return f"a nested {dtype} tensor"
         return f"{'an' if dtype[0] in 'iu' else 'a'} {dtype} tensor {list(batch.shape)}"
     if isinstance(batch, Mapping):
         return f"a {type(batch).__name__} with the keys {', '.join(str(key) for key in list(batch)[:6])}"

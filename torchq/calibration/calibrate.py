@@ -22,6 +22,7 @@ from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
+from torchq.modules.refusals import refuse_layout
 from torchq.modules.registry import Layer
 from torchq.scopes import callers_autocast
 from torchq.watching import unwatched
@@ -238,6 +239,8 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
         inputs = layers[0].kind.inputs(module, args, kwargs)
         for layer in layers:
             x = inputs.get(layer.part)
+            if isinstance(x, Tensor):
+                _refuse_layout(x, layer.name, evidence.batches)
             if not isinstance(x, Tensor) or not _fits(layer, x):
                 continue  # the module's own forward will raise the error
             try:
@@ -254,6 +257,14 @@ def _recording(recorder: Recorder, evidence: Evidence) -> Iterator[None]:
             module, hook = evidence.model.get_submodule(path), own_thread(partial(record, layers))
             stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
+
+
+def _refuse_layout(x: Tensor, name: str, batch: int) -> None:
+    """Raises an error for an input that no int8 layer takes. In float it may work, but not while it is watched."""
+    try:
+        refuse_layout(x, f"layer {name!r} in batch {batch} of calib_loader")
+    except TypeError as error:
+        raise BadTypeError(str(error)) from None
 
 
 def _fits(layer: Layer, x: Tensor) -> bool:
