@@ -31,6 +31,10 @@ NORMS = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "pruned twice": lambda layer: prune.ln_structured(
+        prune.random_unstructured(layer, "weight", 0.2), "weight", 4, 2, 0
+    ),
 }
 
 
@@ -87,6 +91,28 @@ def test_a_weight_that_is_stale_is_computed_anew():
     exact = 3 * nn.functional.linear(X, layer.weight)
     assert torch.allclose(nn.functional.linear(X, weight_of(layer)), exact, atol=1e-5)
     assert sqnr_db(exact + layer.bias, convert(layer)(X)) > 30
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "orthogonal"])  # which takes matrices only
+def test_of_a_bilinear_layer(name, calibrated):
+    """What its weight is computed of has changed since its last call."""
+
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = NORMS[name](nn.Bilinear(32, 32, 48)).eval()
+
+        def forward(self, x):
+            return self.pair(x, x.flip(0))
+
+    model = Pairs()
+    model(X)
+    for parameter in model.pair.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    qmodel = convert(model, DATA if calibrated else None, progress=False)
+    assert sqnr_db(model(X), qmodel(X)) > 35
+    assert set(qmodel.state_dict()) == {"pair.bias", "pair.product.weight_int8", "pair.product.weight_scale"}
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchq.modules.base import Int8Module, Matrix
+from torchq.modules.computed_weights import weight_of
 from torchq.modules.float_view import read_only
 from torchq.modules.qat_parts import QATParts, TrainableParts, TrainedParts
 from torchq.modules.quantized_linear import QuantizedLinear
@@ -114,7 +115,7 @@ class BilinearType(TrainableParts):
         return isinstance(module, nn.Bilinear) and not isinstance(module, Int8Module)
 
     def matrices(self, module: nn.Module) -> dict[str, Matrix]:
-        return {_PART: Matrix(cast(nn.Bilinear, module).weight.flatten(0, 1), None)}
+        return {_PART: Matrix(weight_of(module).flatten(0, 1), None)}
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {_PART: args[1] if len(args) > 1 else kwargs.get("input2")}
