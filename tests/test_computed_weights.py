@@ -1,4 +1,4 @@
-"""weight_norm and spectral_norm, old and new, and modules that several parents share."""
+"""weight_norm and spectral_norm, old and new, pruning, and modules that several parents share."""
 
 import copy
 import io
@@ -115,6 +115,29 @@ def test_of_a_bilinear_layer(name, calibrated):
     assert set(qmodel.state_dict()) == {"pair.bias", "pair.product.weight_int8", "pair.product.weight_scale"}
 
 
+def test_other_pruning_than_torchs_is_a_hook():
+    class Doubling(prune.RandomUnstructured):
+        def __call__(self, module, inputs):
+            super().__call__(module, inputs)
+            module.weight = 2 * module.weight
+
+    layer = nn.Linear(32, 48)
+    Doubling.apply(layer, "weight", 0.5)
+    layer(X)
+    assert convert(nn.Sequential(layer, nn.Linear(48, 32))).torchq_plan.layers["0"].kind == "float"
+
+
+def test_pruned_weights_stay_zero_and_pruned_channels_too():
+    layer = prune.ln_structured(nn.Conv2d(16, 32, 3), "weight", 8, 2, 0)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(32, 16, 3)).eval()
+    data = [normal(4, 16, 8, 8, seed=i) for i in range(4)]
+    qmodel = convert(model, data, progress=False)
+    assert sqnr_db(model(data[0]), qmodel(data[0])) > 35
+    gone = layer.weight_mask.flatten(1).sum(1) == 0
+    assert gone.sum() == 8
+    assert not qmodel[0].weight_int8.flatten(1)[gone].any()
+
+
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_it_is_not_trained(norm):
     model = network(norm)
@@ -127,7 +150,7 @@ def test_it_is_not_trained(norm):
 def test_other_hooks_still_keep_it_in_float():
     layer = weight_norm(nn.Linear(32, 48))
     layer.register_forward_pre_hook(lambda *args: None)
-    pruned = prune.identity(nn.Linear(48, 32), "weight")
+    pruned = prune.identity(nn.Linear(48, 32), "bias")
     model = nn.Sequential(nn.Linear(32, 32), layer, pruned)
     model(X)
     plan = convert(model).torchq_plan

@@ -1,4 +1,4 @@
-"""Weights that a hook or a parametrization computes: weight_norm, spectral_norm. In eval mode they are fixed.
+"""Weights that a hook or a parametrization computes: weight_norm, spectral_norm, pruning. In eval mode they are fixed.
 
 So a conversion takes the value, and the int8 layer has neither the hook nor what the value was computed of.
 """
@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _HOOKS = (WeightNorm, SpectralNorm)
-_SOURCES = ("weight_g", "weight_v", "weight_orig", "weight_u", "parametrizations")
+_SOURCES = ("weight_g", "weight_v", "weight_orig", "weight_u", "weight_mask", "parametrizations")
 
 
 def is_weight_hook(hook: Any) -> bool:
     """Whether a forward pre-hook of a module does nothing but compute its weight."""
+    if isinstance(hook, BasePruningMethod):
+        return hook._tensor_name == "weight" and type(hook).__call__ is BasePruningMethod.__call__
     return isinstance(hook, _HOOKS) and hook.name == "weight"
 
 
@@ -40,6 +43,9 @@ def weight_of(module: nn.Module) -> Tensor:
     tensor([2., 2., 2., 2.])
     """
     hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if is_weight_hook(hook)]
+    if hooks and isinstance(hooks[0], BasePruningMethod):
+        with torch.no_grad():
+            return hooks[0].apply_mask(module)  # type: ignore[no-any-return]
     if hooks:
         no_iteration = [False] * isinstance(hooks[0], SpectralNorm)
         with torch.no_grad():
