@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.convolutional import IMAGE, IMAGES, resnet
 from helpers.covers import pairs_of
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, apply_plan, conversion, convert
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams
-from torchq.planning import selfcheck
+from torchq.planning import selfcheck, stems
 from torchq.planning.plan import Plan
+from torchq.planning.selfcheck import SelfCheck
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -252,6 +255,32 @@ def test_what_is_better_without_data_is_taken(monkeypatch, db, chosen):
         assert plan.layers["0"].kind == "int8 dynamic"
         assert torch.equal(qmodel(x), convert(model)(x))
     assert torch.equal(apply_plan(model, plan)(x), qmodel(x))
+
+
+def test_the_plan_without_data_is_fused_as_runs_have_shown(monkeypatch):
+    """Convolutions that would feed codes to another one hand it their floats, as dynamic ones do."""
+    fed = []
+
+    def scripted(self, converted, *, inplace=False):
+        folds = [module.fold for module in converted.modules() if isinstance(module, QuantizedConv)]
+        fed.append(sum(fold.codes for fold in folds))
+        return 0.0 if fed[-1] else 90.0
+
+    monkeypatch.setattr(SelfCheck, "compare", scripted)
+    monkeypatch.setattr(stems, "SMALL_SHARE", 0)  # the first convolution is not tried in float
+    model, config = resnet(), QConfig(rounding="nearest", smoothing="none", margin_db=60)
+    qmodel = convert(model, IMAGES, config=config)
+    dynamic = convert(model, IMAGES, config=dataclasses.replace(config, activation="dynamic"))
+    assert fed[0] > 0
+    assert qmodel.torchq_plan.checked.chosen == "without data"
+    fields = ("kind", "norm", "adds", "activation", "feeds", "hands")
+    found, expected = (
+        {name: [getattr(layer, field) for field in fields] for name, layer in each.torchq_plan.layers.items()}
+        for each in (qmodel, dynamic)
+    )
+    assert found == expected
+    assert any(hands for *_, hands in found.values())
+    assert torch.equal(qmodel(IMAGE), dynamic(IMAGE))
 
 
 @pytest.mark.parametrize("settings", [{"activation": "static"}, {"rounding": "gptq"}, {"margin_db": 90.0}])

@@ -130,7 +130,7 @@ def convert(
             warn_of_few_rows({name: evidence.records[name] for name, layer in free.items() if not layer.trained})
         check, converted = SelfCheck(evidence), None
         if not inplace:
-            plan, converted = check.best(model, plan)
+            plan, converted = check.best(model, plan, evidence)
             plan, converted = float_stems(model, plan, converted, evidence, check)
             plan, converted = static_convolutions(model, plan, converted, evidence, check)
             plan, converted = coded_sums(model, plan, converted, evidence, check)

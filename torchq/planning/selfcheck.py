@@ -27,6 +27,7 @@ from torchq.numerics.metrics import decibels, energies
 from torchq.planning.apply import applied
 from torchq.planning.attach import attach_plan
 from torchq.planning.budget import floats
+from torchq.planning.fusion import fuse
 from torchq.planning.making import Sharing
 from torchq.planning.plan import Checked, LayerPlan, Plan
 from torchq.planning.tables import (
@@ -91,14 +92,14 @@ class SelfCheck:
                 continue
             self._exact.append(_Exact(run, output, {names[id(module)] for module in called if id(module) in names}))
 
-    def best(self, model: M, plan: Plan) -> tuple[Plan, M]:
+    def best(self, model: M, plan: Plan, evidence: Evidence) -> tuple[Plan, M]:
         """The plan to take, with its figures, and the model converted by it: `plan`, or what is better without data."""
         converted = applied(model, plan)
         db = self.compare(converted)
         if db is None:
             return plan, converted
         measured, kept = {MADE: db}, {MADE: (plan, converted)}
-        for name, other in (self._others(plan) | self._float_inputs(plan, db)).items():
+        for name, other in (self._others(plan, evidence) | self._float_inputs(plan, db)).items():
             candidate = applied(model, other, make=Sharing(plan, converted))
             other_db = self.compare(candidate)
             if other_db is None:
@@ -181,34 +182,25 @@ class SelfCheck:
         db = decibels(sums) if comparable else math.nan
         return None if math.isnan(db) else db
 
-    def _others(self, plan: Plan) -> dict[str, Plan]:
+    def _others(self, plan: Plan, evidence: Evidence) -> dict[str, Plan]:
         """What one would have without data, as far as the config leaves it open, and where it differs."""
         if self._trained:
             return {}
-        found, layers = {}, plan.layers.values()
-        if self._config.rounding == "auto" and any(layer.rounding == "gptq" for layer in layers):
+        found, made = {}, plan.layers.values()
+        if self._config.rounding == "auto" and any(layer.rounding == "gptq" for layer in made):
             found["rounded to nearest"] = dataclasses.replace(
                 plan, layers={name: _nearest(layer) for name, layer in plan.layers.items()}
             )
-        data_used = any(layer.kind == "int8 static" or layer.rounding == "gptq" or layer.alpha for layer in layers)
+        data_used = any(layer.kind == "int8 static" or layer.rounding == "gptq" or layer.alpha for layer in made)
         if self._config.activation == "auto" and self._config.rounding != "gptq" and data_used:
             reason = "better for the whole model than what the data chose for each layer"
-            found[WITHOUT_DATA] = dataclasses.replace(
-                plan,
-                layers={
-                    name: dataclasses.replace(
-                        LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=layer.sqnr_db)
-                        if layer.is_int8
-                        else layer,
-                        activation=layer.activation,
-                        fine=layer.fine,
-                        norm=layer.norm,
-                        adds=layer.adds,
-                        sum_norm=layer.sum_norm,
-                    )
-                    for name, layer in plan.layers.items()
-                },
-            )
+            layers = {
+                name: LayerPlan("int8 dynamic", reason, layer.per_channel, sqnr_db=layer.sqnr_db, fine=layer.fine)
+                if layer.is_int8
+                else layer
+                for name, layer in plan.layers.items()
+            }
+            found[WITHOUT_DATA] = fuse(dataclasses.replace(plan, layers=layers), evidence)
         return found
 
     def _float_inputs(self, plan: Plan, db: float) -> dict[str, Plan]:
