@@ -138,6 +138,23 @@ def test_pruned_weights_stay_zero_and_pruned_channels_too():
     assert not qmodel[0].weight_int8.flatten(1)[gone].any()
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 32), lambda: nn.Conv1d(32, 32, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_an_int8_layer_refuses_it_and_stays_as_it_was(norm, make):
+    layer = convert(nn.Sequential(make()))[0]
+    x = X if isinstance(layer, QuantizedLinear) else X.t()[None]
+    expected, names = layer(x), list(layer.state_dict())
+    with pytest.raises(RuntimeError, match="the weight of an int8 layer can't be written"):
+        norm(layer)
+    with pytest.raises(RuntimeError, match=r"can't be written \(weight\)"):
+        del layer.weight
+    with pytest.raises(RuntimeError, match=r"can't be written \(bias\)"):
+        layer._parameters.pop("bias")
+    assert torch.equal(layer(x), expected)
+    assert (list(layer.state_dict()), [name for name, _ in layer.named_parameters()]) == (names, ["weight", "bias"])
+    assert layer.weight.shape[:2] == (32, 32)
+
+
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_it_is_not_trained(norm):
     model = network(norm)

@@ -169,8 +169,13 @@ def bias_view(unpack: Callable[[], Any], n: int, dtype: torch.dtype, device: tor
     return FloatView(make, torch.empty(n, dtype=dtype, device="meta"), device)
 
 
+_VIEWED = ("weight", "bias")
+
+
 class FloatViews(dict[str, Any]):
     """The `_parameters` of an int8 layer: views only, so that no parameter given from outside is lost unnoticed.
+
+    None goes either, and none comes beside them: pruning, weight_norm and the like would take the weight for their own.
 
     torch.export and torch.jit.trace take a model's parameters by name into their programs, used or not, and would store
     all of them in float, or as nothing. To them the layer has none; a model that reads `layer.weight` itself gets its
@@ -178,9 +183,18 @@ class FloatViews(dict[str, Any]):
     """
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if not isinstance(value, FloatView):
+        if not isinstance(value, FloatView) or name not in _VIEWED:
             raise read_only(name)
         super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise read_only(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """An error, where there is one of this name."""
+        if name in self:
+            raise read_only(name)
+        return super().pop(name, *default)
 
     def __getitem__(self, name: str) -> Any:
         view, state = super().__getitem__(name), torch._C._get_tracing_state()
