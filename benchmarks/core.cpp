@@ -107,6 +107,13 @@ void print(const Kernel& kernel, const Shape& s, int rounds) {
   std::fflush(stdout);
 }
 
+// The multiply step of engines that take 7 bits where there is no VNNI.
+void print_pairs(int rounds) {
+  double peak = 0;
+  for (int r = 0; r < rounds; ++r) peak = std::max(peak, peak_of("pairs"));
+  std::printf("%-14s %-16s %12.1f\n", "7 bits, others", "", peak / 1e9);
+}
+
 constexpr const char* kActivationNames[] = {"none",      "relu",  "gelu", "gelu_tanh", "silu", "quick_gelu",
                                             "hardswish", "relu2", "tanh", "sigmoid",   "relu6"};
 
@@ -152,5 +159,6 @@ int main(int argc, char** argv) {
       print_curves(kernel, rounds);
     else if (!curves && peak_of(kernel.name) > 0)
       for (const Shape& s : shapes) print(kernel, s, rounds);
+    if (!curves && std::strcmp(kernel.name, "avx2") == 0 && torchq::can_run(kernel)) print_pairs(rounds);
   }
 }

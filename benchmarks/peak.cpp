@@ -15,6 +15,10 @@ constexpr int kPeakRounds = 400000;
 // Twelve independent accumulators outlast the latency of every CPU this runs on. R is zmm or ymm.
 #define STEP(P, R, D) P "vpdpbusd %%" R "13, %%" R "12, %%" R #D "\n\t"
 #define STEP_AVX2(P, R, D) "vpmaddwd %%ymm13, %%ymm12, %%ymm14\n\tvpaddd %%ymm14, %%ymm" #D ", %%ymm" #D "\n\t"
+// What other engines do where there is no VNNI: pairs are added in int16, which is exact for 8 bits and 7 bits.
+#define STEP_PAIRS(P, R, D)                                                               \
+  "vpmaddubsw %%ymm13, %%ymm12, %%ymm14\n\tvpmaddwd %%ymm13, %%ymm14, %%ymm14\n\tvpaddd " \
+  "%%ymm14, %%ymm" #D ", %%ymm" #D "\n\t"
 #define TWELVE(S, P, R) \
   S(P, R, 0)            \
   S(P, R, 1)            \
@@ -35,6 +39,7 @@ PEAK(peak_zmm, TWELVE(STEP, "", "zmm"), 128)
 PEAK(peak_evex_ymm, TWELVE(STEP, "%{evex%} ", "ymm"), 64)
 PEAK(peak_vex_ymm, TWELVE(STEP, "%{vex%} ", "ymm"), 64)
 PEAK(peak_avx2, TWELVE(STEP_AVX2, "", "ymm"), 32)
+PEAK(peak_pairs, TWELVE(STEP_PAIRS, "", "ymm"), 64)
 
 // Four accumulators of 16 x 16, as many as the kernel has; to be called only where the kernel can run, which is after
 // it asked the operating system for the tiles.
@@ -78,7 +83,8 @@ PEAK(peak_smull, "", SMULL, 16)
 
 }  // namespace
 
-// Operations a second (a multiply-add is 2) of this kernel's multiply step; 0 for a kernel without one here.
+// Operations a second (a multiply-add is 2) of this kernel's multiply step; 0 for a kernel without one here. Of
+// "pairs", which is no kernel, where avx2 can run.
 extern "C" double peak_of(const char* kernel) {
 #if defined(__x86_64__)
   if (!std::strcmp(kernel, "amx_int8")) return peak_tiles();
@@ -86,6 +92,7 @@ extern "C" double peak_of(const char* kernel) {
   if (!std::strcmp(kernel, "avx512vl_vnni")) return peak_evex_ymm();
   if (!std::strcmp(kernel, "avx_vnni")) return peak_vex_ymm();
   if (!std::strcmp(kernel, "avx2")) return peak_avx2();
+  if (!std::strcmp(kernel, "pairs")) return peak_pairs();
 #elif defined(__aarch64__)
   if (!std::strcmp(kernel, "neon_i8mm")) return peak_usmmla();
   if (!std::strcmp(kernel, "neon_dotprod")) return peak_sdot();
