@@ -16,6 +16,7 @@ from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.convolving import is_channels_last
 from torchq.modules.pending import Scope
 from torchq.modules.quantized_conv import QuantizedConv
+from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -242,6 +243,49 @@ def test_a_whole_network(turned):
     y = qmodel(IMAGE)
     assert turned == []
     assert_identical(y, by_itself(qmodel)(IMAGE))
+
+
+class Between(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.one, self.between, self.two = ConvNorm(3, 32), between, nn.Conv2d(32, 32, 3)
+
+    def forward(self, x):
+        return self.two(self.between(self.one(x)))
+
+
+class Computes(nn.Module):
+    def __init__(self, compute):
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+OPERATIONS = {
+    "leaky": nn.LeakyReLU(0.1),
+    "leaky in place": nn.LeakyReLU(0.1, inplace=True),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "hardsigmoid in place": nn.Hardsigmoid(inplace=True),
+    "pool": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "upsample": nn.Upsample(scale_factor=2),
+    "size": nn.Upsample(size=(13, 31)),
+    "by hand": Computes(lambda x: x * (x + 3.0).clamp(0, 6) / 6 - 0.5),
+    "two": Computes(lambda x: x / (x * x + 1.0) - x),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_that_keep_the_format(name, turned):
+    model = Between(OPERATIONS[name]).eval()
+    qmodel = convert(model, IMAGES, config=DYNAMIC)
+    assert qmodel.torchq_plan.layers["one.conv"].hands == ("two",)
+    y = qmodel(IMAGE)
+    assert turned == []
+    assert y.is_contiguous()
+    assert_identical(y, by_itself(qmodel)(IMAGE))
+    assert sqnr_db(model(IMAGE), y) > 30
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -24,13 +24,22 @@ _ACTIVATIONS = (
     *(_aten.relu.default, _aten.relu_.default, _aten.relu6.default, _aten.relu6_.default, _aten.gelu.default),
     *(_aten.silu.default, _aten.silu_.default, _aten.hardswish.default, _aten.hardswish_.default),
     *(_aten.hardtanh.default, _aten.hardtanh_.default, _aten.sigmoid.default, _aten.tanh.default),
+    *(_aten.leaky_relu.default, _aten.leaky_relu_.default, _aten.hardsigmoid.default, _aten.hardsigmoid_.default),
     torch.ops.torchq.activate.default,
 )
 KEEPING = frozenset(
     {
         *_ACTIVATIONS,
-        *(_aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.glu.default, _aten.cat.default),
-        *(_aten.max_pool2d_with_indices.default, _aten.constant_pad_nd.default, _aten.pad.default),
+        *(
+            _aten.add.Tensor,
+            _aten.add_.Tensor,
+            _aten.sub.Tensor,
+            _aten.mul.Tensor,
+            _aten.div.Tensor,
+            _aten.clamp.default,
+        ),
+        *(_aten.glu.default, _aten.cat.default, _aten.constant_pad_nd.default, _aten.pad.default),
+        *(_aten.max_pool2d_with_indices.default, _aten.avg_pool2d.default, _aten.upsample_nearest2d.default),
     }
 )
 """Operations that give the same values in either format, and in the format of their input."""
