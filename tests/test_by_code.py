@@ -1,5 +1,7 @@
 """Without calibration data, what follows a convolution is read from the code of the modules that hold it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,10 @@ from helpers.conv_blocks import DATA, X
 from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, by_code, resnet, shaken
 from helpers.mobile import Inverted, Network, Padded, Timm, Torchvision
 from torchq import QConfig, apply_plan, convert, plan_of, prepare_qat
+from torchq.modules.channels_last import ChannelsLast
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.norms import IncludedNorm
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -79,6 +83,8 @@ def test_code_says_what_runs_would_show(model, images, x):
     told, shown = ({n: (r.norm, r.adds, r.activation) for n, r in m.torchq_plan.layers.items()} for m in (qmodel, seen))
     assert told == shown
     assert any(map(any, told.values()))
+    for name, layer in qmodel.torchq_plan.layers.items():
+        assert layer.hands in ((), seen.torchq_plan.layers[name].hands)
     assert_identical(qmodel(x), seen(x))
     assert sqnr_db(model(x), qmodel(x)) > 30
     assert not any(isinstance(module, nn.BatchNorm2d) for module in qmodel.modules())
@@ -89,6 +95,27 @@ def test_code_says_what_runs_would_show(model, images, x):
 def test_a_block_is_one_loop():
     assert isinstance(convert(Unit(32, 64).eval()), ConvBlock)
     assert not isinstance(convert(Unit(32, 64).eval(), config=QConfig(fuse=False)), ConvBlock)
+
+
+def test_a_row_of_convolutions_hands_on_with_the_channels_last(monkeypatch):
+    """Nothing but the code that was read can see what lies between them."""
+    turned, usual = [], ChannelsLast.make
+    monkeypatch.setattr(ChannelsLast, "make", lambda self: turned.append(self) or usual(self))
+    blocks = ConvNorm(32, 48, act=nn.SiLU()), nn.Sequential(ConvNorm(48, 64, 1, act=nn.SiLU()), Unit(64, 32))
+    model = nn.Sequential(*blocks, ConvNorm(32, 32), nn.BatchNorm2d(32), ConvNorm(32, 32)).eval()
+    qmodel = convert(model)
+    hands = {name: layer.hands for name, layer in qmodel.torchq_plan.layers.items() if layer.hands}
+    assert hands == {"0.conv": ("1.0.conv",), "1.1.body.0.conv": ("1.1.body.1.conv",)}
+    twin = copy.deepcopy(qmodel)
+    for module in twin.modules():
+        if isinstance(module, QuantizedConv):
+            module.hands = None
+    with torch.no_grad():
+        y = qmodel(X)
+        assert turned == []
+        assert y.is_contiguous()
+        assert_identical(y, twin(X))
+        assert sqnr_db(model(X), y) > 25
 
 
 class Twice(ConvNorm):

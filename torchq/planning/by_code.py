@@ -25,13 +25,20 @@ def with_code_read(evidence: Evidence) -> Evidence:
     """The evidence with chains and norms, if there are no data to have them from."""
     if evidence.batches or not evidence.config.fuse:
         return evidence
-    chains = _Reader(evidence).chains()
-    norms = {name: chain[0] for name, chain in chains.items() if chain[0] in _norms(evidence.model)}
-    return dataclasses.replace(evidence, chains=chains, norms=norms)
+    chains, found = _Reader(evidence).chains(), _norms(evidence.model)
+    norms = {name: chain[0] for name, chain in chains.items() if chain[0] in found}
+    handovers = {name: chain[-1:] for name, chain in chains.items() if _hands_on(chain, evidence, found)}
+    return dataclasses.replace(evidence, chains=chains, norms=norms, handovers=handovers)
 
 
 def _norms(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if is_foldable(module)}
+
+
+def _hands_on(chain: Chain, evidence: Evidence, norms: set[str]) -> bool:
+    """Whether a convolution reads what it makes of an output, and nobody else does: of a sum that is not known."""
+    absorbs = chain[-1] in evidence.layers and evidence.layers[chain[-1]].kind.absorbs
+    return absorbs and ADDITION not in chain and norms.isdisjoint(chain[1:])
 
 
 _Row = list[str | None]
