@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from torchq import QConfig, convert, text
+from torchq import QConfig, text
 from torchq.planning import layers, stems, tables
 
-from .measure import BATCHES, measure
-from .models import ARCHITECTURES, made
+from .measure import both, measure
+from .models import ARCHITECTURES
 
 HEAD = ("architecture", "int8", "named", "resident", "dB", "calibrated", "routers free", "multiplied in float")
 
@@ -31,10 +31,7 @@ def main(names: list[str], config: QConfig) -> None:
     rows = []
     with torch.no_grad():
         for name in names or ARCHITECTURES:
-            model, inputs = made(ARCHITECTURES[name]), ARCHITECTURES[name].inputs
-            plain = convert(model, config=config)
-            calibrated = convert(model, [inputs(seed) for seed in range(BATCHES)], config=config, progress=False)
-            row = measure(ARCHITECTURES[name], (model, plain, calibrated))
+            row = measure(ARCHITECTURES[name], both(ARCHITECTURES[name], config, config))
             shares = (f"{row.int8:.1%}", f"{row.named:.1%}", f"{row.resident:.2f}")
             free = "-" if row.free == row.db else "{:.1f}, {:.1f}".format(*row.free)
             rows.append((name, *shares, *(f"{db:.1f}" for db in row.db), free, ", ".join(row.left) or "-"))

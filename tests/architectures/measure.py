@@ -103,11 +103,13 @@ QUICK = QConfig(observer="minmax", rounding="nearest", smoothing="none", attenti
 """What takes a tenth of the time of all that `convert` tries by default."""
 
 
-def both(architecture: Architecture, config: QConfig) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The float model, converted without data, and calibrated."""
+def both(
+    architecture: Architecture, config: QConfig, without_data: QConfig | None = None
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The float model, converted without data by one config, and calibrated by the other."""
     model = made(architecture)
     batches = [architecture.inputs(seed) for seed in range(BATCHES)]
-    return model, convert(model), convert(model, batches, config=config, progress=False)
+    return model, convert(model, config=without_data), convert(model, batches, config=config, progress=False)
 
 
 def measure(architecture: Architecture, models: tuple[nn.Module, nn.Module, nn.Module]) -> Row:
