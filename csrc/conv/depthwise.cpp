@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../gemm/scalar.h"
 #include "outputs.h"
@@ -82,31 +83,42 @@ void load_lanes(const Job& job, const Band& band, const uint8_t* image, int32_t 
   }
 }
 
+// Values of 16 channels from pixel to pixel, in lanes: those that exist, times their scale.
+template <class T>
+void widen_pixels(const T* from, int64_t step, int64_t count, int64_t channels, const float* scale, float* to) {
+  if (std::is_same_v<T, float> && !scale && channels == kPanelColumns) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * kPanelColumns, from + i * step, kPanelColumns * 4);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i, to += kPanelColumns, from += step)
+    for (int64_t c = 0; c < channels; ++c) to[c] = scale ? to_float(from[c]) * scale[c] : to_float(from[c]);
+}
+
 // The same of floats, times the channel scale: these channels, of at most 16, and zeros in the lanes of the others.
 template <class T>
 void load_floats(const Job& job, const Band& band, int64_t channel, int64_t channels, int32_t* lanes) {
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
-  const int64_t lane_count = job.image_pixels() * kPanelColumns;
   const Places places{g, band, reinterpret_cast<uint8_t*>(lanes), kPanelColumns * 4};
   const int64_t pixel_step = p.x.channels_last ? g.in_channels : 1, channel_step = p.x.channels_last ? 1 : g.pixels();
   const T* x = static_cast<const T*>(p.x.data) + band.sample * g.in_channels * g.pixels() + channel * channel_step;
-  float scale[kPanelColumns];
-  for (int64_t c = 0; c < channels; ++c) scale[c] = p.depthwise_scale ? p.depthwise_scale[channel + c] : 1.0f;
-  std::fill_n(lanes, lane_count, 0);
+  const float* scale = p.depthwise_scale ? p.depthwise_scale + channel : nullptr;
+  const auto clear = [](uint8_t* to, int64_t pixels) { std::memset(to, 0, pixels * kPanelColumns * 4); };
+  channels == kPanelColumns ? places.for_each_padding(clear) : clear(places.image, job.image_pixels());
   const int64_t end = places.first(band.end), together = places.together();
   for (int64_t pixel = places.first(band.begin), next; pixel < end; pixel = next) {
     next = std::min({end, pixel + kAtOnce, (pixel / together + 1) * together});
     auto* to = reinterpret_cast<float*>(places.of(pixel));
     const T* from = x + pixel * pixel_step;
     if (p.x.channels_last) {
-      for (int64_t i = pixel; i < next; ++i, to += kPanelColumns, from += pixel_step)
-        for (int64_t c = 0; c < channels; ++c) to[c] = to_float(from[c]) * scale[c];
+      widen_pixels(from, pixel_step, next - pixel, channels, scale, to);
       continue;
     }
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < next - pixel; ++i)
-        to[i * kPanelColumns + c] = to_float(from[c * channel_step + i]) * scale[c];
+      for (int64_t i = 0; i < next - pixel; ++i) {
+        const float value = to_float(from[c * channel_step + i]);
+        to[i * kPanelColumns + c] = scale ? value * scale[c] : value;
+      }
   }
 }
 

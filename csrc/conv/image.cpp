@@ -159,30 +159,14 @@ void load_codes(const CodeFormat& format, const Places& places, const uint8_t* x
   }
 }
 
-void pad(const Job& job, const Places& places, int32_t zero_point) {
-  const CodeFormat& format = job.kernel->codes;
-  const Axis &outer = places.axis(0), &middle = places.axis(1), &inner = places.axis(2);
-  const auto fill = [&](uint8_t* to, int64_t bytes) {
+void pad(const CodeFormat& format, const Places& places, int32_t zero_point) {
+  places.for_each_padding([&](uint8_t* to, int64_t pixels) {
+    const int64_t bytes = pixels * places.pixel_bytes;
     if (format.bytes == 2)
       std::fill_n(reinterpret_cast<int16_t*>(to), bytes / 2, static_cast<int16_t>(zero_point));
-    else if (bytes > 0)
+    else
       std::memset(to, static_cast<uint8_t>(zero_point - format.shift), bytes);
-  };
-  const auto outside = [](const Axis& axis, int64_t i) { return i < axis.before || i >= axis.before + axis.size; };
-  for (int64_t o = places.band.begin; o < places.band.end; ++o) {
-    if (outside(outer, o)) {
-      fill(places.at(o, 0, 0), job.plane_bytes);
-      continue;
-    }
-    for (int64_t m = 0; m < middle.padded(); ++m) {
-      if (outside(middle, m)) {
-        fill(places.at(o, m, 0), job.line_bytes);
-        continue;
-      }
-      fill(places.at(o, m, 0), inner.before * job.pixel_bytes);
-      fill(places.at(o, m, inner.before + inner.size), inner.after * job.pixel_bytes);
-    }
-  }
+  });
 }
 
 }  // namespace
@@ -210,7 +194,7 @@ const uint8_t* load_image(const Job& job, const Band& band, const QParams& qpara
     const Quantizer q{*job.kernel, p.x.dtype, qparams, p.x.per_sample, channel_scale_of(p, s.channel_scale), s};
     (p.x.channels_last ? load_channels_last : load_channels_first)(q, places, x, begin, end);
   }
-  pad(job, places, qparams.zero_point);
+  pad(job.kernel->codes, places, qparams.zero_point);
   return s.image;
 }
 

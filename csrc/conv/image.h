@@ -36,6 +36,26 @@ struct Places {
   int64_t first(int64_t outer) const {
     return std::clamp<int64_t>(outer - axis(0).before, 0, axis(0).size) * axis(1).size * axis(2).size;
   }
+  // Calls f(place, pixels) for the pixels that padding adds.
+  template <class F>
+  void for_each_padding(const F& f) const {
+    const auto outside = [](const Axis& of, int64_t i) { return i < of.before || i >= of.before + of.size; };
+    const Axis& inner = axis(2);
+    for (int64_t o = band.begin; o < band.end; ++o) {
+      if (outside(axis(0), o)) {
+        f(at(o, 0, 0), axis(1).padded() * inner.padded());
+        continue;
+      }
+      for (int64_t m = 0; m < axis(1).padded(); ++m) {
+        if (outside(axis(1), m)) {
+          f(at(o, m, 0), inner.padded());
+          continue;
+        }
+        if (inner.before) f(at(o, m, 0), inner.before);
+        if (inner.after) f(at(o, m, inner.before + inner.size), inner.after);
+      }
+    }
+  }
   // Pixels of the input that lie side by side in the image, too: up to the next padding.
   int64_t together() const {
     int64_t pixels = axis(2).size;
