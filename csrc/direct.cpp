@@ -257,6 +257,18 @@ bool read_codes(PyObject* codes, Layer* out) {
   return out->codes_of && out->codes_of != kU8 && read(PyTuple_GET_ITEM(codes, 1), &out->numbers.x);
 }
 
+}  // namespace
+
+py::object packed_of(PyObject* module, PyObject* facts) {
+  const auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+  if (!state || !PyDict_Check(facts) || !has(state.ptr(), facts)) return {};
+  PyObject* buffers = PyDict_GetItemWithError(state.ptr(), names.buffers);
+  if (!buffers || !PyDict_Check(buffers)) return {};
+  return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(buffers, names.packed));
+}
+
+namespace {
+
 PyObject* is_plain_row(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 4 && plain_state(args[0], args[1]) && are_plain(args[2], args[3]));
 }

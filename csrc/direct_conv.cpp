@@ -1,6 +1,11 @@
 // torchq._C.call_convolution: torch.ops.torchq.convolution past the dispatcher, as call_linear in direct.cpp is to its
 // op. With the cold caches that each convolution of a network leaves, that is 15 us. It answers NotImplemented wherever
 // anything could stand between the call and the arithmetic, and to what the op would refuse or copy first.
+//
+// A pointwise convolution may have a range for each place, as the row of a linear layer has. It is that layer, of the
+// pixels of x, with a residual that the op of a linear layer doesn't know.
+//
+// torchq._C.call_convolutions: several, each reading what the one before gave (modules/conv_block.py).
 
 #include <algorithm>
 
@@ -109,7 +114,9 @@ bool read_pair(const double* pair, QParams* out) {
   return true;
 }
 
+// None: each place has its own.
 bool read_qparams(PyObject* list, conv::Problem& p) {
+  if (list == Py_None) return p.x.dtype != DType::u8 && p.y.dtype == p.x.dtype && p.residual.dtype != DType::u8;
   double numbers[kMostQParams];
   const int count = read(list, numbers);
   if (count < 0 || count % 2 || (count == 0 && p.x.dtype == DType::u8)) return false;
@@ -133,6 +140,26 @@ bool read_residual(PyObject* object, const int64_t* sizes, int ndim, conv::Probl
   if (!added.is_codes() && !is_dense(added.t, p.residual_last)) return false;
   p.residual.data = data_of(added.t), p.residual.dtype = added.dtype->ours;
   return true;
+}
+
+// Whether a convolution is a linear layer of pixels as they lie.
+bool is_linear(const conv::Problem& p) {
+  const Geometry& g = p.geometry;
+  if (g.groups != 1 || !p.x.channels_last || !p.y.channels_last) return false;
+  for (const Axis& axis : g.axes)
+    if (axis.kernel != 1 || axis.stride != 1 || axis.before || axis.after) return false;
+  return true;
+}
+
+// Computes it so, each row with its own scale and zero point.
+void run_linear(const Kernel& kernel, const conv::Problem& p) {
+  const Geometry& g = p.geometry;
+  LayerNumbers layer;
+  layer.per_token = true, layer.activation = p.activation;
+  const Rows rows{p.x.data, p.batch * g.pixels(), g.in_channels, p.x.dtype};
+  Problem product = linear_problem(layer, rows, p.weights_of(0), p.y.data, p.y.dtype);
+  product.y.residual = p.residual.from(0, g.out_channels);
+  run(kernel, product);
 }
 
 struct Arguments {
@@ -163,6 +190,8 @@ py::object computed(const Arguments& a) {
   for (int d = 0; d < ndim - 2; ++d) sizes[d + 1] = g.axes[conv::kPlace[ndim - 3][d]].outputs();
   sizes[ndim - 1] = g.out_channels;
   if (!read_residual(a.residual, sizes, ndim, p) || !read_qparams(a.qparams, p)) return {};
+  const bool by_places = a.qparams == Py_None;
+  if (by_places && !is_linear(p)) return {};
   const Kernel* kernel = kernel_for(p.weights_of(0).layout);
   if (!kernel) return {};
 
@@ -181,7 +210,7 @@ py::object computed(const Arguments& a) {
   if (!y) return {};
   {
     const Unlocked unlocked(p.batch * g.out_pixels() * g.group_outputs() * g.depth() >= kKeepGilBelow);
-    run(*kernel, p);
+    by_places ? run_linear(*kernel, p) : run(*kernel, p);
   }
   return y;
 }
@@ -194,10 +223,41 @@ PyObject* call_convolution(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// What a step of a block does: (module, what its dict must hold, geometry, qparams, out_dtype, activation).
+constexpr Py_ssize_t kStep = 6;
+
+// What these steps make of x, one after the other, each channels last.
+py::object computed(PyObject* x, PyObject* steps) {
+  if (!PyTuple_Check(steps)) return {};
+  auto y = py::reinterpret_borrow<py::object>(x);
+  const Py_ssize_t count = PyTuple_GET_SIZE(steps);
+  for (Py_ssize_t i = 0; i < count && y; ++i) {
+    PyObject* step = PyTuple_GET_ITEM(steps, i);
+    if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != kStep) return {};
+    const auto item = [&](Py_ssize_t at) { return PyTuple_GET_ITEM(step, at); };
+    const py::object packed = packed_of(item(0), item(1));
+    if (!packed) return {};
+    y = computed({y.ptr(), packed.ptr(), item(2), item(3), item(4), Py_True, item(5), Py_None});
+  }
+  return y;
+}
+
+PyObject* call_convolutions(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    const bool plain = count == 3 && PyLong_Check(args[0]) && plain_eager(PyLong_AsLong(args[0]));
+    return or_not_implemented(plain ? computed(args[1], args[2]) : py::object());
+  });
+}
+
 PyMethodDef methods[] = {
     {"call_convolution", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_convolution)), METH_FASTCALL,
      "call_convolution(own_modes, x, packed, geometry, qparams, out_dtype, channels_last, activation, residual): what "
-     "the op gives for the other arguments, inside so many dispatch modes of torchq's own; or NotImplemented."},
+     "the op gives for the other arguments, inside so many dispatch modes of torchq's own; or NotImplemented. qparams "
+     "None: of a pointwise convolution, a range for each place."},
+    {"call_convolutions", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_convolutions)), METH_FASTCALL,
+     "call_convolutions(own_modes, x, steps): what a row of convolutions makes of x, channels last, each step (module, "
+     "facts, geometry, qparams, out_dtype, activation); NotImplemented as well where the dict of a module holds "
+     "something else than these facts."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

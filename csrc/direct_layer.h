@@ -35,6 +35,9 @@ constexpr int64_t kKeepGilBelow = 1 << 20;
 // The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
 bool read_layer(PyObject* state, Layer* out);
 
+// The packed weight of a module whose dict holds these facts; null if it doesn't.
+pybind11::object packed_of(PyObject* module, PyObject* facts);
+
 // False: this is not a plain call.
 bool read_input(PyObject* object, const Layer& layer, PlainInput* out);
 

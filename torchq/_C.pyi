@@ -64,13 +64,14 @@ def call_convolution(
     x: Tensor,
     packed: Tensor,
     geometry: list[int],
-    qparams: list[float],
+    qparams: list[float] | None,
     out_dtype: dtype,
     channels_last: bool,
     activation: int,
     residual: Tensor | None,
     /,
 ) -> Tensor: ...
+def call_convolutions(own_modes: int, x: Tensor, steps: tuple[tuple[object, ...], ...], /) -> Tensor: ...
 def call_fused(
     module: nn.Module,
     cls: type[nn.Module],

@@ -17,7 +17,7 @@ from torchq import _C
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.classes import know
 from torchq.modules.coded_sum import Codes
-from torchq.modules.convolving import is_channels_last
+from torchq.modules.convolving import is_channels_last, step_of
 from torchq.modules.curve import exact_activation_of
 from torchq.modules.flow import Code, Facts, Flow, Zeros, code_of, flow_of
 from torchq.modules.folding import IDLE
@@ -30,6 +30,9 @@ from torchq.modules.straight import UnknownError, is_usual
 from torchq.modules.straight_forms import ConvRow, Form, become, may_become
 from torchq.modules.writes import is_eager
 from torchq.ops import Activation
+
+MOST_STEPS = 64
+"""A block knows the steps of so many kinds of input, images of so many sizes."""
 
 
 class Part(NamedTuple):
@@ -67,12 +70,14 @@ class _Known(NamedTuple):
         facts: what else their codes have read.
         main: the convolutions whose last one adds, if any does.
         side: those of the shortcut; none where it is the input; None where there is no sum.
+        steps: of all but the last of a chain, as `_C.call_convolutions` takes them, for each kind of input so far.
     """
 
     parts: tuple[Part, ...]
-    facts: tuple[Facts, ...]
+    facts: Facts
     main: tuple[Link, ...]
     side: tuple[Link, ...] | None
+    steps: dict[Any, tuple[Any, ...]]
 
 
 class _Entered(NamedTuple):
@@ -129,7 +134,7 @@ class ConvBlock(Form):
             return NotImplemented
         if side == () and type(x) is Tensor and not _lies_as_usual(x):
             return NotImplemented  # torch would lay the sum out as x
-        if not all(facts.hold() for facts in known.facts):
+        if not known.facts.hold():
             return NotImplemented
         try:
             entered = _codes_for(first, x) if side is None else None
@@ -159,16 +164,15 @@ class ConvBlock(Form):
 
     def _chained(self, links: tuple[Link, ...], entered: _Entered, residual: Any = None) -> Any:
         """What these make of x, and of what is added: as a convolution gives it, with the channels last for a sum."""
-        (conv, activation, zeros), given = links[0], entered.given
+        (conv, _, _), given = links[0], entered.given
         last, h, around = conv.gives_last(given), entered.values, entered.around
         if entered.codes is not None and not (entered.codes.qparams == conv.input_qparams and conv.takes_codes):
             h = as_it_lies(given)
-        for after in links[1:]:
-            h, around = _with_zeros(h, conv, zeros, around)
-            reads = after.conv.input_qparams if conv.fold.codes and after.conv.takes_codes else None
-            h = conv.computed(torch.float32, True, h, activation, None, reads, around)
-            (conv, activation, zeros), around = after, ()
-            last = conv.gives_last_after(last)
+        if len(links) > 1:
+            h, around = self._up_to_last(links, h, around), ()
+            for after in links[1:]:
+                last = after.conv.gives_last_after(last)
+        conv, activation, zeros = links[-1]
         h, around = _with_zeros(h, conv, zeros, around)
         if self.__dict__["_known"].side is not None:
             return conv.computed(torch.float32, last or residual is None, h, activation, residual, None, around)
@@ -179,6 +183,31 @@ class ConvBlock(Form):
         for i, count in enumerate(around):
             sizes[-1 - i // 2] += count
         return handed_on(conv, h, last, tuple(sizes), activation, written, around)
+
+    def _up_to_last(self, links: tuple[Link, ...], h: Tensor, around: tuple[int, ...]) -> Tensor:
+        """What all but the last make of values or codes, which lack the zeros `around` them.
+
+        That is one call, with the steps that the same kind of input took before, while the convolutions are as they
+        were.
+        """
+        known, reader = self.__dict__["_known"].steps, links[-1].conv
+        reads = reader.input_qparams if reader.takes_codes else None
+        key = (links[0].conv, h.shape, h.dtype, around, reads)
+        if key in known:
+            y = _C.call_convolutions(writes.own_modes(), h, known[key])
+            if y is not NotImplemented:
+                return y
+        steps: list[Any] = []
+        for (conv, activation, zeros), after in pairwise(links):
+            given, around = _with_zeros(h, conv, zeros, around)
+            reads = after.conv.input_qparams if conv.fold.codes and after.conv.takes_codes else None
+            steps.append(step_of(conv, activation, reads, around) if given is h else None)
+            h, around = conv.computed(torch.float32, True, given, activation, None, reads, around), ()
+        if None not in steps:
+            if len(known) >= MOST_STEPS:
+                known.clear()
+            known[key] = (*steps,)
+        return h
 
 
 def _lies_as_usual(x: Tensor) -> bool:
@@ -216,7 +245,7 @@ def _with_zeros(
 
 def _known(module: nn.Module) -> _Known | None:
     parts: list[Part] = []
-    facts: list[Facts] = []
+    facts = Facts()
     flow = _flow(module, parts, facts)
     if flow is None:
         return None
@@ -226,7 +255,7 @@ def _known(module: nn.Module) -> _Known | None:
     left, right = _links(one), _links(other)
     if flow.other is None:
         return (
-            None if not left or not _run_as_one((*left[:-1],), left[-1]) else _Known((*parts,), (*facts,), left, None)
+            None if not left or not _run_as_one((*left[:-1],), left[-1]) else _Known((*parts,), facts, left, None, {})
         )
     if last is None or left is None or right is None or (flow.in_place and not left):
         return None
@@ -237,7 +266,7 @@ def _known(module: nn.Module) -> _Known | None:
     main = (*main[:-1], main[-1]._replace(activation=kinds[0] if kinds else Activation.NONE))
     if any(link.conv.fold.adds for link in (*main[:-1], *side)) or not all(map(_is_folded, (*main, *side))):
         return None
-    return _Known((*parts,), (*facts,), main, side)
+    return _Known((*parts,), facts, main, side, {})
 
 
 def _run_as_one(before: tuple[Link, ...], last: Link) -> bool:
@@ -255,19 +284,17 @@ def _is_folded(link: Link) -> bool:
     return conv.fold.activation == link.activation and conv.padding_mode == "zeros"
 
 
-def _flow(module: nn.Module, parts: list[Part], facts: list[Facts]) -> Flow | None:
+def _flow(module: nn.Module, parts: list[Part], facts: Facts) -> Flow | None:
     """What a module of the user computes, which becomes a part of the block."""
     kind: Any = type(module)
-    flow = flow_of(module, kind.original if isinstance(module, Form) else kind)
+    flow = flow_of(module, kind.original if isinstance(module, Form) else kind, facts)
     if flow is not None:
         know(kind, flow.names)
         parts.append(Part(module, kind, flow.children, False, flow.settings))
-        if flow.facts:
-            facts.append(flow.facts)
     return flow
 
 
-def _leaves(owner: nn.Module, steps: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | None:
+def _leaves(owner: nn.Module, steps: Any, parts: list[Part], facts: Facts) -> list[Any] | None:
     """The modules that these steps call in the end, and zeros, in order; None if one does anything else.
 
     `parts` and `facts` get all of them.
@@ -281,7 +308,7 @@ def _leaves(owner: nn.Module, steps: Any, parts: list[Part], facts: list[Facts])
     return found
 
 
-def _inside(module: Any, parts: list[Part], facts: list[Facts]) -> list[Any] | None:
+def _inside(module: Any, parts: list[Part], facts: Facts) -> list[Any] | None:
     kind = type(module)
     if isinstance(module, (ConvRow, ConvBlock)):
         flow = _flow(module, parts, facts)

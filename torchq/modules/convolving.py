@@ -248,6 +248,29 @@ def numbers_of(geometry: Geometry, padding: tuple[int, ...]) -> list[int]:
     return geometry.with_zeros(padding).numbers()
 
 
+def qparams_as_numbers(x: QParams | None, y: QParams | None) -> list[float]:
+    """Qparams as the op takes them: none, those of x, or those of x and of codes that it gives.
+
+    >>> qparams_as_numbers((0.5, 3), (0.25, 0))
+    [0.5, 3.0, 0.25, 0.0]
+    """
+    return [float(number) for pair in (x, y) if pair is not None for number in pair]
+
+
+def step_of(conv: Any, activation: int, y_qparams: QParams | None, around: tuple[int, ...]) -> Any:
+    """What `QuantizedConv.computed` does in float32, without a residual, as a step of `_C.call_convolutions`.
+
+    It holds as long as the convolution's dict has the same objects. None: it can't be one.
+    """
+    facts = {name: conv.__dict__[name] for name in ("_numbers", "input_qparams", "fold")}
+    numbers, pair = numbers_of(conv.geometry, around) if around else facts["_numbers"], facts["input_qparams"]
+    if conv.tiled and pair is None:  # each place has a range of its own
+        alone = all(each == 1 for each in conv.geometry.kernel) and not around
+        return (conv, facts, numbers, None, torch.float32, activation) if alone else None
+    qparams = qparams_as_numbers(pair, y_qparams)
+    return conv, facts, numbers, qparams, torch.float32 if y_qparams is None else torch.uint8, activation
+
+
 def as_rows(weight: Tensor) -> Tensor:
     """A weight (out, in / groups, *kernel) as rows (out, K) in the order of a patch: taps, then channels.
 

@@ -44,11 +44,8 @@ class Facts:
         self._known: dict[tuple[int, str], Fact] = {}
 
     def add(self, read: Callable[..., Any], of: Any, name: str, value: Any) -> None:
-        """One more."""
-        self._known[id(of), name] = Fact(read, of, name, value)
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
+        """One more. Who has read the same before goes by what was read then."""
+        self._known.setdefault((id(of), name), Fact(read, of, name, value))
 
     def hold(self) -> bool:
         """Whether reading again gives the same."""
@@ -150,8 +147,8 @@ def code_of(kind: type[nn.Module]) -> Code | None:
     return Code(forward, forward.__code__) if forward.__code__.co_argcount == 2 else None
 
 
-def flow_of(module: nn.Module, kind: type[nn.Module]) -> Flow | None:
-    """What a module computes under the code of this class, if that is such a flow.
+def flow_of(module: nn.Module, kind: type[nn.Module], facts: Facts | None = None) -> Flow | None:
+    """What a module computes under the code of this class, if that is such a flow. What it reads joins these facts.
 
     >>> class Padded(nn.Module):
     ...     def __init__(self):
@@ -168,7 +165,7 @@ def flow_of(module: nn.Module, kind: type[nn.Module]) -> Flow | None:
     code = code_of(kind)
     if code is None:
         return None
-    run = _Run(module, kind)
+    run = _Run(module, kind, Facts() if facts is None else facts)
     try:
         y = run.apart(code[0])(run.itself(), Symbol(0))
     except Exception:  # whatever the code meets on stand-ins
@@ -236,14 +233,14 @@ class _Run:
     Args:
         module: the module.
         kind: the class whose code it is.
+        facts: get what it reads.
     """
 
-    def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        self._module, self._kind = module, kind
+    def __init__(self, module: nn.Module, kind: type[nn.Module], facts: Facts) -> None:
+        self._module, self._kind, self.facts = module, kind, facts
         self.seen: list[Step] = []
         self.children: dict[str, nn.Module | None] = {}
         self.settings: dict[str, Any] = {}
-        self.facts = Facts()
         self._depth = 0
 
     def itself(self) -> _StandIn:

@@ -25,6 +25,7 @@ from torchq.modules.convolving import (
     is_channels_last,
     numbers_of,
     padded,
+    qparams_as_numbers,
     rounded_by,
     tiles,
 )
@@ -107,11 +108,8 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
     @property
     def takes_codes(self) -> bool:
         """Whether codes could be handed to it: it is static, pads with zeros and has no channel_scale."""
-        return (
-            self.input_qparams is not None
-            and self.padding_mode == "zeros"
-            and not self._scales_channels(cast(Tensor, self._buffers["packed"]))
-        )
+        reads = self.input_qparams is not None and self.padding_mode == "zeros"
+        return reads and not self._scales_channels(cast(Tensor, self._buffers["packed"]))
 
     @property
     def float_bytes(self) -> int:
@@ -306,10 +304,7 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
             residual = residual.codes if keeps else residual.dequantized(last)
         if self.tiled and pair is None:
             return self._by_places(x, packed, activation, dtype, last, residual)
-        qparams = [] if pair is None else list(map(float, pair))
-        if y_qparams is not None:
-            qparams += map(float, y_qparams)
-            dtype = torch.uint8
+        qparams, dtype = qparams_as_numbers(pair, y_qparams), dtype if y_qparams is None else torch.uint8
         if of_residual is not None:
             qparams += (*(() if y_qparams else (1.0, 0.0)), *map(float, of_residual))
         numbers = numbers_of(self.geometry, around) if around else self._numbers
@@ -324,6 +319,11 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
         self, x: Tensor, packed: Tensor, activation: int, dtype: torch.dtype, last: bool, residual: Tensor | None
     ) -> Tensor:
         """With a scale and zero point for each tile, as a linear layer has for each row."""
+        if not is_dynamo_compiling():  # pixels that lie as rows
+            settings = (self._numbers, None, dtype, True, activation, residual)
+            y = _C.call_convolution(writes.own_modes(), x, packed, *settings)
+            if y is not NotImplemented:
+                return in_format(y, last)
         rows = tiles(x, self.geometry.kernel)
         if residual is None:
             y = _linear_dynamic(rows if x.dtype is dtype else rows.float(), packed, activation).movedim(-1, 1)
