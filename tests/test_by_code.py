@@ -199,3 +199,109 @@ def test_a_trained_model_needs_no_data_either():
     assert sqnr_db(trained(X), qmodel(X)) > 35
     with torch.no_grad():
         assert sqnr_db(model(X), qmodel(X)) > 25
+
+
+class Net(nn.Module):
+    """A block and a row, of which other code may call single modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.row = Unit(), nn.Sequential(nn.Conv2d(32, 32, 1), shaken(nn.BatchNorm2d(32)), nn.ReLU())
+
+    def forward(self, x):
+        return self.row(self.block(x))
+
+
+class CallsInside(Net):
+    def forward(self, x):
+        return self.row(self.block(x)) + self.block.body[1].conv(self.row(x).repeat(1, 48, 1, 1)[:, :48])
+
+
+class CallsByName(Net):
+    def forward(self, x):
+        return self.row(self.block(x)) + getattr(self.row, "0")(x)
+
+
+class CallsAnItem(Net):
+    def forward(self, x):
+        return self.row(self.block(x)) + self.row[0](x)
+
+
+class CallsASlice(Net):
+    def forward(self, x):
+        return self.row(self.block(x)) + self.row[:-2](x)
+
+
+class Collects(Net):
+    def forward(self, x):
+        found = []
+        for layer in self.row:
+            x = layer(x)
+            found.append(x)
+        return sum(found)
+
+
+class CallsInAMethod(Net):
+    def taken(self, x):
+        return next(layer(x) for layer in self.row)
+
+    def forward(self, x):
+        return super().forward(x) + self.taken(x)
+
+
+def first_of(module, x):
+    return module[0](x)
+
+
+class CallsInAFunction(Net):
+    def forward(self, x):
+        return super().forward(x) + first_of(self.row, x)
+
+
+class OfParent(CallsAnItem):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Outer(nn.Module):
+    """Holds a network, and calls what is in its row."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(x) + self.net.row[0](x)
+
+
+OTHERS = [CallsByName, CallsAnItem, CallsASlice, Collects, CallsInAMethod, CallsInAFunction, OfParent, Outer]
+
+
+@pytest.mark.parametrize("kind", [CallsInside, *OTHERS])
+def test_a_norm_is_not_included_where_other_code_may_call_the_convolution(kind):
+    model = kind().eval()
+    qmodel = convert(model)
+    assert sqnr_db(model(X), qmodel(X)) > 30
+    path = "block.body.1.conv" if kind is CallsInside else "net.row.0" if kind is Outer else "row.0"
+    assert qmodel.torchq_plan.layers[path].norm is None
+
+
+def test_a_norm_is_not_included_where_a_module_has_a_forward_of_its_own():
+    model = Net().eval()
+    model.forward = lambda x: Net.forward(model, x) + model.row[0](x)
+    qmodel = convert(model, inplace=True)
+    assert qmodel.torchq_plan.layers["row.0"].norm is None
+
+
+def test_norms_are_included_where_the_holder_is_only_called():
+    class Usual(Net):
+        def forward(self, x):
+            y = torch.relu(self.block(x))
+            return self.row(y) if y.shape[0] else y
+
+    norms = {name: layer.norm for name, layer in convert(Usual().eval()).torchq_plan.layers.items()}
+    assert norms == {
+        "block.body.0.conv": "block.body.0.norm",
+        "block.body.1.conv": "block.body.1.norm",
+        "row.0": "row.1",
+    }

@@ -19,6 +19,7 @@ from torchq.modules.folding import IDLE
 from torchq.modules.norms import is_foldable
 from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
+from torchq.planning.reach import Reach
 
 
 def with_code_read(evidence: Evidence) -> Evidence:
@@ -26,13 +27,19 @@ def with_code_read(evidence: Evidence) -> Evidence:
     if evidence.batches or not evidence.config.fuse:
         return evidence
     chains, found = _Reader(evidence).chains(), _norms(evidence.model)
-    norms = {name: chain[0] for name, chain in chains.items() if chain[0] in found}
+    norms = _alone(evidence.model, {name: chain[0] for name, chain in chains.items() if chain[0] in found})
     handovers = {name: chain[-1:] for name, chain in chains.items() if _hands_on(chain, evidence, found)}
     return dataclasses.replace(evidence, chains=chains, norms=norms, handovers=handovers)
 
 
 def _norms(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if is_foldable(module)}
+
+
+def _alone(model: nn.Module, norms: dict[str, str]) -> dict[str, str]:
+    """Those norms, by convolution, of which other code calls neither."""
+    reach = Reach(model) if norms else None
+    return {name: norm for name, norm in norms.items() if reach and not (reach.reaches(name) or reach.reaches(norm))}
 
 
 def _hands_on(chain: Chain, evidence: Evidence, norms: set[str]) -> bool:

@@ -1,0 +1,147 @@
+"""Which modules code may call by themselves, past the module that holds them: `self.block.conv(x)`, `self.stage[0](x)`.
+
+A convolution that includes the norm behind it must be called by nobody else, and where no run has shown that, code
+must. All code that a forward of the model may run is looked through: it reaches for the names that it looks up on
+anything but its own module, and it holds a child of its own that it does not just call, as an index or a loop does.
+Code that asks for children by other ways than their names may reach for all.
+"""
+
+import dis
+import functools
+import types
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from torchq.modules.plain_code import forward_of
+
+_WAYS = {
+    *("children", "named_children", "modules", "named_modules", "get_submodule", "_modules", "__dict__"),
+    *("getattr", "vars", "eval", "exec", "attrgetter", "methodcaller"),
+}
+"""What gives children by other ways than their names."""
+
+_LOOKS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
+_SKIPPED = ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+class _Look(NamedTuple):
+    """What code looks up: on other objects, on its own module without calling it, and functions that it may run."""
+
+    others: frozenset[str]
+    held: frozenset[str]
+    own: frozenset[str]
+    functions: tuple[types.FunctionType, ...]
+
+
+class Reach:
+    """What the code of a model reaches for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._names, self._all = model, set[str](), False
+        self._held: dict[type[nn.Module], set[str]] = {}
+        for module in model.modules():
+            kind: Any = type(module)  # for mypy, a class of torch has no hash
+            if "forward" in vars(module):
+                self._look_through(kind, [vars(module)["forward"]])
+            if kind not in self._held and not kind.__module__.startswith("torch."):
+                self._look_through(kind, [forward_of(kind), *_functions(kind, {"forward", "__call__"})])
+
+    def reaches(self, path: str) -> bool:
+        """Whether code may call the module of this name, but for the one that holds it."""
+        owner, _, name = path.rpartition(".")
+        return self._all or name in self._names or self._is_opened(owner)
+
+    def _is_opened(self, path: str) -> bool:
+        """Whether code may take single modules out of an nn.Sequential, which has no code of its own."""
+        module = self._model.get_submodule(path)
+        if not path or not isinstance(module, (nn.Sequential, *_LISTS)):
+            return False
+        owner, _, name = path.rpartition(".")
+        holder = self._model.get_submodule(owner)
+        if isinstance(module, _LISTS) or isinstance(holder, _LISTS):
+            return True
+        if isinstance(holder, nn.Sequential):
+            return forward_of(type(holder)) is not nn.Sequential.forward or self._is_opened(owner)
+        return name in self._names or name in self._held.get(type(holder), ())
+
+    def _look_through(self, kind: Any, roots: list[Any]) -> None:
+        """Looks through these functions of a class, and through all that they may run."""
+        held, waiting, seen = self._held.setdefault(kind, set()), roots, set[Any]()
+        while waiting:
+            function = waiting.pop()
+            function = getattr(function, "__func__", function)
+            if not isinstance(function, types.FunctionType):
+                self._all = True
+            elif function not in seen:
+                seen.add(function)
+                look = _look(function, function.__code__)
+                held |= look.held
+                self._names |= look.others
+                self._all = self._all or not _WAYS.isdisjoint(look.others | look.own)
+                waiting += [*look.functions, *_functions(kind, look.own | look.others)]
+
+
+def _functions(kind: Any, names: Collection[str]) -> Iterator[types.FunctionType]:
+    """Those that a class of the user and its bases have under these names."""
+    for each in kind.__mro__:
+        if each in nn.Module.__mro__ or _is_library(each.__module__):
+            continue
+        for name in vars(each).keys() & names:
+            value = vars(each)[name]
+            value = getattr(value, "fget", getattr(value, "__func__", value))  # of a property, of a method of the class
+            if isinstance(value, types.FunctionType):
+                yield value
+
+
+def _is_library(module: str | None) -> bool:
+    """Whether code of this module reaches into no model by itself: torch's, and transformers' but for its models'."""
+    top, *rest = (module or "").split(".")
+    return top in ("torch", "torchq") or (top == "transformers" and rest[:1] != ["models"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
+    cells = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # but empty ones
+    functions = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, types.FunctionType)]
+    is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
+    others, held, own = set[str](), set[str](), set[str]()
+    for part in (code, *_inner(code)):
+        first = part.co_varnames[:1] if part is code and is_method and part.co_argcount else ()
+        others.update(each for each in part.co_consts if isinstance(each, str) and each.isidentifier())
+        steps = [step for step in dis.get_instructions(part) if step.opname not in _SKIPPED]
+        for before, step in zip([None, *steps], steps, strict=False):
+            if step.opname in _LOOKS:
+                if _loads(before) == first and step.opname in _LOOKS[:2]:
+                    own.add(step.argval)
+                    called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
+                    held.update(() if called else (step.argval,))
+                elif not isinstance(_global(function, before), types.ModuleType):
+                    others.add(step.argval)
+            elif step.opname == "LOAD_GLOBAL":
+                value = _global(function, step)
+                others.update({step.argval} & _WAYS)
+                if isinstance(value, types.FunctionType) and not _is_library(value.__module__):
+                    functions.append(value)
+    return _Look(frozenset(others), frozenset(held), frozenset(own), tuple(functions))
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of functions within."""
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            yield each
+            yield from _inner(each)
+
+
+def _loads(step: dis.Instruction | None) -> tuple[str, ...] | None:
+    """The local that a step puts on the stack last: a step of some versions of Python does two things."""
+    if step is None or not ("LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF"):
+        return None
+    return (step.argval[-1] if isinstance(step.argval, tuple) else step.argval,)
+
+
+def _global(function: types.FunctionType, step: dis.Instruction | None) -> Any:
+    return function.__globals__.get(step.argval) if step is not None and step.opname == "LOAD_GLOBAL" else None
