@@ -143,7 +143,7 @@ def ratios(results: list[dict[str, Any]], ours: list[str], theirs: list[str]) ->
         times = [
             [result["ms"][name] for name in (fastest(result, contestant) for contestant in side) if name]
             if side != [USUAL]
-            else [result["ms"][USUAL]] * (USUAL in result["ms"] and USUAL not in result["wrong"])
+            else [result["ms"][name] for name in side if name in result["ms"] and name not in result["wrong"]]
             for side in (ours, theirs)
         ]
         if all(times):
