@@ -274,7 +274,43 @@ class Outer(nn.Module):
         return self.net(x) + self.net.row[0](x)
 
 
-OTHERS = [CallsByName, CallsAnItem, CallsASlice, Collects, CallsInAMethod, CallsInAFunction, OfParent, Outer]
+class Keeps(Net):
+    """A convolution in a list that torch knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.firsts = [self.row[0]]
+
+    def forward(self, x):
+        return super().forward(x) + self.firsts[0](x)
+
+
+class Twins(nn.Module):
+    """Two of a class, one of which has a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = CallsAnItem(), CallsAnItem()
+        self.one.forward = lambda x: x
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+class InARow(nn.Module):
+    """A row in a row, which has a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Sequential(Net().row)
+        row = self.rows[0]
+        self.rows.forward = lambda x: row(x) + row[0](x)
+
+    def forward(self, x):
+        return self.rows(x)
+
+
+OTHERS = [CallsByName, CallsAnItem, CallsASlice, Collects, CallsInAMethod, CallsInAFunction, OfParent, Outer, Keeps]
 
 
 @pytest.mark.parametrize("kind", [CallsInside, *OTHERS])
@@ -284,6 +320,11 @@ def test_a_norm_is_not_included_where_other_code_may_call_the_convolution(kind):
     assert sqnr_db(model(X), qmodel(X)) > 30
     path = "block.body.1.conv" if kind is CallsInside else "net.row.0" if kind is Outer else "row.0"
     assert qmodel.torchq_plan.layers[path].norm is None
+
+
+@pytest.mark.parametrize(("kind", "path"), [(Twins, "two.row.0"), (InARow, "rows.0.0")])
+def test_a_norm_is_not_included_near_a_forward_of_its_own(kind, path):
+    assert convert(kind().eval(), inplace=True).torchq_plan.layers[path].norm is None
 
 
 def test_a_norm_is_not_included_where_a_module_has_a_forward_of_its_own():

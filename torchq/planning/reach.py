@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from torchq.modules.plain_code import forward_of
+from torchq.planning import references
 
 _WAYS = {
     *("children", "named_children", "modules", "named_modules", "get_submodule", "_modules", "__dict__"),
@@ -42,17 +43,20 @@ class Reach:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._names, self._all = model, set[str](), False
         self._held: dict[type[nn.Module], set[str]] = {}
-        for module in model.modules():
-            kind: Any = type(module)  # for mypy, a class of torch has no hash
-            if "forward" in vars(module):
-                self._look_through(kind, [vars(module)["forward"]])
-            if kind not in self._held and not kind.__module__.startswith("torch."):
+        self._kept = {key for values, name in references.attributes(model) for key in references.held(values[name])}
+        modules: list[Any] = list(model.modules())  # for mypy, a class of torch has no hash
+        for kind in {type(module) for module in modules}:
+            if not kind.__module__.startswith("torch."):
                 self._look_through(kind, [forward_of(kind), *_functions(kind, {"forward", "__call__"})])
+        for module in modules:
+            if "forward" in vars(module):
+                self._look_through(type(module), [vars(module)["forward"]])
 
     def reaches(self, path: str) -> bool:
         """Whether code may call the module of this name, but for the one that holds it."""
         owner, _, name = path.rpartition(".")
-        return self._all or name in self._names or self._is_opened(owner)
+        kept = id(self._model.get_submodule(path)) in self._kept
+        return self._all or kept or name in self._names or self._is_opened(owner)
 
     def _is_opened(self, path: str) -> bool:
         """Whether code may take single modules out of an nn.Sequential, which has no code of its own."""
@@ -61,10 +65,11 @@ class Reach:
             return False
         owner, _, name = path.rpartition(".")
         holder = self._model.get_submodule(owner)
-        if isinstance(module, _LISTS) or isinstance(holder, _LISTS):
+        if isinstance(module, _LISTS) or isinstance(holder, _LISTS) or id(module) in self._kept:
             return True
         if isinstance(holder, nn.Sequential):
-            return forward_of(type(holder)) is not nn.Sequential.forward or self._is_opened(owner)
+            usual = "forward" not in vars(holder) and forward_of(type(holder)) is nn.Sequential.forward
+            return not usual or self._is_opened(owner)
         return name in self._names or name in self._held.get(type(holder), ())
 
     def _look_through(self, kind: Any, roots: list[Any]) -> None:
@@ -108,6 +113,7 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
     functions = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, types.FunctionType)]
     is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
     others, held, own = set[str](), set[str](), set[str]()
+    others.update("__dict__" for cell in cells if isinstance(cell.cell_contents, nn.Module))  # code has it already
     for part in (code, *_inner(code)):
         first = part.co_varnames[:1] if part is code and is_method and part.co_argcount else ()
         others.update(each for each in part.co_consts if isinstance(each, str) and each.isidentifier())
@@ -123,6 +129,7 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
             elif step.opname == "LOAD_GLOBAL":
                 value = _global(function, step)
                 others.update({step.argval} & _WAYS)
+                others.update(("__dict__",) if isinstance(value, nn.Module) else ())
                 if isinstance(value, types.FunctionType) and not _is_library(value.__module__):
                     functions.append(value)
     return _Look(frozenset(others), frozenset(held), frozenset(own), tuple(functions))
