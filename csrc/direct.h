@@ -6,7 +6,7 @@ namespace torchq {
 
 // Adds call_linear, call_fused and is_plain to torchq._C; direct.cpp says what they are.
 void add_direct_calls(pybind11::module_& module);
-// Adds call_layer_norm (direct_norm.cpp); after the above.
+// Adds call_layer_norm and call_rms_norm (direct_norm.cpp); after the above.
 void add_direct_norm(pybind11::module_& module);
 // Adds call_residual and call_sum (direct_residual.cpp); after both.
 void add_direct_residual(pybind11::module_& module);

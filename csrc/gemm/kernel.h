@@ -164,18 +164,20 @@ struct Depthwise {
 // The most taps whose sums float32 holds: 255 * 128 * 514 < 2^24.
 constexpr int64_t kMaxTaps = 514;
 
-// Rows of a LayerNorm (normalize.inc), side by side. weight [n]; bias [n] or null.
+// Rows of a LayerNorm or an RMSNorm (normalize.inc), side by side. weight [n]; bias [n] or null.
 struct NormRows {
   int64_t count, n;
   const float *x, *weight, *bias;
   float eps;
   float* y;                         // x, or apart from it
   const float* residual = nullptr;  // if given, it is added to x first; y holds the sums meanwhile
+  bool centered = true;             // false: an RMSNorm, whose mean counts as 0
+  float gain = 0.0f;                // added to each weight, unless it is 0
 
   // Rows [begin, end) of these.
   NormRows part(int64_t begin, int64_t end) const {
     const int64_t at = begin * n;
-    return {end - begin, n, x + at, weight, bias, eps, y + at, residual ? residual + at : nullptr};
+    return {end - begin, n, x + at, weight, bias, eps, y + at, residual ? residual + at : nullptr, centered, gain};
   }
 };
 

@@ -1,5 +1,5 @@
-// LayerNorm, Kernel::normalize: the reference kernel against double, every other kernel against the reference, bit for
-// bit. All buffers lie against guard pages, at either end.
+// LayerNorm and RMSNorm, Kernel::normalize: the reference kernel against double, every other kernel against the
+// reference, bit for bit. All buffers lie against guard pages, at either end.
 
 #include <cmath>
 #include <limits>
@@ -16,6 +16,8 @@ constexpr float kEps = 1e-5f;
 struct Norm {
   int64_t count, n;
   std::vector<float> x, weight, bias, residual;  // an empty bias is none, an empty residual too
+  bool centered = true;
+  float gain = 0.0f;
 };
 
 Norm random_norm(int64_t count, int64_t n, bool with_bias, bool with_residual) {
@@ -42,7 +44,7 @@ std::vector<float> normalized(const Kernel& kernel, const Norm& norm, Side side)
     if (!from[i]->empty()) std::memcpy(at[i], from[i]->data(), from[i]->size() * sizeof(float));
   }
   kernel.normalize({norm.count, norm.n, at[0], at[1], norm.bias.empty() ? nullptr : at[2], kEps, at[3],
-                    norm.residual.empty() ? nullptr : at[4]});
+                    norm.residual.empty() ? nullptr : at[4], norm.centered, norm.gain});
   return {at[3], at[3] + room.size()};
 }
 
@@ -66,11 +68,11 @@ void check_formula(const Norm& norm) {
     std::vector<float> x(norm.x.begin() + r * norm.n, norm.x.begin() + (r + 1) * norm.n);
     for (int64_t i = 0; i < norm.n && !norm.residual.empty(); ++i) x[i] += norm.residual[r * norm.n + i];
     double mean = 0, square = 0;
-    for (int64_t i = 0; i < norm.n; ++i) mean += x[i] / static_cast<double>(norm.n);
+    for (int64_t i = 0; i < norm.n && norm.centered; ++i) mean += x[i] / static_cast<double>(norm.n);
     for (int64_t i = 0; i < norm.n; ++i) square += (x[i] - mean) * (x[i] - mean) / static_cast<double>(norm.n);
     for (int64_t i = 0; i < norm.n; ++i) {
       const double bias = norm.bias.empty() ? 0 : norm.bias[i];
-      const double want = (x[i] - mean) / std::sqrt(square + kEps) * norm.weight[i] + bias;
+      const double want = (x[i] - mean) / std::sqrt(square + kEps) * (norm.gain + norm.weight[i]) + bias;
       const float y = got[r * norm.n + i];
       check("reference", std::fabs(y - want) < 1e-5, "y %d %d: expected %.9g, got %.9g", static_cast<int>(r),
             static_cast<int>(i), want, y);
@@ -83,12 +85,14 @@ void check_formula(const Norm& norm) {
 void test_norm() {
   for (int64_t n : {1, 2, 3, 15, 16, 17, 63, 64, 65, 100, 128, 200})
     for (int64_t count : {1, 3, 4, 6, 9})
-      for (int with = 0; with < 4; ++with) {
-        const bool with_bias = with & 1, with_residual = with & 2;
-        now("LayerNorm of %d x %d%s%s", static_cast<int>(count), static_cast<int>(n), with_bias ? " with a bias" : "",
-            with_residual ? " of sums" : "");
+      for (int with = 0; with < 8; ++with) {
+        const bool centered = with & 4, with_residual = with & 2;
+        const bool with_bias = centered && (with & 1), with_gain = !centered && (with & 1);
+        now("%s of %d x %d%s%s%s", centered ? "LayerNorm" : "RMSNorm", static_cast<int>(count), static_cast<int>(n),
+            with_bias ? " with a bias" : "", with_gain ? " with a gain" : "", with_residual ? " of sums" : "");
         Norm norm = random_norm(count, n, with_bias, with_residual);
-        if (n > 1) check_formula(norm);  // of one value, the difference from the mean is 0
+        norm.centered = centered, norm.gain = with_gain ? 1.0f : 0.0f;
+        if (n > 1 || !centered) check_formula(norm);  // of one value, the difference from the mean is 0
         check_kernels(norm);
         norm.x[random_source.below(count * n)] = std::numeric_limits<float>::infinity();
         norm.x[0] = 1e38f;

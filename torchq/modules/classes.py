@@ -65,7 +65,7 @@ def know(kind: type[nn.Module], names: Iterable[str] = ()) -> None:
     state = _states.get(known)
     if state is None:
         forward = _forward_of(kind)
-        functions = () if forward is None else tuple(_functions(forward, deeper=True))
+        functions = () if forward is None else functions_of(forward)
         state = _states[known] = _State(kind.__mro__[1:], {}, getattr(forward, "__code__", None), functions)
         names = (*_NAMES, *names)
     for name in names:
@@ -134,8 +134,12 @@ def _forward_of(kind: type[nn.Module]) -> types.FunctionType | None:
     return forward if isinstance(forward, types.FunctionType) else None
 
 
-def _functions(function: types.FunctionType, *, deeper: bool) -> Iterator[Function]:
+def functions_of(function: types.FunctionType) -> tuple[Function, ...]:
     """The functions of torch that code names as `F.relu`; and `torch.relu`, which that names."""
+    return tuple(_functions(function, deeper=True))
+
+
+def _functions(function: types.FunctionType, *, deeper: bool) -> Iterator[Function]:
     owner: Any = None
     for step in dis.get_instructions(function):
         name = step.argval

@@ -32,7 +32,7 @@ _STEPS = (
     *("LOAD_", "BINARY_", "UNARY_", "INPLACE_", "COMPARE_OP", "CALL", "KW_NAMES", "PRECALL", "PUSH_NULL", "RETURN_"),
     *("STORE_FAST", "POP_", "COPY", "SWAP", "DUP_TOP", "ROT_", "NOP", "CACHE", "EXTENDED_ARG", "JUMP_FORWARD"),
     *("RESUME", "TO_BOOL", "BUILD_TUPLE", "BUILD_CONST_KEY_MAP", "NOT_TAKEN"),
-    *("IS_OP", "BUILD_SLICE", "BUILD_LIST", "LIST_", "RAISE_VARARGS", "FORMAT_", "BUILD_STRING"),
+    *("IS_OP", "CONTAINS_OP", "BUILD_SLICE", "BUILD_LIST", "LIST_", "RAISE_VARARGS", "FORMAT_", "BUILD_STRING"),
 )
 """How the bytecode instructions begin that may occur. Loops, imports and stores to anything but locals do not."""
 

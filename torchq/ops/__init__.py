@@ -18,7 +18,7 @@ from torchq.numerics.recurrent import Cell
 from torchq.ops import flops as flops  # imported for what it registers
 from torchq.ops.cells import recurrent
 from torchq.ops.elsewhere import check_devices
-from torchq.ops.norm import layer_norm
+from torchq.ops.norm import layer_norm, rms_norm
 
 __all__ = [
     "ATTENTION_SCHEMES",
@@ -37,6 +37,7 @@ __all__ = [
     "packed_bytes",
     "quantize_per_token",
     "recurrent",
+    "rms_norm",
     "unpack",
 ]
 

@@ -57,8 +57,8 @@ def _on_the_cpu(op: Any) -> Callable[..., Any]:
 
 READING = ("pack", "unpack")
 COMPUTING = (
-    *("gemm", "linear_dynamic", "linear_static", "linear_fine", "activate", "quantize_per_token", "layer_norm"),
-    *("attention", "convolution", "embedding", "recurrent", "round_with_feedback"),
+    *("gemm", "linear_dynamic", "linear_static", "linear_fine", "activate", "quantize_per_token"),
+    *("layer_norm", "rms_norm", "attention", "convolution", "embedding", "recurrent", "round_with_feedback"),
 )
 for _name in READING:
     _library.impl(_name, _on_the_cpu(getattr(torch.ops.torchq, _name).default), _OTHERS)

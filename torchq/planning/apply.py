@@ -26,6 +26,7 @@ from torchq.modules.qat_linear import QATProduct
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
+from torchq.modules.rms_norm import RMSNorm
 from torchq.modules.straight_forms import ConvRow, Residual, Row
 from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
@@ -92,6 +93,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 ConvRow.adopt(module)
                 if plan.int8_layers():
                     LayerNorm.adopt(module)
+                    RMSNorm.adopt(module)
                     Chunked.adopt(module)
             for module in reversed(list(model.modules())):  # when all within are what they become
                 ConvBlock.adopt(module)
