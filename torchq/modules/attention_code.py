@@ -6,18 +6,19 @@ nothing can happen that isn't seen: no globals but the registry, no builtins, no
 branch that depends on a symbol is unknown.
 """
 
-import dis
 import functools
 import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from torchq.modules.others import ANY_NAME, Others, apart, hands_on, takes_others, unknown
 from torchq.modules.plain_code import forward_of, runs_straight
-from torchq.modules.straight import is_usual
+from torchq.modules.straight import UnknownError, is_usual
+from torchq.modules.wrappers import unwrapped
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """The name under which every modeling file of transformers knows its attention functions."""
@@ -72,27 +73,10 @@ def self_attention_of(kind: type[nn.Module]) -> SelfAttentionCode | None:
     forward = forward_of(kind)
     if "transformers" not in sys.modules or not isinstance(forward, types.FunctionType) or not is_usual(kind):
         return None
-    inner, old = _unwrapped(forward)
+    inner, deprecated = unwrapped(forward)
     if not is_registry(inner.__globals__.get(REGISTRY)):
         return None
-    return _read(known, forward, forward.__code__, inner, inner.__code__, old)
-
-
-def _unwrapped(forward: types.FunctionType) -> tuple[types.FunctionType, str | None]:
-    """What transformers' `deprecate_kwarg` has wrapped, and the old name: without that, a call is the function's."""
-    from transformers.utils import deprecation
-
-    (wrapper,) = _inner_codes(deprecation.deprecate_kwarg.__code__) or (None,)
-    if wrapper is None or forward.__code__ not in _inner_codes(wrapper) or forward.__closure__ is None:
-        return forward, None
-    held = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
-    if not {"func", "old_name"} <= held.keys() or not isinstance(held["func"].cell_contents, types.FunctionType):
-        return forward, None
-    return held["func"].cell_contents, held["old_name"].cell_contents
-
-
-def _inner_codes(code: types.CodeType) -> tuple[types.CodeType, ...]:
-    return tuple(each for each in code.co_consts if isinstance(each, types.CodeType))
+    return _read(known, forward, forward.__code__, inner, inner.__code__, deprecated)
 
 
 def is_registry(value: Any) -> bool:
@@ -114,7 +98,7 @@ def _read(
     code: types.CodeType,
     inner: types.FunctionType,
     inner_code: types.CodeType,
-    old: str | None,
+    deprecated: frozenset[str],
 ) -> SelfAttentionCode | None:
     if not _is_harmless(inner):
         return None
@@ -130,7 +114,7 @@ def _read(
     if found[0] is None or found[0] != found[1]:
         return None
     projections, size, scale, behind = found[0]
-    refused = frozenset({parameters[0].name, *_TAKEN, *(() if old is None else (old,))})
+    refused = frozenset({parameters[0].name, *_TAKEN, *deprecated})
     facts = (projections, size, scale, behind, (parameters[1].name, *names), refused, bool(more))
     return SelfAttentionCode(forward, code, inner, inner_code, *facts)
 
@@ -141,8 +125,8 @@ _TAKEN = ("module", "query", "key", "value", "dropout", "scaling")
 
 def _is_harmless(function: types.FunctionType) -> bool:
     code = function.__code__
-    if "keys" in code.co_names or any(step.opname == "DICT_UPDATE" for step in dis.get_instructions(code)):
-        return False  # it may look at what a call gives by other names
+    if not hands_on(code):
+        return False
     usual = inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS | inspect.CO_VARKEYWORDS | inspect.CO_NESTED
     if code.co_flags & ~usual or code.co_freevars or code.co_cellvars or code.co_kwonlyargcount:
         return False
@@ -151,16 +135,12 @@ def _is_harmless(function: types.FunctionType) -> bool:
 
 def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, ...], mask: Any) -> Any:
     """(projections, size, scale, behind), with this mask; None if the code is unknown."""
-    world: dict[str, Any] = {"__builtins__": {}}
-    world |= {name: _Symbol() for name in function.__code__.co_names if name in function.__globals__}
+    world: dict[str, Any] = {name: _Symbol() for name in function.__code__.co_names if name in function.__globals__}
     module = _Module(kind)
     world[REGISTRY] = _Registry(module, mask, function)
-    alone = types.FunctionType(_with_plain_arguments(function.__code__), world)
-    given = {name: mask if name == MASK else None for name in names}
-    others = [_Others()] if function.__code__.co_flags & inspect.CO_VARKEYWORDS else []
     try:
-        y = alone(module, _Input(module), *given.values(), *others)
-    except (_UnknownError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError):
+        y = apart(function, world)(module, _Input(module), **{name: mask if name == MASK else None for name in names})
+    except (UnknownError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError):
         return None
     except (TypeError, ValueError):
         return None
@@ -175,30 +155,15 @@ def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, 
     return heads.projections_, heads.size_, heads.scale_, joined.behind_
 
 
-def _with_plain_arguments(code: types.CodeType) -> types.CodeType:
-    """The same code, whose `**kwargs` is one more argument."""
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
-        return code
-    return code.replace(co_flags=code.co_flags & ~inspect.CO_VARKEYWORDS, co_argcount=code.co_argcount + 1)
-
-
 # ---- Symbols --------------------------------------------------------------------------------------------------------
 # Their own attributes end in an underscore. What they have without one is what the code may do with them.
-
-
-class _UnknownError(Exception):
-    """The code does something else."""
-
-
-def _unknown(*_: Any, **__: Any) -> NoReturn:
-    raise _UnknownError
 
 
 class _Symbol:
     """Something that is not None, and of which nothing else is known."""
 
-    __bool__ = __call__ = __getattr__ = __getitem__ = __iter__ = __len__ = __contains__ = _unknown
-    __eq__ = __ne__ = _unknown
+    __bool__ = __call__ = __getattr__ = __getitem__ = __iter__ = __len__ = __contains__ = unknown
+    __eq__ = __ne__ = unknown
     __hash__ = object.__hash__
 
 
@@ -217,7 +182,7 @@ class _Attribute(_Symbol):
         elif type(x) is _Joined:
             y = _Joined(x.heads_, (*x.behind_, self.path_))
         else:
-            raise _UnknownError
+            raise UnknownError
         self.module_.called_.append(self.path_)
         return y
 
@@ -238,7 +203,7 @@ class _Module(_Symbol):
 
     def __getattr__(self, name: str) -> _Attribute:  # type: ignore[override]
         if inspect.getattr_static(self.kind_, name, None) is not None:
-            raise _UnknownError
+            raise UnknownError
         return self.attribute_(name)
 
 
@@ -261,30 +226,15 @@ class _Product(_Symbol):
     def view(self, *shape: Any) -> "_Product":
         *rows, heads, size = shape[0] if len(shape) == 1 and type(shape[0]) is tuple else shape
         if self.size_ is not None or not _are_same(rows, self.shape_[:2]) or not _is_rest(heads):
-            raise _UnknownError
+            raise UnknownError
         if type(size) is not _Attribute:
-            raise _UnknownError
+            raise UnknownError
         return _Product(self.child_, self.shape_, size.path_)
 
     def transpose(self, one: Any, other: Any) -> "_Product":
         if self.size_ is None or self.turned_ or (one, other) != (1, 2):
-            raise _UnknownError
+            raise UnknownError
         return _Product(self.child_, self.shape_, self.size_, turned=True)
-
-
-class _Others(_Symbol):
-    """Arguments by whatever names, which can only be handed on."""
-
-    VALUE = _Symbol()
-
-    def keys(self) -> tuple[str, ...]:
-        return (_ANY_NAME,)
-
-    def __getitem__(self, name: Any) -> _Symbol:  # type: ignore[override]
-        return self.VALUE if type(name) is str and name == _ANY_NAME else _unknown()
-
-
-_ANY_NAME = "any other name"
 
 
 class _Registry(_Symbol):
@@ -292,12 +242,11 @@ class _Registry(_Symbol):
 
     def __init__(self, module: _Module, mask: Any, function: types.FunctionType) -> None:
         self.module_, self.mask_ = module, mask
-        takes_more = function.__code__.co_flags & inspect.CO_VARKEYWORDS
-        self.others_ = {_ANY_NAME: _Others.VALUE} if takes_more else {}
+        self.others_ = {ANY_NAME: Others.VALUE} if takes_others(function.__code__) else {}
 
     def get_interface(self, name: Any, default: Any) -> Callable[..., Any]:
         if type(name) is not _Attribute or name.path_ != "config._attn_implementation" or type(default) is not _Symbol:
-            raise _UnknownError
+            raise UnknownError
         return self.attend_
 
     def attend_(self, *args: Any, scaling: Any, dropout: Any = 0.0, **others: Any) -> Any:
@@ -305,11 +254,11 @@ class _Registry(_Symbol):
         right = module is self.module_ and mask is self.mask_ and type(scaling) is _Attribute
         known = right and len(products) == 3 and all(type(each) is _Product and each.turned_ for each in products)
         if not known or type(dropout) is not float or dropout != 0.0:
-            raise _UnknownError
+            raise UnknownError
         if others.keys() != self.others_.keys() or any(others[name] is not self.others_[name] for name in others):
-            raise _UnknownError
+            raise UnknownError
         if len({each.size_ for each in products}) != 1:
-            raise _UnknownError
+            raise UnknownError
         heads = _Heads(tuple(each.child_ for each in products), products[0].shape_, products[0].size_, scaling.path_)
         return heads, _Weights(heads)
 
@@ -323,7 +272,7 @@ class _Heads(_Symbol):
     def reshape(self, *shape: Any) -> "_Joined":
         *rows, columns = shape
         if not _are_same(rows, self.shape_[:2]) or not _is_rest(columns):
-            raise _UnknownError
+            raise UnknownError
         return _Joined(self, ())
 
 
@@ -335,7 +284,7 @@ class _Joined(_Symbol):
 
     def contiguous(self) -> "_Joined":
         if self.behind_:
-            raise _UnknownError
+            raise UnknownError
         return self
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from torchq.modules.straight import is_usual
-from torchq.modules.straight_forms import Form, become, may_become
+from torchq.modules.straight_forms import Form, become, give_back, may_become
+from torchq.modules.wrappers import is_usual_layer
 
 CHUNKING = "apply_chunking_to_forward"
 """transformers' function, and the name by which its modeling files know it."""
@@ -37,7 +37,7 @@ class ChunkedCode(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def chunked_code_of(kind: Any) -> ChunkedCode | None:
     """Which methods of a class transformers' function is given; None if there is none, or the class would notice."""
-    if not is_usual(kind, _OF_CHECKPOINTING) or not all(_is_of_checkpointing(kind, name) for name in _OF_CHECKPOINTING):
+    if not is_usual_layer(kind):
         return None
     names = {
         name: None
@@ -49,16 +49,6 @@ def chunked_code_of(kind: Any) -> ChunkedCode | None:
     }
     methods = tuple(n for n in names if isinstance(inspect.getattr_static(kind, n, None), types.FunctionType))
     return ChunkedCode(methods) if methods else None
-
-
-_OF_CHECKPOINTING = ("__init_subclass__", "__call__")
-"""What transformers' base class for layers has: a forward of each subclass that may save memory, or a call."""
-
-
-def _is_of_checkpointing(kind: type[nn.Module], name: str) -> bool:
-    """Whether this is transformers' base class's, or nobody's."""
-    given = next(each for each in kind.__mro__ if name in vars(each))
-    return given in nn.Module.__mro__ or given.__module__ == "transformers.modeling_layers"
 
 
 def _given_to_chunking(function: Any) -> Iterator[str]:
@@ -83,7 +73,7 @@ class Chunked(Form):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """The form of a class has a property for each of its methods."""
         super().__init_subclass__(**kwargs)
-        for name in cls.line.methods:
+        for name in cls.line.methods if "line" in vars(cls) else ():
             setattr(cls, name, _quick(name, cls))
 
     @staticmethod
@@ -113,7 +103,7 @@ def _quick(name: str, form: type[Chunked]) -> property:
 
     def replace(module: Any, value: Any) -> None:
         """Whoever gives the module another method gets the user's class back."""
-        object.__setattr__(module, "__class__", module.original)
+        give_back(module)
         setattr(module, name, value)
 
     return property(method, replace)

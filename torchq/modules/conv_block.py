@@ -23,6 +23,7 @@ from torchq.modules.flow import Code, Facts, Flow, Zeros, code_of, flow_of
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import Int8Sequential, settings_of
 from torchq.modules.norms import IncludedNorm
+from torchq.modules.parts import Learned, Part
 from torchq.modules.pending import Scope
 from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of, handed_on
 from torchq.modules.quantized_conv import QuantizedConv
@@ -33,25 +34,6 @@ from torchq.ops import Activation
 
 MOST_STEPS = 64
 """A block knows the steps of so many kinds of input, images of so many sizes."""
-
-
-class Part(NamedTuple):
-    """A module of a block, as it was when the block was read.
-
-    Args:
-        module: the module.
-        kind: its class.
-        children: those that its code calls, by name; none of a module without children of interest.
-        in_order: whether it calls all its children, in their order.
-        settings: the attributes that it computes with; of a convolution the mode of its padding, since each call reads
-            the others.
-    """
-
-    module: nn.Module
-    kind: type[nn.Module]
-    children: dict[str, Any]
-    in_order: bool
-    settings: dict[str, Any]
 
 
 class Link(NamedTuple):
@@ -96,11 +78,11 @@ class _Entered(NamedTuple):
     around: tuple[int, ...] = ()
 
 
-class ConvBlock(Form):
+class ConvBlock(Learned):
     """`act(convs(x) + shortcut(x))`, or `convs(x)`, in one loop over its convolutions."""
 
     line: Code  # type: ignore[assignment]
-    _known: "_Known | None"  # None: its children are no longer what they were
+    _known: "_Known | None"
     reads = staticmethod(code_of)  # type: ignore[assignment]
 
     @staticmethod
@@ -123,8 +105,7 @@ class ConvBlock(Form):
     def _run(self, x: Tensor) -> Any:
         if gradients.wanted(x) or writes.modes() or torch._C._get_tracing_state() or simulation.is_watched():
             return NotImplemented
-        state = self.__dict__
-        known = state["_known"] if "_known" in state else self._learn()
+        known = self._learned()
         if known is None or not _C.are_as_known(known.parts, Scope.enter, Scope.leave):
             return NotImplemented
         main, side = known.main, known.side
@@ -153,14 +134,8 @@ class ConvBlock(Form):
         except (RuntimeError, UnknownError):  # the code of the user will say it of its own line
             return NotImplemented
 
-    def _learn(self) -> "_Known | None":
-        known = self.__dict__["_known"] = _known(self)
-        return known
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Without what it was found to compute, which names classes that no pickle has."""
-        new, made_of, state, *rest = super().__reduce_ex__(protocol)
-        return new, made_of, {name: value for name, value in state.items() if name != "_known"}, *rest
+    def _read_again(self) -> "_Known | None":
+        return _known(self)
 
     def _chained(self, links: tuple[Link, ...], entered: _Entered, residual: Any = None) -> Any:
         """What these make of x, and of what is added: as a convolution gives it, with the channels last for a sum."""

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from torchq.modules.others import apart, hands_on, unknown
 from torchq.modules.plain_code import forward_of, is_plain_value, runs_straight
 from torchq.modules.straight import Symbol, UnknownError, is_usual
 
@@ -41,18 +42,22 @@ class Facts:
     """What code has read. It may grow while others look at it."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, str], Fact] = {}
+        self._names: set[tuple[int, str]] = set()
+        self._known: tuple[Fact, ...] = ()
 
     def add(self, read: Callable[..., Any], of: Any, name: str, value: Any) -> None:
         """One more. Who has read the same before goes by what was read then."""
-        self._known.setdefault((id(of), name), Fact(read, of, name, value))
+        if (id(of), name) not in self._names:
+            self._known = (*self._known, Fact(read, of, name, value))
+            self._names.add((id(of), name))
 
     def hold(self) -> bool:
         """Whether reading again gives the same."""
-        return all(read(of, name, _MISSING) is value for read, of, name, value in list(self._known.values()))
+        return all(read(of, name, MISSING) is value for read, of, name, value in self._known)
 
 
-_MISSING = object()
+MISSING = object()
+"""What a name has that nobody has set."""
 
 
 class Zeros:
@@ -142,7 +147,7 @@ def code_of(kind: type[nn.Module]) -> Code | None:
     (False, True)
     """
     forward = forward_of(kind)
-    if not isinstance(forward, types.FunctionType) or not is_usual(kind) or not _may_run(forward):
+    if not isinstance(forward, types.FunctionType) or not is_usual(kind) or not may_run(forward):
         return None
     return Code(forward, forward.__code__) if forward.__code__.co_argcount == 2 else None
 
@@ -165,7 +170,7 @@ def flow_of(module: nn.Module, kind: type[nn.Module], facts: Facts | None = None
     code = code_of(kind)
     if code is None:
         return None
-    run = _Run(module, kind, Facts() if facts is None else facts)
+    run = Run(module, kind, Facts() if facts is None else facts)
     try:
         y = run.apart(code[0])(run.itself(), Symbol(0))
     except Exception:  # whatever the code meets on stand-ins
@@ -184,38 +189,41 @@ def flow_of(module: nn.Module, kind: type[nn.Module], facts: Facts | None = None
     return Flow(one.calls_, right, y.in_place_, last, run.children, run.settings, names, run.facts)
 
 
-def _may_run(function: types.FunctionType) -> bool:
+def may_run(function: types.FunctionType) -> bool:
+    """Whether all that code does goes to what it is given, and to global names."""
     code = function.__code__
-    inner = code.co_freevars or code.co_cellvars or code.co_kwonlyargcount or function.__defaults__
-    usual = code.co_flags & ~inspect.CO_NESTED == inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
-    return usual and not inner and runs_straight(code)
+    inner = code.co_freevars or code.co_cellvars or code.co_kwonlyargcount
+    plain = is_plain_value(function.__defaults__ or ())
+    usual = code.co_flags & ~_MORE_FLAGS == inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
+    return usual and not inner and plain and hands_on(code) and runs_straight(code)
+
+
+_MORE_FLAGS = inspect.CO_NESTED | inspect.CO_VARKEYWORDS
 
 
 # ---- Stand-ins ------------------------------------------------------------------------------------------------------
 
 
-def _unknown(*_: Any, **__: Any) -> Any:
-    raise UnknownError
-
-
-class _StandIn:
-    """Stands for an object: `read` gives its attributes, `call` what it returns."""
+class StandIn:
+    """Stands for an object: `read` gives its attributes, `call` what a call of it does."""
 
     __slots__ = ("call", "of", "read")
 
-    def __init__(self, read: Callable[[str], Any], call: Callable[..., Any] = _unknown, of: Any = None) -> None:
+    def __init__(self, read: Callable[[str], Any], call: Callable[..., Any] = unknown, of: Any = None) -> None:
         self.read, self.call, self.of = read, call, of
 
     def __getattribute__(self, name: str) -> Any:
         return object.__getattribute__(self, "read")(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call of the object gives."""
         return object.__getattribute__(self, "call")(*args, **kwargs)
 
-    __bool__ = __eq__ = __hash__ = _unknown
+    __bool__ = __eq__ = __hash__ = unknown
 
 
-def _stood_for(stand_in: Any) -> Any:
+def stood_for(stand_in: Any) -> Any:
+    """The object itself."""
     return object.__getattribute__(stand_in, "of")
 
 
@@ -227,7 +235,7 @@ _PROBES = [(1, 8, 16), (1, 8, 16, 16), (1, 8, 16, 16, 16)]
 """Shapes of one, two and three dimensions: a function that knows none of them does something else."""
 
 
-class _Run:
+class Run:
     """One run of a module's code on stand-ins.
 
     Args:
@@ -243,11 +251,12 @@ class _Run:
         self.settings: dict[str, Any] = {}
         self._depth = 0
 
-    def itself(self) -> _StandIn:
+    def itself(self) -> StandIn:
         """Stands for the module."""
-        return _StandIn(self._read)
+        return StandIn(self.read)
 
-    def _read(self, name: str) -> Any:
+    def read(self, name: str) -> Any:
+        """An attribute of the module."""
         state = vars(self._module)
         if name in state:
             value = self._plainly(self._module, name)
@@ -256,7 +265,11 @@ class _Run:
         if name not in state["_modules"] or inspect.getattr_static(self._kind, name, None) is not None:
             raise UnknownError
         child = self.children[name] = state["_modules"][name]
-        return None if child is None else _StandIn(self._held_read(child), lambda x: self._then(x, name), child)
+        return None if child is None else StandIn(self._held_read(child), self.called(name, child), child)
+
+    def called(self, name: str, child: nn.Module) -> Callable[..., Any]:
+        """What stands for the call of a child."""
+        return lambda x: self._then(x, name)
 
     def _then(self, x: Any, step: Step) -> Symbol:
         if type(x) is not Symbol or x.written_:
@@ -271,9 +284,9 @@ class _Run:
             raise UnknownError
         return value
 
-    def _held(self, of: Any) -> _StandIn:
+    def _held(self, of: Any) -> StandIn:
         """Stands for an object that the code has read, such as a config."""
-        return _StandIn(self._held_read(of), of=of)
+        return StandIn(self._held_read(of), of=of)
 
     def _held_read(self, of: Any) -> Callable[[str], Any]:
         def read(name: str) -> Any:
@@ -285,30 +298,34 @@ class _Run:
 
     # ---- Global names of the code --------------------------------------------------------------------------------
 
-    def apart(self, function: types.FunctionType) -> types.FunctionType:
-        """The function, to whom all names of its module are stand-ins."""
-        if not _may_run(function) or self._depth > _DEEPEST:
+    def apart(self, function: types.FunctionType) -> Callable[..., Any]:
+        """The function, to whom all names of its module are stand-ins, and its `**kwargs` too."""
+        if not may_run(function) or self._depth > _DEEPEST:
             raise UnknownError
-        self.facts.add(getattr, function, "__code__", function.__code__)
+        for name in ("__code__", "__defaults__"):
+            self.facts.add(getattr, function, name, getattr(function, name))
         loads = [step for step in dis.get_instructions(function) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
         names = {step.argval: self._global(function.__globals__, step.argval) for step in loads}
-        known = {name: value for name, value in names.items() if value is not _MISSING}
-        return types.FunctionType(function.__code__, {**known, "__builtins__": {}})
+        known = {name: value for name, value in names.items() if value is not MISSING}
+        return apart(function, known)
 
     def _global(self, scope: dict[str, Any], name: str) -> Any:
-        """What a name of a function's module stands for; _MISSING if nothing that may be used."""
-        value = scope.get(name, _MISSING)
-        if value is _MISSING and name in _BUILTINS:
-            self.facts.add(_look_up, scope, name, _MISSING)
-            return getattr(builtins, name)
-        self.facts.add(_look_up, scope, name, value)
-        if id(value) in _LIBRARIES:
-            return self._library(value)
-        if isinstance(value, types.FunctionType):
-            return _StandIn(_unknown, functools.partial(self._call, value))
-        return value if is_plain_value(value) else _MISSING
+        """What a name of a function's module stands for; MISSING if nothing that may be used."""
+        value = scope.get(name, MISSING)
+        if value is MISSING and name in _BUILTINS:
+            usable: Any = getattr(builtins, name)
+        elif id(value) in _LIBRARIES:
+            usable = self._library(value)
+        elif isinstance(value, types.FunctionType):
+            usable = StandIn(unknown, functools.partial(self._call, value))
+        elif is_plain_value(value):
+            usable = value
+        else:
+            return MISSING
+        self.facts.add(look_up, scope, name, value)
+        return usable
 
-    def _library(self, library: Any) -> _StandIn:
+    def _library(self, library: Any) -> StandIn:
         def read(name: str) -> Any:
             if name != _LIBRARIES[id(library)]:
                 raise UnknownError
@@ -316,9 +333,9 @@ class _Run:
             self.facts.add(getattr, library, name, value)
             if id(value) in _LIBRARIES:
                 return self._library(value)
-            return _StandIn(_unknown, self._pad) if value is _PAD else value
+            return StandIn(unknown, self._pad) if value is _PAD else value
 
-        return _StandIn(read)
+        return StandIn(read)
 
     def _call(self, function: types.FunctionType, *args: Any) -> Any:
         """A function by a global name is called. On the symbol it must add zeros, as many as the shape asks for."""
@@ -338,14 +355,14 @@ class _Run:
             raise UnknownError
         if type(x) is Symbol:
             return self._then(x, Zeros.constant(tuple(pad)))
-        if not isinstance(_stood_for(x), _Shape):
+        if not isinstance(stood_for(x), _Shape):
             raise UnknownError
-        return _StandIn(_unknown, of=_Padded(tuple(pad)))
+        return StandIn(unknown, of=_Padded(tuple(pad)))
 
     def _amounts(self, function: types.FunctionType, shape: tuple[int, ...], rest: tuple[Any, ...]) -> Any:
         """What a function adds around a tensor of this shape."""
         try:
-            y = _stood_for(self._call(function, _Shape(shape).stand_in(), *rest))
+            y = stood_for(self._call(function, _Shape(shape).stand_in(), *rest))
         except Exception:
             raise UnknownError from None
         if isinstance(y, _Padded):
@@ -355,7 +372,8 @@ class _Run:
         raise UnknownError
 
 
-def _look_up(scope: dict[str, Any], name: str, missing: Any) -> Any:
+def look_up(scope: dict[str, Any], name: str, missing: Any) -> Any:
+    """What a dict has under a name."""
     return scope.get(name, missing)
 
 
@@ -368,8 +386,8 @@ class _Shape(NamedTuple):
 
     shape: tuple[int, ...]
 
-    def stand_in(self) -> _StandIn:
-        return _StandIn(self._read, of=self)
+    def stand_in(self) -> StandIn:
+        return StandIn(self._read, of=self)
 
     def _read(self, name: str) -> Any:
         if name == "shape":

@@ -46,8 +46,7 @@ class Form(nn.Module):
         """Whoever takes a name that only the form has gets the user's class back: there it means what they set."""
         form: Any = self.form  # for mypy, a class of torch has no hash
         if name in _names(form):
-            object.__setattr__(self, "__class__", self.original)
-            self.__dict__.pop("_known", None)
+            give_back(self)
             setattr(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -84,6 +83,12 @@ def become(form: Any, module: nn.Module, line: tuple[Any, ...]) -> None:
     kind: Any = type(module)
     kind = form_of(form, kind, line)
     object.__setattr__(module, "__class__", kind)  # a __setattr__ of the user has no part in it
+
+
+def give_back(module: Form) -> None:
+    """Makes it an instance of the user's class again."""
+    object.__setattr__(module, "__class__", module.original)
+    module.__dict__.pop("_known", None)
 
 
 def _new(form: Any, original: Any) -> Any:
