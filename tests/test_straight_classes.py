@@ -224,6 +224,19 @@ def test_a_call_that_the_class_gets_later_counts(kind):
 
 
 @pytest.mark.parametrize("kind", [Output, Activated])
+def test_a_subclass_of_a_converted_modules_class_has_code_of_its_own(kind):
+    _, module, args = read(kind)
+
+    class Negative(type(module)):
+        def forward(self, *args):
+            return super().forward(*args).neg()
+
+    expected = module.original.forward(module, *args).neg()
+    object.__setattr__(module, "__class__", Negative)
+    assert_identical(module(*args), expected)
+
+
+@pytest.mark.parametrize("kind", [Output, Activated])
 def test_the_class_of_a_converted_module_makes_float_ones(kind):
     """As user's code does that makes another module by `type(module)(...)`."""
     module, args = kind().eval(), inputs()[: 2 if kind is Output else 1]

@@ -39,8 +39,11 @@ class Form(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """What the user's class does with each subclass is for theirs: a form is the class itself, in fewer calls."""
-        if "original" not in vars(cls):
-            super().__init_subclass__(**kwargs)
+        if "original" in vars(cls):
+            return
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "original") and "__call__" not in vars(cls):  # of a form: somebody's, with code of its own
+            cls.__call__ = _by_code  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Whoever takes a name that only the form has gets the user's class back: there it means what they set."""
@@ -56,6 +59,10 @@ class Form(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, *rest = reduced
         return _new, (self.form, self.original), *rest
+
+
+def _by_code(module: Form, *args: Any, **kwargs: Any) -> Any:
+    return module.original.__call__(module, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=1024)
