@@ -64,14 +64,13 @@ def model():
 
 def counted(monkeypatch):
     """How many calls the forms have taken, in a list of one."""
-    count, run = [0], SelfAttention._run
+    count, attend = [0], SelfAttention.attend
 
     def counting(self, *call):
-        y = run(self, *call)
-        count[0] += y is not NotImplemented
-        return y
+        count[0] += 1
+        return attend(self, *call)
 
-    monkeypatch.setattr(SelfAttention, "_run", counting)
+    monkeypatch.setattr(SelfAttention, "attend", counting)
     return count
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from torchq.modules.attention import NAME, SDPA, AttentionScheme, OwnAttention, attention_modules, register
+from torchq.modules.encoder_form import EncoderForm
 from torchq.modules.self_attention import SelfAttention
 
 
@@ -28,5 +29,7 @@ def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
             configs[name] = config
     if configs:
         register()
+        for module in reversed(list(model.modules())):  # when all within are what they become
+            EncoderForm.adopt(module)
     for config in configs.values():
         config._attn_implementation_internal = NAME

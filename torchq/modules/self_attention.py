@@ -38,26 +38,19 @@ class SelfAttention(Form):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), past what transformers does between the calls, where that is all that happens."""
-        if not is_dynamo_compiling() and self._is_plain():
-            call = self._read(args, kwargs)
-            y = NotImplemented if call is None else self._run(*call)
-            if y is not NotImplemented:
-                return y
+        if not is_dynamo_compiling():
+            call = self.read_call(args, kwargs)
+            if call is not None and self.may_attend() and type(call[0]) is Tensor and call[0].dim() == 3:
+                return self.attend(*call), None
         return super().__call__(*args, **kwargs)
 
-    def _is_plain(self) -> bool:
-        """Whether its code is still what was read, in eval mode, and nobody else sees the call."""
-        if modes() or not _C.is_plain(self, type(self)):
-            return False
-        return not torch._C._get_tracing_state() and self.training is False
-
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, bool | None] | None:
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool | None] | None:
         """The input, the mask and `is_causal` of a call whose other arguments are None, as if they were not there."""
         line = self.line
         given = dict(zip(line.names, args, strict=False)) | kwargs
         x, mask = given.pop(line.names[0], None), given.pop(MASK, None)
         is_causal = given.pop(_IS_CAUSAL, None) if line.takes_more else None
-        if type(x) is not Tensor or not (is_causal is None or type(is_causal) is bool):
+        if x is None or not (is_causal is None or type(is_causal) is bool):
             return None
         if len(line.names) < len(args) or not kwargs.keys().isdisjoint(line.names[: len(args)]):
             return None
@@ -66,31 +59,38 @@ class SelfAttention(Form):
                 return None
         return x, mask, is_causal
 
-    def _run(self, x: Tensor, mask: Any, is_causal: bool | None) -> Any:
+    def may_attend(self) -> bool:
+        """Whether its code is still what was read, of known children and numbers, and nobody else sees a call."""
+        if modes() or torch._C._get_tracing_state() or not _C.is_plain(self, type(self)):
+            return False
         line, state = self.line, self.__dict__
         names = (*line.projections, *line.behind)
-        children = tuple(map(state["_modules"].get, names))
+        if not state.keys().isdisjoint(names) or not all(map(_is_known, map(state["_modules"].get, names))):
+            return False
         size, scale, scheme = state.get(line.size), state.get(line.scale), state.get("torchq_attention")
-        if x.dim() != 3 or not all(map(_is_known, children)) or not state.keys().isdisjoint(names):
-            return NotImplemented
         if type(size) is not int or size <= 0 or type(scale) is not float or type(scheme) is not AttentionScheme:
-            return NotImplemented
-        if not _asks_for_torchq(state.get("config")) or line.registry().get(NAME) is not attention_forward:
-            return NotImplemented
-        q, k, v = products = [child(x) for child in children[:3]]
-        y = NotImplemented
+            return False
+        asks = _asks_for_torchq(state.get("config")) and line.registry().get(NAME) is attention_forward
+        return asks and self.training is False
+
+    def attend(self, x: Tensor, mask: Any, is_causal: bool | None) -> Tensor:
+        """Of x (batch, rows, columns), in a call in which it `may_attend`."""
+        line, state = self.line, self.__dict__
+        children, size, scale = state["_modules"], state[line.size], state[line.scale]
+        q, k, v = products = [children[name](x) for name in line.projections]
+        y: Any = NotImplemented
         if q.shape == k.shape == v.shape and q.shape[-1] % size == 0:
             causal = is_causal_call(self, is_causal, mask, q.shape[1])
             more = {"heads": q.shape[-1] // size, "mask": mask, "is_causal": causal, "scale": scale}
-            y = attend_directly(scheme.scheme, q, k, v, **more)
+            y = attend_directly(state["torchq_attention"].scheme, q, k, v, **more)
         if y is NotImplemented:
             rows = x.shape[:-1]
             q, k, v = (each.view(*rows, -1, size).transpose(1, 2) for each in products)
             y, _ = attention_forward(self, q, k, v, mask, dropout=0.0, scaling=scale, is_causal=is_causal)
             y = y.reshape(*rows, -1).contiguous()
-        for child in children[3:]:
-            y = child(y)
-        return y, None
+        for name in line.behind:
+            y = children[name](y)
+        return y  # type: ignore[no-any-return]
 
 
 _KNOWN = (QuantizedLinear, nn.Linear, *IDLE)
