@@ -46,17 +46,17 @@ def tokens(rows, length, seed=0):
     return torch.randint(1, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def batches(count=6):
-    return [{"input_ids": tokens(8, 24, seed)} for seed in range(count)]
+def batches(length=24):
+    return [{"input_ids": tokens(8, length, seed)} for seed in range(6)]
 
 
-def converted(model, **more):
-    return torchq.convert(model, batches(), config=torchq.QConfig(**QUICK, **more), progress=False)
+def converted(model, length=24, **more):
+    return torchq.convert(model, batches(length), config=torchq.QConfig(**QUICK, **more), progress=False)
 
 
-def only_attention(model, scheme):
+def only_attention(model, scheme, length=24):
     """Converted with every layer in float, so that only attention differs."""
-    return converted(model, attention=scheme, min_sqnr_db=1e9)
+    return converted(model, length, attention=scheme, min_sqnr_db=1e9)
 
 
 def db(model, other, **inputs):
@@ -185,14 +185,22 @@ def test_a_trace_is_the_same_whether_gradients_are_wanted_or_not():
 
 # ---- How the scheme is chosen ----
 
+ENOUGH_KEYS = 64  # from here on a faster scheme pays on every kernel
+
+
+@pytest.fixture
+def not_of_pairs(monkeypatch):
+    """Schemes are those of kernels that don't multiply pairs of codes."""
+    monkeypatch.setattr(kernels, "_OF_PAIRS", None)
+
 
 def test_auto_keeps_the_output_within_the_margin():
     model = bert()
-    exact, plan = (converted(model, attention=scheme).torchq_plan for scheme in ("float32", "auto"))
+    exact, plan = (converted(model, ENOUGH_KEYS, attention=scheme).torchq_plan for scheme in ("float32", "auto"))
     assert plan.checked.model_db > exact.checked.model_db - 0.3
     assert {row.scheme for row in plan.attentions.values()} != {"float32"}
     for row in plan.attentions.values():
-        assert list(row.sqnr_db) == list(kernels.attention_schemes(keys=24))
+        assert list(row.sqnr_db) == list(kernels.attention_schemes(ENOUGH_KEYS))
         assert sorted(row.sqnr_db.values()) == list(row.sqnr_db.values())  # the faster, the less exact
         assert min(row.sqnr_db.values()) > 30
 
@@ -201,6 +209,7 @@ def test_auto_keeps_the_output_within_the_margin():
     ("pays_from", "tried", "taken"),
     [(0, ["int8", "int8_bfloat16"], "int8"), (24, ["int8", "bfloat16"], "int8"), (25, ["bfloat16"], "bfloat16")],
 )
+@pytest.mark.usefixtures("not_of_pairs")
 def test_auto_tries_what_is_faster_by_the_kernel(pays_from, tried, taken, monkeypatch):
     monkeypatch.setattr(kernels._C, "codes_pay_from", lambda: pays_from)
     rows = converted(bert()).torchq_plan.attentions.values()
@@ -209,6 +218,7 @@ def test_auto_tries_what_is_faster_by_the_kernel(pays_from, tried, taken, monkey
     assert [row.scheme for row in rows].count(taken) >= 2
 
 
+@pytest.mark.usefixtures("not_of_pairs")
 def test_auto_asks_for_the_keys_of_each_attention(monkeypatch):
     """The decoder's own has 9 keys; the two others have the encoder's 20, as the longest batch had."""
     monkeypatch.setattr(kernels._C, "codes_pay_from", lambda: 20)
@@ -225,9 +235,17 @@ def test_auto_asks_for_the_keys_of_each_attention(monkeypatch):
 
 def test_auto_keeps_float32_where_the_output_would_lose():
     """Nothing else has an error here, so any scheme would lose more than 0.3 dB."""
-    plan = only_attention(bert(), "auto").torchq_plan
+    plan = only_attention(bert(), "auto", ENOUGH_KEYS).torchq_plan
     assert {row.scheme for row in plan.attentions.values()} == {"float32"}
     assert {row.reason for row in plan.attentions.values()} == {"a faster scheme would cost accuracy"}
+
+
+def test_auto_keeps_float32_where_no_scheme_is_faster(monkeypatch):
+    monkeypatch.setattr(kernels, "attention_schemes", lambda keys: ("int8",) if keys >= 25 else ())
+    few, enough = (converted(bert(), length).torchq_plan.attentions.values() for length in (24, 25))
+    assert {(row.scheme, row.reason) for row in few} == {("float32", "none is faster for so few keys")}
+    assert {row.scheme for row in enough} == {"int8"}
+    assert [row.sqnr_db.keys() for row in (*few, *enough)] == [set()] * 3 + [{"int8"}] * 3
 
 
 def test_an_edited_plan_is_applied():

@@ -72,6 +72,19 @@ def test_the_table():
     assert kernels.tile("reference") == (1, 16, 4)
 
 
+@pytest.mark.parametrize("keys", [1, 63, 64, 511, 512])
+def test_the_schemes_of_attention_that_pay(kernel, keys):
+    """Measured: docs/performance-avx2.md and docs/performance-amx.md."""
+    schemes = kernels.attention_schemes(keys)
+    if kernel == "avx2":
+        assert schemes == (("int8",) if keys >= 64 else ())
+    elif kernels.active_attention() == "amx_bf16":
+        assert schemes == (("int8", "bfloat16") if keys >= 512 else ("bfloat16",))
+    else:
+        assert schemes == ("int8", "int8_bfloat16")
+    CALLS["gemm"]()  # so that last_used() is what the fixture checks
+
+
 @pytest.mark.skipif(kernels.ENVIRONMENT_VARIABLE in os.environ, reason="TORCHQ_KERNEL forces a kernel")
 def test_the_best_runnable_kernel_is_active():
     assert kernels.active() == kernels.runnable()[0]

@@ -92,16 +92,23 @@ def attention_schemes(keys: int) -> tuple[str, ...]:
     """The schemes of `ops.attention` that pay by the active kernel for so many keys: the fastest first.
 
     Each costs accuracy, and takes less time than those that are more exact. AMX multiplies bfloat16 so fast that int8
-    pays from 512 keys on only. By the other kernels it always does, and "int8_bfloat16" is faster than "bfloat16".
+    pays from 512 keys on only. "avx2" multiplies pairs of codes as int16, 1.5 times as fast as floats: there int8 pays
+    from 64 keys on, and nothing else does (docs/performance-avx2.md). By the other kernels int8 always pays, and
+    "int8_bfloat16" is faster than "bfloat16".
 
     >>> with use("reference"):
     ...     attention_schemes(keys=128)
     ('int8', 'int8_bfloat16')
     """
+    if active() == _OF_PAIRS:
+        return ("int8",) if keys >= _PAIRS_PAY_FROM else ()
     pays_from = _C.codes_pay_from()
     if not pays_from:
         return ("int8", "int8_bfloat16")
     return ("int8", "bfloat16") if keys >= pays_from else ("bfloat16",)
+
+
+_OF_PAIRS, _PAIRS_PAY_FROM = "avx2", 64
 
 
 def last_used() -> str | None:

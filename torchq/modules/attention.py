@@ -117,12 +117,16 @@ class AttentionErrors:
             key = (id(module), scheme)
             self._sums[key] = found if key not in self._sums else self._sums[key] + found
 
+    def was_called(self, module: nn.Module) -> bool:
+        """Whether any call was noted."""
+        return id(module) in self._keys
+
     def sqnr_db(self, module: nn.Module) -> dict[str, float]:
         """SQNR of the module's output under each scheme that pays, the fastest first; empty where it was never called.
 
         A scheme that only the longest calls were computed by is judged by these.
         """
-        schemes = kernels.attention_schemes(self._keys[id(module)]) if id(module) in self._keys else ()
+        schemes = kernels.attention_schemes(self._keys[id(module)]) if self.was_called(module) else ()
         return {scheme: decibels(self._sums[id(module), scheme]) for scheme in schemes}
 
 

@@ -47,7 +47,10 @@ def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice:
 
 def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
     sqnr_db = errors.sqnr_db(module)
-    reason = "a faster scheme would cost accuracy" if sqnr_db else "no batch reached it"
+    if not errors.was_called(module):
+        reason = "no batch reached it"
+    else:
+        reason = "a faster scheme would cost accuracy" if sqnr_db else "none is faster for so few keys"
     return AttentionPlan("float32", reason, sqnr_db)
 
 
