@@ -10,7 +10,8 @@ from torch import nn
 
 import torchq
 from torchq import kernels
-from torchq.modules.attention import AttentionScheme, attention_modules
+from torchq.modules.attention import AttentionScheme
+from torchq.modules.attention_offer import attention_modules
 from torchq.planning.plan import AttentionPlan, Plan
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -36,10 +36,10 @@ class QConfig:
             layers of up to 8192 inputs with enough rows. "auto": the same for up to 4096 inputs, if it gains at least
             0.5 dB on held-out rows. GPTQ costs time, and K x K floats of memory per input during calibration, of all
             together at most twice the float32 weights.
-        attention: how the attention of nn.MultiheadAttention is computed, and that of Hugging Face models where it is
-            torch's now (docs/accuracy.md). "auto": in float32, and with calibration data by faster schemes where the
-            model's output loses less than 0.3 dB by all of them together. A scheme of `torchq.ops.attention`: all by
-            this one. "none": as it is.
+        attention: how the attention of nn.MultiheadAttention is computed, of Hugging Face models where it is torch's
+            now, and of modules that call torch's scaled_dot_product_attention (docs/accuracy.md). "auto": in float32,
+            and with calibration data by faster schemes where the model's output loses less than 0.3 dB by all of them
+            together. A scheme of `torchq.ops.attention`: all by this one. "none": as it is.
         embeddings: True: embeddings have int8 tables, with a scale for each row, and beside each code 4 more bits that
             only look-ups read. A table that is the weight of a head too is one int8 copy for both, and each value of
             the head's input has two codes. "int8": the same without the 4 bits and the second codes: a third less

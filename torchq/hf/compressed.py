@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchq.errors import BadTypeError, BadValueError, door
 from torchq.hf.quantizer import Awaiting, TorchqHfQuantizer
-from torchq.modules.attention import attention_modules
+from torchq.modules.attention_offer import attention_modules
 from torchq.modules.embedding import QuantizedTable
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.quantized_linear import QuantizedLinear

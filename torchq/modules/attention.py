@@ -1,5 +1,7 @@
 """Attention by `torchq.ops.attention`: of int8 modules that attend themselves, and of Hugging Face models.
 
+(Of modules that call torch's function: `sdpa_calls.py`.)
+
 An `OwnAttention`, such as torchq's nn.MultiheadAttention, has a scheme, which says how precisely it is computed.
 
 transformers lets a library register an attention function under a name, and a model choose it by its config
@@ -67,17 +69,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose attention torchq can compute, by name: its own, and those of transformers.
+def asks_the_registry(module: nn.Module) -> bool:
+    """Whether a module asks transformers' registry for its "sdpa": that is read from the names that its forward uses.
 
-    The latter ask transformers' registry for its "sdpa": that is read from the names that their forward uses. A
-    modeling file that has an "sdpa" of its own is left alone.
+    A modeling file that has an "sdpa" of its own is left alone.
     """
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, OwnAttention) or _asks_the_registry(module)}
-
-
-def _asks_the_registry(module: nn.Module) -> bool:
     if "transformers" not in sys.modules:
         return False
     if getattr(getattr(module, "config", None), "_attn_implementation_internal", None) not in (SDPA, NAME):
@@ -108,9 +104,20 @@ class AttentionErrors:
     def __init__(self) -> None:
         self._keys: dict[int, int] = {}  # by module
         self._sums: dict[tuple[int, str], Tensor] = {}
+        self._caller: nn.Module | None = None
 
-    def note(self, module: nn.Module, exact: Tensor, arguments: Mapping[str, Any]) -> None:
-        """Computes one call by each scheme."""
+    @contextmanager
+    def called_by(self, module: nn.Module) -> Iterator[None]:
+        """Inside, this module's code is what calls an attention that doesn't know its module."""
+        outer, self._caller = self._caller, module
+        try:
+            yield
+        finally:
+            self._caller = outer
+
+    def note(self, module: nn.Module | None, exact: Tensor, arguments: Mapping[str, Any]) -> None:
+        """Computes one call by each scheme: of this module, or of the one whose code runs."""
+        module = self._caller if module is None else module
         keys = self._keys[id(module)] = max(arguments["k"].shape[-2], self._keys.get(id(module), 0))
         for scheme in kernels.attention_schemes(keys):
             found = energies(exact, ops.attention(**arguments, scheme=scheme))
@@ -148,9 +155,17 @@ def measuring(errors: AttentionErrors) -> Iterator[None]:
         yield
 
 
-def attend(module: nn.Module, scheme: str, arguments: dict[str, Any]) -> Tensor:
-    """`ops.attention` with these arguments, for this module; the one place that sees them while they are measured."""
-    errors = None if is_dynamo_compiling() or not _measured_anywhere else _measuring.get()
+def noted_by() -> AttentionErrors | None:
+    """What this thread's calls are noted by, while it measures."""
+    return None if is_dynamo_compiling() or not _measured_anywhere else _measuring.get()
+
+
+def attend(module: nn.Module | None, scheme: str, arguments: dict[str, Any]) -> Tensor:
+    """`ops.attention` with these arguments, for this module; the one place that sees them while they are measured.
+
+    None is the module whose code runs (`AttentionErrors.called_by`).
+    """
+    errors = noted_by()
     y = ops.attention(**arguments, scheme=scheme if errors is None else "float32")
     if errors is not None:
         errors.note(module, y, arguments)

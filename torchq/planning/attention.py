@@ -12,8 +12,8 @@ import dataclasses
 
 from torch import nn
 
-from torchq.modules.attention import AttentionErrors, attention_modules, measuring
-from torchq.modules.attention_offer import offer_attention
+from torchq.modules.attention import AttentionErrors, measuring
+from torchq.modules.attention_offer import attention_modules, offer_attention
 from torchq.planning.attach import attach_plan
 from torchq.planning.plan import AttentionPlan, Plan, attention_schemes
 from torchq.planning.selfcheck import MARGIN_DB, SelfCheck

@@ -7,7 +7,7 @@ from torch import nn
 
 from torchq.errors import BadValueError
 from torchq.modules.activations import activation_named
-from torchq.modules.attention import attention_modules
+from torchq.modules.attention_offer import attention_modules
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.linear import LinearType
@@ -93,8 +93,8 @@ def _check_attentions(known_names: set[str], plan: Plan) -> None:
         if name not in known_names:
             raise BadValueError(
                 f"the plan names attention {name!r}, which is no module of the model whose attention torchq computes: "
-                "an nn.MultiheadAttention, or one that asks transformers for its attention 'sdpa'. Was the model made "
-                "with another attn_implementation?"
+                "an nn.MultiheadAttention, one that calls torch's scaled_dot_product_attention in its own code, or one "
+                "that asks transformers for its attention 'sdpa'. Was the model made with another attn_implementation?"
             )
 
 

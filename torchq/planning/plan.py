@@ -294,7 +294,8 @@ class Plan:
     To undo a smoothing, make the layer dynamic with `channel_scale=None`. `frontier` is what the search for an accuracy
     budget measured, `checked` what the converted model's output showed, `model_bytes` the bytes of the float model's
     parameters and buffers. `attentions` are those that torchq can compute, by the names of the modules that do:
-    nn.MultiheadAttention, and those of Hugging Face models. `tables` are those of embeddings.
+    nn.MultiheadAttention, those of Hugging Face models, and those that call torch's function themselves. `tables` are
+    those of embeddings.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)

@@ -26,7 +26,7 @@ from torchq import kernels, ops
 from torchq.calibration.batches import Forward, call_with_batch
 from torchq.calibration.isolation import uncompiled
 from torchq.errors import BadValueError, door
-from torchq.modules.attention import attention_modules
+from torchq.modules.attention_offer import attention_modules
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.ops import ATTENTION_SCHEMES, Activation
