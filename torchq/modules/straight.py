@@ -87,7 +87,7 @@ def is_usual(kind: type[nn.Module], but: Collection[str] = ()) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeType) -> "Symbol | None":
-    if not is_usual(kind) or not _is_harmless(forward):
+    if not is_usual(kind) or not is_harmless(forward):
         return None
     seen: list[str] = []
     try:
@@ -106,6 +106,7 @@ _STEPS = (
         "STORE_FAST",
         "BINARY_OP",
         "BINARY_ADD",
+        "BINARY_MULTIPLY",
         "INPLACE_ADD",
         "CALL",
         "PRECALL",
@@ -115,7 +116,8 @@ _STEPS = (
 """How the bytecode instructions begin that may occur: no globals, no branches, no loops, no stores but to locals."""
 
 
-def _is_harmless(forward: types.FunctionType) -> bool:
+def is_harmless(forward: types.FunctionType) -> bool:
+    """Whether code only names its arguments, calls what it finds in them, and adds or multiplies."""
     code = forward.__code__
     plain = code.co_flags & ~inspect.CO_NESTED == inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
     inner = code.co_freevars or code.co_cellvars or code.co_kwonlyargcount or forward.__defaults__

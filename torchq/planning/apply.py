@@ -17,6 +17,7 @@ from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
+from torchq.modules.gated import Gated
 from torchq.modules.int8_sequential import InOrder, Int8Sequential
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
@@ -91,6 +92,7 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                 Int8TransformerEncoder.adopt(module)
                 Row.adopt(module)
                 ConvRow.adopt(module)
+                Gated.adopt(module)
                 if plan.int8_layers():
                     LayerNorm.adopt(module)
                     RMSNorm.adopt(module)
@@ -165,7 +167,7 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
             continue
         path = _owner_of(model, (name, last))
         owner = model.get_submodule(path)
-        if isinstance(owner, (InOrder, Int8TransformerEncoderLayer)) and owner.computes(layer):
+        if isinstance(owner, (InOrder, Int8TransformerEncoderLayer, Gated)) and owner.computes(layer):
             continue
         layer.scope = _scope_of(model, path, scopes)
 

@@ -9,6 +9,7 @@ from torchq.calibration.calibrate import Evidence
 from torchq.calibration.readers import ADDITION, PADDING
 from torchq.modules.activations import activation_named
 from torchq.modules.folding import IDLE, followers
+from torchq.modules.gated import gated_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.straight import line_of
 from torchq.ops import Activation
@@ -37,7 +38,7 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     names = {id(layer.module): name for name, layer in evidence.layers.items() if not layer.part}
     for keys, row in _rows(evidence.model):
         _fuse_children(keys, row, names, plans, evidence)
-    for name, activation in (evidence.activations | _feed_forwards(evidence.model)).items():
+    for name, activation in (evidence.activations | _feed_forwards(evidence.model) | _gates(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not (plans[name].activation or plans[name].feeds):
             plans[name] = dataclasses.replace(plans[name], activation=activation)
     for name, readers in evidence.handovers.items():
@@ -91,6 +92,14 @@ def _feed_forwards(model: nn.Module) -> dict[str, str]:
     kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     paths = [f"{path}." if path else "" for path, module in model.named_modules() if isinstance(module, kinds)]
     pairs = {f"{path}linear1": f"{path}activation" for path in paths}
+    return {layer: name for layer, name in pairs.items() if activation_named(model, name) != Activation.NONE}
+
+
+def _gates(model: nn.Module) -> dict[str, str]:
+    """By the gate of a gated feed forward: the activation behind it."""
+    codes = [(path, gated_of(type(module))) for path, module in model.named_modules() if "forward" not in vars(module)]
+    named = [(f"{path}." if path else "", code) for path, code in codes if code is not None]
+    pairs = {prefix + code.gate: prefix + code.act for prefix, code in named}
     return {layer: name for layer, name in pairs.items() if activation_named(model, name) != Activation.NONE}
 
 
