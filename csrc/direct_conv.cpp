@@ -8,6 +8,7 @@
 // torchq._C.call_convolutions: several, each reading what the one before gave (modules/conv_block.py).
 
 #include <algorithm>
+#include <vector>
 
 #include "conv/depthwise.h"
 #include "conv_call.h"
@@ -68,21 +69,26 @@ bool is_dense(const dlpack::Tensor& t, bool channels_last) {
   return conv::is_dense(t.shape, t.strides, t.ndim, channels_last);
 }
 
-// A plain tensor of floats in either format, or of codes with the channels last.
+// Floats in either format, or codes with the channels last.
 struct Image {
-  dlpack::Tensor t;
+  int ndim;
+  int64_t sizes[kAxes + 2];  // (n, size..., channels)
   const DTypePair* dtype;
   bool channels_last;
+  const void* data;  // null: they are still to be computed
 
   bool is_codes() const { return dtype == kU8; }
-  const int64_t* sizes() const { return t.shape + (is_codes() ? 1 : 2); }
-  int64_t channels() const { return t.shape[is_codes() ? t.ndim - 1 : 1]; }
+  int64_t channels() const { return sizes[ndim - 1]; }
 
+  // Of a plain tensor.
   bool read(PyObject* object) {
+    dlpack::Tensor t;
     if (!view(object, &t) || t.ndim < 3 || t.ndim > kAxes + 2 || wants_gradient(object) || is_negated(object))
       return false;
-    dtype = find(t.dtype);
+    ndim = t.ndim, dtype = find(t.dtype), data = data_of(t);
     if (!dtype) return false;
+    std::copy_n(t.shape, ndim, sizes);
+    if (!is_codes()) std::rotate(sizes + 1, sizes + 2, sizes + ndim);
     channels_last = is_codes() || is_dense(t, true);
     return is_codes() ? is_contiguous(t) : channels_last || is_dense(t, false);
   }
@@ -129,16 +135,15 @@ bool read_qparams(PyObject* list, conv::Problem& p) {
   return true;
 }
 
-// Sets what is added, of the shape of y: sizes (n, size..., channels).
-bool read_residual(PyObject* object, const int64_t* sizes, int ndim, conv::Problem& p) {
+// Sets what is added to y.
+bool read_residual(PyObject* object, const Image& y, conv::Problem& p) {
   if (object == Py_None) return true;
   Image added;
-  if (!added.read(object) || added.t.ndim != ndim || added.channels() != sizes[ndim - 1]) return false;
-  if (added.t.shape[0] != sizes[0] || !std::equal(sizes + 1, sizes + ndim - 1, added.sizes())) return false;
-  if (added.is_codes() ? !p.y.channels_last : p.y.dtype != DType::u8 && added.dtype->ours != p.y.dtype) return false;
-  p.residual_last = p.y.channels_last || added.channels_last;
-  if (!added.is_codes() && !is_dense(added.t, p.residual_last)) return false;
-  p.residual.data = data_of(added.t), p.residual.dtype = added.dtype->ours;
+  if (!added.read(object) || added.ndim != y.ndim || !std::equal(y.sizes, y.sizes + y.ndim, added.sizes)) return false;
+  if (y.channels_last ? !added.channels_last : added.is_codes()) return false;
+  if (!added.is_codes() && !y.is_codes() && added.dtype != y.dtype) return false;
+  p.residual_last = added.channels_last;
+  p.residual.data = added.data, p.residual.dtype = added.dtype->ours;
   return true;
 }
 
@@ -151,67 +156,94 @@ bool is_linear(const conv::Problem& p) {
   return true;
 }
 
-// Computes it so, each row with its own scale and zero point.
-void run_linear(const Kernel& kernel, const conv::Problem& p) {
+// That layer, each row with its own scale and zero point.
+Problem linear_of(const conv::Problem& p) {
   const Geometry& g = p.geometry;
   LayerNumbers layer;
   layer.per_token = true, layer.activation = p.activation;
   const Rows rows{p.x.data, p.batch * g.pixels(), g.in_channels, p.x.dtype};
   Problem product = linear_problem(layer, rows, p.weights_of(0), p.y.data, p.y.dtype);
   product.y.residual = p.residual.from(0, g.out_channels);
-  run(kernel, product);
+  return product;
 }
 
 struct Arguments {
-  PyObject *x, *packed, *numbers, *qparams, *dtype, *last, *activation, *residual;
+  PyObject *packed, *numbers, *qparams, *dtype, *last, *activation, *residual;
 };
 
-// y. Null: this is not a plain call.
-py::object computed(const Arguments& a) {
-  Image x;
+// A call as it was read. x and y may be still to come.
+struct Call {
   conv::Problem p{};
+  Image y;
+  bool by_places;  // a linear layer of pixels
+  const Kernel* kernel;
+  py::object packed, residual;  // held while the GIL is not
+
+  int64_t work() const {
+    const Geometry& g = p.geometry;
+    return p.batch * g.out_pixels() * g.group_outputs() * g.depth();
+  }
+};
+
+// False: this is not a plain call.
+bool read_call(const Image& x, const Arguments& a, Call& call) {
+  conv::Problem& p = call.p;
+  Image& y = call.y;
   int64_t numbers[conv::kMostNumbers];
-  const DTypePair* y_dtype = find(a.dtype);
   const int count = read(a.numbers, numbers);
-  if (!y_dtype || !x.read(a.x) || count < conv::kHead || numbers[0] != x.t.ndim - 2) return {};
-  if (count != conv::kHead + conv::kEach * numbers[0]) return {};
-  p.geometry = conv::geometry_from(numbers, x.sizes());
+  y.dtype = find(a.dtype);
+  if (!y.dtype || count < conv::kHead || numbers[0] != x.ndim - 2) return false;
+  if (count != conv::kHead + conv::kEach * numbers[0]) return false;
+  p.geometry = conv::geometry_from(numbers, x.sizes + 1);
   const Geometry& g = p.geometry;
-  p.batch = x.t.shape[0];
-  if (!is_geometry(g) || x.channels() != g.in_channels || p.batch <= 0) return {};
-  p.x.dtype = x.dtype->ours, p.x.data = data_of(x.t), p.x.channels_last = x.channels_last;
-  p.y.dtype = y_dtype->ours, p.y.channels_last = a.last == Py_True || y_dtype == kU8;
+  p.batch = x.sizes[0];
+  if (!is_geometry(g) || x.channels() != g.in_channels || p.batch <= 0) return false;
+  y.channels_last = a.last == Py_True || y.is_codes();
+  p.x.dtype = x.dtype->ours, p.x.data = x.data, p.x.channels_last = x.channels_last;
+  p.y.dtype = y.dtype->ours, p.y.channels_last = y.channels_last;
   const long activation = PyLong_Check(a.activation) ? PyLong_AsLong(a.activation) : -1;
-  if (!is_activation(activation) || !read_weights(a.packed, p)) return {};
+  if (!is_activation(activation) || !read_weights(a.packed, p)) return false;
   p.activation = static_cast<Activation>(activation);
 
-  const int ndim = x.t.ndim;
-  int64_t sizes[kAxes + 2] = {p.batch};  // of y, (n, size..., channels)
-  for (int d = 0; d < ndim - 2; ++d) sizes[d + 1] = g.axes[conv::kPlace[ndim - 3][d]].outputs();
-  sizes[ndim - 1] = g.out_channels;
-  if (!read_residual(a.residual, sizes, ndim, p) || !read_qparams(a.qparams, p)) return {};
-  const bool by_places = a.qparams == Py_None;
-  if (by_places && !is_linear(p)) return {};
-  const Kernel* kernel = kernel_for(p.weights_of(0).layout);
-  if (!kernel) return {};
+  y.ndim = x.ndim, y.sizes[0] = p.batch, y.sizes[y.ndim - 1] = g.out_channels, y.data = nullptr;
+  for (int d = 0; d < y.ndim - 2; ++d) y.sizes[d + 1] = g.axes[conv::kPlace[y.ndim - 3][d]].outputs();
+  if (!read_residual(a.residual, y, p) || !read_qparams(a.qparams, p)) return false;
+  call.by_places = a.qparams == Py_None;
+  if (call.by_places && !is_linear(p)) return false;
+  call.kernel = kernel_for(p.weights_of(0).layout);
+  call.packed = py::reinterpret_borrow<py::object>(a.packed);
+  call.residual = py::reinterpret_borrow<py::object>(a.residual);
+  return call.kernel != nullptr;
+}
 
-  const auto packed = py::reinterpret_borrow<py::object>(a.packed);  // held while the GIL is not
-  const auto residual = py::reinterpret_borrow<py::object>(a.residual);
+// A new tensor for y; null with a Python error.
+py::object new_output(Call& call) {
+  Image& y = call.y;
+  void*& data = call.p.y.data;
   PyObject* made;
-  if (y_dtype == kU8) {
-    made = new_output(sizes, ndim, g.out_channels, *y_dtype, &p.y.data);
-  } else if (p.y.channels_last) {
-    made = new_channels_last(sizes, ndim, *y_dtype, &p.y.data);
+  if (y.is_codes()) {
+    made = torchq::new_output(y.sizes, y.ndim, y.channels(), *y.dtype, &data);
+  } else if (y.channels_last) {
+    made = new_channels_last(y.sizes, y.ndim, *y.dtype, &data);
   } else {
-    std::rotate(sizes + 1, sizes + ndim - 1, sizes + ndim);
-    made = new_output(sizes, ndim, sizes[ndim - 1], *y_dtype, &p.y.data);
+    int64_t sizes[kAxes + 2] = {y.sizes[0], y.channels()};
+    std::copy_n(y.sizes + 1, y.ndim - 2, sizes + 2);
+    made = torchq::new_output(sizes, y.ndim, sizes[y.ndim - 1], *y.dtype, &data);
   }
-  auto y = py::reinterpret_steal<py::object>(made);
+  return py::reinterpret_steal<py::object>(made);
+}
+
+void run_alone(const Call& call) { call.by_places ? run(*call.kernel, linear_of(call.p)) : run(*call.kernel, call.p); }
+
+// y. Null: this is not a plain call.
+py::object computed(PyObject* x, const Arguments& a) {
+  Image image;
+  Call call;
+  if (!image.read(x) || !read_call(image, a, call)) return {};
+  py::object y = new_output(call);
   if (!y) return {};
-  {
-    const Unlocked unlocked(p.batch * g.out_pixels() * g.group_outputs() * g.depth() >= kKeepGilBelow);
-    by_places ? run_linear(*kernel, p) : run(*kernel, p);
-  }
+  const Unlocked unlocked(call.work() >= kKeepGilBelow);
+  run_alone(call);
   return y;
 }
 
@@ -219,33 +251,90 @@ PyObject* call_convolution(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     const bool plain = count == 9 && PyLong_Check(args[0]) && plain_eager(PyLong_AsLong(args[0]));
     if (!plain) return or_not_implemented({});
-    return or_not_implemented(computed({args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8]}));
+    return or_not_implemented(computed(args[1], {args[2], args[3], args[4], args[5], args[6], args[7], args[8]}));
   });
 }
 
 // What a step of a block does: (module, what its dict must hold, geometry, qparams, out_dtype, activation).
 constexpr Py_ssize_t kStep = 6;
 
-// What these steps make of x, one after the other, each channels last.
-py::object computed(PyObject* x, PyObject* steps) {
-  if (!PyTuple_Check(steps)) return {};
-  auto y = py::reinterpret_borrow<py::object>(x);
+// Reads the steps from x on, each of whose y is the next one's x. The last one adds the residual, and gives its
+// channels last if `last` is True; all others have them last.
+bool read_steps(const Image& x, PyObject* steps, PyObject* residual, PyObject* last, std::vector<Call>& calls) {
+  if (!PyTuple_Check(steps)) return false;
   const Py_ssize_t count = PyTuple_GET_SIZE(steps);
-  for (Py_ssize_t i = 0; i < count && y; ++i) {
+  calls.resize(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* step = PyTuple_GET_ITEM(steps, i);
-    if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != kStep) return {};
+    if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != kStep) return false;
     const auto item = [&](Py_ssize_t at) { return PyTuple_GET_ITEM(step, at); };
     const py::object packed = packed_of(item(0), item(1));
-    if (!packed) return {};
-    y = computed({y.ptr(), packed.ptr(), item(2), item(3), item(4), Py_True, item(5), Py_None});
+    const bool ends = i + 1 == count;
+    if (!packed) return false;
+    const Arguments a{
+        packed.ptr(), item(2), item(3), item(4), ends ? last : Py_True, item(5), ends ? residual : Py_None};
+    if (!read_call(i ? calls[i - 1].y : x, a, calls[i])) return false;
+  }
+  return count > 0;
+}
+
+// Some of the calls from this one on, whose x is there, that are computed at once: an inverted residual, or one alone.
+struct Together {
+  Problem expand, project;
+  conv::Inverted inverted{};
+  size_t count = 1;
+  int64_t work;
+
+  Together(const std::vector<Call>& calls, size_t first) : work(calls[first].work()) {
+    const auto is_row = [&](size_t i) { return i < calls.size() && calls[i].by_places && between_floats(calls[i].p); };
+    const size_t depthwise = first + is_row(first);
+    if (depthwise == calls.size()) return;
+    const conv::Problem& p = calls[depthwise].p;
+    if (!p.multiplies_floats() || !between_floats(p) || !p.y.channels_last || p.residual.data) return;
+    if (depthwise > first) expand = linear_of(calls[first].p), inverted.expand = &expand;
+    if (is_row(depthwise + 1)) project = linear_of(calls[depthwise + 1].p), inverted.project = &project;
+    inverted.depthwise = &p;
+    const size_t all = depthwise + 1 + is_row(depthwise + 1) - first;
+    int64_t sum = 0;
+    for (size_t i = first; i < first + all; ++i) {
+      if (calls[i].kernel != calls[first].kernel) return;
+      sum += calls[i].work();
+    }
+    if (all > 1 && pays(*calls[first].kernel, inverted)) count = all, work = sum;
+  }
+  Together(const Together&) = delete;
+  Together& operator=(const Together&) = delete;
+
+  static bool between_floats(const conv::Problem& p) { return p.x.dtype == DType::f32 && p.y.dtype == DType::f32; }
+};
+
+// What these steps make of x, one after the other.
+py::object computed(PyObject* x, PyObject* steps, PyObject* residual, PyObject* last) {
+  Image image;
+  std::vector<Call> calls;
+  if (!image.read(x) || !read_steps(image, steps, residual, last, calls)) return {};
+  auto y = py::reinterpret_borrow<py::object>(x);
+  const void* data = image.data;
+  for (size_t i = 0; i < calls.size();) {
+    calls[i].p.x.data = data;
+    Together together(calls, i);
+    Call& ends = calls[i + together.count - 1];
+    py::object next = new_output(ends);
+    if (!next) return {};
+    together.project.y.data = ends.p.y.data;
+    {
+      const Unlocked unlocked(together.work >= kKeepGilBelow);
+      together.count > 1 ? run(*ends.kernel, together.inverted) : run_alone(ends);
+    }
+    y = std::move(next), data = ends.p.y.data, i += together.count;
   }
   return y;
 }
 
 PyObject* call_convolutions(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
-    const bool plain = count == 3 && PyLong_Check(args[0]) && plain_eager(PyLong_AsLong(args[0]));
-    return or_not_implemented(plain ? computed(args[1], args[2]) : py::object());
+    const bool plain = count == 5 && PyLong_Check(args[0]) && plain_eager(PyLong_AsLong(args[0]));
+    return or_not_implemented(plain ? computed(args[1], args[2], args[3], args[4]) : py::object());
   });
 }
 
@@ -255,9 +344,11 @@ PyMethodDef methods[] = {
      "the op gives for the other arguments, inside so many dispatch modes of torchq's own; or NotImplemented. qparams "
      "None: of a pointwise convolution, a range for each place."},
     {"call_convolutions", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_convolutions)), METH_FASTCALL,
-     "call_convolutions(own_modes, x, steps): what a row of convolutions makes of x, channels last, each step (module, "
-     "facts, geometry, qparams, out_dtype, activation); NotImplemented as well where the dict of a module holds "
-     "something else than these facts."},
+     "call_convolutions(own_modes, x, steps, residual, channels_last): what a row of convolutions makes of x, each "
+     "step "
+     "(module, facts, geometry, qparams, out_dtype, activation); residual, and where the channels are, are those of "
+     "the "
+     "last one. NotImplemented as well where the dict of a module holds something else than these facts."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -210,6 +210,13 @@ void run(const Kernel& kernel, conv::Problem problem) {
   run_parts(job);
 }
 
+bool pays(const Kernel& kernel, const conv::Inverted& inverted) { return conv::pays(kernel, inverted, thread_count()); }
+
+void run(const Kernel& kernel, const conv::Inverted& inverted) {
+  conv::InvertedJob job = conv::schedule(kernel, inverted, thread_count());
+  run_parts(job);
+}
+
 namespace {
 
 // How many rows are computed at once, and for how many bytes of products: these stay in L2 until both are added.

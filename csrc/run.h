@@ -6,6 +6,7 @@
 
 #include "attention/attention.h"
 #include "conv/conv.h"
+#include "conv/inverted.h"
 #include "gemm/feedback.h"
 #include "gemm/gemm.h"
 #include "recurrent.h"
@@ -19,6 +20,10 @@ void run(const Kernel& kernel, const attention::Problem& problem);
 
 // problem.x.samples is chosen here, if each sample has its own.
 void run(const Kernel& kernel, conv::Problem problem);
+
+// Whether run() of such a block takes less time than its convolutions one after the other, on torch's threads.
+bool pays(const Kernel& kernel, const conv::Inverted& inverted);
+void run(const Kernel& kernel, const conv::Inverted& inverted);
 
 // The codes of a problem's rows, to multiply later or more than once by the weights of that problem.
 class QuantizedRows {

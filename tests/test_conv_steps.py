@@ -159,6 +159,26 @@ def test_a_block_knows_its_steps_from_the_second_call_on(calls, config, stride):
                     assert all(calls) or (given is x and config is DYNAMIC)  # with the channels first they are no rows
 
 
+@pytest.mark.parametrize("block", [{}, {"stride": 2}, {"kernel": 5}], ids=str)
+def test_a_dynamic_block_is_one_call_with_its_sum(calls, monkeypatch, block):
+    """With the channels last, and between blocks that hand them over so."""
+    network = nn.Sequential(Inverted(**block), Inverted(**block))
+    qmodel, x = converted(network), channels_last(X)
+    code = by_code(qmodel)
+    with torch.no_grad():
+        expected = code(x)
+        qmodel(x)
+        calls.clear()
+        alone = []
+        usual = _C.call_convolution
+        monkeypatch.setattr(_C, "call_convolution", lambda *args: alone.append(args) or usual(*args))
+        y = qmodel(x)
+    assert_identical(y, expected)
+    assert y.stride() == expected.stride()
+    assert calls == [True, True]
+    assert not alone
+
+
 def test_it_forgets_sizes(calls, monkeypatch):
     monkeypatch.setattr(conv_block, "MOST_STEPS", 3)
     qmodel = converted(config=STATIC)
@@ -214,12 +234,12 @@ def test_steps_that_do_not_fit_are_not_taken():
     convs = convolutions_of(converted())
     step, x = step_of(convs[0], 0, None, ()), channels_last(X)
     with torch.no_grad():
-        y = _C.call_convolutions(0, x, (step,))
+        y = _C.call_convolutions(0, x, (step,), None, True)
         assert_identical(y, convs[0].computed(F32, True, x, 0, None, None))
         for steps in ([step], (step[:5],), (list(step),), (step, step), ((*step[:1], 1, *step[2:]),), (1,)):
-            assert _C.call_convolutions(0, x, steps) is NotImplemented
+            assert _C.call_convolutions(0, x, steps, None, True) is NotImplemented
         facts = {**step[1], "fold": convs[0].fold._replace(adds=True)}
-        assert _C.call_convolutions(0, x, ((step[0], facts, *step[2:]),)) is NotImplemented
-        assert _C.call_convolutions(0, x.contiguous(), (step,)) is NotImplemented
-        assert _C.call_convolutions(1, x, (step,)) is NotImplemented
+        assert _C.call_convolutions(0, x, ((step[0], facts, *step[2:]),), None, True) is NotImplemented
+        assert _C.call_convolutions(0, x.contiguous(), (step,), None, True) is NotImplemented
+        assert _C.call_convolutions(1, x, (step,), None, True) is NotImplemented
     assert step_of(convs[0], 0, None, (1, 1)) is None

@@ -78,7 +78,14 @@ def call_convolution(
     residual: Tensor | None,
     /,
 ) -> Tensor: ...
-def call_convolutions(own_modes: int, x: Tensor, steps: tuple[tuple[object, ...], ...], /) -> Tensor: ...
+def call_convolutions(
+    own_modes: int,
+    x: Tensor,
+    steps: tuple[tuple[object, ...], ...],
+    residual: Tensor | None,
+    channels_last: bool,
+    /,
+) -> Tensor: ...
 def call_fused(
     module: nn.Module,
     cls: type[nn.Module],

@@ -138,10 +138,15 @@ void compute(const Job& job, const Band& band, int64_t begin, int64_t end, Depth
   }
 }
 
+// Where the first of some output pixels goes.
+struct Place {
+  int64_t sample, pixel;
+};
+
 // Output pixels [begin, end) of the band. qparams: of its image; load(channel, channels) puts 16 of them into lanes.
 template <class F>
 void run_channels(const Job& job, const Band& band, const QParams& qparams, float divided_by, int64_t begin,
-                  int64_t end, const Scratch& s, const F& load) {
+                  int64_t end, const Place& y, const Scratch& s, const F& load) {
   const Problem& p = *job.problem;
   const Geometry& g = p.geometry;
   const PackedHeader& weights = p.weights_of(0);
@@ -156,10 +161,10 @@ void run_channels(const Job& job, const Band& band, const QParams& qparams, floa
     d.panel = reinterpret_cast<const uint8_t*>(&weights + 1) + channel / kPanelColumns * panel_bytes(weights.k);
     load_weights(job, d.panel, layout_depth(weights.layout), divided_by, s.weights);
     load(channel, channels);
-    const Outputs outputs{band.sample, begin, end - begin, channel, channels, kPanelColumns};
+    const Outputs outputs{y.sample, y.pixel, end - begin, channel, channels, kPanelColumns};
     const bool direct = job.y_in_place && channels == kPanelColumns;
     d.out_stride = (direct ? g.out_channels : kPanelColumns) * bytes;
-    const int64_t at = (band.sample * g.out_pixels() + begin) * g.out_channels + channel;
+    const int64_t at = (y.sample * g.out_pixels() + y.pixel) * g.out_channels + channel;
     d.out = direct ? static_cast<uint8_t*>(p.y.data) + at * bytes : s.y;
     d.residual = direct ? p.residual.from(at, g.out_channels) : residual_of(p, outputs, s.residual);
     compute(job, band, begin, end, d, s);
@@ -171,20 +176,33 @@ void run_channels(const Job& job, const Band& band, const QParams& qparams, floa
 
 void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const QParams& qparams, int64_t begin,
                    int64_t end, const Scratch& s) {
-  run_channels(job, band, qparams, 1.0f, begin, end, s, [&](int64_t channel, int64_t) {
+  run_channels(job, band, qparams, 1.0f, begin, end, {band.sample, begin}, s, [&](int64_t channel, int64_t) {
     load_lanes(job, band, image + channel * job.kernel->codes.bytes, qparams.zero_point, s.lanes);
   });
 }
 
+void load_lanes_of_x(const Job& job, const Band& band, int64_t channel, int64_t channels, const Scratch& s) {
+  switch (job.problem->x.dtype) {
+    case DType::bf16: return load_floats<Bf16>(job, band, channel, channels, s.lanes);
+    case DType::f16: return load_floats<F16>(job, band, channel, channels, s.lanes);
+    default: load_floats<float>(job, band, channel, channels, s.lanes);
+  }
+}
+
 void run_depthwise_floats(const Job& job, const Band& band, int64_t begin, int64_t end, const Scratch& s) {
-  const auto load = [&](int64_t channel, int64_t channels) {
-    switch (job.problem->x.dtype) {
-      case DType::bf16: return load_floats<Bf16>(job, band, channel, channels, s.lanes);
-      case DType::f16: return load_floats<F16>(job, band, channel, channels, s.lanes);
-      default: load_floats<float>(job, band, channel, channels, s.lanes);
-    }
-  };
-  run_channels(job, band, {1.0f, 0}, kMostWeight, begin, end, s, load);
+  run_channels(job, band, {1.0f, 0}, kMostWeight, begin, end, {band.sample, begin}, s,
+               [&](int64_t channel, int64_t channels) { load_lanes_of_x(job, band, channel, channels, s); });
+}
+
+void run_depthwise_lanes(const Job& of, const Band& band, int64_t begin, int64_t end, const Lanes& lanes, float* y,
+                         const Scratch& s) {
+  Problem problem = *of.problem;
+  problem.y = {y, DType::f32, true, {1.0f, 0}};
+  problem.residual = {};
+  Job job = of;
+  job.problem = &problem;
+  run_channels(job, band, {1.0f, 0}, kMostWeight, begin, end, {0, 0}, s,
+               [&](int64_t channel, int64_t channels) { lanes.load(channel, channels); });
 }
 
 }  // namespace conv

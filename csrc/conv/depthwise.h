@@ -16,8 +16,25 @@ inline int64_t depthwise_scale_at(const Geometry& g) {
   return round_up(packed_bytes(g.out_channels, g.taps(), false), 64);
 }
 
+// Fills the lanes of a band, floats as depthwise() takes them.
+class Lanes {
+ public:
+  // Those of 16 channels from this one on, of which so many exist; the others are 0.
+  virtual void load(int64_t channel, int64_t channels) const = 0;
+
+ protected:
+  ~Lanes() = default;
+};
+
 // Output pixels [begin, end) of the band, whose floats are multiplied as they are.
 void run_depthwise_floats(const Job& job, const Band& band, int64_t begin, int64_t end, const Scratch& s);
+
+// Fills the lanes with floats of x.
+void load_lanes_of_x(const Job& job, const Band& band, int64_t channel, int64_t channels, const Scratch& s);
+
+// The same of floats that these lanes have, to y (end - begin, channels).
+void run_depthwise_lanes(const Job& job, const Band& band, int64_t begin, int64_t end, const Lanes& lanes, float* y,
+                         const Scratch& s);
 
 // Output pixels [begin, end) of the band whose image this is.
 void run_depthwise(const Job& job, const Band& band, const uint8_t* image, const QParams& qparams, int64_t begin,

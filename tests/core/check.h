@@ -168,7 +168,8 @@ void test_parts();              // parts_test.cpp
 void test_schedule();           // schedule_test.cpp: what schedule() decides, shown by spy kernels
 void test_pack();               // pack_test.cpp: pack, unpack, packed_header
 void test_attention();
-void test_convolutions();  // conv_test.cpp
-void test_dispatch();      // core_test.cpp
+void test_convolutions();        // conv_test.cpp
+void test_inverted_residuals();  // inverted_test.cpp
+void test_dispatch();            // core_test.cpp
 
 }  // namespace torchq::test

@@ -169,5 +169,6 @@ int main(int argc, char** argv) {
   test_gemm(arguments.quick);
   test_attention();
   test_convolutions();
+  test_inverted_residuals();
   return report();
 }

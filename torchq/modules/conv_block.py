@@ -25,11 +25,12 @@ from torchq.modules.int8_sequential import Int8Sequential, settings_of
 from torchq.modules.norms import IncludedNorm
 from torchq.modules.parts import Learned, Part
 from torchq.modules.pending import Scope
-from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of, handed_on
+from torchq.modules.pending_conv import MIN_VALUES, PendingConv, as_it_lies, codes_of, handed_on, may_wait
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.straight import UnknownError, is_usual
 from torchq.modules.straight_forms import ConvRow, Form, become, may_become
 from torchq.modules.writes import is_eager
+from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 MOST_STEPS = 64
@@ -52,7 +53,7 @@ class _Known(NamedTuple):
         facts: what else their codes have read.
         main: the convolutions whose last one adds, if any does.
         side: those of the shortcut; none where it is the input; None where there is no sum.
-        steps: of all but the last of a chain, as `_C.call_convolutions` takes them, for each kind of input so far.
+        steps: of some of a chain, as `_C.call_convolutions` takes them, for each kind of input so far.
     """
 
     parts: tuple[Part, ...]
@@ -143,14 +144,23 @@ class ConvBlock(Learned):
         last, h, around = conv.gives_last(given), entered.values, entered.around
         if entered.codes is not None and not (entered.codes.qparams == conv.input_qparams and conv.takes_codes):
             h = as_it_lies(given)
-        if len(links) > 1:
-            h, around = self._up_to_last(links, h, around), ()
-            for after in links[1:]:
-                last = after.conv.gives_last_after(last)
+        for after in links[1:]:
+            last = after.conv.gives_last_after(last)
         conv, activation, zeros = links[-1]
+        adds = self.__dict__["_known"].side is not None
+        last = last or (adds and residual is None)
+        in_codes = isinstance(residual, Codes) or (residual is not None and conv.fold.sum_qparams is not None)
+        if (adds or not may_wait(conv, activation)) and not in_codes:
+            over = conv.hands_over(h)
+            rows = conv.tiled and conv.input_qparams is None  # which have the channels last
+            y = self._computed(links, None, h, around, residual, last or over or rows)
+            return y if last else conv.handed(y) if over else y.contiguous()
+        if len(links) > 1:
+            reads = conv.input_qparams if links[-2].conv.fold.codes and conv.takes_codes else None
+            h, around = self._computed(links[:-1], reads, h, around), ()
         h, around = _with_zeros(h, conv, zeros, around)
-        if self.__dict__["_known"].side is not None:
-            return conv.computed(torch.float32, last or residual is None, h, activation, residual, None, around)
+        if adds:
+            return conv.computed(torch.float32, last, h, activation, residual, None, around)
         written = given if h is entered.values and entered.codes is None else None  # by others, while it waits
         if written is not None and around:
             h, written, around = nn.functional.pad(h, around), None, ()
@@ -159,25 +169,35 @@ class ConvBlock(Learned):
             sizes[-1 - i // 2] += count
         return handed_on(conv, h, last, tuple(sizes), activation, written, around)
 
-    def _up_to_last(self, links: tuple[Link, ...], h: Tensor, around: tuple[int, ...]) -> Tensor:
-        """What all but the last make of values or codes, which lack the zeros `around` them.
+    def _computed(
+        self,
+        links: tuple[Link, ...],
+        reads: QParams | None,
+        h: Tensor,
+        around: tuple[int, ...],
+        residual: Tensor | None = None,
+        last: bool = True,
+    ) -> Tensor:
+        """What these make of values or codes, which lack the zeros `around` them: codes by `reads`, or floats.
 
         That is one call, with the steps that the same kind of input took before, while the convolutions are as they
         were.
         """
-        known, reader = self.__dict__["_known"].steps, links[-1].conv
-        reads = reader.input_qparams if reader.takes_codes else None
-        key = (links[0].conv, h.shape, h.dtype, around, reads)
+        known = self.__dict__["_known"].steps
+        key = (links[0].conv, len(links), h.shape, h.dtype, around, reads)
         if key in known:
-            y = _C.call_convolutions(writes.own_modes(), h, known[key])
+            y = _C.call_convolutions(writes.own_modes(), h, known[key], residual, last)
             if y is not NotImplemented:
                 return y
         steps: list[Any] = []
-        for (conv, activation, zeros), after in pairwise(links):
-            given, around = _with_zeros(h, conv, zeros, around)
-            reads = after.conv.input_qparams if conv.fold.codes and after.conv.takes_codes else None
-            steps.append(step_of(conv, activation, reads, around) if given is h else None)
-            h, around = conv.computed(torch.float32, True, given, activation, None, reads, around), ()
+        for (conv, activation, zeros), after in zip(links, (*links[1:], None), strict=True):
+            h, around, alone = *_with_zeros(h, conv, zeros, around), h
+            codes = reads
+            if after is not None:
+                codes = after.conv.input_qparams if conv.fold.codes and after.conv.takes_codes else None
+            steps.append(step_of(conv, activation, codes, around) if h is alone else None)
+            ends = (residual, last) if after is None else (None, True)
+            h, around = conv.computed(torch.float32, ends[1], h, activation, ends[0], codes, around), ()
         if None not in steps:
             if len(known) >= MOST_STEPS:
                 known.clear()

@@ -237,6 +237,16 @@ def waiting_for(
     return PendingConv(layer, held, output, dtype, deferred, around)
 
 
+def may_wait(layer: Any, activation: int) -> bool:
+    """Whether `act(layer(x))` may wait for what follows both."""
+    return layer.fold.codes or _comes_more(layer, activation)
+
+
+def _comes_more(layer: Any, activation: int) -> bool:
+    """Whether its plan names something behind this activation."""
+    return layer.fold.adds or layer.fold.activation != activation  # type: ignore[no-any-return]
+
+
 def handed_on(
     layer: Any,
     x: Tensor,
@@ -250,9 +260,8 @@ def handed_on(
 
     The other arguments are those of `waiting_for`.
     """
-    fold = layer.fold
-    more = fold.adds or fold.activation != activation  # something comes that is no part of this call
-    waits = fold.codes or more
+    more = _comes_more(layer, activation)
+    waits = may_wait(layer, activation)
     waiting = waiting_for(layer, x, torch.float32, last, sizes, given, around) if waits else None
     y = waiting if waiting is None or more else waiting.followed_by(activation)
     return layer.computed(torch.float32, last, x, activation, None, None, around) if y is None else y

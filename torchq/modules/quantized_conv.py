@@ -274,17 +274,21 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
         around: tuple[int, ...] = (),
     ) -> Tensor:
         """The output as torch lays it out; or as it is computed, behind a tensor that torch's readers see so."""
-        hands = None if is_dynamo_compiling() else self.hands
-        if hands is None or hands.deferred() is None or not is_eager(x):
-            return self._int8(x, activation, dtype, last, residual, None, around)
-        qparams = self.fold.sum_qparams
-        if qparams is not None and residual is not None and activation == self.fold.activation:
+        over, qparams = self.hands_over(x), self.fold.sum_qparams
+        if over and qparams is not None and residual is not None and activation == self.fold.activation:
             codes = self._int8(x, activation, dtype, True, residual, qparams, around)
-            return CodedSum(Codes(codes, qparams, dtype), last, hands).waiting()
-        if last:
-            return self._int8(x, activation, dtype, last, residual, None, around)
-        y = self._int8(x, activation, dtype, True, residual, None, around)
-        return y.contiguous() if y.numel() < MIN_VALUES else ChannelsLast(y, hands).held()
+            return CodedSum(Codes(codes, qparams, dtype), last, cast(Scope, self.hands)).waiting()
+        y = self._int8(x, activation, dtype, last or over, residual, None, around)
+        return self.handed(y) if over and not last else y
+
+    def hands_over(self, x: Tensor) -> bool:
+        """Whether only convolutions will read the output for x."""
+        hands = None if is_dynamo_compiling() else self.hands
+        return hands is not None and hands.deferred() is not None and is_eager(x)
+
+    def handed(self, y: Tensor) -> Tensor:
+        """A new output whose channels lie last, behind a tensor whose readers see them first."""
+        return y.contiguous() if y.numel() < MIN_VALUES else ChannelsLast(y, cast(Scope, self.hands)).held()
 
     def _int8(
         self,
