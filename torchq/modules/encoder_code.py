@@ -211,15 +211,18 @@ class _Tape:
             raise UnknownError
         self.parts.append(Part(module, type(module), children, False, {}))
         self.parts += [Part(each, type(each), {}, False, {}) for each in children.values()]  # which it looks at itself
-        return self.then(module, args)
+        straight = isinstance(module, Row) and not module._forward_hooks and len(args) == 1
+        return self.then(module._run if straight else module, args)
 
     def _attended(self, module: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
         line = module.line
         if kwargs.pop(ANY_NAME, None) is not None:
             self.refused |= {*line.names[: len(args)], *kwargs, *line.refused, *(() if line.takes_more else unknown())}
         call = module.read_call(args, kwargs)
-        if call is None or call[1] is not self.mask or call[2] is not None:
+        parts = module.parts()
+        if call is None or call[1] is not self.mask or call[2] is not None or not parts:
             raise UnknownError
+        self.parts += parts
         return self.then(module, call[:1])
 
     def _left(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -61,7 +61,7 @@ class EncoderForm(Learned, Chunked):
         if known is None or not _C.are_as_known(known.parts, Scope.enter, Scope.leave) or not known.facts.hold():
             return NotImplemented
         call = self._given(known, args, kwargs)
-        if call is None or not all(attention.may_attend() for attention in known.attentions):
+        if call is None or not all(attention.is_asked() for attention in known.attentions):
             return NotImplemented
         y = within_scopes(self, lambda: _computed(known, *call)) if self._forward_hooks else _computed(known, *call)
         return (y, None) if known.pair else y

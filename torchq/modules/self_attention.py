@@ -16,6 +16,7 @@ from torchq import _C
 from torchq.modules.attention import NAME, AttentionScheme, attend_directly, attention_forward, is_causal_call
 from torchq.modules.attention_code import MASK, SelfAttentionCode, self_attention_of
 from torchq.modules.folding import IDLE
+from torchq.modules.parts import Part
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight_forms import Form, become, may_become
 from torchq.modules.writes import modes
@@ -67,11 +68,24 @@ class SelfAttention(Form):
         names = (*line.projections, *line.behind)
         if not state.keys().isdisjoint(names) or not all(map(_is_known, map(state["_modules"].get, names))):
             return False
-        size, scale, scheme = state.get(line.size), state.get(line.scale), state.get("torchq_attention")
-        if type(size) is not int or size <= 0 or type(scale) is not float or type(scheme) is not AttentionScheme:
-            return False
-        asks = _asks_for_torchq(state.get("config")) and line.registry().get(NAME) is attention_forward
-        return asks and self.training is False
+        return _are_numbers(state.get(line.size), state.get(line.scale)) and self.is_asked() and self.training is False
+
+    def is_asked(self) -> bool:
+        """Whether the config and the registry lead to torchq's attention, and it has a scheme for that."""
+        state = self.__dict__
+        known = type(state.get("torchq_attention")) is AttentionScheme and _asks_for_torchq(state.get("config"))
+        return known and self.line.registry().get(NAME) is attention_forward
+
+    def parts(self) -> tuple[Part, ...]:
+        """What it is made of: while that are as known it `may_attend`, if it `is_asked`. Nothing if it may not."""
+        line, state = self.line, self.__dict__
+        children: dict[str, Any] = {name: state["_modules"].get(name) for name in (*line.projections, *line.behind)}
+        numbers = state.get(line.size), state.get(line.scale)
+        if not _are_numbers(*numbers) or any(type(each) not in _KNOWN for each in children.values()):
+            return ()
+        settings = {line.size: numbers[0], line.scale: numbers[1], "training": False}
+        leaves = (Part(each, type(each), {}, False, {}) for each in children.values())
+        return Part(self, type(self), children, False, settings), *leaves
 
     def attend(self, x: Tensor, mask: Any, is_causal: bool | None) -> Tensor:
         """Of x (batch, rows, columns), in a call in which it `may_attend`."""
@@ -79,10 +93,11 @@ class SelfAttention(Form):
         children, size, scale = state["_modules"], state[line.size], state[line.scale]
         q, k, v = products = [children[name](x) for name in line.projections]
         y: Any = NotImplemented
-        if q.shape == k.shape == v.shape and q.shape[-1] % size == 0:
-            causal = is_causal_call(self, is_causal, mask, q.shape[1])
-            more = {"heads": q.shape[-1] // size, "mask": mask, "is_causal": causal, "scale": scale}
-            y = attend_directly(state["torchq_attention"].scheme, q, k, v, **more)
+        shape = q.shape
+        if k.shape == shape == v.shape and shape[-1] % size == 0:
+            causal, heads = is_causal_call(self, is_causal, mask, shape[1]), shape[-1] // size
+            scheme = state["torchq_attention"].scheme
+            y = attend_directly(scheme, q, k, v, heads=heads, mask=mask, is_causal=causal, scale=scale)
         if y is NotImplemented:
             rows = x.shape[:-1]
             q, k, v = (each.view(*rows, -1, size).transpose(1, 2) for each in products)
@@ -100,6 +115,11 @@ def _is_known(child: Any) -> bool:
     """Whether a call of it gives the rows of its input, and runs nothing that could change the module meanwhile."""
     kind = type(child)
     return kind in _KNOWN and _C.is_plain(child, kind)
+
+
+def _are_numbers(size: Any, scale: Any) -> bool:
+    """Whether these are the columns of a head and the scale of an attention."""
+    return type(size) is int and size > 0 and type(scale) is float
 
 
 def _asks_for_torchq(config: Any) -> bool:
