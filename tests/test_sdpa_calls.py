@@ -90,6 +90,7 @@ TAKEN = {
     "other columns": (operands(columns=24), {}),
     "groups": (operands(kv_heads=2), {"enable_gqa": True}),
     "groups, causal": (contiguous(operands(kv_heads=1)), {"enable_gqa": True, "is_causal": True}),
+    "keys of one head for all": (operands(kv_heads=1), {}),
     "odd strides": (tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in operands()), {}),
     "large heads": (operands(size=320, columns=320), {}),
 }
@@ -135,7 +136,6 @@ LEFT = {
     "mask and causal": (operands(), {"attn_mask": normal(L, S), "is_causal": True}),
     "float64": (operands(dtype=torch.float64), {}),
     "five dimensions": (tuple(x[None] for x in operands()), {}),
-    "keys of one head for all": (operands(kv_heads=1), {}),
     "keys of one batch for all": ((operands()[0], *(x[:1] for x in operands()[1:])), {}),
     "no rows": (operands(0), {}),
 }

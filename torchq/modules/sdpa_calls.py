@@ -175,7 +175,7 @@ def _attend(
     while mask is not None and mask.dim() < 4:
         mask = mask.unsqueeze(0)
     more: dict[str, Any] = {"mask": mask, "is_causal": is_causal, "scale": None if scale is None else float(scale)}
-    fused = _is_fused(tensors)
+    fused = _is_fused(tensors) and (enable_gqa or query.shape[1] == key.shape[1])
     y: Any = NotImplemented
     if not fused or _has_rows_of_heads(q):
         y = attend_directly(scheme, q, k, v, **more)
@@ -210,11 +210,15 @@ def _fit(tensors: tuple[Tensor, ...], scheme: str, *, grouped: bool) -> bool:
     keys = k.shape[-2]
     if k.shape[:-1] != v.shape[:-1] or k.shape[-1] != depth or (scheme == "int8" and keys > MAX_DEPTH):
         return False
-    is_grouped = grouped and q.dim() == 4 and batch[0] == k.shape[0] and batch[1] % k.shape[1] == 0
-    if batch != list(k.shape[:-2]) and not is_grouped:
+    if batch != list(k.shape[:-2]) and not (q.dim() == 4 and batch[0] == k.shape[0] and _shares(q, k, grouped=grouped)):
         return False
     sizes = (*batch, rows, keys)
     return all(_is_mask(each, q.dtype, sizes) for each in masks)
+
+
+def _shares(q: Tensor, k: Tensor, *, grouped: bool) -> bool:
+    """Whether heads of k serve several of q each: where that is asked for, or one serves all: torch broadcasts it."""
+    return q.shape[1] % k.shape[1] == 0 if grouped else k.shape[1] == 1
 
 
 def _is_mask(mask: Tensor, dtype: torch.dtype, sizes: tuple[int, ...]) -> bool:

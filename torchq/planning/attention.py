@@ -48,7 +48,7 @@ def choose_attention(converted: nn.Module, plan: Plan, check: SelfCheck, choice:
 def _measured(module: nn.Module, errors: AttentionErrors) -> AttentionPlan:
     sqnr_db = errors.sqnr_db(module)
     if not errors.was_called(module):
-        reason = "no batch reached it"
+        reason = "no batch had a call that torchq computes"
     else:
         reason = "a faster scheme would cost accuracy" if sqnr_db else "none is faster for so few keys"
     return AttentionPlan("float32", reason, sqnr_db)
