@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from helpers.compare import assert_identical
 from helpers.numbers import normal
 from torchq import QConfig, convert, plan_of, quantize
 from torchq.calibration import calibrate as calibrate_module
@@ -118,10 +119,13 @@ def test_rows_are_rounded_each_for_itself(monkeypatch):
 
 def test_bias_correction_leaves_no_mean_error():
     """In float32 the mean of 400 rows is exact to 2^-24 of the values' magnitude, about 10."""
-    exact, actual = normal(400, 8) * 3, normal(400, 8, seed=1) + 0.7
-    corrected = actual + mean_error(exact, actual)
+    weight, x = normal(8, 20), normal(400, 20, seed=1) + 0.7
+    codes, scale, x_int8 = normal(8, 20, seed=2).mul(30).to(torch.int8), normal(8, seed=3).exp() / 30, x.round()
+    exact, actual = (x.double() @ weight.double().T), x_int8.double() @ (codes * scale.unsqueeze(1)).double().T
+    corrected = actual + mean_error(weight, codes, scale, x, x_int8)
     assert (actual - exact).mean(dim=0).abs().min() > 0.3
     assert (corrected - exact).mean(dim=0).abs().max() < 1e-5
+    assert_identical(mean_error(weight, codes, scale, x[:0], x[:0]), torch.zeros(8))
 
 
 # ---- in convert ----

@@ -119,10 +119,21 @@ def _factorized(h: Tensor, damping: float) -> bool:
     return True
 
 
-def mean_error(exact: Tensor, actual: Tensor) -> Tensor:
-    """What bias correction adds: `mean(exact - actual)` over the rows, (R, N) -> (N,); 0 if there are no rows.
+def mean_error(weight: Tensor, codes: Tensor, scale: Tensor, x: Tensor, x_int8: Tensor) -> Tensor:
+    """What bias correction adds: the mean over the rows of `W · x - W_int8 · x_int8`, (N,); 0 if there are no rows.
 
-    >>> mean_error(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([[0.5, 2.0], [2.5, 2.0]]))
-    tensor([0.5000, 0.0000])
+    The mean of the products of rows is the product of the mean row.
+
+    Args:
+        weight: float32 (N, K).
+        codes: int8 (N, K), what int8 has of it.
+        scale: float32 (N,), of the codes.
+        x: float32 (R, K).
+        x_int8: float32 (R, K), what int8 has of it.
+
+    >>> weight, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [3.0, 2.0]])
+    >>> mean_error(weight, torch.tensor([[2, 3]], dtype=torch.int8), torch.tensor([0.5]), x, x)
+    tensor([0.7500])
     """
-    return (exact - actual).double().sum(dim=0).div(max(1, len(exact))).float()
+    mean, mean_int8 = (rows.double().sum(dim=0).div(max(1, len(rows))).float() for rows in (x, x_int8))
+    return weight @ mean - scale * (codes.float() @ mean_int8)

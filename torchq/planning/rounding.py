@@ -14,7 +14,7 @@ from torchq.errors import BadValueError, door
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import FLT_MIN, dequantize, quantize_weight
+from torchq.numerics.qparams import FLT_MIN, dequantize, fake_quantize, quantize_weight
 from torchq.planning.choose import enough_channels
 from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan
@@ -218,20 +218,35 @@ def _round_layer(layer: Layer, plan: LayerPlan, record: Record) -> tuple[Rounded
     tiled = channel_scale if patches is None else patches.tiled_scale(channel_scale)
     nearest, scale = quantize_weight(weight, per_channel=plan.per_channel, channel_scale=tiled)
     bias = torch.zeros(len(weight), dtype=torch.float32, device="cpu") if matrix.bias is None else matrix.bias.float()
-    some, everything = enough_channels(len(weight), plan.per_channel), slice(None)
+    some = enough_channels(len(weight), plan.per_channel)
 
-    def exactly(x: Tensor, some: slice) -> Tensor:
-        return nn.functional.linear(record.values(x), weight[some], bias[some])
+    def held_out_db(rounded: Rounded) -> float:
+        part = Rounded(rounded.weight[some], rounded.scale[some], rounded.bias[some], channel_scale)
+        return sqnr_db(exact, _output(held_out, plan, record, part))
 
-    def run(x: Tensor, codes: Tensor, bias: Tensor, some: slice) -> Tensor:
-        return _output(x, plan, record, Rounded(codes[some], scale[some], bias[some], channel_scale))
+    exact = nn.functional.linear(record.values(held_out), weight[some], bias[some])
+    before = held_out_db(Rounded(nearest, scale, bias, channel_scale))
+    rounded = Rounded(gptq(weight, scale, gram, tiled), scale, bias, channel_scale)
+    rounded = rounded._replace(bias=bias + _mean_error(weight, correction_rows, plan, record, rounded))
+    return rounded, before, held_out_db(rounded)
 
-    exact = exactly(held_out, some)
-    before = sqnr_db(exact, run(held_out, nearest, bias, some))
-    codes = gptq(weight, scale, gram, tiled)
-    left = mean_error(exactly(correction_rows, everything), run(correction_rows, codes, bias, everything))
-    after = run(held_out, codes, bias + left, some)
-    return Rounded(codes, scale, bias + left, channel_scale), before, sqnr_db(exact, after)
+
+def _mean_error(weight: Tensor, x: Tensor, plan: LayerPlan, record: Record, rounded: Rounded) -> Tensor:
+    """What the planned layer's output lacks, on average over rows of the record's sample, with these weights."""
+    values = _quantized(x, plan, record, rounded.channel_scale)
+    return mean_error(weight, rounded.weight, rounded.scale, record.values(x), values)
+
+
+def _quantized(x: Tensor, plan: LayerPlan, record: Record, channel_scale: Tensor | None) -> Tensor:
+    """What the planned layer's weight multiplies for rows of the record's sample, float32."""
+    qparams = plan.input_qparams if plan.kind == "int8 static" else None
+    if record.patches is not None:
+        return record.patches.quantized(x, channel_scale, qparams)
+    values = record.scaled(x, channel_scale)
+    if qparams is not None:
+        return fake_quantize(values, *qparams, dtype=torch.uint8)
+    codes, scale, zero_point = ops.quantize_per_token(values)
+    return (codes.int() - zero_point).float() * scale
 
 
 def _output(x: Tensor, plan: LayerPlan, record: Record, rounded: Rounded) -> Tensor:
@@ -239,8 +254,7 @@ def _output(x: Tensor, plan: LayerPlan, record: Record, rounded: Rounded) -> Ten
     patches, static = record.patches, plan.kind == "int8 static"
     codes, scale, bias, channel_scale = rounded
     if patches is not None:
-        values = patches.quantized(x, channel_scale, plan.input_qparams if static else None)
-        return patches.multiplied(values, dequantize(codes, scale, axis=0), bias)
+        return patches.multiplied(_quantized(x, plan, record, channel_scale), dequantize(codes, scale, axis=0), bias)
     packed = ops.pack(codes, scale, bias, channel_scale)
     if static and plan.input_qparams is not None:
         return ops.linear_static(x, packed, *plan.input_qparams, torch.float32)
@@ -253,17 +267,11 @@ def corrected(layer: Layer, plan: LayerPlan, record: Record) -> LayerPlan:
     if plan.weights is None:
         return plan
     judge, rows = _judge(record), record.sample.rows
-    matrix = layer.matrix
-    weight, bias = matrix.weight.float(), None if matrix.bias is None else matrix.bias.float()
-
-    def exact(x: Tensor) -> Tensor:
-        return nn.functional.linear(record.values(x), weight, bias)
-
-    start = torch.zeros_like(plan.weights.bias) if bias is None else bias
-    plain = plan.weights._replace(bias=start)
-    error = mean_error(exact(rows[~judge]), _output(rows[~judge], plan, record, plain))
-    weights = plain._replace(bias=start + error)
+    weight, bias = layer.matrix.weight.float(), layer.matrix.bias
+    start = torch.zeros_like(plan.weights.bias) if bias is None else bias.float()
+    weights = plan.weights._replace(bias=start + _mean_error(weight, rows[~judge], plan, record, plan.weights))
     some = enough_channels(len(weight), plan.per_channel)
     part = Rounded(weights.weight[some], weights.scale[some], weights.bias[some], weights.channel_scale)
-    db = sqnr_db(exact(rows[judge])[:, some], _output(rows[judge], plan, record, part))
+    exact = nn.functional.linear(record.values(rows[judge]), weight[some], start[some])
+    db = sqnr_db(exact, _output(rows[judge], plan, record, part))
     return dataclasses.replace(plan, weights=weights, sqnr_db={**plan.sqnr_db, "gptq": db})
