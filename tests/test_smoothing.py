@@ -188,6 +188,14 @@ def test_the_noise_of_rounding_is_a_part_of_the_whole(scaled):
     assert yardstick.rounding_noise(scale) < 10 ** (-yardstick.measure({}, scale)["dynamic"] / 10)
 
 
+def test_the_figures_of_a_scale_do_not_depend_on_those_asked_for_before():
+    yardstick, scales = Yardstick(Matrix(normal(8, 64), None), normal(50, 64, seed=1)), (None, normal(64, seed=2).exp())
+    for scale in (*scales, *scales, *reversed(scales)):
+        fresh = Yardstick(Matrix(normal(8, 64), None), normal(50, 64, seed=1))
+        assert yardstick.rounding_noise(scale) == fresh.rounding_noise(scale)
+        assert yardstick.measure({}, scale) == fresh.measure({}, scale)
+
+
 def test_alpha_moves_more_into_weights_that_will_be_rounded_by_gptq():
     """Their errors shrink, and those of the inputs do not."""
     mixed, (inner, outer) = normal(64, 64, seed=5) / 8, (normal(64, seed=i).div(2).exp() for i in (9, 11))

@@ -53,6 +53,7 @@ class Yardstick:
         self, matrix: Matrix, rows: Tensor, *, per_channel: bool = True, patches: Patches | None = None
     ) -> None:
         self._rows, self._per_channel, self._patches = rows, per_channel, patches
+        self._latest: tuple[Tensor | None, list[tuple[Tensor, Tensor]]] | None = None
         if patches is None:
             self._parts = list(_parts(matrix, rows, per_channel))
         else:
@@ -66,8 +67,9 @@ class Yardstick:
     ) -> dict[str, float]:
         """As the function of this name. `fine`: what is dynamic has two codes for each value; not of convolutions."""
         sums = {name: torch.zeros(2, dtype=torch.float64, device="cpu") for name in ("dynamic", *ranges)}
-        for part, exact in self._parts:
-            for name, y in self._outputs(part, ranges, channel_scale, linear_fine if fine else ops.linear_dynamic):
+        multiply = linear_fine if fine else ops.linear_dynamic
+        for (part, exact), rounded in zip(self._parts, self._rounded(channel_scale), strict=True):
+            for name, y in self._outputs(part.bias, rounded, ranges, channel_scale, multiply):
                 sums[name] += energies(exact, y)
         return {name: decibels(both) for name, both in sums.items()}
 
@@ -79,26 +81,33 @@ class Yardstick:
         """
         inputs = (self._rows if channel_scale is None else self._rows * channel_scale).square().sum(0)
         noise, signal = 0.0, 0.0
-        for part, exact in self._parts:
+        for (part, exact), (codes, scales) in zip(self._parts, self._rounded(channel_scale), strict=True):
             weight = part.weight.float() if channel_scale is None else part.weight.float() / channel_scale
-            codes, scales = quantize_weight(weight, per_channel=self._per_channel)
             noise += float(codes.float().mul_(scales.unsqueeze(1)).sub_(weight).square_().sum(0) @ inputs)
             signal += float(exact.square().sum())
         return noise / signal if signal else 0.0
 
+    def _rounded(self, channel_scale: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """The int8 codes and scales of each part. Those of the latest scale are kept: its noise is asked for next."""
+        if self._latest is None or self._latest[0] is not channel_scale:
+            by = channel_scale if self._patches is None else self._patches.weight_scale(channel_scale)
+            weights = [part.weight for part, _ in self._parts]
+            rounded = [quantize_weight(each, per_channel=self._per_channel, channel_scale=by) for each in weights]
+            self._latest = channel_scale, rounded
+        return self._latest[1]
+
     def _outputs(
         self,
-        part: Matrix,
+        bias: Tensor | None,
+        rounded: tuple[Tensor, Tensor],
         ranges: Mapping[str, QParams],
         channel_scale: Tensor | None,
         dynamic: Callable[[Tensor, Tensor], Tensor],
     ) -> Iterator[tuple[str, Tensor]]:
         """What this part of the matrix gives in int8: by a range per row, and by each static range."""
-        rows, patches = self._rows, self._patches
-        scale = channel_scale if patches is None else patches.weight_scale(channel_scale)
-        codes, scales = quantize_weight(part.weight, per_channel=self._per_channel, channel_scale=scale)
+        rows, patches, (codes, scales) = self._rows, self._patches, rounded
         if patches is None:
-            packed = ops.pack(codes, scales, None if part.bias is None else part.bias.float(), channel_scale)
+            packed = ops.pack(codes, scales, None if bias is None else bias.float(), channel_scale)
             yield "dynamic", dynamic(rows, packed)
             for name, (step, zero_point) in ranges.items():
                 yield name, ops.linear_static(rows, packed, step, zero_point, torch.float32)
@@ -106,7 +115,7 @@ class Yardstick:
         weight = dequantize(codes, scales, axis=0)
         for name in ("dynamic", *ranges):
             values = patches.quantized(rows, channel_scale, ranges.get(name))
-            yield name, patches.multiplied(values, weight, part.bias)
+            yield name, patches.multiplied(values, weight, bias)
 
 
 def enough_channels(count: int, per_channel: bool) -> slice:
