@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import types
 from types import SimpleNamespace
 
@@ -17,12 +18,14 @@ from helpers.convolutional import IMAGE, IMAGES, resnet
 from helpers.covers import pairs_of
 from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, apply_plan, conversion, convert
+from torchq.calibration.calibrate import calibrate
 from torchq.modules.quantized_conv import QuantizedConv
+from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import QParams
-from torchq.planning import selfcheck, stems
+from torchq.planning import convolutions, selfcheck, stems
 from torchq.planning.plan import Plan
-from torchq.planning.selfcheck import SelfCheck
+from torchq.planning.selfcheck import CLOSE_DB, SelfCheck
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -229,6 +232,24 @@ def test_a_batch_of_many_values_judges_alone(monkeypatch):
     assert checked.model_db == pytest.approx(sqnr_db(model(DATA[3]), qmodel(DATA[3])), abs=1e-3)  # the last
 
 
+def test_a_plan_that_falls_too_far_behind_runs_no_more_batches():
+    """The figure is then that of the batches so far. One that may still reach what it must runs on all."""
+    model = nn.Sequential(nn.Linear(64, 8)).eval()
+    qmodel = convert(model, DATA)
+    check = SelfCheck(calibrate(model, DATA, find_layers(model), QConfig()))
+    rough = nn.Sequential(QuantizedLinear.from_float(model[0], input_qparams=QParams(0.5, 128)))
+    ran = []
+    rough[0].register_forward_pre_hook(lambda module, args: ran.append(args[0]))
+    both = sqnr_db(model(torch.cat([DATA[3], DATA[1]])), rough(torch.cat([DATA[3], DATA[1]])))
+    last = sqnr_db(model(DATA[3]), rough(DATA[3]))
+    for least_db, expected, batches in ((-math.inf, both, 2), (both - 0.01, both, 2), (both + 6, last, 1)):
+        ran.clear()
+        assert check.compare(rough, least_db=least_db) == pytest.approx(expected, abs=1e-3)
+        assert [torch.equal(*pair) for pair in zip(ran, (DATA[3], DATA[1]), strict=False)] == [True] * batches
+    assert check.compare(qmodel, least_db=math.inf) < math.inf
+    assert CLOSE_DB >= convolutions.STATIC_DB  # what asks how far the plan without data is behind
+
+
 def worse(db):
     """A stage that makes a layer's static range `db` too wide, as data that misleads would."""
     return lambda plan, evidence: dataclasses.replace(
@@ -261,7 +282,7 @@ def test_the_plan_without_data_is_fused_as_runs_have_shown(monkeypatch):
     """Convolutions that would feed codes to another one hand it their floats, as dynamic ones do."""
     fed = []
 
-    def scripted(self, converted, *, inplace=False):
+    def scripted(self, converted, **settings):
         folds = [module.fold for module in converted.modules() if isinstance(module, QuantizedConv)]
         fed.append(sum(fold.codes for fold in folds))
         return 0.0 if fed[-1] else 90.0

@@ -87,7 +87,7 @@ def test_as_many_as_the_output_allows(monkeypatch, most, share):
     """Where all are too many, fewer are: what reads three quarters of the values, or a half, or none."""
     model, tried = resnet(), []
 
-    def scripted(self, converted, *, inplace=False):
+    def scripted(self, converted, **settings):
         """30 dB with up to so many static convolutions, and a dB less with more."""
         count = sum(isinstance(m, QuantizedConv) and m.input_qparams is not None for m in converted.modules())
         tried.append(count)
@@ -134,7 +134,7 @@ def test_both_limits(monkeypatch, static_db, without_db, taken):
     model = resnet()
     monkeypatch.setattr(convolutions, "SHARES", (1.0,))
 
-    def scripted(self, converted, *, inplace=False):
+    def scripted(self, converted, **settings):
         plan = converted.torchq_plan
         if all(kind == "int8 static" for kind in convolutional(plan).values()):
             return static_db
@@ -162,7 +162,7 @@ class Mixed(torch.nn.Module):
 
 @pytest.mark.parametrize(("static_db", "taken"), [(29.82, True), (29.78, False)])
 def test_where_convolutions_are_a_part_they_may_cost_as_much_less(monkeypatch, static_db, taken):
-    def scripted(self, converted, *, inplace=False):
+    def scripted(self, converted, **settings):
         return static_db if converted.torchq_plan.layers["conv"].kind == "int8 static" else 30.0
 
     monkeypatch.setattr(SelfCheck, "compare", scripted)

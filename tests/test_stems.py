@@ -62,7 +62,7 @@ def test_a_stem_that_makes_most_of_the_error_stays_in_float():
 
 @pytest.mark.parametrize(("gain", "stays"), [(1.01, True), (0.99, False)])
 def test_what_it_must_cost(monkeypatch, gain, stays):
-    def scripted(self, converted, *, inplace=False):
+    def scripted(self, converted, **settings):
         return 30.0 if isinstance(converted.patches, QuantizedConv) else 30.0 + gain
 
     monkeypatch.setattr(SelfCheck, "compare", scripted)

@@ -42,7 +42,7 @@ def first_that_keeps(
     """
     for plan, changed in candidates:
         made = applied(model, plan)
-        db = check.compare(made)
+        db = check.compare(made, least_db=least_db)
         if db is not None and db >= least_db:
             described = describe(Plan({name: plan.layers[name] for name in changed}), evidence).layers
             plan = dataclasses.replace(plan, layers={**plan.layers, **described})

@@ -264,7 +264,7 @@ class Checked:
     """What the converted model gave on calibration batches, compared with the float model.
 
     Args:
-        output_db: SQNR of the model's output in dB: of the plan as made, and of those it was compared with.
+        output_db: SQNR of the model's output in dB, of the plan as made and of others; far worse ones on fewer batches.
         chosen: which of them this plan is.
         batches: on how many batches.
         apart: whether these are batches that no weight was rounded by.

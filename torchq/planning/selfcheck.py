@@ -44,6 +44,11 @@ M = TypeVar("M", bound=nn.Module)
 MARGIN_DB = 0.3
 """How much worse than another plan the one made may be, in SQNR of the model's output, and still be taken."""
 
+CLOSE_DB = 1.0
+"""Another plan that must be worse than the one made by more than this is not compared on the batches that are left.
+
+`convolutions.py` asks how much better than without data the plan is, up to this."""
+
 ENOUGH_DB, FLOAT_GAIN_DB = 30.0, 3.0
 """Below ENOUGH_DB of the model's output, the first layers' input products of recurrent modules are tried in float, and
 stay so for a gain of FLOAT_GAIN_DB.
@@ -65,6 +70,10 @@ class _Exact(NamedTuple):
     run: Callable[[nn.Module], object]
     output: Tensor
     ran: set[str]
+
+    def signal(self) -> float:
+        """The energy of the output, but for what is not finite."""
+        return float(self.output.double().square().masked_fill_(~self.output.isfinite(), 0.0).sum())
 
 
 class SelfCheck:
@@ -91,6 +100,7 @@ class SelfCheck:
             except Exception:  # the float model's own; calibration has run this batch, so it can't be run twice
                 continue
             self._exact.append(_Exact(run, output, {names[id(module)] for module in called if id(module) in names}))
+        self._signal = sum(exact.signal() for exact in self._exact)
 
     def best(self, model: M, plan: Plan, evidence: Evidence) -> tuple[Plan, M]:
         """The plan to take, with its figures, and the model converted by it: `plan`, or what is better without data."""
@@ -101,12 +111,13 @@ class SelfCheck:
         measured, kept = {MADE: db}, {MADE: (plan, converted)}
         for name, other in (self._others(plan, evidence) | self._float_inputs(plan, db)).items():
             candidate = applied(model, other, make=Sharing(plan, converted))
-            other_db = self.compare(candidate)
+            margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self.margin_db
+            least_db = max([db + margin, *(measured[key] for key in kept)])
+            other_db = self.compare(candidate, least_db=db - CLOSE_DB)
             if other_db is None:
                 continue
             measured[name] = other_db
-            margin = FLOAT_GAIN_DB if name == _FLOAT_INPUTS else self.margin_db
-            if other_db > max([db + margin, *(measured[key] for key in kept)]):
+            if other_db > least_db:
                 kept = {name: (other, candidate)}
         scaled = {name for name, layer in plan.layers.items() if layer.channel_scale is not None}
         chosen, (plan, converted) = next(iter(kept.items()))
@@ -146,8 +157,11 @@ class SelfCheck:
         before = plan.checked or Checked({}, MADE, 0, self._apart)
         return self.noted(converted, plan, {**before.output_db, before.chosen: db}, before.chosen)
 
-    def compare(self, converted: nn.Module, *, inplace: bool = False) -> float | None:
+    def compare(self, converted: nn.Module, *, inplace: bool = False, least_db: float = -math.inf) -> float | None:
         """SQNR of the converted model's output in dB; None where it can't be told.
+
+        Once the errors are too large for `least_db`, however small those of the other batches are, it is that of the
+        batches so far, which is less than `least_db`.
 
         Raises:
             ValueError: an int8 layer did not run, since a float one ran that is no module of the model.
@@ -179,6 +193,8 @@ class SelfCheck:
                 finite = exact.isfinite()  # masked scores are -inf
                 sums += energies(*((exact, output) if finite.all() else (exact[finite], output[finite])))
                 comparable = True
+            if sums[1] > self._signal * 10 ** (-least_db / 10):
+                break
         db = decibels(sums) if comparable else math.nan
         return None if math.isnan(db) else db
 

@@ -50,7 +50,7 @@ def float_stems(model: M, plan: Plan, converted: M, evidence: Evidence, check: S
         return plan, converted
     db = checked.model_db
     made = applied(model, return_to_float(plan, dict.fromkeys(names, "")), make=Sharing(plan, converted))
-    exact_db = check.compare(made)
+    exact_db = check.compare(made, least_db=db + COST_DB)
     if exact_db is None or not exact_db > db + COST_DB:
         return plan, converted
     reason = f"int8 costs {exact_db - db:.1f} dB of the model's output, {db:.1f} instead of {exact_db:.1f}"
