@@ -19,7 +19,7 @@ from torchq.calibration.isolation import own_thread
 from torchq.calibration.sharing import storage_key
 from torchq.modules.activations import activation_of
 from torchq.modules.convolving import is_zero_padding
-from torchq.modules.norms import is_foldable
+from torchq.modules.norms import full_row, is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
 from torchq.watching import Watch, may_write, tensors_in
@@ -82,7 +82,11 @@ class Readers(Watch):
     @property
     def chains(self) -> dict[str, Chain]:
         """For each convolution, what follows it as the only reader each time, up to another convolution."""
-        return {name: self._chain((name,))[1:] for name in self._convolutions}
+        rows = {name: full_row(name, norm) for name, norm in self._norms.items()}
+        found = {name: self._chain((name,))[1:] for name in self._convolutions}
+        return {
+            name: tuple(each for step in chain for each in rows.get(step, (step,))) for name, chain in found.items()
+        }
 
     def _chain(self, chain: Chain) -> Chain:
         reader = self.only_reader(chain)

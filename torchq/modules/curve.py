@@ -1,6 +1,6 @@
 """Curve: an activation module that is one operation of torchq, in place of one that is several of torch's."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ class Curve(nn.Module):
     def __init__(self, kind: Activation) -> None:
         super().__init__()
         self.kind = int(kind)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> nn.Module:
+        """One that computes what this activation does; the module itself, if it is none.
+
+        >>> Curve.of(nn.ReLU(inplace=True))
+        Curve(relu)
+        """
+        kind = activation_of(module)
+        return module if kind == Activation.NONE else cls(kind).train(module.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("kind", "training") and name[0] != "_":
@@ -81,12 +91,11 @@ def faster(module: nn.Module) -> nn.Module:
     >>> faster(nn.GELU()), faster(nn.Hardswish())
     (GELU(approximate='none'), Curve(hardswish))
     """
-    kind = activation_of(module)
-    if kind == Activation.NONE:
+    if activation_of(module) == Activation.NONE:
         return module
     x = torch.zeros(1, device="cpu", dtype=torch.float32)
     with torch.no_grad(), _Operations() as operations:
         type(module).forward(module, x)
     first = operations.seen[0]
     stays = len(operations.seen) == 1 and (first in ACTIVATIONS or may_write(first))
-    return module if stays else cast(nn.Module, Curve(kind)).train(module.training)
+    return module if stays else Curve.of(module)

@@ -298,11 +298,12 @@ class _Run(Run):
 
         return call
 
-    def _call(self, function: types.FunctionType, *args: Any) -> Any:
+    def call(self, function: types.FunctionType, *args: Any) -> Any:
+        """A function by a global name is called; transformers' way of chunking calls the method on all at once."""
         from transformers import pytorch_utils
 
         if function is not getattr(pytorch_utils, CHUNKING):
-            return super()._call(function, *args)
+            return super().call(function, *args)
         self.facts.add(getattr, function, "__code__", function.__code__)
         method, size, _, *tensors = args
         taken = inspect.signature(stood_for(method)).parameters

@@ -192,7 +192,7 @@ def flow_of(module: nn.Module, kind: type[nn.Module], facts: Facts | None = None
 def may_run(function: types.FunctionType) -> bool:
     """Whether all that code does goes to what it is given, and to global names."""
     code = function.__code__
-    inner = code.co_freevars or code.co_cellvars or code.co_kwonlyargcount
+    inner = set(code.co_freevars) - {"__class__"} or code.co_cellvars or code.co_kwonlyargcount
     plain = is_plain_value(function.__defaults__ or ())
     usual = code.co_flags & ~_MORE_FLAGS == inspect.CO_OPTIMIZED | inspect.CO_NEWLOCALS
     return usual and not inner and plain and hands_on(code) and runs_straight(code)
@@ -229,7 +229,7 @@ def stood_for(stand_in: Any) -> Any:
 
 _PAD = nn.functional.pad
 _LIBRARIES = {id(torch): "nn", id(nn): "functional", id(nn.functional): "pad", id(math): "ceil"}
-_BUILTINS = ("int", "max", "min", "abs", "divmod")
+_BUILTINS = ("int", "max", "min", "abs", "divmod", "getattr")
 _DEEPEST = 4
 _PROBES = [(1, 8, 16), (1, 8, 16, 16), (1, 8, 16, 16, 16)]
 """Shapes of one, two and three dimensions: a function that knows none of them does something else."""
@@ -253,7 +253,7 @@ class Run:
 
     def itself(self) -> StandIn:
         """Stands for the module."""
-        return StandIn(self.read)
+        return StandIn(self.read, of=self._module)
 
     def read(self, name: str) -> Any:
         """An attribute of the module."""
@@ -269,9 +269,10 @@ class Run:
 
     def called(self, name: str, child: nn.Module) -> Callable[..., Any]:
         """What stands for the call of a child."""
-        return lambda x: self._then(x, name)
+        return lambda x: self.then(x, name)
 
-    def _then(self, x: Any, step: Step) -> Symbol:
+    def then(self, x: Any, step: Step) -> Any:
+        """What a step makes of x."""
         if type(x) is not Symbol or x.written_:
             raise UnknownError
         self.seen.append(step)
@@ -305,19 +306,19 @@ class Run:
         for name in ("__code__", "__defaults__"):
             self.facts.add(getattr, function, name, getattr(function, name))
         loads = [step for step in dis.get_instructions(function) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-        names = {step.argval: self._global(function.__globals__, step.argval) for step in loads}
+        names = {step.argval: self.named(function.__globals__, step.argval) for step in loads}
         known = {name: value for name, value in names.items() if value is not MISSING}
         return apart(function, known)
 
-    def _global(self, scope: dict[str, Any], name: str) -> Any:
+    def named(self, scope: dict[str, Any], name: str) -> Any:
         """What a name of a function's module stands for; MISSING if nothing that may be used."""
         value = scope.get(name, MISSING)
         if value is MISSING and name in _BUILTINS:
-            usable: Any = getattr(builtins, name)
+            usable: Any = self._getattr if name == "getattr" else getattr(builtins, name)
         elif id(value) in _LIBRARIES:
-            usable = self._library(value)
+            usable = self.library(value)
         elif isinstance(value, types.FunctionType):
-            usable = StandIn(unknown, functools.partial(self._call, value))
+            usable = StandIn(unknown, functools.partial(self.call, value))
         elif is_plain_value(value):
             usable = value
         else:
@@ -325,25 +326,36 @@ class Run:
         self.facts.add(look_up, scope, name, value)
         return usable
 
-    def _library(self, library: Any) -> StandIn:
+    def _getattr(self, of: Any, name: str, *default: Any) -> Any:
+        """An attribute that the module may lack."""
+        if stood_for(of) is not self._module:
+            raise UnknownError
+        if not default or hasattr(self._module, name):
+            return self.read(name)
+        self.facts.add(getattr, self._module, name, MISSING)
+        return default[0]
+
+    def library(self, library: Any) -> StandIn:
+        """Stands for torch, or a module of it."""
+
         def read(name: str) -> Any:
             if name != _LIBRARIES[id(library)]:
                 raise UnknownError
             value = getattr(library, name)
             self.facts.add(getattr, library, name, value)
             if id(value) in _LIBRARIES:
-                return self._library(value)
+                return self.library(value)
             return StandIn(unknown, self._pad) if value is _PAD else value
 
         return StandIn(read)
 
-    def _call(self, function: types.FunctionType, *args: Any) -> Any:
+    def call(self, function: types.FunctionType, *args: Any) -> Any:
         """A function by a global name is called. On the symbol it must add zeros, as many as the shape asks for."""
         if args and type(args[0]) is Symbol:
             zeros = Zeros(lambda shape: self._amounts(function, shape, args[1:]))
             if not any(map(zeros.are_known, _PROBES)):
                 raise UnknownError
-            return self._then(args[0], zeros)
+            return self.then(args[0], zeros)
         self._depth += 1
         try:
             return self.apart(function)(*args)
@@ -354,7 +366,7 @@ class Run:
         if mode != "constant" or value not in (None, 0) or not isinstance(pad, tuple | list):
             raise UnknownError
         if type(x) is Symbol:
-            return self._then(x, Zeros.constant(tuple(pad)))
+            return self.then(x, Zeros.constant(tuple(pad)))
         if not isinstance(stood_for(x), _Shape):
             raise UnknownError
         return StandIn(unknown, of=_Padded(tuple(pad)))
@@ -362,7 +374,7 @@ class Run:
     def _amounts(self, function: types.FunctionType, shape: tuple[int, ...], rest: tuple[Any, ...]) -> Any:
         """What a function adds around a tensor of this shape."""
         try:
-            y = stood_for(self._call(function, _Shape(shape).stand_in(), *rest))
+            y = stood_for(self.call(function, _Shape(shape).stand_in(), *rest))
         except Exception:
             raise UnknownError from None
         if isinstance(y, _Padded):

@@ -2,13 +2,15 @@
 
 norm(x · wᵀ + b) = x · (w · g)ᵀ + (b · g + offset)        of a batch norm in eval mode: g = gain / sqrt(variance + eps)
 
-Batch norms of torch are known by their class. Others are known by what they compute, such as the FrozenBatchNorm2d that
+Batch norms of torch are known by their class, and some that go on with children by their code (`norm_row.py`): these
+children then are called as before. Other norms are known by what they compute, such as the FrozenBatchNorm2d that
 many models have a copy of: their code is read, since code that somebody could notice must not run, and then run.
 """
 
 import functools
 import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,18 +18,24 @@ import torch
 from torch import Generator, Tensor, nn
 
 from torchq.modules.base import Matrix
+from torchq.modules.folding import IDLE
+from torchq.modules.norm_row import RANKS, row_of
 from torchq.modules.plain_code import ARITHMETIC, PRODUCTS, forward_of, is_plain_value, odd_step
 from torchq.modules.refusals import not_settable
 
-_RANKS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _WORDS = ARITHMETIC | PRODUCTS | {"batch_norm", "requires_grad"}
 _SIZES = [1e-3, 0.1, 0.7, 1.0, 2.5, 3.5, 6.5, 20.0, 1e4]
 _PROBE = [0.0, *_SIZES, *(-size for size in _SIZES)]
 _CLOSE = 1e-5  # relative: what it may lose that computes in float32 whatever it gets
 
 
-class IncludedNorm(nn.Identity):
-    """What stands in the place of a norm that the layer before it includes."""
+class IncludedNorm(nn.Sequential):
+    """What stands in the place of a norm that the layer before it includes: the children that its code went on with."""
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "IncludedNorm":
+        """That of a norm."""
+        return cls(OrderedDict((name, norm.get_submodule(name)) for name in behind(norm)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_NORMS:
@@ -38,15 +46,31 @@ class IncludedNorm(nn.Identity):
 _OF_NORMS = ("eps", "weight", "bias", "running_mean", "running_var")
 
 
+def behind(norm: nn.Module) -> tuple[str, ...]:
+    """The names of the children that a norm calls on what it has computed, in order.
+
+    >>> behind(nn.BatchNorm2d(4))
+    ()
+    """
+    return row_of(norm) or ()
+
+
+def full_row(name: str, norm: nn.Module) -> list[str]:
+    """The name of a norm, and those of the children behind it that have an effect in eval mode."""
+    return [name, *(f"{name}.{key}" for key in behind(norm) if type(norm._modules[key]) not in IDLE)]
+
+
 def is_foldable(module: nn.Module | None, rank: int | None = None) -> bool:
     """Whether it multiplies and shifts each channel of inputs of this rank, or of some rank, and nobody watches it.
+
+    What children of its own make of that (`behind`) does not count.
 
     >>> is_foldable(nn.BatchNorm2d(4)), is_foldable(nn.BatchNorm2d(4, track_running_stats=False))
     (True, False)
     >>> is_foldable(nn.BatchNorm2d(4), rank=3), is_foldable(nn.LayerNorm(4))
     (False, False)
     """
-    if module is None or module._modules or "forward" in vars(module):
+    if module is None or "forward" in vars(module) or (module._modules and row_of(module) is None):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
@@ -92,7 +116,7 @@ def _ranks(module: nn.Module) -> frozenset[int]:
     tensors, batch_norm = _tensors(module), _batch_norm(module)
     if batch_norm is not None:
         fixed = {"running_mean", "running_var"} <= tensors.keys()
-        return frozenset({_RANKS[batch_norm]} if fixed else ())
+        return frozenset({RANKS[batch_norm]} if fixed else ())
     sizes = {tensor.numel() for tensor in tensors.values()} - {1}
     function, kind = forward_of(type(module)), type(module)
     own = isinstance(function, types.FunctionType) and not kind.__module__.startswith("torch.nn.")
@@ -104,8 +128,8 @@ def _ranks(module: nn.Module) -> frozenset[int]:
 
 def _batch_norm(module: nn.Module) -> type[nn.Module] | None:
     """Which of torch's batch norms it is, or computes as."""
-    alike = (kind for kind in _RANKS if isinstance(module, kind) and forward_of(type(module)) is kind.forward)
-    return next(alike, None)
+    kind = next((kind for kind in RANKS if isinstance(module, kind)), None)
+    return None if kind is None or row_of(module) is None else kind
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

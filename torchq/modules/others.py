@@ -53,11 +53,14 @@ def apart(function: types.FunctionType, world: dict[str, Any]) -> Callable[..., 
     >>> apart(lambda x, **more: dict(**more) if x else more["y"], {"dict": dict})(True, y=1) == {ANY_NAME: Others.VALUE}
     True
     """
-    code, names = function.__code__, {**world, "__builtins__": {}}
+    code, names, cells = function.__code__, {**world, "__builtins__": {}}, function.__closure__
     if not takes_others(code):
-        return types.FunctionType(code, names, argdefs=function.__defaults__)
+        return types.FunctionType(code, names, argdefs=function.__defaults__, closure=cells)
     plain = code.replace(co_flags=code.co_flags & ~inspect.CO_VARKEYWORDS, co_argcount=code.co_argcount + 1)
-    alone, signature = types.FunctionType(plain, names), inspect.Signature.from_callable(function)
+    alone, signature = (
+        types.FunctionType(plain, names, closure=function.__closure__),
+        inspect.Signature.from_callable(function),
+    )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)

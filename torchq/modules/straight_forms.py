@@ -176,7 +176,7 @@ class ConvRow(Form):
         conv, *behind = (module._modules.get(name) for name in line.calls)
         if not isinstance(conv, QuantizedConv) or not behind or None in behind:
             return
-        others = [each for each in behind if type(each) not in (nn.Identity, IncludedNorm)]
+        others = [each for each in behind if type(each) is not nn.Identity and not _is_nothing(each)]
         found = followers(others, lambda _: False)
         follows = found.kind == conv.fold.activation != Activation.NONE and not conv.fold.adds and len(others) == 1
         if others and not follows:
@@ -222,6 +222,11 @@ class ConvRow(Form):
         for each in behind:
             y = each(y)
         return y
+
+
+def _is_nothing(module: Any) -> bool:
+    """Whether it stands for a norm that goes on with nothing."""
+    return type(module) is IncludedNorm and not module._modules
 
 
 def _waits_for_nothing_else(conv: QuantizedConv, activation: int, x: Tensor) -> bool:

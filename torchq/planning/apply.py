@@ -14,7 +14,7 @@ from torchq.modules.checkpoints import check_state
 from torchq.modules.chunked import Chunked
 from torchq.modules.classes import know
 from torchq.modules.conv_block import ConvBlock
-from torchq.modules.curve import faster
+from torchq.modules.curve import Curve, faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
 from torchq.modules.gated import Gated
@@ -83,7 +83,9 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                     owner = plan.tables[name].owner
                     held_by = None if owner is None else swaps[id(model.get_submodule(owner))]
                     swaps[id(model.get_submodule(name))] = make.table(model, plan, name, held_by)
-                swaps |= {id(model.get_submodule(name)): IncludedNorm() for name in plan.norms()}
+                swaps |= {
+                    id(model.get_submodule(name)): IncludedNorm.of(model.get_submodule(name)) for name in plan.norms()
+                }
                 model = _copy(model, swaps, make.kept(model))
             _make_curves(model, plan)
             for module in list(model.modules()):
@@ -131,13 +133,18 @@ def _paths(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def _make_curves(model: nn.Module, plan: Plan) -> None:
-    """Replaces activations that layers may compute, where they are not the one operation that a layer waits for."""
+    """Replaces activations that layers may compute, where they are not the one operation that a layer waits for.
+
+    One of a norm that a layer includes is replaced in any case: what it writes over is that layer's output, which
+    nothing else reads.
+    """
     names = {planned.activation for planned in plan.layers.values() if planned.is_int8 and planned.activation}
     places = _places(model)
     modules = [module for name, module in model.named_modules(remove_duplicate=False) if name in names]
+    included = {id(module._modules) for module in model.modules() if isinstance(module, IncludedNorm)}
     for module in {id(module): module for module in modules}.values():
         for children, key in places[id(module)]:
-            children[key] = faster(module)
+            children[key] = Curve.of(module) if id(children) in included else faster(module)
 
 
 def _adopt_residuals(model: nn.Module, plan: Plan) -> None:
@@ -206,7 +213,7 @@ def _swap(model: nn.Module, plan: Plan, make: FromFloat) -> None:
         quantized = make.module(model, plan, path)
         norm = plan.layers[path].norm if path in plan.layers else None
         if norm is not None:
-            _put(model.get_submodule(norm), IncludedNorm(), places, holders)
+            _put(model.get_submodule(norm), IncludedNorm.of(model.get_submodule(norm)), places, holders)
         _put(model.get_submodule(path), quantized, places, holders)
     for name in plan.int8_tables():  # after their heads, which then are int8
         owner = plan.tables[name].owner
@@ -257,6 +264,8 @@ def _copy(model: M, swaps: Mapping[int, nn.Module], kept: Mapping[int, Any]) -> 
     memo: dict[int, Any] = {**kept, **swaps}
     try:
         copied = copy.deepcopy(model, memo)
+        for norm in (each for each in swaps.values() if isinstance(each, IncludedNorm)):
+            norm._modules = copy.deepcopy(norm._modules, memo)
     except Exception as error:
         distributed = isinstance(model, nn.parallel.DistributedDataParallel)
         raise BadTypeError(

@@ -13,10 +13,10 @@ from torch import nn
 from torchq.calibration.calibrate import Evidence
 from torchq.calibration.readers import ADDITION, PADDING, Chain
 from torchq.modules.activations import activation_of
-from torchq.modules.conv_block import is_sequential
+from torchq.modules.conv_stages import is_sequential
 from torchq.modules.flow import Step, Zeros, flow_of
 from torchq.modules.folding import IDLE
-from torchq.modules.norms import is_foldable
+from torchq.modules.norms import full_row, is_foldable
 from torchq.ops import Activation
 from torchq.planning.layers import has_hooks
 from torchq.planning.reach import Reach
@@ -129,7 +129,9 @@ class _Reader:
             return []
         if id(module) in self._shared:
             return [None]
-        if name in self._convolutions or is_foldable(module):
+        if is_foldable(module):
+            return [*full_row(name, module)]
+        if name in self._convolutions:
             return [name]
         rows = list(self._rows(module))
         return rows[0] if len(rows) == 1 else [None]

@@ -141,7 +141,10 @@ def _fuse_children(
         name, behind = names[id(layer)], children[i + 1 :]
         absorbs = evidence.layers[name].kind.absorbs
         if plans[name].norm is not None:
-            behind = [nn.Identity() if keys[i + 1 + j] == plans[name].norm else b for j, b in enumerate(behind)]
+            behind = [
+                (None if b and b._modules else nn.Identity()) if keys[i + 1 + j] == plans[name].norm else b
+                for j, b in enumerate(behind)
+            ]
         planned, found = plans[name], followers(behind, is_int8)
         if planned.activation or planned.feeds:  # the layer has another place, which was first
             continue

@@ -102,9 +102,13 @@ def _functions(kind: Any, names: Collection[str]) -> Iterator[types.FunctionType
 
 
 def _is_library(module: str | None) -> bool:
-    """Whether code of this module reaches into no model by itself: torch's, and transformers' but for its models'."""
+    """Whether code of this module reaches into no model by itself: torch's, and transformers' but for its models'.
+
+    timm's checkpoint_seq calls all children of an nn.Sequential, one after the other, as that itself does.
+    """
     top, *rest = (module or "").split(".")
-    return top in ("torch", "torchq") or (top == "transformers" and rest[:1] != ["models"])
+    of_transformers = top == "transformers" and rest[:1] != ["models"]
+    return top in ("torch", "torchq") or of_transformers or module == "timm.models._manipulate"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -118,7 +122,7 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
         first = part.co_varnames[:1] if part is code and is_method and part.co_argcount else ()
         others.update(each for each in part.co_consts if isinstance(each, str) and each.isidentifier())
         steps = [step for step in dis.get_instructions(part) if step.opname not in _SKIPPED]
-        for before, step in zip([None, *steps], steps, strict=False):
+        for i, (before, step) in enumerate(zip([None, *steps], steps, strict=False)):
             if step.opname in _LOOKS:
                 if _loads(before) == first and step.opname in _LOOKS[:2]:
                     own.add(step.argval)
@@ -128,11 +132,17 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
                     others.add(step.argval)
             elif step.opname == "LOAD_GLOBAL":
                 value = _global(function, step)
-                others.update({step.argval} & _WAYS)
+                others.update(() if _names_one(steps[i : i + 3]) else {step.argval} & _WAYS)
                 others.update(("__dict__",) if isinstance(value, nn.Module) else ())
                 if isinstance(value, types.FunctionType) and not _is_library(value.__module__):
                     functions.append(value)
     return _Look(frozenset(others), frozenset(held), frozenset(own), tuple(functions))
+
+
+def _names_one(steps: list[dis.Instruction]) -> bool:
+    """Whether this is getattr with a name that stands in the code, as any other constant."""
+    is_constant = len(steps) == 3 and steps[2].opname == "LOAD_CONST" and type(steps[2].argval) is str
+    return is_constant and steps[0].argval == "getattr" and "LOAD_FAST" in steps[1].opname
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
