@@ -1,5 +1,5 @@
-// torchq._C: CPU features, the kernel table, forcing a kernel, and the direct calls of direct.cpp. Importing it also
-// registers the ops of torch_ops.cpp, which live in the same library.
+// torchq._C: CPU features, the kernel table, forcing a kernel, huge pages, and the direct calls of direct.cpp.
+// Importing it also registers the ops of torch_ops.cpp, which live in the same library.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,6 +12,7 @@
 #include "classes.h"
 #include "direct.h"
 #include "gemm/gemm.h"
+#include "run.h"
 
 namespace py = pybind11;
 
@@ -117,6 +118,10 @@ PYBIND11_MODULE(_C, m) {
         "Takes the function that gives the name of the kernel forced in the caller's context, or None. For good.");
   m.def("ask_for_kernel", &ask_for_kernel, "Whether any context forces a kernel, so that the function must be asked.");
   m.def("last_used", [] { return name_or_none(torchq::last_kernel()); }, "The kernel that ran in the latest op call.");
+  m.def(
+      "gather_into_huge_pages",
+      [](uintptr_t data, int64_t bytes) { torchq::gather_into_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      "Asks the system for huge pages under packed weights that a layer keeps, and around them.");
   torchq::add_classes(m);
   torchq::add_direct_calls(m);
   torchq::add_direct_norm(m);

@@ -86,4 +86,10 @@ struct Weights {
 // Packs weights into a fresh buffer of packed_bytes().
 void pack(Layout layout, const Weights& weights, void* packed);
 
+// Gathers what lies around packed weights that a layer keeps into huge pages, whole ones, so that layers of less than a
+// huge page share them: packed one after the other, they lie side by side. A forward reads every layer once, and with
+// small pages it waits for the TLB at each: 16x3072x768 from memory takes 192 us, and 174 with huge pages. It copies up
+// to 2 MB around them: what is packed to be tried once is not worth that.
+void gather_into_huge_pages(const void* data, int64_t bytes);
+
 }  // namespace torchq

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from torchq import ops
+from torchq import _C, ops
 from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
 from torchq.modules.refusals import not_settable
@@ -63,6 +63,12 @@ class PackedWeights(Int8Module):
     def share(self, packed: Tensor, residual: Tensor | None = None) -> None:
         """Takes the packed weight, and a table's residuals, of another layer like this one, which keeps them too."""
         self._set_packed(packed, residual)
+
+    def settle(self) -> None:
+        """Asks the system for huge pages under the packed weight: for a layer that is kept, since it takes a copy."""
+        packed, _ = self.table()
+        if type(packed) is Tensor and packed.device.type == "cpu":  # otherwise it has no memory
+            _C.gather_into_huge_pages(packed.data_ptr(), packed.nbytes)
 
     # ---- As a table: an embedding may share the weight ---------------------------------------------------------------
 
@@ -230,6 +236,7 @@ class PackedWeights(Int8Module):
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
         packed = self._pack(tensors["weight_int8"], tensors["weight_scale"], *vectors)
         self._set_packed(packed, tensors.get(RESIDUAL), **others)
+        self.settle()
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""

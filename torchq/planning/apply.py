@@ -21,6 +21,7 @@ from torchq.modules.gated import Gated
 from torchq.modules.int8_sequential import InOrder, Int8Sequential
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
+from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.pending import Scope
 from torchq.modules.qat_embedding import QATTable
 from torchq.modules.qat_linear import QATProduct
@@ -61,7 +62,16 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     >>> type(apply_plan(model, plan)[2]).__name__
     'Linear'
     """
-    return applied(model, plan, inplace=inplace)
+    model = applied(model, plan, inplace=inplace)
+    settle(model)
+    return model
+
+
+def settle(model: nn.Module) -> None:
+    """Lets int8 layers lie in huge pages, for a model that is kept. One that is only tried is not worth the copies."""
+    for module in model.modules():
+        if isinstance(module, PackedWeights):
+            module.settle()
 
 
 def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FROM_FLOAT) -> M:
