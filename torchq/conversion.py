@@ -12,7 +12,7 @@ from torchq.calibration.isolation import taking_turns
 from torchq.calibration.peers import Peers
 from torchq.config import QConfig
 from torchq.errors import BadValueError, door
-from torchq.planning.apply import applied, settle
+from torchq.planning.apply import applied, settled
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.by_code import with_code_read
@@ -119,9 +119,7 @@ def convert(
         merged = peers.merged(evidence, data=calib_loader is not None)
         if merged is None:
             del layers, selection, free, evidence  # as below
-            converted = applied(model, peers.received(), inplace=inplace)
-            settle(converted)
-            return converted
+            return settled(applied(model, peers.received(), inplace=inplace))
         evidence = include_norms(with_code_read(merged))
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
         stages = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads, fuse, rounded, describe)
@@ -147,7 +145,6 @@ def convert(
             if inplace:  # a budget has been kept without it, so then nothing is risked
                 exact = budget is not None and config.attention == "auto"
                 plan = choose_attention(converted, plan, check, "float32" if exact else config.attention)
-        settle(converted)
         peers.send(plan)
         log_plan(attached_plan(converted), type(converted).__name__)
-        return converted
+        return settled(converted)

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
-from torchq.numerics.qparams import FLT_MIN
 from torchq.observers.base import Observer
+from torchq.ops.histogram import count_bins
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_CHUNK = 1 << 16  # values binned at a time, so that the temporaries stay in the cache
 _NARROWEST = -126  # log2 of the narrowest bin: FLT_MIN, which is also the smallest scale (see qparams)
 
 
@@ -89,25 +87,13 @@ class Histogram(Observer):
         return _power_of_two(self.exponent - self._log2_half)
 
     def _update(self, x: Tensor, lo: Tensor, hi: Tensor) -> None:
-        channels = x.shape[1]
         self._rescale(torch.maximum(self.exponent, _exponent(torch.maximum(-lo, hi))))
-        per_value = _power_of_two(self._log2_half - self.exponent).float()
-        first = self.bins // 2 + self.bins * torch.arange(channels, dtype=torch.int32, device="cpu")
-        # A chunk has at least as many values as there are counts. Otherwise, adding up the counts would take the most
-        # time.
-        for chunk in x.split(max(_CHUNK // channels, self.bins)):
-            chunk = hardshrink(chunk, FLT_MIN)  # a new tensor; denormals become 0 whether the CPU flushes them or not
-            sign = chunk.sign()
-            nonzeros = sign.square().sum(0).long().reshape(self._shape)  # exact in float32: fewer than 2^24 ones
-            # The product with a power of two is exact, or it underflows to 0, which is the right bin. The conversion
-            # truncates towards zero (torch.trunc would take several times as long).
-            index = chunk.mul_(per_value).to(torch.int32)
-            index += sign.clamp_(max=0).to(torch.int32)
-            index += first
-            counts = torch.bincount(index.flatten(), minlength=channels * self.bins)
-            # Not in place: after a batch in inference mode these are inference tensors, which can't be changed.
-            self.counts = self.counts + counts.reshape(self.counts.shape)
-            self.zeros = self.zeros + (len(chunk) - nonzeros)
+        # The product with a power of two is exact, or it underflows to 0, which is the right bin.
+        per_value = _power_of_two(self._log2_half - self.exponent).float().reshape(-1)
+        counts, zeros = count_bins(x, per_value, self.bins)
+        # Not in place: after a batch in inference mode these are inference tensors, which can't be changed.
+        self.counts = self.counts + counts.reshape(self.counts.shape)
+        self.zeros = self.zeros + zeros.reshape(self._shape)
 
     def _merge(self, other: Self) -> None:
         self._rescale(torch.maximum(self.exponent, other.exponent))

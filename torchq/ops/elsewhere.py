@@ -57,7 +57,7 @@ def _on_the_cpu(op: Any) -> Callable[..., Any]:
 
 READING = ("pack", "unpack")
 COMPUTING = (
-    *("gemm", "linear_dynamic", "linear_static", "linear_fine", "activate", "quantize_per_token"),
+    *("gemm", "linear_dynamic", "linear_static", "linear_fine", "activate", "quantize_per_token", "count_bins"),
     *("layer_norm", "rms_norm", "attention", "convolution", "embedding", "recurrent", "round_with_feedback"),
 )
 for _name in READING:

@@ -62,16 +62,15 @@ def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     >>> type(apply_plan(model, plan)[2]).__name__
     'Linear'
     """
-    model = applied(model, plan, inplace=inplace)
-    settle(model)
-    return model
+    return settled(applied(model, plan, inplace=inplace))
 
 
-def settle(model: nn.Module) -> None:
-    """Lets int8 layers lie in huge pages, for a model that is kept. One that is only tried is not worth the copies."""
+def settled(model: M) -> M:
+    """The model, with its int8 layers in huge pages: for one that is kept. One that is only tried is not worth it."""
     for module in model.modules():
         if isinstance(module, PackedWeights):
             module.settle()
+    return model
 
 
 def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FROM_FLOAT) -> M:
