@@ -1,6 +1,7 @@
 """Arguments that a call gives by names that code does not know: `**kwargs`, which may be handed on and nothing else."""
 
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Others:
     __hash__ = unknown
 
 
+@functools.lru_cache(maxsize=1024)
 def hands_on(code: types.CodeType) -> bool:
     """Whether code has no way to see what is in its `**kwargs`, if it has any.
 

@@ -108,8 +108,10 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
                     LayerNorm.adopt(module)
                     RMSNorm.adopt(module)
                     Chunked.adopt(module)
-            for module in reversed(list(model.modules())):  # when all within are what they become
-                ConvBlock.adopt(module)
+            modules = list(model.modules())
+            if any(isinstance(module, QuantizedConv) for module in modules):
+                for module in reversed(modules):  # when all within are what they become
+                    ConvBlock.adopt(module)
             _adopt_encoder_layers(model, plan)
             _adopt_residuals(model, plan)
             _open_scopes(model, plan)
