@@ -310,7 +310,35 @@ class InARow(nn.Module):
         return self.rows(x)
 
 
+class ChildOfARow(Net):
+    """It asks for its own children, and takes one out of one of them."""
+
+    def forward(self, x):
+        block, row = self.children()
+        return row(block(x)) + row[0](x)
+
+
+class ChildrenOfARow(Net):
+    def forward(self, x):
+        return self.row(self.block(x)) + next(iter(self.row.children()))(x)
+
+
+class ByAVariable(Net):
+    def forward(self, x):
+        first = "0"
+        return self.row(self.block(x)) + getattr(self.row, first)(x)
+
+
+class ComparesAndTakes(Net):
+    def forward(self, x):
+        if self.row is not None:
+            row = self.row
+            x = row[0](x) + row(x)
+        return x
+
+
 OTHERS = [CallsByName, CallsAnItem, CallsASlice, Collects, CallsInAMethod, CallsInAFunction, OfParent, Outer, Keeps]
+OTHERS += [ChildOfARow, ChildrenOfARow, ByAVariable, ComparesAndTakes]
 
 
 @pytest.mark.parametrize("kind", [CallsInside, *OTHERS])
@@ -346,3 +374,52 @@ def test_norms_are_included_where_the_holder_is_only_called():
         "block.body.1.conv": "block.body.1.norm",
         "row.0": "row.1",
     }
+
+
+class Stage(nn.Module):
+    """It calls its children in a loop, as timm's RegStage does."""
+
+    def __init__(self):
+        super().__init__()
+        self.b1, self.b2 = Unit(), Unit()
+
+    def forward(self, x):
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class Asking(Net):
+    """It only asks whether there is a row, and by a name in the code whether there is more."""
+
+    def forward(self, x):
+        x = self.block(x)
+        if self.row is not None:
+            x = self.row(x)
+        more = getattr(self, "more", None)
+        return x if more is None else more(x)
+
+
+@pytest.mark.parametrize(("model", "count"), [(Stage(), 4), (Asking(), 3)], ids=["children", "asks"])
+def test_norms_are_included_where_code_asks_for_no_more_than_whole_children(model, count):
+    model = model.eval()
+    qmodel = convert(model)
+    assert sum(layer.norm is not None for layer in qmodel.torchq_plan.layers.values()) == count
+    assert sqnr_db(model(X), qmodel(X)) > 30
+
+
+def test_a_convolution_that_is_called_in_a_loop_over_children_is_not_changed():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(32, 32, 1), shaken(nn.BatchNorm2d(32))
+            self.row = nn.Sequential(nn.Conv2d(32, 32, 1), shaken(nn.BatchNorm2d(32), seed=1))
+
+        def forward(self, x):
+            return sum(child(x) for child in self.children())
+
+    model = Loop().eval()
+    qmodel = convert(model)
+    norms = {name: layer.norm for name, layer in qmodel.torchq_plan.layers.items()}
+    assert norms == {"conv": None, "row.0": None}
+    assert sqnr_db(model(X), qmodel(X)) > 30

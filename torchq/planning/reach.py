@@ -23,6 +23,9 @@ _WAYS = {
 }
 """What gives children by other ways than their names."""
 
+_DIRECT = {"children", "named_children"}
+"""What gives those of one module, and none of theirs."""
+
 _LOOKS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
 _SKIPPED = ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -43,6 +46,7 @@ class Reach:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._names, self._all = model, set[str](), False
         self._held: dict[type[nn.Module], set[str]] = {}
+        self._opened: set[type[nn.Module]] = set()  # by their own code, which asks for all their children
         self._kept = {key for values, name in references.attributes(model) for key in references.held(values[name])}
         modules: list[Any] = list(model.modules())  # for mypy, a class of torch has no hash
         for kind in {type(module) for module in modules}:
@@ -56,7 +60,8 @@ class Reach:
         """Whether code may call the module of this name, but for the one that holds it."""
         owner, _, name = path.rpartition(".")
         kept = id(self._model.get_submodule(path)) in self._kept
-        return self._all or kept or name in self._names or self._is_opened(owner)
+        opened = type(self._model.get_submodule(owner)) in self._opened or self._is_opened(owner)
+        return self._all or kept or name in self._names or opened
 
     def _is_opened(self, path: str) -> bool:
         """Whether code may take single modules out of an nn.Sequential, which has no code of its own."""
@@ -70,7 +75,8 @@ class Reach:
         if isinstance(holder, nn.Sequential):
             usual = "forward" not in vars(holder) and forward_of(type(holder)) is nn.Sequential.forward
             return not usual or self._is_opened(owner)
-        return name in self._names or name in self._held.get(type(holder), ())
+        asked = type(holder) in self._opened or name in self._held.get(type(holder), ())
+        return asked or name in self._names
 
     def _look_through(self, kind: Any, roots: list[Any]) -> None:
         """Looks through these functions of a class, and through all that they may run."""
@@ -85,7 +91,8 @@ class Reach:
                 look = _look(function, function.__code__)
                 held |= look.held
                 self._names |= look.others
-                self._all = self._all or not _WAYS.isdisjoint(look.others | look.own)
+                self._all = self._all or not _WAYS.isdisjoint(look.others | (look.own - _DIRECT))
+                self._opened.update(() if _DIRECT.isdisjoint(look.own) else (kind,))
                 waiting += [*look.functions, *_functions(kind, look.own | look.others)]
 
 
@@ -127,7 +134,7 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
                 if _loads(before) == first and step.opname in _LOOKS[:2]:
                     own.add(step.argval)
                     called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
-                    held.update(() if called else (step.argval,))
+                    held.update(() if called or _is_asked_for(steps[i + 1 : i + 3]) else (step.argval,))
                 elif not isinstance(_global(function, before), types.ModuleType):
                     others.add(step.argval)
             elif step.opname == "LOAD_GLOBAL":
@@ -137,6 +144,12 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
                 if isinstance(value, types.FunctionType) and not _is_library(value.__module__):
                     functions.append(value)
     return _Look(frozenset(others), frozenset(held), frozenset(own), tuple(functions))
+
+
+def _is_asked_for(behind: list[dis.Instruction]) -> bool:
+    """Whether these steps only ask if what was looked up is None."""
+    compared = len(behind) == 2 and behind[1].opname == "IS_OP" and behind[0].opname == "LOAD_CONST"
+    return compared or (bool(behind) and behind[0].opname.startswith("POP_JUMP") and "NONE" in behind[0].opname)
 
 
 def _names_one(steps: list[dis.Instruction]) -> bool:
