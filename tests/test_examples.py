@@ -92,8 +92,9 @@ def test_quantization_aware_training(run):
 def test_a_text_classifier(run):
     printed = run("text_classifier", "--texts", 120, "--epochs", 1)
     accurate, int8 = numbers(r"accuracy ([\d.]+) %", printed)
-    assert abs(accurate - int8) <= 2
-    assert numbers(r"same answer: ([\d.]+) %", printed)[0] >= 97
+    (same,) = numbers(r"same answer: ([\d.]+) %", printed)
+    assert same >= 97
+    assert abs(accurate - int8) <= 100 - same + 0.15  # rounded to 0.1, all three: other answers are all that differs
 
 
 @pytest.mark.slow(seconds=8)

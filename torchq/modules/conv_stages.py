@@ -206,6 +206,8 @@ def _stages(leaves: list[Any] | None) -> tuple[Stage, ...] | None:
             return None
         elif links and links[-1].activation == Activation.NONE != exact_activation_of(leaf):
             links[-1] = links[-1]._replace(activation=exact_activation_of(leaf))
+        elif links and links[-1].conv.hands is not None:  # which takes a call of the code
+            return None
         else:
             stages.append(Stage((*links,), leaf))
             links = []

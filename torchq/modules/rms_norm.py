@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Generator, Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.parameter import is_lazy
 
 from torchq import _C, ops
 from torchq.modules import gradients, simulation
@@ -92,11 +93,11 @@ class RMSNorm(Form):
     @staticmethod
     def adopt(module: nn.Module) -> None:
         """Makes a module an RMSNorm, if this is its code, with a weight for each value of a row."""
-        weight = module._parameters.get(_WEIGHT)
-        if weight is None or weight.dim() != 1 or module._modules or not may_become(RMSNorm, module):
-            return
         code = rms_norm_of(type(module))
-        if code is not None and (type(module) is not nn.RMSNorm or len(module.normalized_shape) == 1):
+        if code is None or module._modules or not may_become(RMSNorm, module):
+            return
+        weight = module._parameters.get(_WEIGHT)
+        if weight is not None and not is_lazy(weight) and weight.dim() == 1:
             become(RMSNorm, module, code)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
