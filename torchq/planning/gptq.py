@@ -122,7 +122,7 @@ def _factorized(h: Tensor, damping: float) -> bool:
 def mean_error(weight: Tensor, codes: Tensor, scale: Tensor, x: Tensor, x_int8: Tensor) -> Tensor:
     """What bias correction adds: the mean over the rows of `W · x - W_int8 · x_int8`, (N,); 0 if there are no rows.
 
-    The mean of the products of rows is the product of the mean row. In whatever order weights lie, they give the same bits.
+    The mean of the products of rows is the product of the mean row. Weights in any memory order give the same bits.
 
     Args:
         weight: float32 (N, K).
