@@ -126,3 +126,41 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.last(self.blocks(self.stem(x))).mean((2, 3))
+
+
+class Flags(nn.Module):
+    """What a class of many networks does depends on its settings, and an activation is shared by all."""
+
+    def __init__(self, inputs, outputs, act=None, norm=True):
+        super().__init__()
+        self.use_norm, self.activate = norm, act is not None
+        self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=not norm)
+        if norm:
+            self.norm = shaken(nn.BatchNorm2d(outputs), seed=outputs)
+        if act is not None:
+            self.act = act
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.use_norm:
+            x = self.norm(x)
+        if self.activate:
+            x = self.act(x)
+        return x
+
+
+class Unit(nn.Module):
+    def __init__(self, inputs=32, outputs=32):
+        super().__init__()
+        act = nn.ReLU(inplace=True)
+        self.resize = inputs != outputs
+        self.body = nn.Sequential(Flags(inputs, 48, act), Flags(48, outputs))
+        if self.resize:
+            self.shortcut = Flags(inputs, outputs, norm=False)
+        self.act = act
+
+    def forward(self, x):
+        residual = self.shortcut(x) if self.resize else x
+        x = self.body(x)
+        x = x + residual
+        return self.act(x)
