@@ -54,10 +54,10 @@ OPTIONS = {
 
 # What calls C++, in groups of about the same time, which run beside each other.
 GROUPS = {
-    "ops": ["test_ops.py", "test_kernels.py", "test_golden.py", "test_activations.py"],
+    "ops": ["test_ops.py", "test_kernels.py", "test_golden.py", "test_activations.py", "test_count_bins.py"],
     "layers": ["test_direct.py", "test_linear.py", "test_calls.py", "test_gradients.py", "test_threads.py"],
     "hostile": ["test_hostile_tensors.py", "test_recurrent_op.py", "test_conv_op.py"],
-    "convolutions": ["test_conv_op.py", "test_layer_norm.py", "test_feedback.py"],
+    "convolutions": ["test_conv_op.py", "test_inverted.py", "test_layer_norm.py", "test_feedback.py"],
     "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py"],
 }
 # Limits the memory of its process, which then is not enough for the sanitizer's own.
