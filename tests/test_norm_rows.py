@@ -168,6 +168,15 @@ def test_what_a_norm_goes_on_with_stays_where_no_layer_can_compute_it():
             assert_identical(qmodel[0].bn(IMAGE), qmodel[0].bn.act(IMAGE.clamp(-0.25, 0.75)))
 
 
+def test_what_its_code_asked_for_can_no_longer_be_set():
+    row = Row(3, 32)
+    row.bn.apply_act = True
+    qmodel = convert(nn.Sequential(row, nn.Conv2d(32, 32, 3)).eval(), IMAGES, config=DYNAMIC)
+    with pytest.raises(AttributeError, match="'apply_act' can't be set"):
+        qmodel[0].bn.apply_act = False
+    qmodel[0].bn.tag, qmodel[0].bn.act = "mine", nn.Tanh()  # what is the user's, and a child, can
+
+
 def test_a_hook_on_what_comes_behind_is_heard():
     seen = []
     model = nn.Sequential(Row(3, 32), nn.Conv2d(32, 32, 3)).eval()

@@ -34,11 +34,15 @@ class IncludedNorm(nn.Sequential):
 
     @classmethod
     def of(cls, norm: nn.Module) -> "IncludedNorm":
-        """That of a norm."""
-        return cls(OrderedDict((name, norm.get_submodule(name)) for name in behind(norm)))
+        """That of a norm. What the norm's code may have asked for, to go on with its children, can't be set."""
+        row = behind(norm)
+        included = cls(OrderedDict((name, norm.get_submodule(name)) for name in row))
+        if row:
+            vars(included)["_settings"] = frozenset(name for name in vars(norm) if name[0] != "_") - {"training"}
+        return included
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OF_NORMS:
+        if name in _OF_NORMS or name in vars(self).get("_settings", ()):
             raise not_settable(name, "a norm that the weight of the int8 layer before it includes")
         super().__setattr__(name, value)
 
