@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
-from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, by_code, resnet
+from helpers.convolutional import IMAGE, IMAGES, Basic, Bottleneck, ConvNorm, by_code, resnet, unfused
 from helpers.numbers import normal
 from torchq import QConfig, apply_plan, convert, plan_of, simulate
 from torchq.modules.channels_last import ChannelsLast
@@ -26,15 +26,6 @@ STATIC = QConfig(activation="static", rounding="nearest", smoothing="none")
 DYNAMIC = QConfig(activation="dynamic", rounding="nearest", smoothing="none")
 DATA = [normal(4, 32, 20, 20, seed=i) for i in range(4)]
 X = normal(2, 32, 20, 20, seed=9)
-
-
-def unfused(qmodel):
-    """The same layers, none of which waits."""
-    twin = copy.deepcopy(qmodel)
-    for module in twin.modules():
-        if isinstance(module, QuantizedConv):
-            module.scope = None
-    return twin
 
 
 def waiting(model):

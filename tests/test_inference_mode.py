@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.compare import assert_identical
-from helpers.convolutional import Basic
+from helpers.convolutional import Basic, unfused
 from helpers.numbers import normal
 from torchq import QConfig, apply_plan, convert, load, plan_of, prepare_qat, save
 
@@ -61,6 +61,76 @@ def test_inference_mode_leaves_nothing_behind(mode):
         assert_identical(qmodel(X), y)
         assert torch._C._len_torch_dispatch_stack() == 0
         assert y.clone().add_(1).is_inference()
+
+
+class Depth(nn.Module):
+    """Notes how many modes see the operations where it is called."""
+
+    def forward(self, x):
+        self.found = torch._C._len_torch_dispatch_stack()
+        return torch.sigmoid(x)
+
+
+class Held(nn.Module):
+    """What waits stays in a variable while the rest of the network runs, and may be read again at the end."""
+
+    again = False
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.SiLU()
+        self.rest = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), Depth(), nn.Conv2d(32, 8, 1))
+
+    def forward(self, x):
+        y = self.act(self.norm(self.conv(x)))
+        z = self.rest(y)
+        if not self.again:
+            return z
+        x.zero_()
+        return z.sum() + y.sum()
+
+
+def test_the_mode_ends_with_what_waits():
+    qmodel = convert(Held().eval(), DATA, config=STATIC)
+    assert qmodel.torchq_plan.layers["conv"].feeds == "rest.0"
+    y = qmodel(X)
+    with torch.inference_mode():
+        for x in (X, X + 0):
+            assert_identical(qmodel(x), y)
+            assert qmodel.rest[3].found == 0
+
+
+def test_what_has_served_can_be_read_again():
+    qmodel = convert(Held().eval(), DATA, config=STATIC)
+    qmodel.again = True
+    twin = unfused(qmodel)
+    with torch.inference_mode():
+        assert_identical(qmodel(X + 0), twin(X + 0))
+
+
+class Begins(Held):
+    """Another mode begins while something waits, which ends inside of it."""
+
+    def forward(self, x):
+        y = self.act(self.norm(self.conv(x)))
+        if not self.again:
+            return self.rest(y)
+        with Sees():
+            assert torch._C._len_torch_dispatch_stack() == 2
+            y = self.rest[0](y)
+            assert torch._C._len_torch_dispatch_stack() == 2
+        y = self.rest[1:3](y)
+        assert torch._C._len_torch_dispatch_stack() == 0
+        return self.rest[3:](y)
+
+
+def test_a_mode_that_begins_while_something_waits():
+    qmodel = convert(Begins().eval(), DATA, config=STATIC)
+    y = qmodel(X)
+    qmodel.again = True
+    with torch.inference_mode():
+        assert_identical(qmodel(X + 0), y)
+        assert torch._C._len_torch_dispatch_stack() == 0
 
 
 class Sums(nn.Module):

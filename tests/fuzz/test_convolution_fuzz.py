@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import torchq
 from helpers.compare import assert_identical, snapshot
 from helpers.convolution import Layer, per_channel
-from helpers.convolutional import shaken
+from helpers.convolutional import shaken, unfused
 from helpers.fuzzing import fuzz, seeds
 from helpers.numbers import normal, random_float
 from torchq import QConfig, kernels, simulate
@@ -352,15 +352,6 @@ def network(blocks: list[int], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     rng = random.Random(seed)
     return nn.Sequential(*(BLOCKS[number](rng) for number in blocks)).eval()
-
-
-def unfused(qmodel: nn.Module) -> nn.Module:
-    """The same layers, none of which waits."""
-    twin = copy.deepcopy(qmodel)
-    for module in twin.modules():
-        if isinstance(module, QuantizedConv):
-            module.scope = None
-    return twin
 
 
 def check_model(model: nn.Module, config: QConfig, calibrated: bool) -> None:

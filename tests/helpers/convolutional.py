@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from helpers.numbers import normal
+from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.straight_forms import Form
 
 IMAGES = [normal(4, 3, 20, 20, seed=i) for i in range(4)]
@@ -91,4 +92,13 @@ def by_code(qmodel: nn.Module, form: type[Form] = Form) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, form):
             module.__class__ = module.original
+    return twin
+
+
+def unfused(qmodel: nn.Module) -> nn.Module:
+    """The same layers, none of which waits."""
+    twin = copy.deepcopy(qmodel)
+    for module in twin.modules():
+        if isinstance(module, QuantizedConv):
+            module.scope = None
     return twin

@@ -73,6 +73,7 @@ class ConvBlock(Learned):
         return super().__call__(*args, **kwargs)
 
     def _run(self, x: Tensor) -> Any:
+        writes.go_on()
         if gradients.wanted(x) or writes.modes() or torch._C._get_tracing_state() or simulation.is_watched():
             return NotImplemented
         known = self._learned()

@@ -117,8 +117,7 @@ class Scope:
         alive = [pending for pending in (reference() for reference in deferred) if pending is not None]
         for pending in alive:
             pending.end()
-        if not _calls.entered:
-            writes.stop()
+        writes.rest() if _calls.entered else writes.stop()
         if not alive or type(output) is Tensor:
             return None
         own = set(map(id, alive))  # others end with the calls that they belong to

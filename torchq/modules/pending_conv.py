@@ -118,7 +118,11 @@ class PendingConv(Deferred):
 
     def codes(self, qparams: QParams) -> Tensor | None:
         """u8 codes (N, *spatial, C) of the values, without their `padding`; None if they are there as floats."""
-        return None if self._value is not None or self._residual is not None else self._run(qparams, self._activation)
+        if self._value is not None or self._residual is not None:
+            return None
+        codes = self._run(qparams, self._activation)
+        self._x.serve()
+        return codes
 
     def _run(self, y_qparams: QParams | None, activation: int) -> Tensor:
         residual = None if self._residual is None else self._residual.values()
@@ -177,7 +181,7 @@ class PendingConv(Deferred):
             values = as_it_lies(other)
             if type(values) is not Tensor or (values.is_inference() and not torch.is_inference_mode_enabled()):
                 return None
-            residual = Unwritten.now(values, other)
+            residual = Unwritten(values, other)
         result = self if func is _aten.add_.Tensor else self._copy()
         result._residual = residual
         return result._settled(in_place=result is self)
@@ -231,9 +235,7 @@ def waiting_for(
     output = output_of(layer.geometry, x.shape[0], sizes, last)
     if math.prod(output.shape) < MIN_VALUES:
         return None
-    if torch.is_inference_mode_enabled():
-        writes.start()
-    held = Private(x) if given is None else Unwritten.now(x, given)
+    held = Private(x) if given is None else Unwritten(x, given)
     return PendingConv(layer, held, output, dtype, deferred, around)
 
 

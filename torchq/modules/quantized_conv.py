@@ -178,6 +178,7 @@ class QuantizedConv(Settings, PackedWeights, Leaf):
 
     def fused(self, x: Tensor, activation: int = Activation.NONE) -> Tensor:
         """`act(forward(x))` of a batch; or what computes it later, where the plan says what follows."""
+        writes.go_on()
         given = x
         if type(x) is PendingConv:
             codes = x.codes(self.input_qparams) if self.input_qparams and self._takes_codes_of(x.layer) else None

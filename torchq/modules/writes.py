@@ -1,10 +1,12 @@
 """Whether a tensor was written since somebody took it.
 
 torch counts the writes to a tensor, but not to those of torch.inference_mode. There `Writes` does, a mode that sees the
-operations of its thread while something waits. That costs an operation some microseconds, so nothing else turns it on.
+operations of its thread while somebody holds an `Unwritten` of such a tensor. To be seen costs an operation more than
+most of them take, so the mode ends with the last of these, or as soon after as it can.
 """
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,29 +20,34 @@ from torchq.modules.made import MadeTensor
 from torchq.watching import Watch
 
 
-class Unwritten(NamedTuple):
-    """A tensor, and its version when it was taken.
+class Unwritten:
+    """A tensor as it is now, which nobody may write to as long as this is held.
 
     Args:
         tensor: the values.
         given: what was given for it: itself, or one that was made of it. torch counts the writes to this one and to its
             views.
-        version: of both.
     """
 
-    tensor: Tensor
-    given: Tensor
-    version: int
+    __slots__ = ("__weakref__", "_given", "_served", "_version", "_writes", "tensor")
 
-    @staticmethod
-    def now(tensor: Tensor, given: Tensor | None = None) -> "Unwritten":
-        """The tensor as it is. One of inference mode needs `start`."""
-        given = tensor if given is None else given
-        return Unwritten(tensor, given, _version(tensor) + _version(given))
+    def __init__(self, tensor: Tensor, given: Tensor | None = None) -> None:
+        self.tensor, self._given = tensor, tensor if given is None else given
+        self._served = False
+        self._writes: Writes | None = None
+        if self.tensor.is_inference() or self._given.is_inference():
+            self._writes = _started()
+            self._writes.holders[id(self)] = weakref.ref(self)
+        self._version = self._now()
+
+    def __del__(self) -> None:
+        if (writes := getattr(self, "_writes", None)) is not None:
+            writes.holders.pop(id(self), None)
+            rest()
 
     def is_unwritten(self) -> bool:
         """Whether it is as it was."""
-        return _version(self.tensor) + _version(self.given) == self.version
+        return self._now() == self._version
 
     def values(self) -> Tensor:
         """The tensor, if it is as it was."""
@@ -51,6 +58,27 @@ class Unwritten(NamedTuple):
             )
         return self.tensor
 
+    def serve(self) -> None:
+        """It has been read as the plan has it: nobody is expected to read it again."""
+        self._served = True
+
+    def keep(self) -> None:
+        """Takes a copy of the values where it has served, so that no writes need be counted for it."""
+        if self._writes is None or not self._served:
+            return
+        self._version = 0 if self.is_unwritten() else -1
+        self.tensor = self._given = unseen(torch.clone, self.tensor)
+        self._writes.holders.pop(id(self), None)
+        self._writes = None
+
+    def _now(self) -> int:
+        return self._count(self.tensor) + self._count(self._given)
+
+    def _count(self, tensor: Tensor) -> int:
+        if not tensor.is_inference():
+            return tensor._version
+        return 0 if self._writes is None else self._writes.counts.get(tensor.untyped_storage()._cdata, 0)
+
 
 class Private(NamedTuple):
     """A tensor that nobody else can have, and so write to: stands for an `Unwritten`.
@@ -60,6 +88,9 @@ class Private(NamedTuple):
     """
 
     tensor: Tensor
+
+    def serve(self) -> None:
+        """As there."""
 
     def values(self) -> Tensor:
         """The tensor."""
@@ -72,6 +103,7 @@ class Writes(Watch):
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[int, int] = {}
+        self.holders: dict[int, weakref.ref[Unwritten]] = {}  # who asks for them; any thread may let one go
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation, and notes what it writes to."""
@@ -98,10 +130,31 @@ class _Active(threading.local):
 _active = _Active()
 
 
-def start() -> None:
-    """Lets this thread count writes, until `stop`."""
+def _started() -> Writes:
+    """The mode, which sees the operations of this thread from now on."""
     if _active.writes is None:
         _active.writes = Writes().__enter__()
+    return _active.writes
+
+
+def rest() -> None:
+    """Ends the mode where nobody needs it, unless another one began inside of it or an operation is being seen."""
+    writes = _active.writes
+    if writes is None or writes.holders:
+        return
+    depth = torch._C._len_torch_dispatch_stack()
+    if depth and torch._C._get_dispatch_stack_at(depth - 1) is writes:
+        stop()
+
+
+def go_on() -> None:
+    """Another layer begins. What has served and is still there may be so for long: a caller's variable has it."""
+    if _active.writes is None:
+        return
+    for held in [holder() for holder in [*_active.writes.holders.values()]]:
+        if held is not None:
+            held.keep()
+    rest()
 
 
 def stop() -> None:
@@ -168,9 +221,3 @@ def _written_places(func: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return tuple(i for i, _ in written), tuple(name for _, name in written)
-
-
-def _version(tensor: Tensor) -> int:
-    if not tensor.is_inference():
-        return tensor._version
-    return 0 if _active.writes is None else _active.writes.counts.get(tensor.untyped_storage()._cdata, 0)
