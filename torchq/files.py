@@ -7,6 +7,7 @@ of tensors that are one, and a checksum of each tensor. All of it is JSON; nothi
 
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import secrets
@@ -150,13 +151,14 @@ def _lost_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(key: str, tensor: Any) -> Tensor:
-    """The tensor as a file can hold it."""
+    """The tensor as a file can hold it: `_fill` makes sparse ones sparse again."""
     if not isinstance(tensor, Tensor):
         raise BadValueError(f"{key} is a {type(tensor).__name__}, and a file holds tensors only.")
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+    dense: Tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    if type(tensor) not in (Tensor, nn.Parameter) or dense.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__} of layout {tensor.layout}"
         raise BadValueError(f"{key} is {kind}, which a file can't hold.")
-    return tensor.detach().cpu().contiguous()
+    return dense.detach().cpu().contiguous()
 
 
 def _checksum(key: str, tensor: Tensor) -> int:
@@ -265,11 +267,17 @@ _KINDS: dict[str, type] = {
 def _fill(path: str, loaded: nn.Module, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
     """Gives a skeleton its tensors, after all of them were checked."""
     lost = {key: tensors.pop(key, None) for key in about["buffers"]}
+    for key in (key for key, buffer in loaded.named_buffers(remove_duplicate=False) if buffer.is_sparse):
+        for held in (lost, tensors):
+            if (dense := held.get(key)) is not None:
+                held[key] = dense.to_sparse()
     problems = [*_other_dtypes(loaded, tensors, about["dtypes"]), *_other_buffers(loaded, lost)]
     if problems:
         raise BadValueError(_does_not_fit(path, loaded, problems))
-    try:
-        loaded.load_state_dict(tensors, assign=True)
+    own = inspect.signature(type(loaded).load_state_dict).parameters
+    follows = "assign" in own or any(each.kind is each.VAR_KEYWORD for each in own.values())
+    try:  # one of the model's own may be older than `assign`
+        (type(loaded) if follows else nn.Module).load_state_dict(loaded, tensors, assign=True)
     except RuntimeError as error:
         raise BadValueError(_does_not_fit(path, loaded, [str(error)])) from error
     for key, tensor in lost.items():

@@ -15,6 +15,7 @@ from torchq.calibration.peers import Peers
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError, door
+from torchq.modules.computed_weights import without_history
 from torchq.modules.embedding import is_prepared
 from torchq.modules.qat_embedding import QATTable
 from torchq.modules.qat_linear import QATProduct
@@ -263,7 +264,7 @@ def _best_range(layer: Layer, record: Record, scale: Tensor | None, config: QCon
 
 def _copy(model: M) -> M:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict[int, Any](without_history(model)))
     except Exception as error:
         raise BadTypeError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True to "

@@ -201,7 +201,18 @@ def float_size(module: nn.Module) -> int:
 
 def model_bytes(model: nn.Module) -> int:
     """The bytes of all parameters and buffers of a model, shared ones once."""
-    return sum(tensor.nbytes for _, tensor in own_tensors(model))
+    return sum(bytes_of(tensor) for _, tensor in own_tensors(model))
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """The bytes of a tensor; those of its values and indices where it is sparse.
+
+    >>> bytes_of(torch.eye(16)), bytes_of(torch.eye(16).to_sparse())
+    (1024, 320)
+    """
+    if tensor.is_sparse:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    return tensor.nbytes
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -33,6 +33,22 @@ def sources(module: nn.Module) -> tuple[str, ...]:
     return _SOURCES if is_computed(module) else ()
 
 
+def without_history(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for deepcopy, which refuses tensors that have a history: those that hooks computed where gradients are on.
+
+    The next call computes them anew. In a model that was just made, torch.nn.utils.weight_norm has left such ones.
+
+    >>> model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(8, 4)))
+    >>> model(torch.ones(2, 8)).requires_grad, len(without_history(model))
+    (True, 1)
+    """
+    hooks = [(module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    names = [(module, hook.name) for module, hook in hooks if isinstance(hook, _HOOKS)]
+    names += [(module, hook._tensor_name) for module, hook in hooks if isinstance(hook, BasePruningMethod)]
+    computed = [vars(module)[name] for module, name in names if isinstance(vars(module).get(name), Tensor)]
+    return {id(tensor): tensor.detach().clone() for tensor in computed if not tensor.is_leaf}
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight that a call of the module in eval mode takes. The module does not change, in training mode either.
 

@@ -13,6 +13,7 @@ from torchq.modules.base import Int8Module
 from torchq.modules.checkpoints import check_state
 from torchq.modules.chunked import Chunked
 from torchq.modules.classes import know
+from torchq.modules.computed_weights import without_history
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import Curve, faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
@@ -272,7 +273,7 @@ def _copy(model: M, swaps: Mapping[int, nn.Module], kept: Mapping[int, Any]) -> 
 
     They go in as deepcopy's memo: it takes them for copies already made, and never copies the float weights.
     """
-    memo: dict[int, Any] = {**kept, **swaps}
+    memo: dict[int, Any] = {**without_history(model), **kept, **swaps}
     try:
         copied = copy.deepcopy(model, memo)
         for norm in (each for each in swaps.values() if isinstance(each, IncludedNorm)):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchq.modules.base import own_tensors
+from torchq.modules.base import bytes_of, own_tensors
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
@@ -89,7 +89,7 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
     sizes: dict[str, int] = {}
     after = grown = int8 = weights = 0
     for module, tensor in own_tensors(qmodel):
-        after += tensor.nbytes
+        after += bytes_of(tensor)
         if isinstance(module, PackedWeights):
             if tensor is module._buffers.get("packed"):  # a tied table has none, and may have buffers of its own
                 multiplies = isinstance(module, (QuantizedLinear, QuantizedConv))
@@ -98,7 +98,7 @@ def whole_model(qmodel: nn.Module, plan: Plan) -> WholeModel:
             continue
         kind = type(module).__name__ + ("'s own parameters" if module._modules else "")
         holders.setdefault(kind, []).append(module)
-        sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
+        sizes[kind] = sizes.get(kind, 0) + bytes_of(tensor)
         weights += tensor.numel() if _is_matrix(module, tensor) else 0
     paths = {id(module): path for path, module in qmodel.named_modules()}
     left = [_left(kind, list(dict.fromkeys(holders[kind])), size, paths) for kind, size in sizes.items()]
@@ -126,7 +126,7 @@ def _left(kind: str, modules: list[nn.Module], size: int, paths: dict[int, str])
         ".".join(filter(None, (paths[id(module)], name)))
         for module in others
         for name, parameter in module._parameters.items()
-        if _is_matrix(module, parameter)
+        if parameter is not None and _is_matrix(module, parameter)
     ]
     advice = next(text for kind_of, text in _ADVICE.items() if isinstance(others[0], kind_of)) if matrices else None
     return LeftInFloat(kind, len(modules), size, tuple(matrices), advice)
