@@ -10,6 +10,7 @@ from helpers.numbers import normal
 from torchq import convert
 from torchq.modules.linear_proof import Proof, proof_of
 from torchq.modules.registry import find_layers
+from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -49,6 +50,18 @@ class Transposed(Bare):
         return x @ self.weight
 
 
+class Upcast(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+
+
+class FollowsInput(nn.Linear):
+    """As that of openai-whisper."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 LINEAR = {
     "Conv1D": (lambda: Conv1D(48, 32), True),
     "square Conv1D": (lambda: Conv1D(32, 32), True),
@@ -60,6 +73,9 @@ LINEAR = {
     "Bare": (lambda: Bare(32, 48), False),
     "Transposed": (lambda: Transposed(48, 32), True),
     "square Transposed": (lambda: Transposed(32, 32), True),
+    "Upcast": (lambda: Upcast(32, 48), False),
+    "FollowsInput": (lambda: FollowsInput(32, 48), False),
+    "FollowsInput without bias": (lambda: FollowsInput(32, 48, bias=False), False),
 }
 
 
@@ -75,6 +91,16 @@ def test_what_multiplies_by_its_weight_is_linear(make, transposed, mode):
     assert torch.equal(convert(module)(x), convert(twin_of(module))(x))
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Upcast, FollowsInput])
+def test_code_that_follows_the_dtype_of_its_input_is_followed(kind, own, given):
+    layer, x = kind(32, 48).to(own), normal(5, 32).to(given)
+    exact, got = layer(x), convert(layer)(x)
+    assert got.dtype == exact.dtype == given
+    assert sqnr_db(exact.float(), got.float()) > 35
+
+
 # ---- What stays in float ------------------------------------------------------------------------------------------
 
 
@@ -88,9 +114,10 @@ class Cast(nn.Linear):
         return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-class Upcast(nn.Linear):
+class Half(nn.Linear):
     def forward(self, x):
-        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+        half = torch.bfloat16
+        return nn.functional.linear(x.to(half), self.weight.to(half), self.bias.to(half)).to(x.dtype)
 
 
 class Counts(nn.Linear):
@@ -193,7 +220,7 @@ OTHERS = {
     Inherits: "uses 'super'",
     Scaled: "takes other operations than a product and a sum: aten::mul",
     Cast: "converts its input",
-    Upcast: "takes other operations than a product and a sum: aten::_to_copy",
+    Half: "gives other values than F.linear",
     Counts: "uses 'calls'",
     Records: "uses 'SEEN'",
     Noise: "uses 'randn'",

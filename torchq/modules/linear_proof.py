@@ -3,7 +3,7 @@
 FalconLinear is an nn.Linear with a forward of its own, `x @ weight.T + bias`. The Conv1D of GPT-2 stores its weight as
 (in, out). No class is known by name here. First the code is read (`plain_code`): only code that nobody could notice is
 run. Then it runs on weights and inputs of the proof's own, in several shapes and dtypes, and every operation of torch
-is listed: one product, at most one sum, and views. The values must be those of `F.linear`.
+is listed: one product, at most one sum, views, and changes of dtype. The values must be those of `F.linear`.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Proof(NamedTuple):
 def proof_of(module: nn.Module) -> Proof:
     """What the forward of a module with a 2-D `weight` and a 1-D `bias`, or None, computes.
 
-    It is `x · weightᵀ + bias`, or the same with `weight`, in the dtype of both and whatever the mode, for all inputs of
+    It is `x · weightᵀ + bias`, or the same with `weight`, in the dtype of x and whatever the mode, for all inputs of
     one to four dimensions that it takes. Neither the module nor the state of random numbers changes.
 
     >>> class Swapped(nn.Linear):
@@ -88,6 +88,7 @@ _WORDS = ARITHMETIC | PRODUCTS | {"weight", "bias"}
 _PRODUCTS = {"mm", "addmm", "bmm", "mv", "addmv"}
 _SUMS = {"add", "add_", "addmm", "addmv"}
 _VIEWS = {"t", "transpose", "permute", "view", "_unsafe_view", "reshape", "squeeze", "squeeze_", "unsqueeze", "expand"}
+_CONVERSIONS = {"_to_copy"}
 
 
 @functools.lru_cache(maxsize=256)
@@ -198,10 +199,10 @@ def _run(forward: _Forward, module: nn.Module, x: Tensor) -> tuple[Any, Counter[
 
 
 def _unlike(operations: Counter[str], bias: Tensor | None) -> str | None:
-    """Whether these are other operations than one product, a sum if there is a bias, and views."""
+    """Whether these are other operations than one product, a sum if there is a bias, views and changes of dtype."""
     names = {name: name.removeprefix("aten::") for name in operations}
     products, sums = (sum(operations[n] for n, name in names.items() if name in group) for group in (_PRODUCTS, _SUMS))
-    odd = [name for name, short in names.items() if short not in _PRODUCTS | _SUMS | _VIEWS]
+    odd = [name for name, short in names.items() if short not in _PRODUCTS | _SUMS | _VIEWS | _CONVERSIONS]
     if not odd and (products, sums) == (1, int(bias is not None)):
         return None
     what = ", ".join(odd) or f"{products} of products, {sums} of sums"
@@ -220,10 +221,17 @@ def _wrong(y: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
 
 
 def _casts(forward: _Forward, weight: Tensor, bias: Tensor | None, transposed: bool) -> str | None:
-    """An input of another dtype than the weight is an error to F.linear."""
-    x = _inputs(weight.shape[not transposed], torch.bfloat16)[1]
-    try:
-        _run(forward, forward.stand_in(weight, bias, False), x)
-    except Exception:
-        return None
-    return "converts its input"
+    """What the forward does with an input of another dtype than the weight, which is an error to F.linear.
+
+    An int8 layer gives outputs of the input's dtype. So does code that converts the weight, as Whisper's does.
+    """
+    for given, own in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        w, b = weight.to(own), None if bias is None else bias.to(own)
+        x = _inputs(w.shape[not transposed], given)[1]
+        try:
+            y, operations = _run(forward, forward.stand_in(w, b, False), x)
+        except Exception:
+            continue
+        if _unlike(operations, bias) is not None or _wrong(y, x, w.t() if transposed else w, b) is not None:
+            return "converts its input"
+    return None
