@@ -132,6 +132,8 @@ PyObject* set_simulating(PyObject*, PyObject* yes) {
 
 PyObject* is_autocast_enabled(PyObject*, PyObject*) { return PyBool_FromLong(autocast()); }
 
+PyObject* count_function_modes(PyObject*, PyObject*) { return PyLong_FromLong(function_modes()); }
+
 PyObject* call_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     PyObject* state = count == 3 ? plain_state(args[0], args[1]) : nullptr;
@@ -341,6 +343,8 @@ PyMethodDef methods[] = {
      "nothing but these methods of scopes sees their calls."},
     {"set_simulating", set_simulating, METH_O,
      "set_simulating(yes): whether any thread simulates. If so, all calls here return NotImplemented."},
+    {"function_modes", count_function_modes, METH_NOARGS,
+     "function_modes(): how many modes see the calls of torch's functions in this thread, without default devices."},
     {"is_autocast_enabled", is_autocast_enabled, METH_NOARGS,
      "is_autocast_enabled(): torch.is_autocast_enabled('cpu'), in a fifth of its time."},
     {"call_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_linear)), METH_FASTCALL,

@@ -44,7 +44,9 @@ struct Torch {
   const dlpack::Exchange* exchange;
   PyTypeObject *tensor, *parameter;
   PyObject* dispatch_modes;                    // a function that returns how many there are
-  PyObject* unusual[2];                        // functions that return something true where a mode or tracing is active
+  PyObject *function_modes, *function_mode;    // a function that returns how many there are, and one that returns one
+  PyTypeObject* default_device;                // the mode of torch.device(...) and of torch.set_default_device
+  PyObject* tracing;                           // a function that returns something true where torch.jit traces
   PyObject* autocast;                          // likewise for autocast
   PyObject *profiler, *profiling;              // the globals of torch's profiler, and the name of its flag among them
   PyObject *forward_ad, *level;                // likewise of forward-mode derivatives, whose level is -1 outside
@@ -102,6 +104,21 @@ bool autocast() {
   return !falsy(PyObject_CallNoArgs(torch_.autocast));
 }
 
+long function_modes() {
+  PyObject* count = PyObject_CallNoArgs(torch_.function_modes);
+  long modes = count ? PyLong_AsLong(count) : -1;
+  Py_XDECREF(count);
+  for (long i = modes - 1; i >= 0; --i) {
+    PyObject* index = PyLong_FromLong(i);
+    PyObject* mode = index ? PyObject_CallOneArg(torch_.function_mode, index) : nullptr;
+    if (mode && Py_TYPE(mode) == torch_.default_device) --modes;
+    Py_XDECREF(index);
+    Py_XDECREF(mode);
+  }
+  if (PyErr_Occurred()) PyErr_Clear();
+  return modes;
+}
+
 bool in_forward_mode() {
   PyObject* level = PyDict_GetItemWithError(torch_.forward_ad, torch_.level);
   return !level || PyLong_AsLong(level) >= 0;
@@ -116,9 +133,7 @@ bool plain_eager(long own_modes) {
   const bool only_own = modes && PyLong_Check(modes) && PyLong_AsLong(modes) == own_modes;
   Py_XDECREF(modes);
   if (!only_own) return false;
-  for (PyObject* f : torch_.unusual)
-    if (!falsy(PyObject_CallNoArgs(f))) return false;
-  if (in_forward_mode()) return false;
+  if (function_modes() != 0 || !falsy(PyObject_CallNoArgs(torch_.tracing)) || in_forward_mode()) return false;
   return PyDict_GetItemWithError(torch_.profiler, torch_.profiling) == Py_False;
 }
 
@@ -204,8 +219,11 @@ void watch_torch() {
   torch_.tensor = reinterpret_cast<PyTypeObject*>(forever(tensor));
   torch_.parameter = reinterpret_cast<PyTypeObject*>(forever(torch.attr("nn").attr("Parameter")));
   torch_.dispatch_modes = forever(torch_c.attr("_len_torch_dispatch_stack"));
-  torch_.unusual[0] = forever(torch_c.attr("_len_torch_function_stack"));
-  torch_.unusual[1] = forever(torch_c.attr("_get_tracing_state"));
+  torch_.function_modes = forever(torch_c.attr("_len_torch_function_stack"));
+  torch_.function_mode = forever(torch_c.attr("_get_function_stack_at"));
+  torch_.default_device =
+      reinterpret_cast<PyTypeObject*>(forever(py::module_::import("torch.utils._device").attr("DeviceContext")));
+  torch_.tracing = forever(torch_c.attr("_get_tracing_state"));
   torch_.profiler = forever(py::module_::import("torch.autograd.profiler").attr("__dict__"));
   torch_.profiling = name("_is_profiler_enabled");
   torch_.forward_ad = forever(py::module_::import("torch.autograd.forward_ad").attr("__dict__"));

@@ -23,6 +23,10 @@ const DTypePair* find(PyObject* torch_dtype);
 // Of the CPU, in this thread.
 bool autocast();
 
+// How many modes see the calls of torch's functions in this thread, without default devices: these only tell functions
+// that make tensors where to make them. Negative where that is unknown.
+long function_modes();
+
 // Whether forward-mode derivatives are computed.
 bool in_forward_mode();
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import torchq
 from helpers.compare import assert_identical
-from helpers.convolutional import Basic
+from helpers.kinds import MODELS, batches, int8_of, model_of
 from helpers.numbers import normal
 from torchq import QConfig, convert, prepare_qat, simulate
 from torchq.numerics.metrics import sqnr_db
@@ -18,72 +18,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CUDA = torch.device("cuda")
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.rnn = kind(32, 48, batch_first=True)
-        self.head = nn.Linear(48, 8)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0])
-
-
-class Block(nn.Module):
-    """The code of a transformer's output, which becomes one fused form."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.act, self.dense = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)
-        self.norm = nn.LayerNorm(32)
-
-    def forward(self, x):
-        return self.norm(self.dense(self.act(self.inner(x))) + x)
-
-
-def _encoder():
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-
-def _cnn():
-    stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    depthwise = [nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.ReLU6()]
-    return nn.Sequential(*stem, *depthwise, Basic(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-
-
-MODELS = {
-    "linear": (
-        lambda: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8)),
-        (32,),
-    ),
-    "block": (lambda: nn.Sequential(Block(), Block()), (6, 32)),
-    "encoder": (_encoder, (6, 32)),
-    "conv2d": (_cnn, (3, 12, 12)),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(8, 24, 3), nn.ReLU(), nn.Conv1d(24, 8, 1)), (8, 20)),
-    "LSTM": (lambda: Recurrent(nn.LSTM), (5, 32)),
-    "GRU": (lambda: Recurrent(nn.GRU), (5, 32)),
-    "table": (lambda: nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 50)), None),
-    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(50, 32), nn.Linear(32, 50)), None),
-}
 EACH = pytest.mark.parametrize("name", MODELS)
 WITH_AND_WITHOUT_DATA = pytest.mark.parametrize("calibrated", [False, True], ids=["without data", "calibrated"])
-
-
-def batches(name, count=4):
-    shape = MODELS[name][1]
-    generator = torch.Generator().manual_seed(0)
-    if shape is None:
-        return [torch.randint(50, (16, 6), generator=generator) for _ in range(count)]
-    return [normal(16, *shape, seed=seed) for seed in range(count)]
-
-
-def model_of(name):
-    torch.manual_seed(0)
-    return MODELS[name][0]().eval()
-
-
-def int8_of(name, calibrated):
-    return convert(model_of(name), batches(name) if calibrated else None, progress=False)
 
 
 def assert_same_state(actual, expected):
@@ -217,7 +153,7 @@ def test_qat_trains_on_the_gpu_and_converts_on_the_cpu(name, scheme):
         qmodel = convert(model, config=QConfig(attention="none"), progress=False)
         with simulate():
             y = qmodel(data[0])
-        if name == "conv2d":  # its norms have become part of the weights, which is another rounding
+        if name in ("conv2d", "mobile"):  # their norms have become part of the weights, which is another rounding
             assert sqnr_db(here, y) > 45
         else:
             assert_identical(y, here)
@@ -256,7 +192,7 @@ def test_simulated_int8_runs_on_the_gpu_but_for_attention_and_curves(name):
     qmodel, x = int8_of(name, True), batches(name)[0]
     moved = copy.deepcopy(qmodel).to(CUDA)
     with simulate(), torch.no_grad():
-        if name in ("encoder", "conv2d"):
+        if name in ("encoder", "conv2d", "mobile", "bert"):
             with pytest.raises(RuntimeError, match=r"torchq::(attention|activate): int8 runs on the CPU"):
                 moved(x.to(CUDA))
         else:

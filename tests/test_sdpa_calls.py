@@ -6,6 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from helpers.compare import assert_identical
 from helpers.numbers import normal
 from torchq import sqnr_db
 from torchq.modules import sdpa_calls
@@ -199,6 +200,21 @@ def test_autocast_and_modes_are_torchs(left):
         adopted("int8")(*given)
     assert F.scaled_dot_product_attention in seen
     assert len(left) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("scheme", ["float32", "int8"])
+def test_a_default_device_changes_nothing(left, scheme, device):
+    given, module = operands(), adopted(scheme)
+    expected = module(*given)
+    with torch.device(device):
+        assert_identical(module(*given), expected)
+    torch.set_default_device(device)
+    try:
+        assert_identical(module(*given), expected)
+    finally:
+        torch.set_default_device(None)
+    assert not left
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

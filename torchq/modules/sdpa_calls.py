@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, has_torch_function
 
+from torchq import _C
 from torchq.modules import gradients
 from torchq.modules.attention import attend, attend_directly, noted_by
 from torchq.modules.sdpa_code import SDPA, names_of_sdpa, with_other_sdpa
@@ -189,12 +190,20 @@ def _attend(
 
 def _are_plain(tensors: tuple[Any, ...]) -> bool:
     """Whether these are dense tensors of the CPU, in a call that nothing else has a part in."""
-    seen = not (is_dynamo_compiling() or exporting()) and has_torch_function(tensors)
-    if seen or not all(isinstance(x, Tensor) for x in tensors):
+    if not (is_dynamo_compiling() or exporting()) and _is_seen(tensors):
+        return False
+    if not all(isinstance(x, Tensor) for x in tensors):
         return False
     if any(x.device.type != "cpu" or x.layout != torch.strided or x.is_nested for x in tensors):
         return False
     return not torch.is_autocast_enabled("cpu") and not any(map(gradients.wanted, tensors))
+
+
+def _is_seen(tensors: tuple[Any, ...]) -> bool:
+    """Whether a class or a mode of somebody else has a part in what is done with the tensors."""
+    if not has_torch_function(tensors):
+        return False
+    return _C.function_modes() != 0 or any(type(x) not in (Tensor, nn.Parameter) for x in tensors)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

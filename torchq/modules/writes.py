@@ -165,11 +165,11 @@ def stop() -> None:
 
 
 def modes() -> int:
-    """How many modes see the operations of this thread, without the one that counts writes.
+    """How many modes see the operations of this thread, without the one that counts writes, and default devices.
 
     Inside of an operation that this one sees, it is off.
     """
-    depth: int = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    depth: int = torch._C._len_torch_dispatch_stack() + _C.function_modes()
     return max(0, depth - (_active.writes is not None))
 
 
