@@ -163,13 +163,13 @@ def test_modes_of_its_own_do_not_count():
     call = Call()
     with torch.inference_mode():
         call.x = call.x + 0
-        writes.start()
-        try:
-            y = call.direct(writes.own_modes())
-            with DispatchMode():
-                assert call.direct(writes.own_modes()) is NotImplemented
-        finally:
-            writes.stop()
+        held = writes.Unwritten(call.x)
+        assert writes.own_modes() == 1
+        y = call.direct(1)
+        with DispatchMode():
+            assert call.direct(1) is NotImplemented
+        del held
+        assert writes.own_modes() == 0
         assert call.direct(1) is NotImplemented  # there is none
         assert y.is_inference()
         assert_identical(y, op(*call.arguments()))
