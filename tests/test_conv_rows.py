@@ -15,6 +15,7 @@ from torchq import QConfig, convert, simulate
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.straight_forms import ConvRow
+from torchq.ops import Activation
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -130,7 +131,9 @@ def test_what_is_changed_afterwards_counts(change):
 def test_another_way_of_the_same_activation_counts():
     qmodel = made(nn.GELU)
     before = qmodel(X)
-    qmodel.layer[0].act.approximate = "tanh"
+    with pytest.raises(AttributeError, match="Set it in the float model before convert"):
+        qmodel.layer[0].act.approximate = "tanh"
+    qmodel.layer[0].act.kind = int(Activation.GELU_TANH)
     code = by_code(qmodel)
     with torch.no_grad():
         assert_identical(qmodel(X), code(X))

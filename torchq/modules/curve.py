@@ -18,13 +18,17 @@ class Curve(nn.Module):
 
     transformers' NewGELUActivation, say, passes eight times over its tensor. This passes once, or not at all.
 
+    Args:
+        kind: the activation.
+        inplace: whether it writes over its input, which it then returns, as those of torch do that are made so.
+
     >>> Curve(Activation.RELU2)(torch.tensor([-1.0, 3.0]))
     tensor([0., 9.])
     """
 
-    def __init__(self, kind: Activation) -> None:
+    def __init__(self, kind: Activation, inplace: bool = False) -> None:
         super().__init__()
-        self.kind = int(kind)
+        self.kind, self.inplace = int(kind), inplace
 
     @classmethod
     def of(cls, module: nn.Module) -> nn.Module:
@@ -37,7 +41,7 @@ class Curve(nn.Module):
         return module if kind == Activation.NONE else cls(kind).train(module.training)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("kind", "training") and name[0] != "_":
+        if name not in ("kind", "inplace", "training") and name[0] != "_":
             raise AttributeError(
                 f"{name!r} can't be set: torchq replaced this activation by one operation that computes {self}, and "
                 "has no settings. Set it in the float model before convert(), or convert with QConfig(fuse=False)."
@@ -46,13 +50,22 @@ class Curve(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, float32, bfloat16 or float16."""
+        if self.inplace:
+            return self._over(x)
         if isinstance(x, Deferred):  # past the dispatcher, whose way through autograd takes 20 us
             return type(x).__torch_dispatch__(_activate, (type(x),), (x, self.kind))  # type: ignore
         return _activate(x, self.kind)  # type: ignore[no-any-return]
 
+    def _over(self, x: Tensor) -> Tensor:
+        y = x.overwritten_by(self.kind) if isinstance(x, Deferred) else None
+        if y is None:
+            differentiated = torch.is_grad_enabled() and x.requires_grad  # by what x was
+            y = x.copy_(_activate(x.clone() if differentiated else x, self.kind))
+        return y
+
     def extra_repr(self) -> str:
         """The activation, for `repr`."""
-        return Activation(self.kind).name.lower()
+        return Activation(self.kind).name.lower() + (", inplace=True" if self.inplace else "")
 
 
 _EXACT = (Activation.RELU, Activation.RELU6)
@@ -93,9 +106,27 @@ def faster(module: nn.Module) -> nn.Module:
     """
     if activation_of(module) == Activation.NONE:
         return module
-    x = torch.zeros(1, device="cpu", dtype=torch.float32)
-    with torch.no_grad(), _Operations() as operations:
-        type(module).forward(module, x)
-    first = operations.seen[0]
-    stays = len(operations.seen) == 1 and (first in ACTIVATIONS or may_write(first))
+    first, *others = _operations(module)
+    stays = not others and (first in ACTIVATIONS or may_write(first))
     return module if stays else Curve.of(module)
+
+
+def exact(module: nn.Module) -> nn.Module:
+    """What computes the same with the bits of an epilogue, in place if the module does; itself, if it has them already.
+
+    >>> exact(nn.ReLU()), exact(nn.GELU()), exact(nn.SiLU(inplace=True))
+    (ReLU(), Curve(gelu), Curve(silu, inplace=True))
+    """
+    kind = activation_of(module)
+    if kind == Activation.NONE or exact_activation_of(module) != Activation.NONE:
+        return module
+    return Curve(kind, any(map(may_write, _operations(module)))).train(module.training)
+
+
+def _operations(module: nn.Module) -> list[Any]:
+    """What an activation runs."""
+    x = torch.zeros(1, device="cpu", dtype=torch.float32)
+    operations = _Operations()
+    with torch.no_grad(), operations:
+        type(module).forward(module, x)
+    return operations.seen

@@ -41,6 +41,10 @@ class Deferred(MadeTensor):
         """That call ends."""
         self.make()
 
+    def overwritten_by(self, activation: int) -> Tensor | None:
+        """Itself, with this activation of its values in their place; None if it takes no such part."""
+        return None
+
 
 class Pending(Deferred):
     """The output `layer(x)`, computed when it is read; or `act(layer(x))` at once, if that is what it is read for."""

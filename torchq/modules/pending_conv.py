@@ -91,6 +91,13 @@ class PendingConv(Deferred):
         self._activation = activation
         return self if fold.codes else self.make()
 
+    def overwritten_by(self, activation: int) -> Tensor | None:
+        """As there, past the dispatcher, if nobody has its values yet and the plan names this activation."""
+        y = self._activated(_Found(activation, True), (self,)) if self._value is None else None
+        if y is not None and not self.is_inference():  # in inference mode nobody is told who has no values
+            torch.autograd.graph.increment_version(self)
+        return y
+
     # Sums by the operators, past the dispatcher and the mode that counts writes: with cold caches that is 20 us.
 
     def __add__(self, other: Any) -> Any:

@@ -15,7 +15,7 @@ from torchq.modules.chunked import Chunked
 from torchq.modules.classes import know
 from torchq.modules.computed_weights import without_history
 from torchq.modules.conv_block import ConvBlock
-from torchq.modules.curve import Curve, faster
+from torchq.modules.curve import Curve, exact, faster
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
 from torchq.modules.gated import Gated
@@ -147,16 +147,22 @@ def _paths(model: nn.Module, plan: Plan) -> list[str]:
 def _make_curves(model: nn.Module, plan: Plan) -> None:
     """Replaces activations that layers may compute, where they are not the one operation that a layer waits for.
 
+    Behind convolutions it is those without the bits of an epilogue, so that blocks are proven to compute the same.
     One of a norm that a layer includes is replaced in any case: what it writes over is that layer's output, which
     nothing else reads.
     """
-    names = {planned.activation for planned in plan.layers.values() if planned.is_int8 and planned.activation}
+    layers = {name: planned.activation for name, planned in plan.layers.items() if planned.is_int8}
+    convolved = {layers[name] for name in layers if isinstance(model.get_submodule(name), QuantizedConv)}
     places = _places(model)
-    modules = [module for name, module in model.named_modules(remove_duplicate=False) if name in names]
+    modules = {
+        id(module): (module, exact if name in convolved else faster)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name in layers.values()
+    }
     included = {id(module._modules) for module in model.modules() if isinstance(module, IncludedNorm)}
-    for module in {id(module): module for module in modules}.values():
+    for module, suited in modules.values():
         for children, key in places[id(module)]:
-            children[key] = Curve.of(module) if id(children) in included else faster(module)
+            children[key] = Curve.of(module) if id(children) in included else suited(module)
 
 
 def _adopt_residuals(model: nn.Module, plan: Plan) -> None:
