@@ -72,11 +72,13 @@ READS = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wherever_it_is_used_it_is_the_dequantized_weight(read, dtype):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_wherever_it_is_used_it_is_the_dequantized_weight(read, dtype, mode):
     layer = layer_of(dtype)
-    got, expected = read(layer.weight), read(values(layer))
-    assert not isinstance(got, FloatView) or got.shape == expected.shape
-    assert torch.equal(got.clone(), expected)
+    with mode():
+        got, expected = read(layer.weight), read(values(layer))
+        assert not isinstance(got, FloatView) or got.shape == expected.shape
+        assert torch.equal(got.clone(), expected)
 
 
 def test_numpy_sees_the_values():

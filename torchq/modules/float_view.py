@@ -24,6 +24,7 @@ from torchq.modules.made import MadeTensor
 from torchq.modules.tracing import exporting
 from torchq.numerics.qparams import dequantize
 from torchq.ops.lookup import embedding
+from torchq.scopes import outside_inference_mode
 
 
 class FloatView(MadeTensor):
@@ -232,7 +233,15 @@ def _is_collecting() -> bool:
 
 
 def _view(func: Any, base: FloatView, args: Any, kwargs: Any) -> Any:
-    """What a view operation gives: read-only views again, whose values come from the base's."""
+    """What a view operation gives: read-only views again, whose values come from the base's.
+
+    In torch.inference_mode too torch takes a view of a tensor that was made outside of it for one that was.
+    """
+    with outside_inference_mode():
+        return _views(func, base, args, kwargs)
+
+
+def _views(func: Any, base: FloatView, args: Any, kwargs: Any) -> Any:
     meta = func(base._like, *args, **kwargs)
 
     def made(pick: Callable[[Any], Tensor], like: Tensor) -> FloatView:
