@@ -43,6 +43,9 @@ CASES = {
     "2d, of the image's size": (lambda: nn.Conv2d(8, 32, 5), (8, 5, 5)),
     "3d": (lambda: nn.Conv3d(4, 16, 3, padding=(0, 1, 1)), (4, 4, 5, 6)),
     "3d, pointwise": (lambda: nn.Conv3d(16, 16, 1), (16, 2, 3, 4)),
+    "1d, pointwise, one place": (lambda: nn.Conv1d(24, 32, 1), (24, 1)),
+    "2d, pointwise, one place": (lambda: nn.Conv2d(24, 32, 1), (24, 1, 1)),
+    "3d, pointwise, one place": (lambda: nn.Conv3d(24, 32, 1), (24, 1, 1, 1)),
     **{
         mode: (lambda mode=mode: nn.Conv2d(8, 16, 3, padding=(1, 2), padding_mode=mode), (8, 6, 7))
         for mode in ("reflect", "replicate", "circular")

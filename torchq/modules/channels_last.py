@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchq.modules.convolving import is_zero_padding
+from torchq.modules.convolving import in_format, is_zero_padding
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred, Scope
 from torchq.modules.writes import run_on_values
@@ -83,7 +83,7 @@ class ChannelsLast(Deferred):
         """The values as torch would have them. Every call gives the same tensor."""
         last = self._last
         if last is not None:
-            self._value = last.contiguous()
+            self._value = in_format(last, False)
             self._last = None
         return self._value  # type: ignore[return-value]
 

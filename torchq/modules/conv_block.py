@@ -17,7 +17,7 @@ from torchq import _C
 from torchq.modules import gradients, simulation, writes
 from torchq.modules.coded_sum import Codes
 from torchq.modules.conv_stages import INPUT, Known, Link, Stage, known_of
-from torchq.modules.convolving import is_channels_last, step_of
+from torchq.modules.convolving import in_format, is_channels_last, step_of
 from torchq.modules.flow import Code, Zeros, code_of
 from torchq.modules.parts import Learned
 from torchq.modules.pending import Scope
@@ -171,7 +171,7 @@ class ConvBlock(Learned):
         over = conv.hands_over(h)
         rows = conv.tiled and conv.input_qparams is None  # which have the channels last
         y = self._computed(links, None, h, around, residual, last or over or rows)
-        given: Tensor = y if last else conv.handed(y) if over else y.contiguous()
+        given: Tensor = y if last else conv.handed(y) if over else in_format(y, False)
         return given
 
     def _up_to_last(

@@ -178,10 +178,18 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def in_format(y: Tensor, last: bool) -> Tensor:
-    """The output in the memory format that is asked for; torch has none for the channels last of one dimension."""
+    """The output in the memory format that is asked for; torch has none for the channels last of one dimension.
+
+    One value of each channel lies the same way in both formats, and `contiguous()` keeps its strides. By them torch's
+    operations would take it for channels last, and give that.
+
+    >>> in_format(torch.zeros(2, 1, 1, 8).movedim(-1, 1), False).stride()
+    (8, 1, 1, 1)
+    """
     if last and y.dim() == 3:
         return y.mT.contiguous().mT
-    return y.contiguous(memory_format=format_of(y.dim(), last))
+    y = y.contiguous(memory_format=format_of(y.dim(), last))
+    return y if last or y.shape[-1] != 1 or y.shape[2:].numel() != 1 else y.flatten(1).view(y.shape)
 
 
 def format_of(dimensions: int, last: bool) -> torch.memory_format:
