@@ -12,6 +12,8 @@ void add_direct_norm(pybind11::module_& module);
 void add_direct_residual(pybind11::module_& module);
 // Adds call_attention (direct_attention.cpp); after the first.
 void add_direct_attention(pybind11::module_& module);
+// Adds call_rotary (direct_rotary.cpp); after the first.
+void add_direct_rotary(pybind11::module_& module);
 // Adds call_convolution (direct_conv.cpp); after the first.
 void add_direct_conv(pybind11::module_& module);
 

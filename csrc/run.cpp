@@ -326,6 +326,12 @@ void normalize_on_threads(const Kernel& kernel, const NormRows& rows) {
                               [&](int64_t begin, int64_t end) { normalize(kernel, rows.part(begin, end)); });
 }
 
+void run(const Rotary& rotary) {
+  const int64_t width = std::max<int64_t>(1, rotary.heads * rotary.depth);
+  torch::stable::parallel_for(0, rotary.batch * rotary.rows, kValuesPerThread / width + 1,
+                              [&](int64_t begin, int64_t end) { rotate(rotary, begin, end); });
+}
+
 void round_on_threads(const FeedbackBlock& block) {
   constexpr int64_t kGroups = 4;  // of columns, at least, for each thread
   const int64_t groups = ceil_div(block.columns, kFeedbackColumns);

@@ -10,6 +10,7 @@
 #include "gemm/feedback.h"
 #include "gemm/gemm.h"
 #include "recurrent.h"
+#include "rotary.h"
 
 namespace torchq {
 
@@ -67,6 +68,9 @@ void activate(const Kernel& kernel, Activation activation, const Values& values)
 
 // Computes rows.y with this kernel, on as many of torch's threads as the values pay for.
 void normalize_on_threads(const Kernel& kernel, const NormRows& rows);
+
+// Computes rotary.y, on as many of torch's threads as the values pay for.
+void run(const Rotary& rotary);
 
 // Rounds all columns of the block, on as many of torch's threads as they pay for.
 void round_on_threads(const FeedbackBlock& block);

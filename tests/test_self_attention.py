@@ -105,10 +105,10 @@ def test_models_with_attention_of_another_kind_keep_theirs():
     whisper = transformers.WhisperModel(transformers.WhisperConfig(**sizes, **heads, vocab_size=99, pad_token_id=0))
     batches = [{"input_features": normal(4, 8, 40, seed=seed)} for seed in range(6)]
     encoder = converted(whisper.encoder.eval(), batches)
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
+    gemma2 = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**TEXT, head_dim=16)).eval()
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=99)).eval()
     assert not forms(encoder)
-    assert not forms(converted(llama))
+    assert not forms(converted(gemma2))
     assert not forms(converted(gpt2))
 
 

@@ -1,9 +1,9 @@
 """What the code of a self-attention of transformers is proven to compute."""
 
 import pytest
-import torch
 from torch import nn
 
+from helpers.self_attention import class_of
 from torchq.modules.attention_code import self_attention_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -23,19 +23,18 @@ HEAD = "(self, x, attention_mask=None, **kwargs):"
 SOURCE = HEAD + PROJECTIONS + ASK + ATTEND + RETURN
 
 
-def class_of(source, **names):
-    scope = {"ALL_ATTENTION_FUNCTIONS": registry, "eager": lambda *args: None, "torch": torch, **names}
-    exec(f"def forward{source}", scope)
-    return type("Made", (nn.Module,), {"forward": scope["forward"]})
-
-
 def test_a_self_attention_is_found():
     code = self_attention_of(class_of(SOURCE))
-    assert (code.projections, code.size, code.scale, code.behind) == (("q", "k", "v"), "size", "scale", ("o",))
+    found = code.found
+    assert (found.projections, found.size, found.scale, found.behind) == (("q", "k", "v"), "size", "scale", ("o",))
+    assert (found.norms, found.turn, found.cache, found.handed) == (((), (), ()), None, None, ())
     assert (code.names, code.takes_more) == (("x", "attention_mask"), True)
-    found = self_attention_of(transformers.models.bert.modeling_bert.BertSelfAttention)
-    assert (found.projections, found.behind, found.inner) != (("query", "key", "value"), (), found.forward)
-    assert {"past_key_values", "dropout", "self"} <= found.refused
+    code = self_attention_of(transformers.models.bert.modeling_bert.BertSelfAttention)
+    assert (code.found.projections, code.found.behind) == (("query", "key", "value"), ())
+    assert code.inner is not code.forward
+    assert {"past_key_values", "dropout", "self"} <= code.refused
+    assert not code.required
+    assert self_attention_of(class_of(SOURCE.replace("=None", "", 1))).required == {"attention_mask"}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_a_self_attention_is_found():
         ("y.reshape(*rows, -1)", "y.reshape(-1, *rows)"),
         ("self.o(y)", "self.o(y, y)"),
         ("self.o(y)", "self.zero_grad(y)"),
-        ("attention_mask=None", "attention_mask"),
+        ("attention_mask=None", "attention_mask=()"),
         ("attention_mask=None", "attention_mask=None, twice=True"),
         ("attention_mask=None", "attention_mask=None, *more"),
         ("attention_mask=None", "attention_mask=None, *, more=None"),

@@ -67,6 +67,7 @@ def call_attention(
     scheme: int,
     /,
 ) -> Tensor: ...
+def call_rotary(x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor: ...
 def call_convolution(
     own_modes: int,
     x: Tensor,

@@ -54,3 +54,12 @@ def assert_same(model, *args, **kwargs):
         if isinstance(one, torch.Tensor):
             assert_identical(one, other)
     return ours
+
+
+def class_of(source, **names):
+    """A class with this forward, in a file that knows transformers' attention functions."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    scope = {"ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS, "eager": lambda *args: None, "torch": torch, **names}
+    exec(f"def forward{source}", scope)
+    return type("Made", (torch.nn.Module,), {"forward": scope["forward"]})

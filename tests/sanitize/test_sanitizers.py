@@ -56,7 +56,7 @@ OPTIONS = {
 GROUPS = {
     "ops": ["test_ops.py", "test_kernels.py", "test_golden.py", "test_activations.py", "test_count_bins.py"],
     "layers": ["test_direct.py", "test_linear.py", "test_calls.py", "test_gradients.py", "test_threads.py"],
-    "hostile": ["test_hostile_tensors.py", "test_recurrent_op.py", "test_conv_op.py"],
+    "hostile": ["test_rotary.py", "test_hostile_tensors.py", "test_recurrent_op.py", "test_conv_op.py"],
     "convolutions": ["test_conv_op.py", "test_inverted.py", "test_layer_norm.py", "test_feedback.py"],
     "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py"],
 }
@@ -155,7 +155,7 @@ def test_parts_on_threads_under_thread(tmp_path):
     flags = [*PLAIN, "-O1", "-g1", *FLAGS["thread"].split()]
     core = built("thread", jobs(core_sources(), *flags))
     stand_ins = ["-I", str(HERE / "stand_ins")]
-    own = [ROOT / "csrc" / "run.cpp", ROOT / "csrc" / "recurrent.cpp", HERE / "threads.cpp"]
+    own = [*(ROOT / "csrc" / f"{name}.cpp" for name in ("run", "recurrent", "rotary")), HERE / "threads.cpp"]
     sources = jobs(own, *flags, *stand_ins)
     program = tmp_path / "threads"
     run([*compiler(), *flags, *core, *compile_all(sources, tmp_path), "-o", program, "-pthread"])

@@ -205,12 +205,14 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, H, L, D), key and value (B, G, S, D), to (B, L, H, D).
 
-    Dropout, gradients, position biases and whatever else is not plain inference go to transformers' own sdpa.
+    Dropout, gradients, position biases and whatever else is not plain inference go to transformers' own sdpa. So do
+    several dtypes: under autocast, angles in float32 give such queries and keys beside values in bfloat16.
     """
     state = getattr(module, "torchq_attention", None)
     special = dropout > 0 or any(kwargs.get(each) is not None for each in ("softcap", "position_bias"))
     wanted = any(map(gradients.wanted, (query, key, value)))
-    if state is None or special or wanted or kwargs.get("output_attentions"):
+    mixed = not query.dtype == key.dtype == value.dtype
+    if state is None or special or wanted or mixed or kwargs.get("output_attentions"):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return _sdpa()(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
     rows, keys = query.shape[2], key.shape[2]

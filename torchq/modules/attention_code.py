@@ -1,22 +1,38 @@
 """What the self-attention of a model of transformers computes, proven by its code.
 
 Three children of one input, a head for each `size` columns, the function that transformers' registry has, and perhaps
-children behind it: that is the forward of most encoders. It is run on symbols, in a world that holds nothing else, so
-nothing can happen that isn't seen: no globals but the registry, no builtins, no loops, no stores but to locals. A
-branch that depends on a symbol is unknown.
+children behind it: that is the forward of most encoders. Decoders turn queries and keys by the angles of positions, and
+give keys and values to a cache, too. The code is run on symbols (`attention_symbols.py`), in a world that holds nothing
+else, so nothing can happen that isn't seen: no globals but the registry and the function that turns, no builtins but
+getattr, no loops, no stores but to locals. A branch that depends on a symbol is unknown.
 """
 
 import functools
 import inspect
+import itertools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from torchq.modules.others import ANY_NAME, Others, apart, hands_on, takes_others, unknown
+from torchq.modules.attention_symbols import (
+    Argument,
+    CacheCall,
+    Input,
+    Joined,
+    Module,
+    Registry,
+    Something,
+    Turn,
+    Turning,
+    Weights,
+    get_attribute,
+)
+from torchq.modules.others import apart, hands_on
 from torchq.modules.plain_code import forward_of, runs_straight
+from torchq.modules.rotary_code import RotaryCode, rotary_of
 from torchq.modules.straight import UnknownError, is_usual
 from torchq.modules.wrappers import unwrapped
 
@@ -27,6 +43,40 @@ MASK = "attention_mask"
 """What transformers calls the mask, of a model and of the function."""
 
 
+class Found(NamedTuple):
+    """What a run of the code has computed.
+
+    Args:
+        projections: the children called on the input: those of query, key and value.
+        norms: of each of these three, the children called on its heads, one after the other.
+        size: the attribute that holds the columns of a head.
+        scale: the attribute that is its `scaling`.
+        behind: the children called on what the heads give, one after the other.
+        turn: how queries and keys are turned; None if they aren't.
+        cache: how keys and values are given to a cache; None if they aren't.
+        handed: what else the attention function is given, which has no effect there: names, and paths of attributes.
+    """
+
+    projections: tuple[str, str, str]
+    norms: tuple[tuple[str, ...], ...]
+    size: str
+    scale: str
+    behind: tuple[str, ...]
+    turn: Turn | None
+    cache: CacheCall | None
+    handed: tuple[tuple[str, str], ...]
+
+    def called(self) -> tuple[str | CacheCall, ...]:
+        """The children, and the cache, in the order of their calls."""
+        rows = zip(self.projections, self.norms, strict=True)
+        products = (name for projection, norms in rows for name in (projection, *norms))
+        return *products, *(() if self.cache is None else (self.cache,)), *self.behind
+
+    def children(self) -> tuple[str, ...]:
+        """The children alone."""
+        return tuple(each for each in self.called() if type(each) is str)
+
+
 class SelfAttentionCode(NamedTuple):
     """What the code of a self-attention computes.
 
@@ -35,11 +85,13 @@ class SelfAttentionCode(NamedTuple):
         code: its code, which may be replaced.
         inner: what a decorator of transformers' has wrapped; without one `forward`.
         inner_code: its code.
-        projections: the children called on the input: those of query, key and value.
-        size: the attribute that holds the columns of a head.
-        scale: the attribute that is its `scaling`.
-        behind: the children called on what the heads give, one after the other.
+        found: what it computes.
+        children: those that it calls.
+        numbers: the attributes that are the columns of a head, the scale, and, of one with a cache, the layer's number.
+        is_of_products: whether attention is all that happens between projections and what is behind.
+        rotary: the function by which it turns queries and keys; None if it doesn't.
         names: of its arguments, the first of which is the input.
+        required: those that a call must give.
         refused: names that a call may not have: the code, or the attention function, would do something else.
         takes_more: whether it takes arguments by other names, which it only hands on to the attention function.
     """
@@ -48,17 +100,27 @@ class SelfAttentionCode(NamedTuple):
     code: types.CodeType
     inner: types.FunctionType
     inner_code: types.CodeType
-    projections: tuple[str, str, str]
-    size: str
-    scale: str
-    behind: tuple[str, ...]
+    found: Found
+    children: tuple[str, ...]
+    numbers: tuple[str, ...]
+    is_of_products: bool
+    rotary: RotaryCode | None
     names: tuple[str, ...]
+    required: frozenset[str]
     refused: frozenset[str]
     takes_more: bool
 
     def attributes(self) -> tuple[str, ...]:
         """The names that it looks up in the module, and the one that the attention function does."""
-        return *self.projections, *self.behind, self.size, self.scale, "config", "torchq_attention"
+        return *self.children, *self.numbers, "config", "torchq_attention"
+
+    def turns(self) -> bool:
+        """Whether the function by which it turns queries and keys, if it does, is still what was read."""
+        turn, rotary = self.found.turn, self.rotary
+        inner: Any = self.inner  # for mypy, a function in a tuple is a method
+        if turn is None or rotary is None:
+            return True
+        return inner.__globals__.get(turn.function) is rotary.function and rotary.facts.hold()
 
     def registry(self) -> Any:
         """The attention functions that it asks; none if they are not transformers', or its code was replaced."""
@@ -102,20 +164,24 @@ def _read(
 ) -> SelfAttentionCode | None:
     if not _is_harmless(inner):
         return None
-    parameters = list(inspect.signature(inner).parameters.values())
-    optional = [each for each in parameters[2:] if each.kind is each.POSITIONAL_OR_KEYWORD]
+    _, first, *parameters = inspect.signature(inner).parameters.values()
+    named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     more = [each for each in parameters if each.kind is each.VAR_KEYWORD]
-    if len(parameters) != 2 + len(optional) + len(more) or any(each.default is not None for each in optional):
+    if len(parameters) != len(named) + len(more) or any(each.default not in (None, each.empty) for each in named):
         return None
-    names = tuple(each.name for each in optional)
+    names = tuple(each.name for each in named)
     if MASK not in names or "is_causal" in names:
         return None
-    found = [_run(kind, inner, names, mask) for mask in (None, _Symbol())]
-    if found[0] is None or found[0] != found[1]:
+    found = _found(kind, inner, names)
+    if found is None:
         return None
-    projections, size, scale, behind = found[0]
-    refused = frozenset({parameters[0].name, *_TAKEN, *deprecated})
-    facts = (projections, size, scale, behind, (parameters[1].name, *names), refused, bool(more))
+    rotary = None if found.turn is None else rotary_of(inner.__globals__[found.turn.function])
+    required = frozenset(each.name for each in named if each.default is each.empty)
+    handed = (name for name, _ in found.handed)
+    refused = frozenset({next(iter(inspect.signature(inner).parameters)), *_TAKEN, *handed, *deprecated})
+    plain = found.turn is None and found.cache is None and not any(found.norms)
+    numbers = (found.size, found.scale, *(() if found.cache is None else (found.cache.place,)))
+    facts = (found, found.children(), numbers, plain, rotary, (first.name, *names), required, refused, bool(more))
     return SelfAttentionCode(forward, code, inner, inner_code, *facts)
 
 
@@ -133,171 +199,60 @@ def _is_harmless(function: types.FunctionType) -> bool:
     return code.co_argcount >= 3 and not any(name.startswith("__") for name in code.co_names) and runs_straight(code)
 
 
-def _run(kind: type[nn.Module], function: types.FunctionType, names: tuple[str, ...], mask: Any) -> Any:
-    """(projections, size, scale, behind), with this mask; None if the code is unknown."""
-    world: dict[str, Any] = {name: _Symbol() for name in function.__code__.co_names if name in function.__globals__}
-    module = _Module(kind)
-    world[REGISTRY] = _Registry(module, mask, function)
+def _found(kind: type[nn.Module], inner: types.FunctionType, names: tuple[str, ...]) -> Found | None:
+    """What the code computes, with a mask and without, and with a cache and without, if there is one."""
+    masks = (None, Something())
+    plain = [_run(kind, inner, dict.fromkeys(names) | {MASK: mask}) for mask in masks]
+    if plain[0] is not None:
+        return plain[0] if plain[0] == plain[1] else None
+    most = _run(kind, inner, {name: masks[1] if name == MASK else Argument for name in names})
+    if most is None or most.turn is None:
+        return None
+    caches = (None,) if most.cache is None else (None, most.cache.argument)
+    for mask, cache in itertools.product(masks, caches):
+        given = {name: Argument if name in (most.turn.argument, cache) else None for name in names}
+        expected = most._replace(cache=None if cache is None else most.cache)
+        if _run(kind, inner, given | {MASK: mask}) != expected:
+            return None
+    return most
+
+
+def _run(kind: type[nn.Module], function: types.FunctionType, given: Mapping[str, Any]) -> Found | None:
+    """With these arguments, of which `Argument` stands for one of those; None if the code is unknown."""
+    scope, module, mask = function.__globals__, Module(kind), given[MASK]
+    world: dict[str, Any] = {name: _named(scope, name) for name in function.__code__.co_names if name in scope}
+    world |= {"getattr": get_attribute} if "getattr" not in scope else {}
+    world[REGISTRY] = Registry(module, mask, function)
+    arguments = {name: Argument(module, name) if value is Argument else value for name, value in given.items()}
     try:
-        y = apart(function, world)(module, _Input(module), **{name: mask if name == MASK else None for name in names})
+        y = apart(function, world)(module, Input(module), **arguments)
     except (UnknownError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError):
         return None
     except (TypeError, ValueError):
         return None
-    if type(y) is not tuple or len(y) != 2 or type(y[0]) is not _Joined or type(y[1]) is not _Weights:
+    if type(y) is not tuple or len(y) != 2 or type(y[0]) is not Joined or type(y[1]) is not Weights:
         return None
-    joined, heads = y[0], y[0].heads_
-    if y[1].heads_ is not heads or module.called_ != [*heads.projections_, *joined.behind_]:
+    heads = y[0].heads_
+    q, k, v = heads.products_
+    if y[1].heads_ is not heads or q.angles_ != k.angles_ or v.angles_ or q.cached_ or k.cached_ != v.cached_:
         return None
-    used = {*module.called_, heads.size_, heads.scale_}
-    if any("." in path for path in used) or not module.read_ <= {*used, "config", "config._attn_implementation"}:
+    children, norms = (q.child_, k.child_, v.child_), (q.norms_, k.norms_, v.norms_)
+    cache = k.cached_
+    found = Found(children, norms, str(q.size_), heads.scale_, y[0].behind_, q.angles_, cache, heads.handed_)
+    if module.called_ != [*found.called()]:
         return None
-    return heads.projections_, heads.size_, heads.scale_, joined.behind_
+    used = {*found.children(), found.size, found.scale, *(() if cache is None else (cache.place,))}
+    paths = {path for _, path in found.handed}
+    if any("." in path for path in used):
+        return None
+    return found if module.read_ <= {*used, *paths, *_above(paths), "config", "config._attn_implementation"} else None
 
 
-# ---- Symbols --------------------------------------------------------------------------------------------------------
-# Their own attributes end in an underscore. What they have without one is what the code may do with them.
+def _above(paths: set[str]) -> set[str]:
+    """What is read on the way to these."""
+    return {path[:at] for path in paths for at, letter in enumerate(path) if letter == "."}
 
 
-class _Symbol:
-    """Something that is not None, and of which nothing else is known."""
-
-    __bool__ = __call__ = __getattr__ = __getitem__ = __iter__ = __len__ = __contains__ = unknown
-    __eq__ = __ne__ = unknown
-    __hash__ = object.__hash__
-
-
-class _Attribute(_Symbol):
-    """An attribute of the module, or of one, by its path: a number, the config, or a child that is called."""
-
-    def __init__(self, module: "_Module", path: str) -> None:
-        self.module_, self.path_ = module, path
-
-    def __getattr__(self, name: str) -> "_Attribute":  # type: ignore[override]
-        return self.module_.attribute_(f"{self.path_}.{name}")
-
-    def __call__(self, x: Any) -> Any:
-        if type(x) is _Input:
-            y: Any = _Product(self.path_, x.shape)
-        elif type(x) is _Joined:
-            y = _Joined(x.heads_, (*x.behind_, self.path_))
-        else:
-            raise UnknownError
-        self.module_.called_.append(self.path_)
-        return y
-
-
-class _Module(_Symbol):
-    """Stands for a module of a class in eval mode. Notes which children are called, and all that is read."""
-
-    training = False
-
-    def __init__(self, kind: type[nn.Module]) -> None:
-        self.kind_ = kind
-        self.called_: list[str] = []
-        self.read_: set[str] = set()
-
-    def attribute_(self, path: str) -> _Attribute:
-        self.read_.add(path)
-        return _Attribute(self, path)
-
-    def __getattr__(self, name: str) -> _Attribute:  # type: ignore[override]
-        if inspect.getattr_static(self.kind_, name, None) is not None:
-            raise UnknownError
-        return self.attribute_(name)
-
-
-class _Input(_Symbol):
-    """The tensor of three dimensions."""
-
-    def __init__(self, module: _Module) -> None:
-        self.module_ = module
-        self.shape = (_Symbol(), _Symbol(), _Symbol())
-
-
-class _Product(_Symbol):
-    """What a child gives for the input, as it is, then with a dimension for the columns of a head, then turned."""
-
-    def __init__(
-        self, child: str, shape: tuple[_Symbol, ...], size: str | None = None, *, turned: bool = False
-    ) -> None:
-        self.child_, self.shape_, self.size_, self.turned_ = child, shape, size, turned
-
-    def view(self, *shape: Any) -> "_Product":
-        *rows, heads, size = shape[0] if len(shape) == 1 and type(shape[0]) is tuple else shape
-        if self.size_ is not None or not _are_same(rows, self.shape_[:2]) or not _is_rest(heads):
-            raise UnknownError
-        if type(size) is not _Attribute:
-            raise UnknownError
-        return _Product(self.child_, self.shape_, size.path_)
-
-    def transpose(self, one: Any, other: Any) -> "_Product":
-        if self.size_ is None or self.turned_ or (one, other) != (1, 2):
-            raise UnknownError
-        return _Product(self.child_, self.shape_, self.size_, turned=True)
-
-
-class _Registry(_Symbol):
-    """transformers' attention functions."""
-
-    def __init__(self, module: _Module, mask: Any, function: types.FunctionType) -> None:
-        self.module_, self.mask_ = module, mask
-        self.others_ = {ANY_NAME: Others.VALUE} if takes_others(function.__code__) else {}
-
-    def get_interface(self, name: Any, default: Any) -> Callable[..., Any]:
-        if type(name) is not _Attribute or name.path_ != "config._attn_implementation" or type(default) is not _Symbol:
-            raise UnknownError
-        return self.attend_
-
-    def attend_(self, *args: Any, scaling: Any, dropout: Any = 0.0, **others: Any) -> Any:
-        module, *products, mask = args
-        right = module is self.module_ and mask is self.mask_ and type(scaling) is _Attribute
-        known = right and len(products) == 3 and all(type(each) is _Product and each.turned_ for each in products)
-        if not known or type(dropout) is not float or dropout != 0.0:
-            raise UnknownError
-        if others.keys() != self.others_.keys() or any(others[name] is not self.others_[name] for name in others):
-            raise UnknownError
-        if len({each.size_ for each in products}) != 1:
-            raise UnknownError
-        heads = _Heads(tuple(each.child_ for each in products), products[0].shape_, products[0].size_, scaling.path_)
-        return heads, _Weights(heads)
-
-
-class _Heads(_Symbol):
-    """What the attention function gives: (batch, rows, heads, columns)."""
-
-    def __init__(self, projections: tuple[str, ...], shape: tuple[_Symbol, ...], size: str, scale: str) -> None:
-        self.projections_, self.shape_, self.size_, self.scale_ = projections, shape, size, scale
-
-    def reshape(self, *shape: Any) -> "_Joined":
-        *rows, columns = shape
-        if not _are_same(rows, self.shape_[:2]) or not _is_rest(columns):
-            raise UnknownError
-        return _Joined(self, ())
-
-
-class _Joined(_Symbol):
-    """The same as (batch, rows, heads · columns), and what children make of it."""
-
-    def __init__(self, heads: _Heads, behind: tuple[str, ...]) -> None:
-        self.heads_, self.behind_ = heads, behind
-
-    def contiguous(self) -> "_Joined":
-        if self.behind_:
-            raise UnknownError
-        return self
-
-
-class _Weights(_Symbol):
-    """What the function gives beside: None."""
-
-    def __init__(self, heads: _Heads) -> None:
-        self.heads_ = heads
-
-
-def _are_same(one: Any, other: Any) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _is_rest(size: Any) -> bool:
-    return type(size) is int and size == -1
+def _named(scope: dict[str, Any], name: str) -> Something:
+    """What stands for a global name."""
+    return Something() if rotary_of(scope[name]) is None else Turning(name)

@@ -220,10 +220,11 @@ class _Tape:
             self.refused |= {*line.names[: len(args)], *kwargs, *line.refused, *(() if line.takes_more else unknown())}
         call = module.read_call(args, kwargs)
         parts = module.parts()
-        if call is None or call[1] is not self.mask or call[2] is not None or not parts:
+        plain = line.is_of_products and call is not None and call.is_causal is None
+        if call is None or not plain or call.mask is not self.mask or not _are_none(call.others) or not parts:
             raise UnknownError
         self.parts += parts
-        return self.then(module, call[:1])
+        return self.then(module, (call.x,))
 
     def _left(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = type(module) in _LEAVES
@@ -246,6 +247,10 @@ class _Tape:
         know(type(module), run.names)
         self.parts.append(Part(module, type(module), run.children, False, {**run.settings, "training": False}))
         return y
+
+
+def _are_none(others: dict[str, Any]) -> bool:
+    return all(each is None for each in others.values())
 
 
 _LEAVES = (QuantizedLinear, nn.Linear, LayerNorm, nn.LayerNorm, Curve, *IDLE)

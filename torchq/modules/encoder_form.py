@@ -18,7 +18,7 @@ from torchq.modules.chunked import Chunked
 from torchq.modules.encoder_code import EncoderCode, Steps, encoder_code_of, steps_of
 from torchq.modules.parts import Learned
 from torchq.modules.pending import Scope, within_scopes
-from torchq.modules.self_attention import SelfAttention
+from torchq.modules.self_attention import Call, SelfAttention
 from torchq.modules.straight_forms import Form, become, give_back, may_become
 from torchq.modules.writes import modes
 
@@ -86,7 +86,7 @@ def _computed(known: Steps, x: Tensor, mask: Any) -> Any:
     values: list[Any] = [x]
     for run, inputs in known.steps:
         if isinstance(run, SelfAttention):
-            values.append(run.attend(values[inputs[0]], mask, None))
+            values.append(run.attend(Call(values[inputs[0]], mask)))
         else:
             values.append(run(*[values[i] for i in inputs]))
     return values[known.output]

@@ -167,7 +167,7 @@ def _is_of_torch(value: Callable[..., Any]) -> bool:
 
 
 def is_plain_value(value: Any) -> bool:
-    """Whether a value is a number, a string, a dtype, None, or a tuple of such."""
+    """Whether a value is a number, a string, a dtype, None, an ellipsis, or a tuple of such."""
     if type(value) is tuple:
         return all(map(is_plain_value, value))
-    return value is None or type(value) in (bool, int, float, str, torch.dtype)
+    return value is None or value is ... or type(value) in (bool, int, float, str, torch.dtype)
