@@ -207,8 +207,8 @@ PyObject* begin_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* end_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=]() -> PyObject* {
-    int32_t activation;
-    if (count != 2 || !read(args[1], is_activation, &activation)) Py_RETURN_NOTIMPLEMENTED;
+    Activation activation;
+    if (count != 2 || !read_activation(args[1], &activation)) Py_RETURN_NOTIMPLEMENTED;
     const auto* half = static_cast<HalfDone*>(PyCapsule_GetPointer(args[0], kHalfDone));
     if (!half) return nullptr;
     Problem problem = half->problem;
@@ -216,7 +216,7 @@ PyObject* end_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     auto y = py::reinterpret_steal<py::object>(
         new_output(half->shape.data(), static_cast<int>(half->shape.size()), n, *half->dtype, &problem.y.data));
     if (!y) return nullptr;
-    problem.activation = static_cast<Activation>(activation);
+    problem.activation = activation;
     {
       const Unlocked unlocked(problem.m * n * problem.weights->k >= kKeepGilBelow);
       half->rows->multiply(problem);
@@ -236,8 +236,8 @@ bool has(PyObject* state, PyObject* settings) {
   return true;
 }
 
-// Whether these modules, which the layer computes or skips, have no hooks and the settings that they had when it was
-// found what they compute, and no Dropout among them is in training.
+}  // namespace
+
 bool are_plain(PyObject* modules, PyObject* settings) {
   if (!PyTuple_Check(modules) || !PyTuple_Check(settings)) return false;
   if (PyTuple_GET_SIZE(settings) != PyTuple_GET_SIZE(modules)) return false;
@@ -251,6 +251,15 @@ bool are_plain(PyObject* modules, PyObject* settings) {
   }
   return true;
 }
+
+bool read_activation(PyObject* number, Activation* out) {
+  int32_t activation;
+  if (!read(number, is_activation, &activation)) return false;
+  *out = static_cast<Activation>(activation);
+  return true;
+}
+
+namespace {
 
 // What codes stand for: a pair (dtype, qparams).
 bool read_codes(PyObject* codes, Layer* out) {
@@ -318,10 +327,8 @@ PyObject* call_fused(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject *x = args[2], *codes = args[3], *reader = args[7];
     Layer layer;
     LayerNumbers& numbers = layer.numbers;
-    int32_t activation;
-    if (!read_layer(state, &layer) || !read(args[4], is_activation, &activation) || !are_plain(args[5], args[6]))
+    if (!read_layer(state, &layer) || !read_activation(args[4], &numbers.activation) || !are_plain(args[5], args[6]))
       return or_not_implemented({});
-    numbers.activation = static_cast<Activation>(activation);
     if (codes != Py_None && !read_codes(codes, &layer)) return or_not_implemented({});
     if (reader != Py_None) {
       layer.gives_codes = plain_state(reader, args[1]) && !numbers.per_token && read(args[8], &numbers.y);

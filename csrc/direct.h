@@ -16,5 +16,7 @@ void add_direct_attention(pybind11::module_& module);
 void add_direct_rotary(pybind11::module_& module);
 // Adds call_convolution (direct_conv.cpp); after the first.
 void add_direct_conv(pybind11::module_& module);
+// Adds call_fine (direct_fine.cpp); after the first.
+void add_direct_fine(pybind11::module_& module);
 
 }  // namespace torchq

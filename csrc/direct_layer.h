@@ -38,6 +38,12 @@ bool read_layer(PyObject* state, Layer* out);
 // The packed weight of a module whose dict holds these facts; null if it doesn't.
 pybind11::object packed_of(PyObject* module, PyObject* facts);
 
+bool read_activation(PyObject* number, Activation* out);
+
+// Whether these modules, which the layer computes or skips, have no hooks and the settings that they had when it was
+// found what they compute, and no Dropout among them is in training.
+bool are_plain(PyObject* modules, PyObject* settings);
+
 // False: this is not a plain call.
 bool read_input(PyObject* object, const Layer& layer, PlainInput* out);
 

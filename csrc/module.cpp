@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   torchq::add_direct_attention(m);
   torchq::add_direct_rotary(m);
   torchq::add_direct_conv(m);
+  torchq::add_direct_fine(m);
 }
 
 // libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.

@@ -1,13 +1,17 @@
 """FineLinear: a QuantizedLinear whose input has two codes for each value (`numerics.fine`).
 
-It is for heads that share their weight with a table. Of their two errors, of the input and of the weight, only the
-first can be had smaller without more bytes. A few rows take no longer than with one code, since the weights are read
-once for both; many take twice as long.
+It is for heads that share their weight with a table, and for first layers. Of their two errors, of the input and of the
+weight, only the first can be had smaller without more bytes. A few rows take no longer than with one code, since the
+weights are read once for both; many take twice as long.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from torchq import _C
 from torchq.modules import gradients
 from torchq.modules.base import FLOATS
 from torchq.modules.quantized_linear import BY_CODES, Codes, QuantizedLinear
@@ -37,6 +41,11 @@ class FineLinear(QuantizedLinear):
         assert layer.input_qparams is None
         layer.__class__ = cls
         return layer  # type: ignore[return-value]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """As QuantizedLinear's."""
+        y: Any = NotImplemented if is_dynamo_compiling() else _C.call_fine(self, FineLinear, input, 0, (), ())
+        return super().__call__(input) if y is NotImplemented else y
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features).

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torchq import _C
 from torchq.modules import simulation
 from torchq.modules.classes import computes_as_known, know
+from torchq.modules.fine_linear import FineLinear
 from torchq.modules.folding import IDLE, followers
 from torchq.modules.quantized_linear import Codes, QuantizedLinear
 from torchq.ops import Activation
@@ -99,7 +100,10 @@ class InOrder(nn.Module):
             y: Any = NotImplemented
             if not is_dynamo_compiling():
                 pair = None if reader is None else reader.input_qparams
-                y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
+                if codes is None and type(module) is FineLinear:
+                    y = _C.call_fine(module, FineLinear, x, activation, between, settings)
+                else:
+                    y = _C.call_fused(module, QuantizedLinear, x, codes, activation, between, settings, reader, pair)
             if y is NotImplemented:
                 if not (is_dynamo_compiling() or step.holds()):
                     self._learn(self._in_order())  # for the next call
@@ -178,12 +182,13 @@ def steps_of(children: list[Any]) -> list[Step]:
 
 
 def _step(module: Any, behind: list[Any]) -> Step:
-    if type(module) is not QuantizedLinear:
+    if type(module) not in (QuantizedLinear, FineLinear):
         return Step.alone(module)
     found, fold = followers(behind, lambda child: type(child) is QuantizedLinear), module.fold
     if found.kind != fold.activation:
         return Step.fused(module, [], Activation.NONE, None)
-    if fold.codes and found.reader is not None and behind[found.reader].takes_codes:
+    gives_codes = fold.codes and type(module) is QuantizedLinear
+    if gives_codes and found.reader is not None and behind[found.reader].takes_codes:
         return Step.fused(module, behind[: found.reader], fold.activation, behind[found.reader])
     computed = 0 if found.activation is None else found.activation + 1
     return Step.fused(module, behind[:computed], fold.activation, None)
