@@ -21,6 +21,7 @@ from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
 from torchq.planning.fine_heads import fine_heads
+from torchq.planning.fine_signals import fine_signals
 from torchq.planning.fusion import fuse
 from torchq.planning.layers import first_plan, select_layers, unprepared, warn_of_float
 from torchq.planning.logged import log_plan
@@ -132,6 +133,7 @@ def convert(
         if not inplace:
             plan, converted = check.best(model, plan, evidence)
             plan, converted = float_stems(model, plan, converted, evidence, check)
+            plan, converted = fine_signals(model, plan, converted, evidence, check)
             plan, converted = static_convolutions(model, plan, converted, evidence, check)
             plan, converted = coded_sums(model, plan, converted, evidence, check)
             plan = choose_attention(converted, plan, check, config.attention)

@@ -29,11 +29,11 @@ def fine_heads(plan: Plan, evidence: Evidence) -> Plan:
         if layer is None or layer.trained is not None or evidence.config.activation == "static":
             continue
         if isinstance(layer.kind, LinearType):
-            layers[name] = _fine(layer, planned, evidence)
+            layers[name] = as_fine(layer, planned, evidence)
     return dataclasses.replace(plan, layers=layers)
 
 
-def _fine(layer: Layer, planned: LayerPlan, evidence: Evidence) -> LayerPlan:
+def as_fine(layer: Layer, planned: LayerPlan, evidence: Evidence) -> LayerPlan:
     """The same layer, dynamic, with two codes; and its SQNR with them, if there is data."""
     reason = WHY if planned.kind == "int8 static" else f"{planned.reason}, {WHY}"
     record, sqnr_db = evidence.records.get(layer.name), planned.sqnr_db

@@ -80,11 +80,12 @@ class SelfCheck:
     """The held-out batches, as they ran through the float model.
 
     It keeps neither the model nor its layers alive. Without calibration data, or where a batch can't be run twice, it
-    checks nothing.
+    checks nothing. `first` is the layer called before all others and all tables, by its name.
     """
 
     def __init__(self, evidence: Evidence) -> None:
         self._exact: list[_Exact] = []
+        self.first: str | None = None
         self._model_name = type(evidence.model).__name__
         self._trained = any(layer.trained for layer in evidence.layers.values())
         self._config = evidence.config
@@ -99,6 +100,8 @@ class SelfCheck:
                 output, called = _listened(evidence.model, run)
             except Exception:  # the float model's own; calibration has run this batch, so it can't be run twice
                 continue
+            if called and not self._exact:
+                self.first = names.get(id(called[0]))
             self._exact.append(_Exact(run, output, {names[id(module)] for module in called if id(module) in names}))
         self._signal = sum(exact.signal() for exact in self._exact)
 
@@ -248,7 +251,7 @@ def _state(inplace: bool) -> str:
 
 @torch.no_grad()
 def _listened(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Tensor, list[nn.Module]]:
-    """The floats of the model's output, and the modules with matrices, float or int8, that it called.
+    """The floats of the model's output, and the modules with matrices or tables, float or int8, that it called.
 
     With a seed of its own: dropout that is always on drops the same in both models.
     """
@@ -263,7 +266,7 @@ def _listening(called: list[nn.Module]) -> Iterator[None]:
     """Collects the calls of this thread. (Any hook makes int8 layers take the way through nn.Module's call.)"""
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, Int8Module) or type_of(module) is not None:
+        if isinstance(module, Int8Module | nn.Embedding | nn.EmbeddingBag) or type_of(module) is not None:
             called.append(module)
 
     with register_module_forward_pre_hook(own_thread(note)):
