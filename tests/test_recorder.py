@@ -15,16 +15,15 @@ from torchq.calibration.record import Record
 from torchq.calibration.sharing import Recorder
 from torchq.modules.registry import find_layers
 from torchq.observers import Histogram
+from torchq.watching import Watchers, storage_key
 
 CONFIG = QConfig(sample_rows=8)
 
 
 def test_recording_is_not_watched(monkeypatch):
     """What looks for the readers of outputs is told of the model's operations, not of those that record its inputs."""
-    watched, dispatch = [], Readers.__torch_dispatch__
-    monkeypatch.setattr(
-        Readers, "__torch_dispatch__", lambda self, func, *args: watched.append(func) or dispatch(self, func, *args)
-    )
+    watched, sees = [], Readers.sees
+    monkeypatch.setattr(Readers, "sees", lambda self, func, *args: watched.append(func) or sees(self, func, *args))
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     records = records_of(model, [normal(20, 16)])
     assert all(record.observer.count == 320 for record in records.values())
@@ -163,3 +162,34 @@ def test_plans_and_weights_are_those_without_sharing(monkeypatch):
     assert shared.torchq_plan == separate.torchq_plan
     states = shared.state_dict(), separate.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+
+
+def test_watchers_are_told_of_each_operation_once_and_of_its_result():
+    told, results = [], []
+
+    class Seeing:
+        def sees(self, func, args, kwargs, keys):
+            told.append((func.name(), [key == storage_key(x) for key in keys]))
+            return results.append if func.name() == "aten::mul.Tensor" else None
+
+    x = normal(2, 3)
+    with Watchers([Seeing(), Seeing()]):
+        y = x * x
+        y.relu_()
+    assert told == 2 * [("aten::mul.Tensor", [True, True])] + 2 * [("aten::relu_", [False])]
+    assert [each is y for each in results] == [True, True]
+
+
+def test_an_output_that_others_read_is_not_followed_again():
+    """To look for its readers takes time with every operation, and can't change what was found."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softsign(), nn.Linear(4, 4), nn.ReLU())
+    readers, followed = Readers(model, find_layers(model)), []
+    with readers.watching() as wanted, Watchers([readers]):
+        for _ in range(3):
+            model(normal(2, 4))
+            followed.append({output.chain for output in readers._outputs.values()})
+            readers.end_batch()
+    assert wanted
+    assert [("0",) in chains for chains in followed] == [True, False, False]
+    assert all(("2",) in chains for chains in followed)
+    assert readers.activations == {"2": "3"}

@@ -25,7 +25,7 @@ from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.refusals import refuse_layout
 from torchq.modules.registry import Layer
 from torchq.scopes import callers_autocast
-from torchq.watching import unwatched
+from torchq.watching import Watchers, unwatched
 
 MIN_ROWS = 16
 """A layer with fewer input rows gets a warning.
@@ -151,10 +151,10 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
-        stack.enter_context(readers.watching())
-        stack.enter_context(handovers.watching())
+        wants = {each: stack.enter_context(each.watching()) for each in (readers, handovers, lookups)}
         stack.enter_context(_recording(recorder, evidence))
-        stack.enter_context(lookups.watching())
+        if any(wants.values()):
+            stack.enter_context(Watchers([each for each, wanted in wants.items() if wanted]))
         for batch in tqdm(loader, desc="torchq: calibrating", disable=None if progress is None else not progress):
             if evidence.run is None:
                 evidence.run = partial(_run, call, batch)

@@ -1,11 +1,11 @@
 """Handovers: finds the convolutions whose output nothing but convolutions, and operations on single values, reads.
 
-Such an output may keep the memory format that it was computed in (`modules.channels_last`). It watches the calibration
-runs, as a mode, and tells tensors by their storage. No wrong value can come of what it finds: it decides
+Such an output may keep the memory format that it was computed in (`modules.channels_last`). It watches the operations
+of the calibration runs, and tells tensors by their storage. No wrong value can come of what it finds: it decides
 whether handing over pays.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,11 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
-from torchq.calibration.sharing import storage_key
 from torchq.modules.channels_last import keeps
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
-from torchq.watching import Watch
+from torchq.watching import storage_key
 
 _ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -42,14 +41,13 @@ class _Value(NamedTuple):
     summands: _Names = _NOBODY
 
 
-class Handovers(Watch):
+class Handovers:
     """Watches runs of a model, and finds for a convolution the convolutions that alone read its output.
 
     Or what operations that keep the format (`keeps`) have made of it, together with other such outputs.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
-        super().__init__()
         self._model = model
         self._norms = [module for module in model.modules() if is_foldable(module)]
         self._convolutions = {n: layer.module for n, layer in layers.items() if layer.kind.absorbs and not layer.part}
@@ -71,10 +69,13 @@ class Handovers(Watch):
         return {name: tuple(sorted(found)) for name, found in self._takers.items() if found}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Installs the hooks and the mode, if the model has at least two convolutions."""
+    def watching(self) -> Iterator[bool]:
+        """Installs the hooks, if the model has at least two convolutions, and says whether it has.
+
+        If so, it is to be told of operations.
+        """
         if len(self._convolutions) < 2:
-            yield
+            yield False
             return
         with ExitStack() as stack:
             stack.enter_context(self._model.register_forward_hook(own_thread(self._left)))
@@ -84,37 +85,38 @@ class Handovers(Watch):
             for norm in self._norms:
                 stack.enter_context(norm.register_forward_pre_hook(own_thread(self._enters)))
                 stack.enter_context(norm.register_forward_hook(own_thread(self._leaves)))
-            stack.enter_context(self)
-            yield
+            yield True
 
     def end_batch(self) -> None:
         """Forgets the tensors, and a batch that failed."""
         self._values.clear()
         self._inside = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, and notes what it makes of outputs of convolutions."""
-        kwargs = kwargs or {}
+    def sees(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> Callable[[Any], None] | None:
+        """Notes what an operation makes of outputs of convolutions."""
         if self._inside or not self._values:
-            return func(*args, **kwargs)
+            return None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = [self._value(tensor) for tensor in tensors]
         origins = [_NOBODY if value is None else value.origins for value in values]
         every = _NOBODY.union(*origins)
         if not every:
-            return func(*args, **kwargs)
-        y = func(*args, **kwargs)
-        result = y[0] if isinstance(y, tuple) else y
+            return None
         if not all(origins) or not keeps(func, args, kwargs, tensors):
             self._read_by_others |= every
-        elif func in _ADD and len(origins) == 2:
+            return None
+        if func in _ADD and len(origins) == 2:
             summands = _NOBODY.union(*(value.maybe for value in values if value and not value.summands))
-            self._register(result, self._summed(*origins), every, summands)
-        else:
-            alone = values[0] if len(values) == 1 and values[0] and result.shape == tensors[0].shape else None
-            maybe = _NOBODY.union(*(value.maybe for value in values if value))
-            self._register(result, every, maybe, alone.summands if alone else _NOBODY)
-        return y
+            last = self._summed(*origins)
+            return lambda y: self._register(y, last, every, summands)
+        maybe = _NOBODY.union(*(value.maybe for value in values if value))
+        alone, shape = values[0] if len(values) == 1 else None, tensors[0].shape
+
+        def note(y: Any) -> None:
+            result = y[0] if isinstance(y, tuple) else y
+            self._register(result, every, maybe, alone.summands if alone and result.shape == shape else _NOBODY)
+
+        return note
 
     def _summed(self, one: _Names, other: _Names) -> _Names:
         """The convolutions that ran last, of two summands, which then read the other one."""

@@ -1,12 +1,12 @@
 """Readers: finds the layers whose output nothing reads but one module, and what reads the output of that in its turn.
 
-It watches the calibration runs, as a `Watch`, and tells tensors by their storage. A wrong value can't come of
+It watches the operations of the calibration runs, and tells tensors by their storage. A wrong value can't come of
 most of what it finds: a layer that is told to wait for its activation gives its output to whoever else asks
 (`Pending`). So it decides whether waiting pays. Only a norm that becomes a part of the layer before it must always be
 called as it was seen here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchq.calibration.isolation import own_thread
-from torchq.calibration.sharing import storage_key
 from torchq.modules.activations import activation_of
 from torchq.modules.convolving import is_zero_padding
 from torchq.modules.norms import full_row, is_foldable
 from torchq.modules.registry import Layer
 from torchq.ops import Activation
-from torchq.watching import Watch, may_write, tensors_in
+from torchq.watching import may_write, storage_key
 
 ADDITION = "+"
 """In a chain: the output is one of two summands of the same shape."""
@@ -43,7 +42,7 @@ class _Output(NamedTuple):
     storage: StorageWeakRef
 
 
-class Readers(Watch):
+class Readers:
     """Watches runs of a model, and finds for a layer what alone reads its output: an activation, a norm, a convolution.
 
     In every call of the layer, the module took the whole output as its input, and no operation outside of the module's
@@ -51,7 +50,6 @@ class Readers(Watch):
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Layer]) -> None:
-        super().__init__()
         self._layers = {name: layer.module for name, layer in layers.items() if not layer.part}
         self._convolutions = {name for name in self._layers if layers[name].kind.absorbs}
         modules = dict(model.named_modules())
@@ -100,17 +98,19 @@ class Readers(Watch):
         return next(iter(found)) if len(found) == 1 else None
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Installs the hooks and the mode, if the model has layers and something that may read them alone."""
+    def watching(self) -> Iterator[bool]:
+        """Installs the hooks, if the model has layers and something that may read them alone, and says whether it has.
+
+        If so, it is to be told of operations.
+        """
         if not (self._layers and (self._activations or self._convolutions)):
-            yield
+            yield False
             return
         with ExitStack() as stack:
             for name, module in {**self._activations, **self._norms, **self._layers}.items():
                 stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
                 stack.enter_context(module.register_forward_hook(own_thread(partial(self._gave, name))))
-            stack.enter_context(self)
-            yield
+            yield True
 
     def end_batch(self) -> None:
         """Forgets what is left of the outputs, and of a batch that failed. An output that nobody took has no reader."""
@@ -118,24 +118,20 @@ class Readers(Watch):
             self._forget(key)
         self._inside.clear()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation, and notes which outputs it touches outside of a module that takes them."""
+    def sees(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> Callable[[Any], None] | None:
+        """Notes which outputs an operation touches outside of a module that takes them."""
         if not self._outputs:
-            return func(*args, **(kwargs or {}))
+            return None
         step, key_taken = self._step(func, args, kwargs)
         allowed = self._inside[-1] if self._inside else None
-        for tensor in tensors_in((args, kwargs)):
-            key = storage_key(tensor)
+        for key in keys:
             output = self._alive(key)
             if output is None or key == key_taken:
                 continue
             writes = may_write(func) and output.chain[0] not in self._convolutions
             if key != allowed or writes:
                 self._found[output.chain].add(None)
-        y = func(*args, **(kwargs or {}))
-        if key_taken is not None:
-            self._add((*self._outputs[key_taken].chain, step), key_taken, y)
-        return y
+        return None if key_taken is None else partial(self._take, key_taken, step)
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, int | None]:
         """What this operation is in a chain, and the output of a convolution that it takes, if it takes one."""
@@ -165,13 +161,16 @@ class Readers(Watch):
         output = None if key is None else self._outputs.get(key)
         return None if output is None or output.storage.expired() else output
 
-    def _add(self, chain: Chain, key: int, y: Any) -> None:
-        """An output of a chain was taken by what stands at the end of this longer one, which gave y."""
-        self._found[chain[:-1]].add(chain[-1])
+    def _take(self, key: int, step: str, y: Any) -> None:
+        """Notes that an operation took an output, and gave y."""
+        chain = self._outputs[key].chain
+        self._found[chain].add(step)
         self._taken.add(key)
-        self._register(chain, y)
+        self._register((*chain, step), y)
 
     def _register(self, chain: Chain, y: Any) -> None:
+        if chain[0] not in self._convolutions and None in self._found.get(chain, ()):
+            return  # nothing changes that, and each output that is registered costs time
         key = storage_key(y)
         if key is not None:
             self._found.setdefault(chain, set())

@@ -28,6 +28,7 @@ from torchq.calibration.padding import real_rows, without_padding
 from torchq.calibration.record import Record
 from torchq.config import QConfig
 from torchq.modules.patches import Patches
+from torchq.watching import storage_key
 
 
 class _Identity:
@@ -51,16 +52,6 @@ def _fingerprint(x: Tensor) -> tuple[Any, ...] | None:
     if key is None or x.is_inference():
         return None
     return key, x.dtype, x.shape, x.stride(), x.storage_offset(), x._version
-
-
-def storage_key(value: Any) -> int | None:
-    """A key that identifies a tensor's storage; None for values without one."""
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse, meta-like and other tensors without a storage
-        return None
 
 
 class _Stream:
