@@ -99,12 +99,34 @@ def test_a_scale_of_the_inputs_is_that_of_a_scaled_problem(k):
 
 @pytest.mark.parametrize("k", [3, 256, 600])
 def test_only_the_upper_half_of_the_factor_is_read(monkeypatch, k):
-    """What lies below is memory that was never written."""
+    """What lies below has no meaning."""
     weight, x = normal(9, k), correlated(400, k, 1)
     scale, _ = choose_qparams(weight, axis=0)
-    expected, empty_like = gptq(weight, scale, x.T @ x), torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(77))
+    expected, factorized = gptq(weight, scale, x.T @ x), gptq_module._factorized
+
+    def with_noise_below(h, damping):
+        done = factorized(h, damping)
+        for rows in h:
+            rows.masked_fill_(torch.ones_like(rows).tril(-1).bool(), 77.0)
+        return done
+
+    monkeypatch.setattr(gptq_module, "_factorized", with_noise_below)
     assert torch.equal(gptq(weight, scale, x.T @ x), expected)
+
+
+def test_a_factor_is_that_of_the_whole_matrix():
+    """It is computed in blocks, of which the last may be smaller."""
+    k = 300
+    x, order, factors = correlated(900, k, 1), torch.randperm(k), torch.rand(k) + 0.5
+    blocks = gptq_module._unit_factor(x.T @ x, order, factors)
+    assert [tuple(rows.shape) for rows in blocks] == [(128, 300), (128, 172), (44, 44)]
+    rows = x[:, order].double() * factors
+    h = rows.T @ rows
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    factor = torch.linalg.cholesky(h, upper=True)
+    exact = factor / factor.diagonal().unsqueeze(1)
+    found = torch.cat([torch.nn.functional.pad(rows, (k - rows.shape[1], 0)) for rows in blocks])
+    torch.testing.assert_close(found.triu().double(), exact, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_are_rounded_each_for_itself(monkeypatch):

@@ -20,16 +20,20 @@ from torch import Tensor
 from torchq.ops.feedback import round_with_feedback
 
 _DAMPING = 0.01
-_BLOCK = 128  # channels rounded by one call, whose errors stay in L1 (csrc/gemm/feedback.h)
-_CORNER = 128  # rows of H factorized at a time
-_GATHERED = 256  # rows of H gathered at a time
+_BLOCK = 128  # channels rounded by one call, whose errors stay in L1 (csrc/gemm/feedback.h), and factorized at a time
 _VALUES = 2**22  # of a weight, rounded at a time: with more rows, a channel costs fewer calls of torch
+
+Factor = list[Tensor]
+"""An upper triangular matrix: blocks of _BLOCK rows, each from its own first channel on.
+
+One matrix of K x K would be mapped anew for every layer, which takes the system as long as an eighth of factorizing it.
+"""
 
 
 def gptq(weight: Tensor, scale: Tensor, gram: Tensor, channel_scale: Tensor | None = None) -> Tensor:
     """int8 codes of `weight` that keep `(W - W_int8) · x` small, in blocks of channels.
 
-    Time N·K² + K³/6 multiplications, and one temporary matrix of K x K, of which half is touched.
+    Time N·K² + K³/6 multiplications, and half a temporary matrix of K x K.
 
     Args:
         weight: float32 (N, K).
@@ -54,27 +58,30 @@ def gptq(weight: Tensor, scale: Tensor, gram: Tensor, channel_scale: Tensor | No
     count = max(1, _VALUES // max(1, len(gram)))
     for start in range(0, len(weight), count):
         rows = slice(start, start + count)
-        channels = weight[rows].T.contiguous()[order].div_(factors.unsqueeze(1))
-        codes[rows, order] = _rounded(channels, scale[rows], unit).T
+        channels = weight[rows].T.contiguous().index_select(0, order).div_(factors.unsqueeze(1))
+        codes[rows] = _rounded(channels, scale[rows], unit, order).T
     return codes
 
 
-def _rounded(weight: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
+def _rounded(weight: Tensor, scale: Tensor, unit: Factor, order: Tensor) -> Tensor:
     """The codes (K, N) of a weight (K, N), float32, in which a channel is a row, the last one rounded first.
 
-    Writes its errors into the weight.
+    Writes its errors into the weight. The codes have the channels in their own order, of which the weight's is `order`.
     """
     errors = weight  # a row of errors is the weight until it is rounded, and then its error
     result = torch.empty_like(errors, dtype=torch.int8)
-    for stop in range(len(errors), 0, -_BLOCK):
-        some = slice(max(0, stop - _BLOCK), stop)
-        targets = torch.addmm(errors[some], unit[some, stop:], errors[stop:])
-        result[some], errors[some] = round_with_feedback(targets, errors[some], unit[some, some], scale)
+    stop = len(errors)
+    for rows in reversed(unit):
+        count = len(rows)
+        some = slice(stop - count, stop)
+        targets = torch.addmm(errors[some], rows[:, count:], errors[stop:])
+        result[order[some]], errors[some] = round_with_feedback(targets, errors[some], rows[:, :count], scale)
+        stop -= count
     return result
 
 
-def _unit_factor(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """R of H, float32 (K, K): upper triangular, with ones on its diagonal. What is below has no meaning.
+def _unit_factor(gram: Tensor, order: Tensor, factors: Tensor) -> Factor:
+    """R of H, float32: upper triangular, with ones on its diagonal. What is below has no meaning.
 
     H is `gram` in this order, each row and column times one of the `factors` (K,).
     """
@@ -85,37 +92,36 @@ def _unit_factor(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     return unit
 
 
-def _reordered(gram: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+def _reordered(gram: Tensor, order: Tensor, factors: Tensor) -> Factor:
     """H on and above its diagonal."""
-    result = torch.empty_like(gram)
-    for start in range(0, len(gram), _GATHERED):
-        rows, columns = order[start : start + _GATHERED], order[start:]
-        values = gram[rows].gather(1, columns.expand(len(rows), -1))  # several times as fast as by both indices at once
-        some = slice(start, start + _GATHERED)
-        torch.mul(values.mul_(factors[start:]), factors[some].unsqueeze(1), out=result[some, start:])
+    result = []
+    for start in range(0, len(gram), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        rows = gram.index_select(0, order[some]).index_select(1, order[start:])  # twice as fast as by both at once
+        result.append(rows.mul_(factors[start:]).mul_(factors[some].unsqueeze(1)))
     return result
 
 
-def _factorized(h: Tensor, damping: float) -> bool:
-    """Replaces H (K, K), on and above its diagonal, by R, of the U of UᵀU = H + damping·I. False if there is no U.
+def _factorized(h: Factor, damping: float) -> bool:
+    """Replaces H by R, of the U of UᵀU = H + damping·I. False if there is no U.
 
     In place and by blocks: LAPACK would copy it twice, which takes as long as a third of its work.
     """
-    h.diagonal().add_(damping)
-    for start in range(0, len(h), _CORNER):
-        stop = min(start + _CORNER, len(h))
-        corner, failed = torch.linalg.cholesky_ex(h[start:stop, start:stop], upper=True)
+    for rows in h:
+        rows.diagonal().add_(damping)
+    for number, rows in enumerate(h):
+        count = len(rows)
+        corner, failed = torch.linalg.cholesky_ex(rows[:, :count], upper=True)
         if failed:
             return False
-        h[start:stop, start:stop] = corner
-        identity = torch.eye(stop - start, dtype=torch.float32, device="cpu")
+        identity = torch.eye(count, dtype=torch.float32, device="cpu")
         inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
-        right = inverse.T @ h[start:stop, stop:]  # twice as fast as solving for it
-        for first in range(0, right.shape[1], _CORNER):
-            some, below = right[:, first : first + _CORNER], h[stop + first : stop + first + _CORNER, stop + first :]
-            below.addmm_(some.T, right[:, first:], alpha=-1)
-        h[start:stop, stop:] = right
-        h[start:stop, start:].div_(corner.diagonal().unsqueeze(1))
+        right = inverse.T @ rows[:, count:]  # twice as fast as solving for it
+        for below in h[number + 1 :]:
+            beside = right[:, right.shape[1] - below.shape[1] :]
+            below.addmm_(beside[:, : len(below)].T, beside, alpha=-1)
+        rows[:, :count], rows[:, count:] = corner, right
+        rows.div_(corner.diagonal().unsqueeze(1))
     return True
 
 
