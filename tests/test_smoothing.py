@@ -13,10 +13,12 @@ from helpers.numbers import normal
 from helpers.smoothable import DATA, OUTLIERS, Block, K, X, assert_unchanged, parameters, smoothed
 from torchq import QConfig, QuantizedLinear, convert, plan_of, simulate
 from torchq.calibration.calibrate import calibrate
+from torchq.calibration.record import Trial
 from torchq.modules.base import Matrix
 from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.planning import smoothing
 from torchq.planning.apply import apply_plan
 from torchq.planning.choose import Yardstick
 from torchq.planning.plan import Plan
@@ -325,3 +327,18 @@ def test_in_place_gives_the_same():
     assert smooth is model
     assert smoothed(smooth) == ["a", "b"]
     assert torch.equal(smooth(X), expected)
+
+
+def test_parts_of_the_rows_get_no_ranges_where_dynamic_is_clear(monkeypatch):
+    """The plan is the one with them. Where few rows chose the ranges, making them takes most of smoothing's time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    data = [normal(100, 64) * torch.logspace(-2, 1, 100).unsqueeze(1) for _ in range(4)]  # rows of all sizes
+    made, range_of = [], Trial.range_of
+    monkeypatch.setattr(Trial, "range_of", lambda self, name: made.append(name) or range_of(self, name))
+    plan = convert(model, data).torchq_plan
+    few = len(made)
+    monkeypatch.setattr(smoothing, "CLEAR_DB", float("inf"))
+    assert convert(model, data).torchq_plan == plan
+    assert [layer.kind for layer in plan.layers.values()] == ["int8 dynamic"] * 2
+    assert len(made) - few > few > 0

@@ -56,6 +56,9 @@ _ROUNDED = 0.25
 them. (In the models of benchmarks/accuracy.py it leaves 0.1 to 0.6 of a layer's.)
 """
 
+CLEAR_DB = 1.0
+"""Where no static range is within so much of being chosen, by all rows, none is made for parts of them."""
+
 _LIMIT = 2.0**12  # the largest scale: beyond it, either the activations or the weights of the channel are only noise
 
 
@@ -140,6 +143,7 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
     """
     trials, w_peak, alphas = record.trials(), _peak(layer.channel_rows), _alphas(layer)
     yardsticks = [yardstick_of(layer, trial, config) for trial in trials]
+    hopeless = _no_static_is_close(planned, config)
     scales: dict[float | None, Tensor] = {alpha: _scale(trials[0].peak, w_peak, alpha) for alpha in alphas}
 
     @cache
@@ -159,7 +163,8 @@ def _smoothed(layer: Layer, record: Record, planned: LayerPlan, config: QConfig,
         scale = scales.get(alpha)
         no_static = too_few(record) or (None if scale is None else NO_STATIC)
         ranges: list[Mapping[str, QParams]] = [{}] * len(yardsticks)
-        if scale is None or config.activation == "static" or layer.kind.absorbs:  # convolutions may become static later
+        needed = not hopeless if scale is None else config.activation == "static"
+        if needed or layer.kind.absorbs:  # convolutions may become static later
             ranges = [trial.ranges for trial in record.trials(scale)]
         pairs = zip(yardsticks, ranges, strict=True)
         plans = [plan_layer(*pair, config, channel_scale=scale, no_static=no_static) for pair in pairs]
@@ -206,6 +211,13 @@ def _is_better(after: _Try, before: _Try, margin_db: float, least: float) -> boo
     if after.plan.kind == "int8 static" != before.plan.kind:
         return after.db >= before.db - margin_db
     return after.db > before.db + least
+
+
+def _no_static_is_close(planned: LayerPlan, config: QConfig) -> bool:
+    """Whether this layer, unsmoothed, is clearly dynamic: by the rows that gave the ranges, which flatters static."""
+    static = [db for name, db in planned.sqnr_db.items() if name != "dynamic"]
+    least = planned.sqnr_db.get("dynamic", math.inf) - config.margin_db - CLEAR_DB
+    return config.activation == "auto" and max(static, default=math.inf) < least
 
 
 def _db(plan: LayerPlan) -> float:
