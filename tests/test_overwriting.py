@@ -257,8 +257,9 @@ def test_it_is_saved_trained_and_simulated(tmp_path):
     qmodel = convert(model, DATA, config=STATIC)
     save(qmodel, tmp_path / "m.safetensors")
     assert_identical(load(tmp_path / "m.safetensors", Basic(nn.SiLU).eval())(X), qmodel(X))
+    expected = qmodel(X)
     with simulate(), torch.no_grad():
-        assert sqnr_db(qmodel(X), qmodel(X)) > 25
+        assert sqnr_db(expected, qmodel(X)) > 40
     prepared = prepare_qat(model, DATA, config=STATIC)
     with torch.enable_grad():
         prepared.train()(X).square().sum().backward()
