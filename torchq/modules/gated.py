@@ -6,7 +6,6 @@ they are, in the order of the code. Wherever anybody could see a difference the 
 """
 
 import functools
-import inspect
 import types
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from torchq.modules.folding import followers
 from torchq.modules.int8_sequential import settings_of
 from torchq.modules.plain_code import forward_of
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.straight import UnknownError, is_harmless, is_usual
+from torchq.modules.straight import Parent, UnknownError, is_harmless, is_usual
 from torchq.modules.straight_forms import Form, become, may_become
 from torchq.ops import Activation
 
@@ -124,7 +123,7 @@ def _read(kind: type[nn.Module], forward: types.FunctionType, code: types.CodeTy
         return None
     seen: list[str] = []
     try:
-        y = forward(_Module(kind, seen), _Value())
+        y = forward(Parent(kind, seen, _Value), _Value())
     except (UnknownError, AttributeError, TypeError, UnboundLocalError):
         return None
     if type(y) is not _Value or y.factors_ is None or len(y.calls_) != 1:
@@ -145,6 +144,10 @@ class _Value:
     def __init__(self, factors: "tuple[_Value, _Value] | None" = None, calls: tuple[str, ...] = ()) -> None:
         self.factors_, self.calls_ = factors, calls
 
+    def after_(self, child: str) -> "_Value":
+        """What a child makes of it."""
+        return _Value(self.factors_, (*self.calls_, child))
+
     def __mul__(self, other: Any) -> "_Value":
         if type(other) is not _Value:
             raise UnknownError
@@ -155,22 +158,3 @@ class _Value:
 
     __eq__ = __bool__  # type: ignore[assignment]
     __hash__ = None  # type: ignore[assignment]
-
-
-class _Module:
-    """Stands for a module of a class, with all children that the class does not hide. Notes which are called."""
-
-    def __init__(self, kind: type[nn.Module], seen: list[str]) -> None:
-        self.kind_, self.seen_ = kind, seen
-
-    def __getattr__(self, name: str) -> Any:
-        if inspect.getattr_static(self.kind_, name, None) is not None:
-            raise UnknownError
-
-        def call(x: Any) -> _Value:
-            if type(x) is not _Value:
-                raise UnknownError
-            self.seen_.append(name)
-            return _Value(x.factors_, (*x.calls_, name))
-
-        return call

@@ -96,7 +96,7 @@ def _run_on_symbols(kind: type[nn.Module], forward: types.FunctionType, code: ty
         return None
     seen: list[str] = []
     try:
-        y = forward(_Module(kind, seen), *(Symbol(index) for index in range(code.co_argcount - 1)))
+        y = forward(Parent(kind, seen, Symbol), *(Symbol(index) for index in range(code.co_argcount - 1)))
     except (UnknownError, AttributeError, TypeError, UnboundLocalError):
         return None
     return y if type(y) is Symbol and len(seen) == y.count() else None
@@ -145,6 +145,12 @@ class Symbol:
         """How many calls it takes to compute it."""
         return len(self.calls_) + (0 if isinstance(self.of_, int) else sum(each.count() for each in self.of_))
 
+    def after_(self, child: str) -> "Symbol":
+        """What a child makes of it."""
+        if self.written_:
+            raise UnknownError
+        return Symbol(self.of_, (*self.calls_, child), in_place=self.in_place_)
+
     def __add__(self, other: Any) -> "Symbol":
         return self._sum(other, in_place=False)
 
@@ -165,20 +171,26 @@ class Symbol:
         return Symbol((self, other), in_place=in_place)
 
 
-class _Module:
-    """Stands for a module of a class, with all children that the class does not hide. Notes which are called."""
+class Parent:
+    """Stands for a module of a class, with all children that the class does not hide. Notes which are called.
 
-    def __init__(self, kind: type[nn.Module], seen: list[str]) -> None:
-        self.kind_, self.seen_ = kind, seen
+    Args:
+        kind: the class.
+        seen: the names of the children, in the order in which they are called.
+        symbol: the class of what they may be called on. Its method `after_` gives what they make of it.
+    """
+
+    def __init__(self, kind: type[nn.Module], seen: list[str], symbol: type[Any]) -> None:
+        self.kind_, self.seen_, self.symbol_ = kind, seen, symbol
 
     def __getattr__(self, name: str) -> Any:
         if inspect.getattr_static(self.kind_, name, None) is not None:
             raise UnknownError
 
-        def call(x: Any) -> Symbol:
-            if type(x) is not Symbol or x.written_:
+        def call(x: Any) -> Any:
+            if type(x) is not self.symbol_:
                 raise UnknownError
             self.seen_.append(name)
-            return Symbol(x.of_, (*x.calls_, name), in_place=x.in_place_)
+            return x.after_(name)
 
         return call
