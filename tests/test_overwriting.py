@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -283,3 +284,42 @@ def test_what_has_other_users_is_in_place_there_too():
     model(given)
     torch.testing.assert_close(x, given, rtol=1e-6, atol=1e-6)
     assert not torch.equal(x, X)
+
+
+DIFFERENTIATED = [nn.SiLU, nn.GELU, nn.Hardswish, partial(nn.SiLU, inplace=True), partial(nn.Hardswish, inplace=True)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch.func.jvp calls
+@pytest.mark.parametrize("act", DIFFERENTIATED, ids=str)
+def test_forward_mode_derivatives_and_torch_func(act):
+    """The op of an activation has a gradient, but none of these: torch's function is computed for them."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), act(), nn.Conv2d(32, 16, 1)).eval().requires_grad_(False)
+    x, v = (torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    for data in (None, [x, v] * 2):
+        qmodel = convert(model, data, config=STATIC if data else None).requires_grad_(False)
+        assert isinstance(qmodel[1], Curve)
+        exact, tangent = (torch.func.jvp(each, (x,), (v,))[1] for each in (model, qmodel))
+        assert sqnr_db(exact, tangent) > 25
+        exact, gradient = (torch.func.grad(lambda x, each=each: each(x).sum())(x) for each in (model, qmodel))
+        assert sqnr_db(exact, gradient) > 25
+        with torch.enable_grad():
+            usual = x.clone().requires_grad_()
+            qmodel(usual).sum().backward()
+        assert sqnr_db(usual.grad, gradient) > 60
+
+
+def test_an_activation_that_others_use_in_float64():
+    act = nn.SiLU()
+    qmodel = convert(nn.Sequential(nn.Conv2d(4, 8, 3), act))
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert isinstance(qmodel[1], Curve)
+    assert qmodel[1](x).dtype == x.dtype
+    assert torch.equal(qmodel[1](x), act(x))
+
+
+def test_torch_fx_takes_one_in_place_for_a_leaf():
+    qmodel = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(inplace=True), nn.Conv2d(8, 4, 1)))
+    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        traced = torch.fx.symbolic_trace(qmodel)
+    assert_identical(traced(x), qmodel(x))

@@ -4,16 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from torchq.modules.activations import activation_of
+from torchq.modules.activations import FUNCTIONS, activation_of
+from torchq.modules.base import FLOATS
 from torchq.modules.pending import ACTIVATIONS, Deferred
+from torchq.modules.tracing import Leaf
 from torchq.ops import Activation
 from torchq.watching import Watch, may_write
 
 _activate = torch.ops.torchq.activate.default
 
 
-class Curve(nn.Module):
+class Curve(Leaf):
     """`ops.activate` as a module. An int8 layer before it computes it in its epilogue, where calibration saw that.
 
     transformers' NewGELUActivation, say, passes eight times over its tensor. This passes once, or not at all.
@@ -49,18 +52,24 @@ class Curve(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, float32, bfloat16 or float16."""
+        """Any shape. By torch's function in torch.func, for forward-mode derivatives and in float64."""
         if self.inplace:
             return self._over(x)
         if isinstance(x, Deferred):  # past the dispatcher, whose way through autograd takes 20 us
             return type(x).__torch_dispatch__(_activate, (type(x),), (x, self.kind))  # type: ignore
+        return self._value(x)
+
+    def _value(self, x: Tensor) -> Tensor:
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or x.dtype not in FLOATS:  # the op has no formula for these
+            return FUNCTIONS[Activation(self.kind)](x)
         return _activate(x, self.kind)  # type: ignore[no-any-return]
 
     def _over(self, x: Tensor) -> Tensor:
         y = x.overwritten_by(self.kind) if isinstance(x, Deferred) else None
         if y is None:
             differentiated = torch.is_grad_enabled() and x.requires_grad  # by what x was
-            y = x.copy_(_activate(x.clone() if differentiated else x, self.kind))
+            y = x.copy_(self._value(x.clone() if differentiated else x))
         return y
 
     def extra_repr(self) -> str:
