@@ -6,6 +6,7 @@ Each family of transformers has a copy of this function. The code is read, since
 not run, and then run on numbers: it must give the bits of these operations.
 """
 
+import dis
 import functools
 import itertools
 import types
@@ -18,9 +19,13 @@ from torch import Generator, Tensor, nn
 from torchq import _C
 from torchq.modules.classes import functions_of
 from torchq.modules.flow import Facts, look_up
-from torchq.modules.plain_code import ARITHMETIC, odd_step
+from torchq.modules.plain_code import odd_step
 
-_WORDS = ARITHMETIC | {"cat", "shape", "unsqueeze"}
+_WORDS = {"cat", "chunk", "shape", "unsqueeze"}
+"""What such code looks up: nothing that depends on how large the numbers are."""
+
+_CHOICES = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "POP_JUMP", "JUMP_IF", "FOR_ITER")
+"""How instructions begin by which code does something else for some shapes or numbers, which none has shown then."""
 
 
 class RotaryCode(NamedTuple):
@@ -64,7 +69,8 @@ def rotary_of(function: Any) -> RotaryCode | None:
 def _read(function: types.FunctionType, code: types.CodeType) -> RotaryCode | None:
     if code.co_argcount < 4 or odd_step(function, cast(nn.Module, _Nothing()), _WORDS) is not None:
         return None
-    if not _turns(function):
+    steps = (step.opname for each in _with_called(function) for step in dis.get_instructions(each))
+    if any(step.startswith(_CHOICES) for step in steps) or not _turns(function):
         return None
     facts = Facts()
     for each in _with_called(function):
