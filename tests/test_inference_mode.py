@@ -14,6 +14,7 @@ from helpers.compare import assert_identical
 from helpers.convolutional import Basic, unfused
 from helpers.numbers import normal
 from torchq import QConfig, apply_plan, convert, load, plan_of, prepare_qat, save
+from torchq.modules import writes
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -98,6 +99,25 @@ def test_the_mode_ends_with_what_waits():
         for x in (X, X + 0):
             assert_identical(qmodel(x), y)
             assert qmodel.rest[3].found == 0
+
+
+def test_a_collectors_pass_while_a_holder_begins(monkeypatch):
+    """It may let the last other holder go, which ends the mode, before this one has told that it needs it."""
+    started = writes._started
+
+    def ended():
+        monkeypatch.setattr(writes, "_started", started)
+        mode = started()
+        writes.rest()
+        return mode
+
+    monkeypatch.setattr(writes, "_started", ended)
+    with torch.inference_mode():
+        x = torch.zeros(3)
+        held = writes.Unwritten(x)
+        assert held.is_unwritten()
+        x.add_(1)
+        assert not held.is_unwritten()
 
 
 def test_what_has_served_can_be_read_again():

@@ -36,8 +36,9 @@ class Unwritten:
         self._served = False
         self._writes: Writes | None = None
         if self.tensor.is_inference() or self._given.is_inference():
-            self._writes = _started()
-            self._writes.holders[id(self)] = weakref.ref(self)
+            while self._writes is not _active.writes or self._writes is None:  # a collector's pass may end the mode
+                self._writes = _started()
+                self._writes.holders[id(self)] = weakref.ref(self)
         self._version = self._now()
 
     def __del__(self) -> None:
