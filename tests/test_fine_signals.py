@@ -161,14 +161,17 @@ def test_a_layer_in_a_sequential_still_includes_its_activation():
     assert inputs.grad.abs().max() > 0
 
 
-def test_a_static_layer_that_gave_codes_gives_floats():
-    """As a layer that reads one range would have given its neighbour."""
+def test_a_static_layer_that_gave_codes_gives_floats(monkeypatch):
+    """With one code it is static, and hands its output to the next layer as codes. With two it can't."""
     model = nn.Sequential(nn.Linear(12, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
-    qmodel = convert(model, BATCHES, config=QConfig(smoothing="none", margin_db=20.0))
+    config = QConfig(smoothing="none", margin_db=20.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(fine_signals, "GAIN_DB", 90.0)
+        before = convert(model, BATCHES, config=config).torchq_plan.layers["0"]
+        assert (before.kind, before.feeds, before.fine) == ("int8 static", "2", False)
+    qmodel = convert(model, BATCHES, config=config)
     first = qmodel.torchq_plan.layers["0"]
-    if first.fine:
-        assert first.feeds is None
-        assert first.skipped == ()
+    assert (first.kind, first.feeds, first.skipped, first.fine) == ("int8 dynamic", None, (), True)
     assert sqnr_db(model(BATCHES[0]).detach(), qmodel(BATCHES[0]).detach()) > 30
 
 

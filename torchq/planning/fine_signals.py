@@ -1,8 +1,8 @@
 """A first linear layer has two codes for each value of its input where that makes the output much more exact.
 
-What reads pixels, measurements or observations gives all that the model works on, and as few values as they are, little
-takes part in its products: 64 of the 1024 columns of the layers behind it, say. A code for each value is then most of
-the output's error. First convolutions return to float for it (`stems.py`); a linear layer has `FineLinear` between the
+All that a model computes depends on the pixels, measurements or observations that its first layer reads. These are few
+values, 64 where the layers behind have 1024, say. Rounding each of them to one code of 8 bits can then make most of the
+output's error. First convolutions return to float for it (`stems.py`); a linear layer has `FineLinear` between the
 two, which multiplies twice. Its weights are rounded by GPTQ, so they make little error themselves.
 
 A layer that reads what tables of embeddings gave is none of these: its error is one of many alike.
