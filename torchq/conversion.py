@@ -16,7 +16,7 @@ from torchq.planning.apply import applied, settled
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.by_code import with_code_read
-from torchq.planning.choose import choose
+from torchq.planning.choose import choose, note_reads
 from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
@@ -123,7 +123,8 @@ def convert(
             return settled(applied(model, peers.received(), inplace=inplace))
         evidence = include_norms(with_code_read(merged))
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
-        stages = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads, fuse, rounded, describe)
+        first = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads)
+        stages = (*first, fuse, rounded, describe, note_reads)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

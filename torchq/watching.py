@@ -84,6 +84,16 @@ def may_write(func: Any) -> bool:
     return not hasattr(func, "_schema") or func._schema.is_mutable
 
 
+def gives_views(func: Any) -> bool:
+    """Whether an operation gives nothing but other views of its arguments, and reads no values.
+
+    >>> ops = torch.ops
+    >>> gives_views(ops.aten.t.default), gives_views(ops.aten.mm.default), gives_views(ops.aten.add_.Tensor)
+    (True, False, False)
+    """
+    return not may_write(func) and any(each.alias_info for each in func._schema.returns)
+
+
 def unwatched(x: Tensor) -> AbstractContextManager[None]:
     """Inside, no mode is told of operations on plain tensors such as x: to be told takes longer than most of them.
 

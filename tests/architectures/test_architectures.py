@@ -31,13 +31,16 @@ LEFT: dict[str, tuple[str, ...]] = {
     "OLMoE": ("Linear", "OlmoeTopKRouter"),
     "fused QKV parameter": ("FusedQKV",),
     **dict.fromkeys(("ViT", "Swin", "BEiT", "CLIP", "SigLIP", "DINOv2", "ConvNeXt", "DETR", "YOLOS"), ("Conv2d",)),
-    **dict.fromkeys(("wav2vec2", "HuBERT", "WavLM"), ("Conv1d",)),
+    **dict.fromkeys(("wav2vec2", "HuBERT", "Mamba2"), ("Conv1d",)),
+    **dict.fromkeys(("WavLM", "Mamba"), ("Conv1d", "Linear")),
 }
 """The types of modules whose multiplied weights stay in float without data: routers with the layers in front of the
-first one, and first convolutions."""
+first one, first convolutions, and what code reads without calling it: WavLM's attention, convolutions and time steps of
+Mamba's."""
 
 LARGE: dict[str, str] = {
     "YOLOS": "position embeddings of each layer, which are added and multiplied by nothing: 0.26 without them",
+    "WavLM": "its attention, whose code reads the weights",
     "fused QKV parameter": "most of it is one parameter that no module holds",
 }
 """What takes more than RESIDENT, and why."""

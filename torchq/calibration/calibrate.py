@@ -20,6 +20,7 @@ from torchq.calibration.readers import Readers
 from torchq.calibration.record import GRAM_BYTES, GRAM_SHARE, Record
 from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
+from torchq.calibration.weight_reads import WeightReads
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.refusals import refuse_layout
@@ -67,6 +68,8 @@ class Evidence:
             the only one there was.
         tables_called: the embeddings that were called.
         tables_read: those whose table no layer shares, but other operations than look-ups read.
+        weights_read: the layers whose weight was read past a call of their module; without data, those of which code
+            does nothing else.
     """
 
     model: nn.Module
@@ -84,6 +87,7 @@ class Evidence:
     judges: list[Callable[[nn.Module], object]] = field(default_factory=list)
     tables_called: set[str] = field(default_factory=set)
     tables_read: set[str] = field(default_factory=set)
+    weights_read: set[str] = field(default_factory=set)
 
     @property
     def apart(self) -> bool:
@@ -147,11 +151,12 @@ def calibrate(
     call = forward or call_with_batch
     readers = Readers(model, layers if config.fuse else {})
     handovers = Handovers(model, layers if config.fuse else {})
+    reads = WeightReads(layers)
     lookups = Lookups({name: model.get_submodule(name) for name in tables or ()}, _alone(tables or {}))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
-        wants = {each: stack.enter_context(each.watching()) for each in (readers, handovers, lookups)}
+        wants = {each: stack.enter_context(each.watching()) for each in (readers, handovers, lookups, reads)}
         stack.enter_context(_recording(recorder, evidence))
         if any(wants.values()):
             stack.enter_context(Watchers([each for each, wanted in wants.items() if wanted]))
@@ -171,6 +176,7 @@ def calibrate(
     evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
     evidence.handovers, evidence.sums = handovers.found(readers.norms), handovers.sums()
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
+    evidence.weights_read = reads.read
     if evidence.batches == 0 and shard is None:
         raise BadValueError(NO_BATCH)
     reached = recorder.records()

@@ -10,7 +10,7 @@ from torch import nn
 from torchq.calibration.isolation import own_thread
 from torchq.watching import name_of, storage_key
 
-_OF_LOOKUPS = ("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::detach")
+OF_LOOKUPS = ("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::detach")
 
 
 class Lookups:
@@ -37,7 +37,7 @@ class Lookups:
     def sees(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> Callable[[Any], None] | None:
         """Notes the tables that an operation reads."""
         for key in keys:
-            if key in self._tables and name_of(func) not in _OF_LOOKUPS:
+            if key in self._tables and name_of(func) not in OF_LOOKUPS:
                 self.read.add(self._tables[key])
         return None
 

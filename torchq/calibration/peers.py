@@ -58,6 +58,7 @@ class _Status:
     batches_held_out: int = 0
     tables_called: set[str] = field(default_factory=set)
     tables_read: set[str] = field(default_factory=set)
+    weights_read: set[str] = field(default_factory=set)
 
 
 class _Answer(NamedTuple):
@@ -141,6 +142,7 @@ class Peers:
                 batches_held_out=evidence.batches_held_out,
                 tables_called=evidence.tables_called,
                 tables_read=evidence.tables_read,
+                weights_read=evidence.weights_read,
             )
         )
         self._check(statuses)
@@ -334,6 +336,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
         batches_held_out=sum(status.batches_held_out for status in statuses),
         tables_called=set().union(*(status.tables_called for status in statuses)),
         tables_read=set().union(*(status.tables_read for status in statuses)),
+        weights_read=set().union(*(status.weights_read for status in statuses)),
     )
 
 

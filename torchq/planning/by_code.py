@@ -1,4 +1,5 @@
-"""What follows each convolution, by the code of the model's modules: where no calibration data have shown it.
+"""What the code of a model's modules says, where no calibration data have shown it: what follows each convolution, and
+which layers nobody calls, but for their weight.
 
 A module is read if its code is a row of children, with a sum of two such rows perhaps (`modules.flow`), or if it is an
 nn.Sequential. It may hold such modules in its turn. What its code says, every call of it would show.
@@ -23,11 +24,16 @@ from torchq.planning.reach import Reach
 
 
 def with_code_read(evidence: Evidence) -> Evidence:
-    """The evidence with chains and norms, if there are no data to have them from."""
-    if evidence.batches or not evidence.config.fuse:
+    """The evidence with chains, norms and weights that are only read, if there are no data to have them from."""
+    if evidence.batches:
+        return evidence
+    reach = Reach(evidence.model)
+    read = {name for name, layer in evidence.layers.items() if not layer.part and reach.only_reads(name)}
+    evidence = dataclasses.replace(evidence, weights_read=read)
+    if not evidence.config.fuse:
         return evidence
     chains, found = _Reader(evidence).chains(), _norms(evidence.model)
-    norms = _alone(evidence.model, {name: chain[0] for name, chain in chains.items() if chain[0] in found})
+    norms = _alone(reach, {name: chain[0] for name, chain in chains.items() if chain[0] in found})
     handovers = {name: chain[-1:] for name, chain in chains.items() if _hands_on(chain, evidence, found)}
     return dataclasses.replace(evidence, chains=chains, norms=norms, handovers=handovers)
 
@@ -36,10 +42,9 @@ def _norms(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if is_foldable(module)}
 
 
-def _alone(model: nn.Module, norms: dict[str, str]) -> dict[str, str]:
+def _alone(reach: Reach, norms: dict[str, str]) -> dict[str, str]:
     """Those norms, by convolution, of which other code calls neither."""
-    reach = Reach(model) if norms else None
-    return {name: norm for name, norm in norms.items() if reach and not (reach.reaches(name) or reach.reaches(norm))}
+    return {name: norm for name, norm in norms.items() if not (reach.reaches(name) or reach.reaches(norm))}
 
 
 def _hands_on(chain: Chain, evidence: Evidence, norms: set[str]) -> bool:

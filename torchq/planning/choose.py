@@ -33,6 +33,11 @@ With data, the model's output tells whether it must (selfcheck.py).
 FLOATS = "a depthwise convolution that gets no codes multiplies floats"
 """Why one is not static unasked: its range would save nothing, except between static convolutions (convolutions.py)."""
 
+ONLY_READ = "code reads its weight and does not call it: each read would dequantize int8"
+"""Why a layer stays in float whose module is a place for its weight only."""
+
+READ_TOO = "; code reads its weight as well, which dequantizes it each time"
+
 TOO_FEW = f"fewer than {MIN_STATIC_ROWS} calibration rows: too few"
 
 
@@ -141,7 +146,8 @@ def choose(plan: Plan, evidence: Evidence) -> Plan:
 
 def _require_data(plan: Plan, evidence: Evidence, experts: Set[str]) -> None:
     needed = [name for name in evidence.records if evidence.layers[name].trained is None and name not in experts]
-    missed = [name for name in needed if plan.layers[name].is_int8 and not evidence.records[name].has_data]
+    needed = [name for name in needed if plan.layers[name].is_int8 and not is_only_read(name, evidence)]
+    missed = [name for name in needed if not evidence.records[name].has_data]
     if missed:
         raise BadValueError(
             f"activation='static', but calib_loader never reached {', '.join(map(repr, missed))}. "
@@ -149,9 +155,27 @@ def _require_data(plan: Plan, evidence: Evidence, experts: Set[str]) -> None:
         )
 
 
+def is_only_read(name: str, evidence: Evidence) -> bool:
+    """Whether code reads the weight of a layer and never calls it, as far as the evidence says."""
+    return name in evidence.weights_read and (name not in evidence.records or evidence.records[name].calls == 0)
+
+
+def note_reads(plan: Plan, evidence: Evidence) -> Plan:
+    """A stage: says of int8 layers that code reads their weight as well, which costs time in each run."""
+    layers = {
+        name: dataclasses.replace(layer, reason=layer.reason + READ_TOO)
+        if layer.is_int8 and name in evidence.weights_read
+        else layer
+        for name, layer in plan.layers.items()
+    }
+    return dataclasses.replace(plan, layers=layers)
+
+
 def _choose_layer(layer: Layer, evidence: Evidence, experts: Set[str]) -> LayerPlan:
     """The plan of one layer. Of `experts` only their calls reach the weights."""
     config, record, trained = evidence.config, evidence.records.get(layer.name), layer.trained
+    if is_only_read(layer.name, evidence):
+        return LayerPlan("float", ONLY_READ)
     if trained is not None:
         return _plan_trained(layer, trained, record.whole if record is not None and record.has_data else None)
     per_channel = config.weight == "per_channel"

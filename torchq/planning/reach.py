@@ -1,9 +1,12 @@
-"""Which modules code may call by themselves, past the module that holds them: `self.block.conv(x)`, `self.stage[0](x)`.
+"""What code does with modules, past calling its own: `self.block.conv(x)`, `self.stage[0](x)`, `self.proj.weight`.
 
 A convolution that includes the norm behind it must be called by nobody else, and where no run has shown that, code
 must. All code that a forward of the model may run is looked through: it reaches for the names that it looks up on
 anything but its own module, and it holds a child of its own that it does not just call, as an index or a loop does.
 Code that asks for children by other ways than their names may reach for all.
+
+A module whose code reads the weight of a child and does nothing else with it does not call that child. Here it is
+enough to know the code of its own class, and that no other code names such a child: an error costs time, no values.
 """
 
 import dis
@@ -31,12 +34,29 @@ _SKIPPED = ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
+_HELD = {
+    *("weight", "bias", "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups"),
+}
+"""What code may look up on a layer that it does not call."""
+
+_ABOUT = {
+    *("dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_cuda", "type", "element_size"),
+}
+"""What it may ask about a weight without reading its values."""
+
+
 class _Look(NamedTuple):
-    """What code looks up: on other objects, on its own module without calling it, and functions that it may run."""
+    """What code looks up: on other objects, on its own module without calling it, and functions that it may run.
+
+    Of what it looks up on its own module: those of which it reads the weight, and those that it uses otherwise.
+    """
 
     others: frozenset[str]
     held: frozenset[str]
     own: frozenset[str]
+    read: frozenset[str]
+    used: frozenset[str]
     functions: tuple[types.FunctionType, ...]
 
 
@@ -47,6 +67,9 @@ class Reach:
         self._model, self._names, self._all = model, set[str](), False
         self._held: dict[type[nn.Module], set[str]] = {}
         self._opened: set[type[nn.Module]] = set()  # by their own code, which asks for all their children
+        self._read: dict[type[nn.Module], set[str]] = {}  # of which their own code reads the weight
+        self._used: dict[type[nn.Module], set[str]] = {}  # with which their own code may do anything else
+        self._unknown: set[type[nn.Module]] = set()  # whose code can't be read
         self._kept = {key for values, name in references.attributes(model) for key in references.held(values[name])}
         modules: list[Any] = list(model.modules())  # for mypy, a class of torch has no hash
         for kind in {type(module) for module in modules}:
@@ -62,6 +85,16 @@ class Reach:
         kept = id(self._model.get_submodule(path)) in self._kept
         opened = type(self._model.get_submodule(owner)) in self._opened or self._is_opened(owner)
         return self._all or kept or name in self._names or opened
+
+    def only_reads(self, path: str) -> bool:
+        """Whether the code of the module that holds this one reads its weight, and no code seems to call it."""
+        owner, _, name = path.rpartition(".")
+        holder, module = self._model.get_submodule(owner), self._model.get_submodule(path)
+        kind = type(holder)
+        if name not in self._read.get(kind, ()) or name in self._used[kind] | self._names:
+            return False
+        places = [each for each in self._model.modules() for child in each._modules.values() if child is module]
+        return len(places) == 1 and id(module) not in self._kept and kind not in self._opened | self._unknown
 
     def _is_opened(self, path: str) -> bool:
         """Whether code may take single modules out of an nn.Sequential, which has no code of its own."""
@@ -81,15 +114,19 @@ class Reach:
     def _look_through(self, kind: Any, roots: list[Any]) -> None:
         """Looks through these functions of a class, and through all that they may run."""
         held, waiting, seen = self._held.setdefault(kind, set()), roots, set[Any]()
+        read, used = self._read.setdefault(kind, set()), self._used.setdefault(kind, set())
         while waiting:
             function = waiting.pop()
             function = getattr(function, "__func__", function)
             if not isinstance(function, types.FunctionType):
                 self._all = True
+                self._unknown.add(kind)
             elif function not in seen:
                 seen.add(function)
                 look = _look(function, function.__code__)
                 held |= look.held
+                read |= look.read
+                used |= look.used
                 self._names |= look.others
                 self._all = self._all or not _WAYS.isdisjoint(look.others | (look.own - _DIRECT))
                 self._opened.update(() if _DIRECT.isdisjoint(look.own) else (kind,))
@@ -123,7 +160,7 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
     cells = [cell for cell in function.__closure__ or () if cell != types.CellType()]  # but empty ones
     functions = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, types.FunctionType)]
     is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
-    others, held, own = set[str](), set[str](), set[str]()
+    others, held, own, read, used = (set[str]() for _ in range(5))
     others.update("__dict__" for cell in cells if isinstance(cell.cell_contents, nn.Module))  # code has it already
     for part in (code, *_inner(code)):
         first = part.co_varnames[:1] if part is code and is_method and part.co_argcount else ()
@@ -135,6 +172,8 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
                     own.add(step.argval)
                     called = step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
                     held.update(() if called or _is_asked_for(steps[i + 1 : i + 3]) else (step.argval,))
+                    read.update((step.argval,) if _reads_weight(steps[i + 1 : i + 3]) else ())
+                    used.update(() if _looks(steps[i + 1 : i + 2], _HELD) else (step.argval,))
                 elif not isinstance(_global(function, before), types.ModuleType):
                     others.add(step.argval)
             elif step.opname == "LOAD_GLOBAL":
@@ -143,7 +182,17 @@ def _look(function: types.FunctionType, code: types.CodeType) -> _Look:
                 others.update(("__dict__",) if isinstance(value, nn.Module) else ())
                 if isinstance(value, types.FunctionType) and not _is_library(value.__module__):
                     functions.append(value)
-    return _Look(frozenset(others), frozenset(held), frozenset(own), tuple(functions))
+
+    return _Look(frozenset(others), frozenset(held), frozenset(own), frozenset(read), frozenset(used), tuple(functions))
+
+
+def _reads_weight(behind: list[dis.Instruction]) -> bool:
+    """Whether these steps take the weight of what was looked up, and more than what is known about it."""
+    return _looks(behind[:1], {"weight"}) and not _looks(behind[1:], _ABOUT)
+
+
+def _looks(steps: list[dis.Instruction], names: set[str]) -> bool:
+    return any(step.opname in _LOOKS[:2] and step.argval in names for step in steps)
 
 
 def _is_asked_for(behind: list[dis.Instruction]) -> bool:
