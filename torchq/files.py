@@ -24,6 +24,7 @@ from torchq.errors import BadTypeError, BadValueError, door
 from torchq.modules.base import Int8Module
 from torchq.modules.computed_weights import is_computed
 from torchq.modules.packed_weights import DERIVED, PackedWeights
+from torchq.modules.sparse import LAYOUTS, made_of, parts_of
 from torchq.planning.plan import attached_plan
 from torchq.planning.skeleton import complete_plan, from_stored, skeleton, to_stored
 from torchq.scopes import outside_inference_mode
@@ -59,10 +60,14 @@ def save(qmodel: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     plan = attached_plan(qmodel)
     found, shared = _named_once(qmodel)
-    tensors = {key: _plain(key, tensor) for key, tensor in found.items()}
+    sparse = {key: parts for key, tensor in found.items() if (parts := _parts(key, tensor))}
+    whole = {key: tensor for key, tensor in found.items() if key not in sparse}
+    held = {**whole, **{f"{key}.{name}": part for key, parts in sparse.items() for name, part in parts.items()}}
+    tensors = {key: _plain(key, tensor) for key, tensor in held.items()}
     about = {
         "plan": to_stored(plan),
         "shared": shared,
+        "sparse": {key: _kind_of_sparse(found[key]) for key in sparse},
         "buffers": [key for key, _ in _lost_buffers(qmodel)],
         "dtypes": {name: str(part.dtype) for name, part in _packed(qmodel)},
         "training": qmodel.training,
@@ -150,15 +155,27 @@ def _lost_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
 
+def _parts(key: str, tensor: Any) -> dict[str, Tensor]:
+    """What a sparse tensor consists of, each part on its own; nothing of a dense one."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return {}
+    return {name: part.clone() for name, part in parts_of(tensor).items()}
+
+
+def _kind_of_sparse(tensor: Tensor) -> dict[str, Any]:
+    """What its parts do not say."""
+    coalesced = tensor.layout == torch.sparse_coo and tensor.is_coalesced()
+    return {"layout": str(tensor.layout), "size": list(tensor.shape), "coalesced": coalesced}
+
+
 def _plain(key: str, tensor: Any) -> Tensor:
-    """The tensor as a file can hold it: `_fill` makes sparse ones sparse again."""
+    """The tensor as a file can hold it."""
     if not isinstance(tensor, Tensor):
         raise BadValueError(f"{key} is a {type(tensor).__name__}, and a file holds tensors only.")
-    dense: Tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    if type(tensor) not in (Tensor, nn.Parameter) or dense.layout != torch.strided or tensor.is_meta:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__} of layout {tensor.layout}"
         raise BadValueError(f"{key} is {kind}, which a file can't hold.")
-    return dense.detach().cpu().contiguous()
+    return tensor.detach().cpu().contiguous()
 
 
 def _checksum(key: str, tensor: Tensor) -> int:
@@ -221,11 +238,25 @@ def _read(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key, tensor in tensors.items():
         if _checksum(key, tensor) != expected[key]:
             raise BadValueError(f"{path} is damaged: the values of {key} are not those that were saved.")
+    for key, kind in about["sparse"].items():
+        tensors[key] = _made_sparse(path, key, kind, tensors)
     for key, first in about["shared"].items():
         if first not in tensors:
             raise BadValueError(f"{path} is damaged: {key} is said to be {first!r}, which is missing.")
         tensors[key] = tensors[first]
     return tensors, about
+
+
+def _made_sparse(path: str, key: str, kind: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """The sparse tensor whose parts are taken out of `tensors`."""
+    try:
+        parts = {name.removeprefix(f"{key}."): tensors[name] for name in tensors if name.rpartition(".")[0] == key}
+        made = made_of(parts, LAYOUTS[kind["layout"]], kind["size"], coalesced=kind["coalesced"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as wrong:
+        raise BadValueError(f"{path} is damaged: {key} is no sparse tensor ({wrong}).") from wrong
+    for name in parts:
+        del tensors[f"{key}.{name}"]
+    return made
 
 
 def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -240,20 +271,21 @@ def _about(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     if checksum != _of_text(text):
         raise BadValueError(f"{path} is damaged: its metadata is not what was saved.")
     try:
-        about = json.loads(text)
+        about = {"sparse": {}, **json.loads(text)}  # earlier versions had none
         wrong = [key for key, kind in _KINDS.items() if not isinstance(about[key], kind)]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BadValueError(f"{path} is damaged: its metadata can't be read ({reason}).") from error
     if wrong:
         raise BadValueError(f"{path} is damaged: {wrong[0]} in its metadata is no {_KINDS[wrong[0]].__name__}.")
-    return about  # type: ignore[no-any-return]
+    return about
 
 
 _OF_A_FOLDER = "What save_pretrained wrote is loaded by from_pretrained, after `import torchq.hf`."
 _KINDS: dict[str, type] = {
     "plan": dict,
     "shared": dict,
+    "sparse": dict,
     "buffers": list,
     "dtypes": dict,
     "training": bool,
@@ -267,10 +299,7 @@ _KINDS: dict[str, type] = {
 def _fill(path: str, loaded: nn.Module, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> None:
     """Gives a skeleton its tensors, after all of them were checked."""
     lost = {key: tensors.pop(key, None) for key in about["buffers"]}
-    for key in (key for key, buffer in loaded.named_buffers(remove_duplicate=False) if buffer.is_sparse):
-        for held in (lost, tensors):
-            if (dense := held.get(key)) is not None:
-                held[key] = dense.to_sparse()
+    _make_sparse(loaded, lost, tensors)
     problems = [*_other_dtypes(loaded, tensors, about["dtypes"]), *_other_buffers(loaded, lost)]
     if problems:
         raise BadValueError(_does_not_fit(path, loaded, problems))
@@ -290,6 +319,14 @@ def _fill(path: str, loaded: nn.Module, tensors: dict[str, Tensor], about: Mappi
         raise BadValueError(
             f"{path} has no values for {empty[0]}, a tensor on the meta device. Build the model on the CPU."
         )
+
+
+def _make_sparse(loaded: nn.Module, *held: dict[str, Any]) -> None:
+    """Makes sparse buffers of dense tensors: earlier versions wrote them so."""
+    for key in (key for key, buffer in loaded.named_buffers(remove_duplicate=False) if buffer.is_sparse):
+        for tensors in held:
+            if (dense := tensors.get(key)) is not None and dense.layout == torch.strided:
+                tensors[key] = dense.to_sparse()
 
 
 def _does_not_fit(path: str, model: nn.Module, problems: list[str]) -> str:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchq.modules.float_view import FloatView
+from torchq.modules.sparse import parts_of
 from torchq.numerics.qparams import QParams
 
 if TYPE_CHECKING:
@@ -210,9 +211,8 @@ def bytes_of(tensor: Tensor) -> int:
     >>> bytes_of(torch.eye(16)), bytes_of(torch.eye(16).to_sparse())
     (1024, 320)
     """
-    if tensor.is_sparse:
-        return tensor._values().nbytes + tensor._indices().nbytes
-    return tensor.nbytes
+    parts = parts_of(tensor)
+    return sum(part.nbytes for part in parts.values()) if parts else tensor.nbytes
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:

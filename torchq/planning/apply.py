@@ -30,6 +30,7 @@ from torchq.modules.quantized_conv import QuantizedConv
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.registry import find_layers, type_of
 from torchq.modules.rms_norm import RMSNorm
+from torchq.modules.sparse import sparse_copies
 from torchq.modules.straight_forms import ConvRow, Residual, Row
 from torchq.planning.attach import attach_plan
 from torchq.planning.check import check_plan
@@ -279,7 +280,7 @@ def _copy(model: M, swaps: Mapping[int, nn.Module], kept: Mapping[int, Any]) -> 
 
     They go in as deepcopy's memo: it takes them for copies already made, and never copies the float weights.
     """
-    memo: dict[int, Any] = {**without_history(model), **kept, **swaps}
+    memo: dict[int, Any] = {**without_history(model), **sparse_copies(model), **kept, **swaps}
     try:
         copied = copy.deepcopy(model, memo)
         for norm in (each for each in swaps.values() if isinstance(each, IncludedNorm)):
