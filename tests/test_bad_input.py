@@ -160,12 +160,6 @@ TABLE = {
         ValueError,
         "activation='static' needs a calib_loader to find the ranges with",
     ),
-    "K > 65,793": (
-        lambda: Model(rare=nn.Linear(65_794, 1)),
-        dict,
-        ValueError,
-        r"layer 'rare' has in_features = 65794; .* up to 65793. Leave it in float with QConfig\(exclude=\('rare',\)\)",
-    ),
     "a model on a wrong device": (
         lambda: Model().to("meta"),
         lambda: {"calib_loader": [X]},

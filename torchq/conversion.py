@@ -83,7 +83,7 @@ def convert(
 
     Raises:
         TypeError: `model` is not a module, or can't be copied, or a batch is of a type it can't be called with.
-        ValueError: no Linear in the model; already converted; weights not on the CPU; K > 65793; an exclude pattern
+        ValueError: no Linear in the model; already converted; weights not on the CPU; an exclude pattern
             that matches nothing; "static" without data, or with a layer that the data never reach; a loader without
             batches; NaN or infinity in a layer's input; `evaluate` without data, or that returns NaN; models that
             differ between the processes of `group`.

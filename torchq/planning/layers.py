@@ -34,7 +34,7 @@ def select_layers(model: nn.Module, calib_loader: Iterable[Any] | None, config: 
 
     Raises:
         TypeError: model or config is of another type.
-        ValueError: nothing to convert, already converted, not initialized, sharded, not on the CPU, or K > 65793.
+        ValueError: nothing to convert, already converted, not initialized, sharded, or not on the CPU.
     """
     if not isinstance(model, nn.Module):
         raise BadTypeError(f"model must be an nn.Module, got {type(model).__name__}.")
@@ -124,6 +124,8 @@ def why_float(model: nn.Module, layer: Layer) -> str | None:
         return reason
     if layer.dtype not in FLOATS:
         return f"its weight is {layer.dtype}; float32, bfloat16 and float16 can be quantized"
+    if layer.in_features > ops.MAX_DEPTH:
+        return f"in_features = {layer.in_features}: int32 sums are exact up to {ops.MAX_DEPTH}"
     weight = layer.weight.detach()
     if weight.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
         return "its weight has NaN or infinity"
@@ -213,9 +215,4 @@ def _check_layer(layer: Layer) -> None:
         raise BadValueError(
             f"layer {layer.name!r} is on device {layer.weight.device}, expected cpu. Move the model there with "
             "model.cpu(), or, if its weights are not loaded yet (meta), load them first."
-        )
-    if not _is_lazy(layer.module) and layer.patches is None and layer.in_features > ops.MAX_DEPTH:
-        raise BadValueError(
-            f"layer {layer.name!r} has in_features = {layer.in_features}; int32 sums are exact up to "
-            f"{ops.MAX_DEPTH}. Leave it in float with QConfig(exclude=({layer.name!r},))."
         )
