@@ -12,9 +12,9 @@ from helpers.numbers import normal
 from torchq import QConfig, QuantizedLinear, convert, ops, prepare_qat, report
 from torchq.modules.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, QuantizedTable
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import quantize_weight
 from torchq.numerics.residual import residuals_of, with_residuals
 from torchq.ops import lookup
+from torchq.ops.weights import quantize_weight
 from torchq.planning.tables import MIN_BYTES
 
 ROWS, DIM = 300, 40

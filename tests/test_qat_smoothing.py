@@ -11,7 +11,7 @@ from torchq import QConfig, convert, fake_quantize, prepare_qat, simulate
 from torchq.modules.qat_linear import QATLinear
 from torchq.modules.ranges import PerToken
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import weight_scale
+from torchq.ops.weights import weight_scale
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -17,7 +17,8 @@ from torchq.calibration.record import Trial
 from torchq.modules.base import Matrix
 from torchq.modules.registry import find_layers
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.numerics.qparams import dequantize
+from torchq.ops.weights import quantize_weight
 from torchq.planning import smoothing
 from torchq.planning.apply import apply_plan
 from torchq.planning.choose import Yardstick

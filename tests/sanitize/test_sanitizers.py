@@ -57,8 +57,14 @@ GROUPS = {
     "ops": ["test_ops.py", "test_kernels.py", "test_golden.py", "test_activations.py", "test_count_bins.py"],
     "layers": ["test_direct.py", "test_linear.py", "test_calls.py", "test_gradients.py", "test_threads.py"],
     "hostile": ["test_rotary.py", "test_hostile_tensors.py", "test_recurrent_op.py", "test_conv_op.py"],
-    "convolutions": ["test_conv_op.py", "test_inverted.py", "test_layer_norm.py", "test_feedback.py"],
-    "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py"],
+    "convolutions": [
+        "test_conv_op.py",
+        "test_inverted.py",
+        "test_layer_norm.py",
+        "test_feedback.py",
+        "test_quantize_weight.py",
+    ],
+    "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py", "test_quantize_weight.py"],
 }
 # Limits the memory of its process, which then is not enough for the sanitizer's own.
 NOT_UNDER_ADDRESS = "not test_out_of_memory_is_a_memory_error"

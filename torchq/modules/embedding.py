@@ -20,9 +20,10 @@ from torchq import ops
 from torchq.modules.base import MODULE_OWN, Int8Module, float_class
 from torchq.modules.float_view import FloatView, FloatViews
 from torchq.modules.packed_weights import RESIDUAL, PackedWeights
-from torchq.numerics.qparams import dequantize, quantize_weight
+from torchq.numerics.qparams import dequantize
 from torchq.numerics.residual import with_residuals
 from torchq.ops.lookup import embedding, pack_table, unpack_residuals, unpack_table
+from torchq.ops.weights import quantize_weight
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """The float modules that become int8 here."""

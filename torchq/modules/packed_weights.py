@@ -19,9 +19,10 @@ from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
 from torchq.modules.refusals import not_settable
 from torchq.modules.sending import received, sendable
-from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams, weight_blocks
+from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
 from torchq.numerics.residual import residuals_of
 from torchq.ops.lookup import pack_residuals, residual_width
+from torchq.ops.weights import weight_blocks
 
 _in_one_step = itemgetter("_buffers", "input_qparams")  # nothing of Python runs between the two
 RESIDUAL = "weight_residual"

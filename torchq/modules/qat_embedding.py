@@ -8,7 +8,7 @@ from torch.nn.functional import embedding
 
 from torchq.modules.embedding import OF_TRAINING, TABLES, bagged
 from torchq.modules.ranges import fake_quantize_finely, fake_quantize_rows
-from torchq.numerics.qparams import weight_scale
+from torchq.ops.weights import weight_scale
 
 
 class QATTable(nn.Module):

@@ -18,8 +18,9 @@ from torchq.modules.pending import Scope
 from torchq.modules.refusals import explained, not_codes, refuse_layout
 from torchq.modules.tracing import is_watched, path_in_graph
 from torchq.numerics.fine import rounded_rows
-from torchq.numerics.qparams import QParams, dequantize, fake_quantize, float32_qparams, quantize_weight
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize, float32_qparams
 from torchq.ops import Activation
+from torchq.ops.weights import quantize_weight
 
 # The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
 _linear_dynamic = torch.ops.torchq.linear_dynamic.default

@@ -31,16 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchq.numerics.qparams import (
-    FLT_MIN,
-    QParams,
-    fake_quantize,
-    qparams_from_range,
-    quantize,
-    row_qparams,
-    weight_scale,
-)
+from torchq.numerics.qparams import FLT_MIN, QParams, fake_quantize, qparams_from_range, quantize, row_qparams
 from torchq.numerics.residual import residuals_of, with_residuals
+from torchq.ops.weights import weight_scale
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -18,8 +18,8 @@ from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.patches import Patches
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.recurrent_types import CellType, QATCellType, QATRecurrentType, RecurrentType
-from torchq.numerics.qparams import quantize_weight
 from torchq.ops.convolution import packed_bytes
+from torchq.ops.weights import quantize_weight
 
 TYPES: list[ModuleType] = [
     *map(QATConvType, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),

@@ -25,13 +25,12 @@ rounded once (no fma, no double), rounding is half to even, and dividing by the 
 * A range with NaN or Inf has scale NaN. So a row of activations with a NaN dequantizes to NaN, and the fault
   stays visible. `choose_qparams` refuses such data instead.
 
-Every function but `quantize_weight`, which is for conversion, traces under `torch.compile(fullgraph=True)`.
+All of it traces under `torch.compile(fullgraph=True)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,8 +42,6 @@ _CODES = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 FLT_MIN, FLT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """The smallest and the largest scale: positive normal float32 numbers."""
-
-_BLOCK_VALUES = 1 << 18  # 1 MiB of float32
 
 
 class QParams(NamedTuple):
@@ -208,77 +205,6 @@ def fake_quantize(
     """
     q = quantize(x, scale, zero_point, axis=axis, dtype=dtype)
     return dequantize(q, scale, zero_point, axis=axis).to(x.dtype)
-
-
-def quantize_weight(weight: Tensor, *, per_channel: bool, channel_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The int8 codes and scales of a weight, symmetric: `codes = rne(w / scale)`, `scale = max|w| / 127`.
-
-    It works on blocks of rows, so that the float temporaries stay in cache and are small compared with the weight.
-
-    Args:
-        weight: float (N, K).
-        per_channel: True for one scale per row (output channel), False for one for all.
-        channel_scale: float32 (K,) or (N, 1), positive: w is the weight divided by it. None for the weight itself.
-
-    Returns:
-        int8 (N, K) and float32 (N,).
-
-    Raises:
-        ValueError: the weight, or its quotient, has NaN or infinity.
-
-    >>> quantize_weight(torch.tensor([[127.0, 0.4], [1.27, 0.01]]), per_channel=True)
-    (tensor([[127,   0],
-            [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
-    """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    if not per_channel:
-        scale.copy_(weight_scale(weight, per_channel=False, channel_scale=channel_scale))
-    for rows, values in weight_blocks(weight, channel_scale):
-        if per_channel:
-            scale[rows] = choose_qparams(values, axis=0)[0]
-        codes[rows] = (values.float() * scale[rows].reciprocal().unsqueeze(1)).round_()  # in [-127, 127] by its scale
-    return codes, scale
-
-
-def weight_scale(weight: Tensor, *, per_channel: bool, channel_scale: Tensor | None = None) -> Tensor:
-    """The scales of `quantize_weight`, float32 (N,)."""
-    if channel_scale is None:
-        scale, _ = choose_qparams(weight, axis=0 if per_channel else None)
-        return scale.expand(weight.shape[0])
-    peaks = [values.abs().amax(dim=1) for _, values in weight_blocks(weight, channel_scale) if values.numel()]
-    peak = torch.cat(peaks) if peaks else torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-    if not per_channel and len(peak):
-        peak = peak.amax().expand(len(peak))
-    return choose_qparams(peak.unsqueeze(1), axis=0)[0]
-
-
-def weight_blocks(weight: Tensor, channel_scale: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The weight (N, K), or its quotient by `channel_scale` (K,) or (N, 1), some rows at a time.
-
-    The quotient of a whole large layer would be a second copy of it.
-
-    >>> [(rows, values.shape) for rows, values in weight_blocks(torch.zeros(3, 2**17), torch.ones(2**17))]
-    [(slice(0, 2, None), torch.Size([2, 131072])), (slice(2, 3, None), torch.Size([1, 131072]))]
-    """
-    for rows in weight_rows(weight):
-        if channel_scale is None:
-            yield rows, weight[rows]
-        else:
-            yield rows, weight[rows].float() / (channel_scale if channel_scale.dim() == 1 else channel_scale[rows])
-
-
-def weight_rows(weight: Tensor, *, per_channel: bool = True) -> list[slice]:
-    """The rows of a weight (N, K) in pieces of about 1 MiB in float32; in one if they have one scale.
-
-    >>> weight_rows(torch.zeros(5, 2**17))
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    >>> weight_rows(torch.zeros(5, 2**17), per_channel=False)
-    [slice(0, 5, None)]
-    """
-    rows, depth = weight.shape
-    count = max(1, _BLOCK_VALUES // max(1, depth)) if per_channel else max(1, rows)
-    return [slice(start, min(start + count, rows)) for start in range(0, max(1, rows), count)]
 
 
 def row_qparams(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from torchq.modules.base import Matrix, Trained
 from torchq.modules.patches import Patches
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
-from torchq.numerics.qparams import QParams, dequantize, quantize_weight
+from torchq.numerics.qparams import QParams, dequantize
 from torchq.ops.fine import linear_fine
+from torchq.ops.weights import quantize_weight
 from torchq.planning.mixtures import unreached_experts
 from torchq.planning.plan import LayerPlan, Plan
 

@@ -11,7 +11,8 @@ from torchq.calibration.calibrate import Evidence
 from torchq.modules.registry import Layer
 from torchq.numerics.fine import rounded_twice
 from torchq.numerics.metrics import count_clipped, decibels, energies, sqnr_db
-from torchq.numerics.qparams import QParams, dequantize, fake_quantize, quantize, weight_blocks, weight_scale
+from torchq.numerics.qparams import QParams, dequantize, fake_quantize
+from torchq.ops.weights import quantize_weight, weight_blocks
 from torchq.planning.plan import InputHistogram, LayerPlan, LayerStats, Plan
 
 HISTOGRAM_BINS = 40
@@ -56,14 +57,12 @@ def _pointwise(layer: Layer, rows: int) -> tuple[int, ...]:
 
 def _weights(weight: Tensor, layer: LayerPlan, channel_scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """What is quantized of the weight, in float and dequantized from int8, some rows at a time."""
-    rounded = layer.weights
-    if rounded is None:
-        scale = weight_scale(weight, per_channel=layer.per_channel, channel_scale=channel_scale)
+    if layer.weights is None:
+        codes, scale = quantize_weight(weight, per_channel=layer.per_channel, channel_scale=channel_scale)
     else:
-        scale = rounded.scale
+        codes, scale = layer.weights.weight, layer.weights.scale
     for rows, values in weight_blocks(weight, channel_scale):
-        codes = quantize(values, scale[rows], axis=0) if rounded is None else rounded.weight[rows]
-        yield values, dequantize(codes, scale[rows], axis=0)
+        yield values, dequantize(codes[rows], scale[rows], axis=0)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torchq.errors import BadValueError, door
 from torchq.modules.packed_weights import PackedWeights
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import sqnr_db
-from torchq.numerics.qparams import FLT_MIN, dequantize, fake_quantize, quantize_weight
+from torchq.numerics.qparams import FLT_MIN, dequantize, fake_quantize
+from torchq.ops.weights import quantize_weight
 from torchq.planning.choose import enough_channels
 from torchq.planning.gptq import gptq, mean_error
 from torchq.planning.plan import LayerPlan, Plan, Rounded, attached_plan

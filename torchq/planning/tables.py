@@ -19,9 +19,10 @@ from torchq.modules.embedding import TABLES, is_prepared, why_float
 from torchq.modules.qat_embedding import QATTable
 from torchq.modules.registry import Layer
 from torchq.numerics.metrics import decibels, energies
-from torchq.numerics.qparams import dequantize, quantize, weight_blocks, weight_scale
+from torchq.numerics.qparams import dequantize
 from torchq.numerics.residual import residuals_of, with_residuals
 from torchq.ops.lookup import residual_width
+from torchq.ops.weights import quantize_weight, weight_blocks
 from torchq.planning.plan import LayerPlan, Plan, TablePlan
 
 MIN_BYTES = 2**14
@@ -146,13 +147,12 @@ def _was_trained_finely(modules: Sequence[nn.Module]) -> bool | None:
 
 def _sqnr_db(module: nn.Module, *, finely: bool, channel_scale: Tensor | None = None) -> float:
     weight = module.weight.detach()  # type: ignore[operator]
-    scale = weight_scale(weight, per_channel=True, channel_scale=channel_scale)
+    codes, scale = quantize_weight(weight, per_channel=True, channel_scale=channel_scale)
     both = torch.zeros(2, dtype=torch.float64, device="cpu")
     for rows, values in weight_blocks(weight, channel_scale):
-        codes = quantize(values, scale[rows], axis=0)
-        found = dequantize(codes, scale[rows], axis=0)
+        found = dequantize(codes[rows], scale[rows], axis=0)
         if finely:
-            found = with_residuals(codes, residuals_of(values, codes, scale[rows]), scale[rows])
+            found = with_residuals(codes[rows], residuals_of(values, codes[rows], scale[rows]), scale[rows])
         both += energies(
             *((values, found) if channel_scale is None else (values * channel_scale, found * channel_scale))
         )
