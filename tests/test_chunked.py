@@ -9,7 +9,7 @@ import torch
 
 from helpers.compare import assert_identical
 from helpers.numbers import normal
-from helpers.self_attention import bert, converted, outputs, tokens
+from helpers.self_attention import bert, converted, int8_bert, outputs, tokens
 from torchq.modules.chunked import Chunked, chunked_code_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -19,7 +19,7 @@ Layer = modeling.BertLayer
 
 @pytest.fixture
 def model():
-    return converted(bert())
+    return int8_bert()
 
 
 def layers(model):
@@ -42,7 +42,8 @@ def test_the_layers_of_a_model_are_chunked_and_give_its_bits(model):
         assert_identical(ours, theirs)
 
 
-def test_inspect_reads_no_code_of_the_method(model, monkeypatch):
+def test_inspect_reads_no_code_of_the_method(monkeypatch):
+    model = converted(bert())  # no copy, which would read the code once more
     layer, plain = layers(model)[0], layers(by_code(model))[0]
     assert inspect.signature(layer.feed_forward_chunk) == inspect.signature(plain.feed_forward_chunk)
     asked = []
@@ -56,7 +57,7 @@ def test_inspect_reads_no_code_of_the_method(model, monkeypatch):
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_rows_in_chunks(size):
-    whole, parts = converted(bert()), converted(bert(chunk_size_feed_forward=size))
+    whole, parts = int8_bert(), converted(bert(chunk_size_feed_forward=size))
     for one, other in zip(outputs(whole, tokens(2, 8)), outputs(parts, tokens(2, 8)), strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(ValueError, match="multiple of the chunk"):

@@ -11,7 +11,7 @@ import torchq
 from helpers.compare import assert_identical
 from helpers.encoder_forms import PICTURES, TEXTS, assert_same, by_code, distilbert, layers, padded
 from helpers.numbers import normal
-from helpers.self_attention import TEXT, bert, converted, tokens
+from helpers.self_attention import TEXT, bert, converted, int8_bert, tokens
 from torchq.modules.encoder_form import EncoderForm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -20,7 +20,7 @@ modeling = pytest.importorskip("transformers.models.bert.modeling_bert")
 
 @pytest.fixture
 def model():
-    return converted(bert())
+    return int8_bert()
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import torchq
 from helpers.compare import assert_identical
 from helpers.encoder_forms import assert_same, by_code, layers, padded
 from helpers.numbers import normal
-from helpers.self_attention import bert, converted, outputs, tokens
+from helpers.self_attention import bert, converted, int8_bert, outputs, tokens
 
 modeling = pytest.importorskip("transformers.models.bert.modeling_bert")
 
 
 @pytest.fixture
 def model():
-    return converted(bert())
+    return int8_bert()
 
 
 # ---- Copies, files and graphs ---------------------------------------------------------------------------------------

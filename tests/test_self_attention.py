@@ -7,7 +7,7 @@ import torch
 
 from helpers.compare import assert_identical
 from helpers.numbers import normal
-from helpers.self_attention import SIZES, TEXT, assert_same, bert, by_code, converted, forms, tokens
+from helpers.self_attention import SIZES, TEXT, assert_same, bert, by_code, converted, forms, int8_bert, tokens
 from torchq.modules.self_attention import SelfAttention
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -59,7 +59,7 @@ PICTURES = {
 
 @pytest.fixture
 def model():
-    return converted(bert())
+    return int8_bert()
 
 
 def counted(monkeypatch):

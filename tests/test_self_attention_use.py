@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import torchq
 from helpers.compare import assert_identical
 from helpers.numbers import normal
-from helpers.self_attention import assert_same, bert, by_code, converted, forms, outputs, tokens
+from helpers.self_attention import assert_same, bert, by_code, forms, int8_bert, outputs, tokens
 from torchq.modules.attention import AttentionScheme
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -23,7 +23,7 @@ registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
 
 @pytest.fixture
 def model():
-    return converted(bert())
+    return int8_bert()
 
 
 class First(nn.Module):
@@ -175,7 +175,7 @@ def test_children_may_do_anything_between_the_calls(install):
     """The first call already gives what the code does."""
     results, x = [], normal(2, 5, 64)
     for of in (lambda model: model, by_code):
-        attention = of(converted(bert())).encoder.layer[1].attention.self
+        attention = of(int8_bert()).encoder.layer[1].attention.self
         with torch.inference_mode():
             before = attention(x)[0]
             install(attention)

@@ -1,6 +1,7 @@
 """Converted models of transformers with self-attention in a few calls, and the same with the code of transformers."""
 
 import copy
+from functools import cache
 
 import torch
 
@@ -27,6 +28,16 @@ def bert(**more):
 def converted(model, batches=None, **more):
     batches = [{"input_ids": tokens(8, 24, seed=seed)} for seed in range(6)] if batches is None else batches
     return convert(model, batches, config=QConfig(**QUICK, **more), progress=False)
+
+
+@cache
+def _int8_bert():
+    return converted(bert())
+
+
+def int8_bert():
+    """A copy of one that is converted once."""
+    return copy.deepcopy(_int8_bert())
 
 
 def forms(model):
