@@ -16,7 +16,7 @@ from torchq.planning.apply import applied, settled
 from torchq.planning.attention import choose_attention
 from torchq.planning.budget import Evaluate, fit, make_budget
 from torchq.planning.by_code import with_code_read
-from torchq.planning.choose import choose, note_reads
+from torchq.planning.choose import choose, note_code
 from torchq.planning.coded_sums import coded_sums
 from torchq.planning.convolutions import static_convolutions
 from torchq.planning.describe import describe
@@ -124,7 +124,7 @@ def convert(
         evidence = include_norms(with_code_read(merged))
         unjudged, rounded = partial(keep_unjudged, inplace=inplace), partial(round_weights, progress=progress)
         first = (choose, smooth, unjudged, keep_choices, keep_together, fine_heads)
-        stages = (*first, fuse, rounded, describe, note_reads)
+        stages = (*first, fuse, rounded, describe, note_code)
         plan = first_plan(model, selection)
         for stage in stages:
             plan = stage(plan, evidence)

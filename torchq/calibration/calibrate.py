@@ -21,6 +21,7 @@ from torchq.calibration.record import GRAM_BYTES, GRAM_SHARE, Record
 from torchq.calibration.sample import is_held_out
 from torchq.calibration.sharing import Recorder
 from torchq.calibration.weight_reads import WeightReads
+from torchq.calibration.written_attention import WrittenAttention
 from torchq.config import QConfig
 from torchq.errors import BadTypeError, BadValueError
 from torchq.modules.refusals import refuse_layout
@@ -70,6 +71,7 @@ class Evidence:
         tables_read: those whose table no layer shares, but other operations than look-ups read.
         weights_read: the layers whose weight was read past a call of their module; without data, those of which code
             does nothing else.
+        written_attentions: the modules whose code computes attention operation by operation.
     """
 
     model: nn.Module
@@ -88,6 +90,7 @@ class Evidence:
     tables_called: set[str] = field(default_factory=set)
     tables_read: set[str] = field(default_factory=set)
     weights_read: set[str] = field(default_factory=set)
+    written_attentions: tuple[str, ...] = ()
 
     @property
     def apart(self) -> bool:
@@ -151,12 +154,12 @@ def calibrate(
     call = forward or call_with_batch
     readers = Readers(model, layers if config.fuse else {})
     handovers = Handovers(model, layers if config.fuse else {})
-    reads = WeightReads(layers)
+    reads, written = WeightReads(layers), WrittenAttention(model)
     lookups = Lookups({name: model.get_submodule(name) for name in tables or ()}, _alone(tables or {}))
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(uncompiled())
-        wants = {each: stack.enter_context(each.watching()) for each in (readers, handovers, lookups, reads)}
+        wants = {each: stack.enter_context(each.watching()) for each in (readers, handovers, lookups, reads, written)}
         stack.enter_context(_recording(recorder, evidence))
         if any(wants.values()):
             stack.enter_context(Watchers([each for each, wanted in wants.items() if wanted]))
@@ -173,10 +176,11 @@ def calibrate(
             evidence.batches += 1
             readers.end_batch()
             handovers.end_batch()
+            written.end_batch()
     evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
     evidence.handovers, evidence.sums = handovers.found(readers.norms), handovers.sums()
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
-    evidence.weights_read = reads.read
+    evidence.weights_read, evidence.written_attentions = reads.read, tuple(written.found)
     if evidence.batches == 0 and shard is None:
         raise BadValueError(NO_BATCH)
     reached = recorder.records()

@@ -59,6 +59,7 @@ class _Status:
     tables_called: set[str] = field(default_factory=set)
     tables_read: set[str] = field(default_factory=set)
     weights_read: set[str] = field(default_factory=set)
+    written_attentions: tuple[str, ...] = ()
 
 
 class _Answer(NamedTuple):
@@ -143,6 +144,7 @@ class Peers:
                 tables_called=evidence.tables_called,
                 tables_read=evidence.tables_read,
                 weights_read=evidence.weights_read,
+                written_attentions=evidence.written_attentions,
             )
         )
         self._check(statuses)
@@ -337,6 +339,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
         tables_called=set().union(*(status.tables_called for status in statuses)),
         tables_read=set().union(*(status.tables_read for status in statuses)),
         weights_read=set().union(*(status.weights_read for status in statuses)),
+        written_attentions=tuple(dict.fromkeys(name for each in statuses for name in each.written_attentions)),
     )
 
 

@@ -161,15 +161,15 @@ def is_only_read(name: str, evidence: Evidence) -> bool:
     return name in evidence.weights_read and (name not in evidence.records or evidence.records[name].calls == 0)
 
 
-def note_reads(plan: Plan, evidence: Evidence) -> Plan:
-    """A stage: says of int8 layers that code reads their weight as well, which costs time in each run."""
+def note_code(plan: Plan, evidence: Evidence) -> Plan:
+    """A stage: says what costs time in code: reads of weights of int8 layers, and attention that is written out."""
     layers = {
         name: dataclasses.replace(layer, reason=layer.reason + READ_TOO)
         if layer.is_int8 and name in evidence.weights_read
         else layer
         for name, layer in plan.layers.items()
     }
-    return dataclasses.replace(plan, layers=layers)
+    return dataclasses.replace(plan, layers=layers, written_attentions=evidence.written_attentions)
 
 
 def _choose_layer(layer: Layer, evidence: Evidence, experts: Set[str]) -> LayerPlan:

@@ -26,6 +26,7 @@ def renamed(plan: Plan, rename: Rename) -> Plan:
         layers={named[name]: _layer(layer, rename) for name, layer in plan.layers.items() if name in named},
         attentions={named[name]: row for name, row in plan.attentions.items() if name in named},
         tables={named[name]: _table(name, row, rename) for name, row in plan.tables.items() if name in named},
+        written_attentions=tuple(new for name in plan.written_attentions if (new := rename(name)) is not None),
     )
 
 

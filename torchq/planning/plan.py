@@ -295,7 +295,8 @@ class Plan:
     budget measured, `checked` what the converted model's output showed, `model_bytes` the bytes of the float model's
     parameters and buffers. `attentions` are those that torchq can compute, by the names of the modules that do:
     nn.MultiheadAttention, those of Hugging Face models, and those that call torch's function themselves. `tables` are
-    those of embeddings.
+    those of embeddings. `written_attentions` are the modules whose code computes attention operation by operation, as
+    the calibration runs showed; torchq computes none of them.
 
     >>> plan = Plan({"fc": LayerPlan("int8 dynamic", "no calibration data")})
     >>> print(plan)
@@ -310,6 +311,7 @@ class Plan:
     model_bytes: int | None = None
     attentions: dict[str, AttentionPlan] = field(default_factory=dict)
     tables: dict[str, TablePlan] = field(default_factory=dict)
+    written_attentions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(f"{name or '(root)'}: {layer.kind} ({layer.reason})" for name, layer in self.layers.items())
@@ -354,6 +356,7 @@ class Plan:
             "model_bytes": self.model_bytes,
             "attentions": {name: to_json(dataclasses.asdict(row)) for name, row in self.attentions.items()},
             "tables": {name: to_json(dataclasses.asdict(row)) for name, row in self.tables.items()},
+            "written_attentions": list(self.written_attentions),
         }
 
     @classmethod
@@ -372,6 +375,7 @@ class Plan:
                 data.get("model_bytes"),
                 {name: AttentionPlan.from_dict(values) for name, values in data.get("attentions", {}).items()},
                 {name: TablePlan.from_dict(values) for name, values in data.get("tables", {}).items()},
+                tuple(map(str, data.get("written_attentions", ()))),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as wrong:
             raise ValueError(

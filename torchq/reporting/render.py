@@ -207,7 +207,16 @@ def _attentions(report: Report) -> list[str]:
         own = f" of {_db(min(dbs))} to {_db(max(dbs))} dB each" if dbs else ""
         known = [name or "(root)" for name in names]
         lines.append(f"attention in {scheme}{own} ({reason}): {_listed(known, len(report.attentions), 'of them')}")
+    if report.written_attentions:
+        written = _listed([name or "(root)" for name in report.written_attentions], 0)
+        lines.append(f"attention written out, in float: {written}. {_WRITTEN}")
     return lines
+
+
+_WRITTEN = (
+    "torch.nn.functional.scaled_dot_product_attention in its place (in transformers attn_implementation='sdpa') would "
+    "be computed by torchq, in int8 too where that costs little (docs/faq.md)."
+)
 
 
 def _listed(names: list[str], of: int, what: str = "layers") -> str:

@@ -109,7 +109,8 @@ class TableReport:
 class Report:
     """Prints as a table, and is saved as a page. `to_dict()` returns it as plain data, `plot` draws the frontier.
 
-    `model_type` is the name of the model's class.
+    `model_type` is the name of the model's class. `written_attentions` are the modules whose code computes attention
+    operation by operation, which torchq does not.
     """
 
     layers: tuple[LayerReport, ...]
@@ -118,6 +119,7 @@ class Report:
     attentions: Mapping[str, AttentionPlan] = field(default_factory=dict)
     tables: Mapping[str, TableReport] = field(default_factory=dict)
     model_type: str = "model"
+    written_attentions: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -142,6 +144,7 @@ class Report:
             "model": self.model and self.model.to_dict(),
             "attentions": {name: text.to_json(asdict(row)) for name, row in self.attentions.items()},
             "tables": {name: text.to_json(asdict(row)) for name, row in self.tables.items()},
+            "written_attentions": list(self.written_attentions),
         }
 
     def save(self, path: str | Path) -> None:
@@ -200,7 +203,8 @@ def report(qmodel: nn.Module, *, profile: Mapping[str, LayerTime] | None = None,
     layers = [_layer_report(qmodel, plan, name, profile or {}, drift) for name in plan.layers]
     tables = {name: _table_report(qmodel, plan, name) for name in plan.tables}
     name = type(qmodel).__name__.removeprefix("Int8")  # an nn.Sequential has become an Int8Sequential
-    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions, tables, name)
+    written = tuple(each for each in plan.written_attentions if each not in plan.attentions)
+    return Report(tuple(layers), plan.frontier, whole_model(qmodel, plan), plan.attentions, tables, name, written)
 
 
 def _table_report(qmodel: nn.Module, plan: Plan, name: str) -> TableReport:
