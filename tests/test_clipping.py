@@ -11,8 +11,9 @@ from helpers.numbers import FLT_MAX, normal
 from helpers.properties import batches_of_floats, observed, repeatable
 from torchq.numerics.metrics import sqnr_db
 from torchq.numerics.qparams import fake_quantize, qparams_from_range
-from torchq.observers import EntropyObserver, MinMaxObserver, MSEObserver, PercentileObserver, make_observer
-from torchq.observers.clipping import divergence, squared_error
+from torchq.observers import EntropyObserver, MinMaxObserver, MSEObserver, PercentileObserver, clipping, make_observer
+from torchq.observers.clipping import divergence
+from torchq.ops.histogram import squared_error
 
 # ---- percentile ----
 
@@ -113,11 +114,68 @@ def test_the_error_of_a_histogram_is_the_error_of_its_values(name):
     counts = observer.counts.double()
     counts[1024] -= observer.zeros
     lo, hi = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
-    factors = torch.tensor([[1.0, 0.7, 0.3, 0.1]])
+    factors = torch.tensor([[1.0, 0.7, 0.3, 0.1]], dtype=torch.float64)
     errors = squared_error(counts[None], edges[None], lo * factors, hi * factors)[0] / len(x)
     for factor, error in zip(factors[0].tolist(), errors.tolist(), strict=True):
         # GELU gives many values close to 0 in one bin. Their error is smaller than that of evenly spread values.
         assert error == pytest.approx(mse(x, lo * factor, hi * factor), rel=0.06)
+
+
+def by_formula(counts, edges, lo, hi):
+    """`squared_error` as its docstring defines it, for all bins and ranges at once."""
+    counts, edges, lo, hi = counts.unsqueeze(1), edges.unsqueeze(1), lo.unsqueeze(-1), hi.unsqueeze(-1)
+    scale = (hi - lo) / 255
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero_point = (-lo / scale).round()
+    code = (edges / scale).round().clamp(-zero_point, 255 - zero_point)
+    error = edges - code * scale
+    left, right = error[..., :-1], error[..., 1:]
+    within = (left * (left + right) + right.square()) / 3
+    across = (code * scale**3 / 12 + error**3 / 3).diff() / edges.diff()
+    return (counts * torch.where(code[..., :-1] == code[..., 1:], within, across)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "bins", "los", "his"), [(1, 1, 1, 1), (3, 40, 7, 1), (2, 300, 1, 5), (1, 0, 2, 2)]
+)
+def test_squared_errors_are_those_of_the_formula(channels, bins, los, his):
+    """Some bins are empty, and the outermost have no width: they are not divided by it."""
+    counts = normal(channels, bins).double().mul(20).round().clamp(min=0)
+    edges = torch.cat([torch.zeros(channels, 1), normal(channels, bins).abs()], 1).double().cumsum(1) - bins / 3
+    edges[:, -1] = edges[:, max(0, bins - 1)]
+    lo, hi = -normal(channels, los).double().abs() * bins, normal(channels, his).double().abs() * bins
+    lo[0, 0] = 0.0
+    torch.testing.assert_close(
+        squared_error(counts, edges, lo, hi), by_formula(counts, edges, lo, hi), rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_mse_finds_the_range_that_the_formula_finds(name, monkeypatch):
+    torch.manual_seed(0)
+    observer = observed(MSEObserver(), SAMPLES[name]())
+    found = observer.range()
+    monkeypatch.setattr(clipping, "squared_error", by_formula)
+    assert found == observer.range()
+
+
+def test_squared_error_is_an_op_of_torch():
+    arguments = (torch.ones(2, 3).double(), torch.arange(8.0).reshape(2, 4).double(), -torch.ones(2, 1).double())
+    for his in (1, 4):
+        each = (*arguments, torch.ones(2, his).double())
+        assert set(torch.library.opcheck(torch.ops.torchq.squared_error, each).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shape"), [(0, (6,)), (1, (2, 3)), (1, (1, 4)), (2, (2,)), (2, (1, 3)), (3, (2, 2)), (3, (3, 3))]
+)
+def test_squared_error_refuses_what_does_not_fit(wrong, shape):
+    arguments = [torch.ones(each).double() for each in ((2, 3), (2, 4), (2, 3), (2, 3))]
+    squared_error(*arguments)
+    with pytest.raises(RuntimeError, match="squared_error"):
+        squared_error(*arguments[:wrong], torch.ones(shape).double(), *arguments[wrong + 1 :])
+    with pytest.raises(RuntimeError, match="must be float64"):
+        squared_error(*arguments[:wrong], arguments[wrong].float(), *arguments[wrong + 1 :])
 
 
 def test_mse_by_hand():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchq.observers.histogram import Histogram
+from torchq.ops.histogram import squared_error
 
 _BLOCK = 2  # channels searched at a time, so that the temporaries stay in the cache
 
@@ -102,9 +103,7 @@ class MSEObserver(Histogram):
         counts = _without_zeros(self)
         first, last = _filled(counts)
         counts, edges = counts[:, first:last], edges[:, first : last + 1]
-        parts = [each.split(_BLOCK) for each in (counts, edges, lo, hi)]
-        best = [_least_squared_error(*part) for part in zip(*parts, strict=True)]
-        lo, hi = (torch.cat(bounds).float().reshape(self._shape) for bounds in zip(*best, strict=True))
+        lo, hi = (bound.float().reshape(self._shape) for bound in _least_squared_error(counts, edges, lo, hi))
         return lo, hi
 
 
@@ -175,39 +174,6 @@ _AROUND = [
     2 ** (torch.arange(-5, 6, dtype=torch.float64, device="cpu") / steps) for steps in (8, 32, 64)
 ]  # 0.65 to 1.54, ...
 _MERGED = 8  # bins taken as one while the steps are large
-
-
-def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """The squared error of u8 codes for [lo, hi], summed over a histogram whose bins are evenly filled.
-
-    With s and z the scale and zero point of `torchq.numerics.qparams` (in float64), x has the code z + k, where
-    k = clamp(round(x / s), -z, 255 - z), and the error r = x - k s, whether rounded or saturated. So
-
-        integral from 0 to x of r^2  =  k s^3 / 12 + r^3 / 3
-
-    and the mean over a bin is the difference of this integral at its edges, divided by its width. If both edges have
-    the same k, and errors a and b, the mean is (a^2 + a b + b^2) / 3, which holds for a bin of zero width too.
-
-    Args:
-        counts: float64 [C, bins].
-        edges: float64 [C, bins + 1].
-        lo: float64 [C, J] or [C, 1], at most 0.
-        hi: likewise, at least 0.
-
-    Returns:
-        float64 [C, J].
-    """
-    counts, edges, lo, hi = counts.unsqueeze(1), edges.unsqueeze(1), lo.unsqueeze(-1), hi.unsqueeze(-1)
-    scale = (hi - lo) / 255
-    scale = torch.where(scale > 0, scale, 1.0)
-    zero_point = (-lo / scale).round()
-    code = (edges / scale).round_().clamp_(-zero_point, 255 - zero_point)
-    error = torch.addcmul(edges, code, scale, value=-1)
-    left, right = error[..., :-1], error[..., 1:]
-    within = (left * (left + right)).addcmul_(right, right).div_(3)
-    across = (code * (scale**3 / 12) + error**3 / 3).diff() / edges.diff()
-    mean = torch.where(code[..., :-1] == code[..., 1:], within, across)
-    return (counts * mean).sum(-1)
 
 
 def _filled(counts: Tensor) -> tuple[int, int]:

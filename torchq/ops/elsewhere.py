@@ -59,7 +59,7 @@ READING = ("pack", "unpack")
 COMPUTING = (
     *("gemm", "linear_dynamic", "linear_static", "linear_fine", "activate", "quantize_per_token", "count_bins"),
     *("layer_norm", "rms_norm", "attention", "convolution", "embedding", "recurrent", "round_with_feedback"),
-    "quantize_weight",
+    *("quantize_weight", "squared_error"),
 )
 for _name in READING:
     _library.impl(_name, _on_the_cpu(getattr(torch.ops.torchq, _name).default), _OTHERS)
