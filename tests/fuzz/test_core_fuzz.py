@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from helpers.core import PLAIN, SANITIZERS, built, compiler, core_sources, files_under, jobs, made, run
+from helpers.core import PLAIN, SANITIZERS, built, compiler, files_under, instrumented, made, run
 from helpers.core import compile_all as compiled
 from helpers.fuzzing import FIRST_SEED, MINUTES, ONLY_SEED
 
@@ -36,7 +36,7 @@ def libfuzzer() -> Path:
 def program() -> Path:
     """Builds build/fuzz/core_fuzz, unless it is up to date."""
     flags = [*PLAIN, "-O1", "-g1", *SANITIZERS]
-    core = built("fuzz", jobs(core_sources(), *flags, COVERAGE))
+    core = built("fuzz", instrumented(*flags, COVERAGE))
     sources = {HERE / "core_fuzz.cpp": [*flags, COVERAGE], HERE / "coverage.cpp": ["-std=c++17", "-O2"]}
     out = FUZZ / "core_fuzz"
 

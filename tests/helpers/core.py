@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock  # torch needs it too
 
 from helpers import ROOT
+from torchq import _C
 
 CORE = ROOT / "csrc" / "gemm"
 ATTENTION = ROOT / "csrc" / "attention"
@@ -27,6 +28,8 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 # g++ 12 finds uninitialized variables in its own avx512fintrin.h; it calls them _mm512_undefined_ps().
 AVX512_FALSE_ALARMS = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# What a CPU has that runs the kernels with this in their names. AMX's tiles may be in memory (tests/core).
+FEATURES = {"avx_vnni": "avx_vnni", "avx512": "avx512_vnni", "amx": "avx512_vnni", "dotprod": "asimddp", "i8mm": "i8mm"}
 
 
 def compiler() -> list[str]:
@@ -116,6 +119,17 @@ def built(name: str, work: dict[Path, list[str]]) -> list[Path]:
 
 def core_sources() -> list[Path]:
     return sorted(path for folder in (CORE, ATTENTION, CONV) for path in folder.rglob("*.cpp"))
+
+
+def idle_kernels() -> list[Path]:
+    """The kernels that this CPU can't run."""
+    lacking = [part for part, feature in FEATURES.items() if feature not in _C.cpu_features()]
+    return [source for source in core_sources() if any(part in source.stem for part in lacking)]
+
+
+def instrumented(*flags: str) -> dict[Path, list[str]]:
+    """The core with these flags, but for kernels that are only linked: with them, each would take half a minute."""
+    return jobs(core_sources(), *flags) | jobs(idle_kernels(), *PLAIN, "-O0")
 
 
 def program_sources() -> list[Path]:
