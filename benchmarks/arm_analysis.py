@@ -140,9 +140,8 @@ def loops_in(kernel: str, disassembly: str) -> list[Loop]:
     return multiply_loops
 
 
-def all_loops() -> dict[str, list[Loop]]:
-    """The multiply loops of every Arm kernel, as shipped."""
-    objects = compile_core()
+def all_loops(objects: dict[str, Path]) -> dict[str, list[Loop]]:
+    """The multiply loops of every Arm kernel in these object files."""
     dump = ["aarch64-linux-gnu-objdump", "-d", "-C", "--no-show-raw-insn"]
     return {kernel: loops_in(kernel, run([*dump, objects[f"kernel_{kernel}"]])) for kernel in PRODUCTS}
 
@@ -157,7 +156,7 @@ def print_loops() -> None:
     print(f"\n{run([CXX, '--version']).splitlines()[0]}, {' '.join(shipped_flags())}\n")
     print("| kernel | rows | instructions | that multiply | share | multiply-adds | per loaded byte | spills |")
     print("|---|---|---|---|---|---|---|---|")
-    for kernel, loops in all_loops().items():
+    for kernel, loops in all_loops(compile_core()).items():
         for rows in (6, 5, 4, 3, 2, 1):
             loop = main_loop(loops, rows)
             print(
@@ -169,9 +168,9 @@ def print_loops() -> None:
 # ---- (b) Whole layers -----------------------------------------------------------------------------------------------
 
 
-def layer_program() -> tuple[Path, Path]:
-    """Builds arm_layer.cpp with the core, and the plugin that counts."""
-    objects = compile_core()
+def layer_program(objects: dict[str, Path]) -> tuple[Path, Path]:
+    """Builds arm_layer.cpp with these object files of the core, and the plugin that counts."""
+    BUILD.mkdir(parents=True, exist_ok=True)
     program, plugin = BUILD / "arm_layer", BUILD / "libcount.so"
     sources = ROOT / "benchmarks" / "arm_layer.cpp", ROOT / "benchmarks" / "arm_count.c"
     run([CXX, *shipped_flags(), "-static", sources[0], *objects.values(), "-o", program])
@@ -210,7 +209,8 @@ def expected_per_mac(loops: list[Loop], m: int) -> float:
 
 def print_layers() -> None:
     """Prints table (b)."""
-    loops, built = all_loops(), layer_program()
+    objects = compile_core()
+    loops, built = all_loops(objects), layer_program(objects)
     print(f"\n{run(['qemu-aarch64', '--version']).splitlines()[0]}, -cpu max; float32 in and out, dynamic, bias\n")
     print("| M x N x K | " + " | ".join(f"`{kernel}` | over its loops" for kernel in PRODUCTS) + " |")
     print("|---" * (1 + 2 * len(PRODUCTS)) + "|")
@@ -280,7 +280,7 @@ def print_mca() -> None:
     for product, shapes in VARIANTS.items():
         for rows, columns in shapes:
             print(f"| {product} {rows} x {columns} | {_rates(mca, *variant(product, rows, columns))} |")
-    for kernel, loops in all_loops().items():
+    for kernel, loops in all_loops(compile_core()).items():
         loop = main_loop(loops, 6)
         code = ".Lloop:\n" + "\n".join(_plain(line) for line in loop.code) + "\n"
         print(f"| `{kernel}` as compiled, 6 rows | {_rates(mca, code, loop.macs)} |")

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from filelock import FileLock  # torch needs it too
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers import ROOT
+from helpers.core import WARNINGS, compile_all, core_sources, files_under, jobs, made, object_name, shipped_flags
+
 TESTS, BUILD = ROOT / "tests", ROOT / "build" / "arm"
 DEBIAN, SITE, PACKAGE = BUILD / "debian", BUILD / "site", BUILD / "package"
 MODE = os.environ.get("TORCHQ_ARM", "")
@@ -34,6 +36,13 @@ PINNED = ["numpy", "tqdm", "safetensors", "setuptools", "pybind11", "pytest", "h
 OTHERS = ["filelock", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "iniconfig"]
 OTHERS += ["packaging", "pluggy", "pygments", "sortedcontainers", "scipy", "joblib", "threadpoolctl", "narwhals"]
 OTHERS += ["cloudpickle"]
+
+# What a quick run has of each CPU: the bits of every op, as on x86-64, and which kernel runs; on the one with all
+# kernels the ops against the oracle, too.
+QUICK = {
+    "neoverse-n1": ["test_golden.py", "test_kernels.py"],
+    "max": ["test_ops.py", "test_golden.py", "test_kernels.py"],
+}
 
 # The reasons for which a test may be skipped under emulation. Any other reason is a failure.
 SKIPS = ["emulated by qemu-user", "the checks read x86-64 instructions", "this CPU cannot run neon_i8mm"]
@@ -71,6 +80,16 @@ def check_tools() -> None:
 
 
 # ---- The core alone -------------------------------------------------------------------------------------------------
+
+
+def core_objects() -> dict[Path, Path]:
+    """The core's object files by their sources, cross-compiled as shipped, with warnings as errors."""
+    check_tools()
+    folder, flags = BUILD / "core", [*shipped_flags(), *WARNINGS]
+    work = jobs(core_sources(), *flags)
+    key = f"{run([CXX, '--version'])} {flags}"
+    made(folder, key, files_under(ROOT / "csrc"), lambda: compile_all(work, folder, [CXX]))
+    return {source: folder / object_name(source) for source in work}
 
 
 def emulated(program: Path, *arguments: str, cpu: str) -> str:
@@ -132,17 +151,30 @@ def python(*arguments: str | Path, cpu: str, **environment: str) -> str:
     )
 
 
-def project_passes(cpu: str, *files: str) -> None:
-    """Runs these test files, or all but those in tests/arm. No test of a kernel that the CPU has may be skipped."""
-    paths = [TESTS / name for name in files] or [TESTS, f"--ignore={TESTS / 'arm'}"]
+# Importing torch takes longer than most files of tests, so what all runs need of it is said and done in one process.
+RUN = """
+import sys, pytest, torchq
+from torchq import _C
+print(torchq.kernels.active(), *_C.cpu_features(), flush=True)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def project_passes(cpu: str) -> str:
+    """Runs the tests of a quick run, or all but those in tests/arm. Gives the active kernel and the CPU's features.
+
+    No test of a kernel that the CPU has may be skipped.
+    """
+    paths = [TESTS / name for name in QUICK[cpu]] if MODE == "quick" else [TESTS, f"--ignore={TESTS / 'arm'}"]
     kernels = list(CPUS.values())
     required = ",".join(["reference", *kernels[: kernels.index(CPUS[cpu]) + 1]])
     options = ["-q", "-rs", "-p", "no:cacheprovider"]
-    output = python("-m", "pytest", *options, *paths, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
+    output = python("-c", RUN, *options, *paths, cpu=cpu, TORCHQ_REQUIRED_KERNELS=required)
     print(output)
     assert re.search(r"[1-9]\d* passed", output.splitlines()[-1])
     skips = [line for line in output.splitlines() if line.startswith("SKIPPED")]
     assert [line for line in skips if not any(reason in line for reason in SKIPS)] == []
+    return output.splitlines()[0]
 
 
 def sources_of_package() -> str:

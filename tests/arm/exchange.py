@@ -1,6 +1,6 @@
 """Saves quantized models with inputs and outputs, or loads them and checks the bits: x86-64 to aarch64 and back.
 
-python tests/arm/exchange.py save|check FOLDER
+python tests/arm/exchange.py save|check FOLDER [save|check FOLDER]
 """
 
 import copy
@@ -83,4 +83,5 @@ def check(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"save": save, "check": check}[sys.argv[1]](Path(sys.argv[2]))
+    for command, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        {"save": save, "check": check}[command](Path(folder))

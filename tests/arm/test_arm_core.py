@@ -7,18 +7,17 @@ import pytest
 
 import emulation
 from emulation import CPUS, CXX, MODE
-from helpers.core import PLAIN, WARNINGS, compile_all, core_sources, jobs, program_sources, shipped_flags
+from helpers.core import PLAIN, WARNINGS, compile_all, jobs, program_sources
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
     """The test program of the core, cross-compiled as shipped, with warnings as errors."""
-    emulation.check_tools()
     folder = tmp_path_factory.mktemp("core")
-    core = jobs(core_sources(), *shipped_flags(), *WARNINGS)
-    objects = compile_all(core | jobs(program_sources(), *PLAIN, "-O2", *WARNINGS), folder, [CXX])
+    core = emulation.core_objects().values()
+    tests = compile_all(jobs(program_sources(), *PLAIN, "-O2", *WARNINGS), folder, [CXX])
     out = folder / "core_test"
-    emulation.run([CXX, "-static", *objects, "-o", out, "-pthread"])
+    emulation.run([CXX, "-static", *core, *tests, "-o", out, "-pthread"])
     return out
 
 

@@ -3,20 +3,27 @@
 As on x86-64, an accumulator on the stack gives the right answer at half the speed, so no other test would notice it.
 """
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import arm_analysis
 from benchmarks.arm_analysis import PRODUCTS, Loop, loops_in, main_loop, tile_rows
-from emulation import check_tools
+from emulation import core_objects
 
 ROWS = range(1, 7)
 every_kernel = pytest.mark.parametrize("kernel", PRODUCTS)
 
 
 @pytest.fixture(scope="module")
-def loops() -> dict[str, list[Loop]]:
-    check_tools()
-    return arm_analysis.all_loops()
+def objects() -> dict[str, Path]:
+    """The GEMM's, by name."""
+    return {source.stem: out for source, out in core_objects().items() if source.parent == arm_analysis.CORE}
+
+
+@pytest.fixture(scope="module")
+def loops(objects) -> dict[str, list[Loop]]:
+    return arm_analysis.all_loops(objects)
 
 
 @every_kernel
@@ -83,9 +90,8 @@ LIMITS = {
 
 
 @pytest.fixture(scope="module")
-def built():
-    check_tools()
-    return arm_analysis.layer_program()
+def built(objects):
+    return arm_analysis.layer_program(objects)
 
 
 @pytest.mark.parametrize(("kernel", "layer"), LIMITS)
