@@ -319,6 +319,10 @@ void activate(const Kernel& kernel, Activation activation, const Values& v) {
   });
 }
 
+void in_ranges(int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& f) {
+  torch::stable::parallel_for(0, count, least, f);
+}
+
 void normalize_on_threads(const Kernel& kernel, const NormRows& rows) {
   const int64_t n = rows.n, bytes = rows.count * n * 4;
   if (bytes > kHugeOutput) prefer_huge_pages(rows.y, bytes);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <climits>
+#include <functional>
 #include <memory>
 
 #include "attention/attention.h"
@@ -71,6 +72,10 @@ void normalize_on_threads(const Kernel& kernel, const NormRows& rows);
 
 // Computes rotary.y, on as many of torch's threads as the values pay for.
 void run(const Rotary& rotary);
+
+// Calls f(begin, end), which must not throw, for ranges that make up [0, count) and have `least` elements or more each,
+// on torch's threads.
+void in_ranges(int64_t count, int64_t least, const std::function<void(int64_t, int64_t)>& f);
 
 // Rounds all columns of the block, on as many of torch's threads as they pay for.
 void round_on_threads(const FeedbackBlock& block);

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "run.h"
 #include "torch_checks.h"
 
 namespace {
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, const std::opti
     std::fill_n(scale_to, count, scale_of(peak));
   }
   const int64_t rows_per_thread = kValuesPerThread / std::max<int64_t>(1, columns) + 1;
-  torch::stable::parallel_for(0, count, rows_per_thread, [&](int64_t begin, int64_t end) {
+  torchq::in_ranges(count, rows_per_thread, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       if (per_channel) scale_to[r] = scale_of(rows.peak(r));
       rows.write_codes(r, scale_to[r], codes_to);
