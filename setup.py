@@ -37,6 +37,7 @@ CONV = ["schedule", "image", "patches", "depthwise", "outputs", "conv", "inverte
 OPS = ["torch_ops", "attention_op", "recurrent_op", "embedding_op", "convolution_op", "norm_op", "fine_op"]
 OPS += ["feedback_op", "histogram_op", "weight_op", "clipping_op"]
 DIRECT = ["direct", "direct_norm", "direct_residual", "direct_attention", "direct_rotary", "direct_conv", "direct_fine"]
+DIRECT += ["direct_gated"]
 OTHERS = ["recurrent", "rotary", "run", *DIRECT, "plain_tensor", "classes", "nn_module", "module"]
 SOURCES = [f"csrc/{name}.cpp" for name in [*OPS, *OTHERS]]
 SOURCES += [f"csrc/gemm/{name}.cpp" for name in CORE]

@@ -81,10 +81,37 @@ PyObject* set_comparison(PyObject*, PyObject* function) {
   Py_RETURN_NONE;
 }
 
+// Whether reading a fact again, (read, of, name, value), gives the same. What is read of a dict is an item.
+bool holds(PyObject* fact, PyObject* missing) {
+  PyObject *read = PyTuple_GET_ITEM(fact, 0), *of = PyTuple_GET_ITEM(fact, 1), *name = PyTuple_GET_ITEM(fact, 2);
+  PyObject* value = PyTuple_GET_ITEM(fact, 3);
+  if (PyDict_CheckExact(of)) {
+    PyObject* now = PyDict_GetItemWithError(of, name);
+    return (now || PyErr_Occurred() ? now : missing) == value;
+  }
+  PyObject* arguments[] = {of, name, missing};
+  PyObject* now = PyObject_Vectorcall(read, arguments, 3, nullptr);
+  Py_XDECREF(now);  // it is only compared
+  return now == value;
+}
+
+PyObject* facts_hold(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  bool yes = count == 2 && PyTuple_Check(args[0]);
+  for (Py_ssize_t i = 0; yes && i < PyTuple_GET_SIZE(args[0]); ++i) {
+    PyObject* fact = PyTuple_GET_ITEM(args[0], i);
+    yes = PyTuple_Check(fact) && PyTuple_GET_SIZE(fact) == 4 && holds(fact, args[1]);
+  }
+  return PyErr_Occurred() ? nullptr : PyBool_FromLong(yes);
+}
+
 PyMethodDef methods[] = {
     {"computes_as_known", computes, METH_O,
      "computes_as_known(cls): whether a class has what it had when it was noted (modules/classes.py), its forward the "
      "same code, and torch the functions that this calls."},
+    {"facts_hold", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(facts_hold)), METH_FASTCALL,
+     "facts_hold(facts, missing): whether each fact (modules/flow.py), read again, gives the same. A dict is asked for "
+     "an "
+     "item, whatever reads it."},
     {"set_comparison", set_comparison, METH_O,
      "set_comparison(function): what compares a class, once for each of its states."},
     {nullptr, nullptr, 0, nullptr}};

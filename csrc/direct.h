@@ -8,12 +8,14 @@ namespace torchq {
 void add_direct_calls(pybind11::module_& module);
 // Adds call_layer_norm and call_rms_norm (direct_norm.cpp); after the above.
 void add_direct_norm(pybind11::module_& module);
-// Adds call_residual and call_sum (direct_residual.cpp); after both.
+// Adds call_residual, call_sum and call_sums (direct_residual.cpp); after both.
 void add_direct_residual(pybind11::module_& module);
 // Adds call_attention (direct_attention.cpp); after the first.
 void add_direct_attention(pybind11::module_& module);
-// Adds call_rotary (direct_rotary.cpp); after the first.
+// Adds call_rotary and call_heads (direct_rotary.cpp); after the first.
 void add_direct_rotary(pybind11::module_& module);
+// Adds call_gated (direct_gated.cpp); after the first.
+void add_direct_gated(pybind11::module_& module);
 // Adds call_convolution (direct_conv.cpp); after the first.
 void add_direct_conv(pybind11::module_& module);
 // Adds call_fine (direct_fine.cpp); after the first.

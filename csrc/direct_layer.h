@@ -54,4 +54,8 @@ pybind11::object held_parameters(PyObject* state);
 // The numbers of a LayerNorm with these parameters for rows of n values.
 bool read_norm(PyObject* state, const pybind11::object& parameters, int64_t n, NormRows* out);
 
+// The same of an RMSNorm. What sets it apart: a tuple (eps, default_eps, gain). `eps` is the name of an attribute;
+// where that is None it means default_eps, if this is a number.
+bool read_rms_norm(PyObject* state, const pybind11::object& parameters, PyObject* numbers, int64_t n, NormRows* out);
+
 }  // namespace torchq

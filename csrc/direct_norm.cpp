@@ -47,10 +47,6 @@ bool read_norm(PyObject* state, const py::object& parameters, int64_t n, NormRow
          (bias == Py_None || read_parameter(bias, n, &out->bias));
 }
 
-namespace {
-
-// What sets an RMSNorm apart: a tuple (eps, default_eps, gain). `eps` is the name of an attribute; where that is None
-// it means default_eps, if this is a number.
 bool read_rms_norm(PyObject* state, const py::object& parameters, PyObject* numbers, int64_t n, NormRows* out) {
   if (!PyTuple_Check(numbers) || PyTuple_GET_SIZE(numbers) != 3) return false;
   PyObject *eps = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(numbers, 0)), *gain = PyTuple_GET_ITEM(numbers, 2);
@@ -63,6 +59,8 @@ bool read_rms_norm(PyObject* state, const py::object& parameters, PyObject* numb
   return !PyDict_GetItemWithError(state, names.weight) &&
          read_parameter(PyDict_GetItemWithError(parameters.ptr(), names.weight), n, &out->weight);
 }
+
+namespace {
 
 // y; `read` reads the numbers for rows of n values, given the parameters. Null: this is not a plain call.
 template <class Read>

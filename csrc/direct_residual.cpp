@@ -1,7 +1,8 @@
 // torchq._C.call_residual: the call of a module that is proven to be norm(layer(x) + residual), as one product whose
 // rows are added and normalized while they are in L2 (torchq/modules/straight_forms.py). call_sum is the same for a
-// layer and a norm that the caller names. As call_linear in direct.cpp it
-// answers NotImplemented wherever anything could stand between the call, or those of the children, and the arithmetic.
+// layer and a norm that the caller names. call_sums gives the sum, too, as the layers of decoders go on with both. As
+// call_linear in direct.cpp they answer NotImplemented wherever anything could stand between the call, or those of the
+// children, and the arithmetic.
 
 #include <algorithm>
 
@@ -18,7 +19,7 @@ namespace torchq {
 namespace {
 
 struct Names {
-  PyObject *modules, *training;
+  PyObject *modules, *training, *scope;
 } names;
 
 // What the module's code was found to call.
@@ -103,6 +104,52 @@ PyObject* call_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// layer(x) + residual, and if there is a norm, an RMSNorm with these numbers, that of the sum: a tuple. Null: this is
+// not a plain call, or one of so many rows that each step had better have all threads.
+py::object sums(PyObject* linear_state, PyObject* norm_state, PyObject* numbers, PyObject* x, PyObject* residual) {
+  Layer layer;
+  PlainInput in;
+  dlpack::Tensor added;
+  NormRows rows{};
+  PyObject* scope = PyDict_GetItemWithError(linear_state, names.scope);
+  if (scope && scope != Py_None) return {};
+  if (!read_layer(linear_state, &layer) || !read_input(x, layer, &in) || in.dtype->ours != DType::f32) return {};
+  const int64_t count = in.count * in.weights->n;
+  if (!is_like(residual, in, &added) || count >= kKeepGilBelowValues) return {};
+  const py::object held = norm_state ? held_parameters(norm_state) : py::object();
+  if (norm_state && (!held || !read_rms_norm(norm_state, held, numbers, in.weights->n, &rows))) return {};
+  void *data, *normalized = nullptr;
+  auto sum = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *in.dtype, &data));
+  if (!sum) return {};
+  auto y =
+      norm_state
+          ? py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *in.dtype, &normalized))
+          : py::object();
+  if (norm_state && !y) return {};
+  {
+    const Unlocked unlocked(in.work() >= kKeepGilBelow);
+    run(*in.kernel, linear_problem(layer.numbers, in.rows(), *in.weights, data, DType::f32));
+    auto* __restrict total = static_cast<float*>(data);
+    const auto* __restrict other = reinterpret_cast<const float*>(data_of(added));
+    for (int64_t i = 0; i < count; ++i) total[i] += other[i];
+    rows.count = in.count, rows.x = total, rows.y = static_cast<float*>(normalized);
+    if (norm_state) normalize_on_threads(active_kernel(), rows);
+  }
+  if (!norm_state) return py::make_tuple(sum);
+  return py::make_tuple(sum, y);
+}
+
+PyObject* call_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=] {
+    PyObject* linear_state = count == 7 ? plain_state(args[0], args[1]) : nullptr;
+    if (!linear_state) return or_not_implemented({});
+    const bool normed = args[2] != Py_None;
+    PyObject* norm_state = normed ? plain_state(args[2], args[3]) : nullptr;
+    if (normed && (!norm_state || !computes_as_known(Py_TYPE(args[2])))) return or_not_implemented({});
+    return or_not_implemented(sums(linear_state, norm_state, args[4], args[5], args[6]));
+  });
+}
+
 PyObject* call_residual(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
     if (count != 7) Py_RETURN_NOTIMPLEMENTED;
@@ -118,12 +165,15 @@ PyMethodDef methods[] = {
      "norm(idle(layer(x)) + residual), where the children are what they are said to be; or NotImplemented."},
     {"call_sum", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_sum)), METH_FASTCALL,
      "call_sum(layer, layer_class, norm, norm_class, x, residual): norm(layer(x) + residual), or NotImplemented."},
+    {"call_sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_sums)), METH_FASTCALL,
+     "call_sums(layer, layer_class, norm, norm_class, numbers, x, residual): (sum, norm(sum)) of sum = layer(x) + "
+     "residual, for an RMSNorm with the numbers of call_rms_norm; (sum,) if norm is None. Or NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 void add_direct_residual(py::module_& module) {
-  names = {name("_modules"), name("training")};
+  names = {name("_modules"), name("training"), name("scope")};
   PyModule_AddFunctions(module.ptr(), methods);
 }
 

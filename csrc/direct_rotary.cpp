@@ -1,8 +1,13 @@
 // torchq._C.call_rotary: rotary position embedding of plain tensors in a plain eager call, else NotImplemented, as
 // call_linear in direct.cpp. There is no op: it gives the bits of the torch operations that it takes the place of.
+// call_heads is the same behind the products that give queries and keys, together with that of the values.
+
+#include <memory>
 
 #include "direct.h"
 #include "direct_call.h"
+#include "direct_layer.h"
+#include "nn_module.h"
 #include "plain_tensor.h"
 #include "run.h"
 
@@ -10,6 +15,8 @@ namespace py = pybind11;
 
 namespace torchq {
 namespace {
+
+PyObject* scope_name;
 
 bool read_plain(PyObject* object, dlpack::Tensor* out) {
   return view(object, out) && !wants_gradient(object) && !is_negated(object);
@@ -28,19 +35,26 @@ bool read_angles(PyObject* object, const Rotary& r, dlpack::Tensor* t, const voi
   return true;
 }
 
+// Cosines and sines of these rows, heads and columns.
+bool read_angles(PyObject* cosines, PyObject* sines, Rotary* r) {
+  dlpack::Tensor cos, sin;
+  return read_angles(cosines, *r, &cos, &r->cos, &r->cos_batch, &r->cos_row) &&
+         read_angles(sines, *r, &sin, &r->sin, &r->sin_batch, &r->sin_row) && cos.shape[2] == r->depth &&
+         sin.shape[2] == r->depth && r->depth % 2 == 0;
+}
+
+bool may_be_turned(DType dtype) { return dtype == DType::f32 || dtype == DType::bf16; }
+
 // y (batch, rows, heads, depth). Null: this is not a plain call.
 py::object rotated(PyObject* object, PyObject* cosines, PyObject* sines) {
-  dlpack::Tensor x, cos, sin;
+  dlpack::Tensor x;
   if (!plain_eager() || !read_plain(object, &x) || x.ndim != 4 || !is_contiguous(x)) return {};
   const DTypePair* dtype = find(x.dtype);
-  if (!dtype || (dtype->ours != DType::f32 && dtype->ours != DType::bf16)) return {};
+  if (!dtype || !may_be_turned(dtype->ours)) return {};
   Rotary r{};
   r.dtype = dtype->ours, r.batch = x.shape[0], r.rows = x.shape[1], r.x = data_of(x);
-  if (!read_angles(cosines, r, &cos, &r.cos, &r.cos_batch, &r.cos_row) ||
-      !read_angles(sines, r, &sin, &r.sin, &r.sin_batch, &r.sin_row))
-    return {};
   r.heads = x.shape[2], r.depth = x.shape[3];
-  if (cos.shape[2] != r.depth || sin.shape[2] != r.depth || r.depth % 2) return {};
+  if (!read_angles(cosines, sines, &r)) return {};
   const int64_t shape[] = {r.batch, r.rows, r.heads, r.depth};
   auto y = py::reinterpret_steal<py::object>(new_output(shape, 4, r.depth, *dtype, &r.y));
   if (!y) return {};
@@ -58,14 +72,64 @@ PyObject* call_rotary(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// layer(x) of x (batch, rows, k), as (batch, heads, rows, size); turned, unless there are no angles. Null: this is not
+// a plain call.
+py::object heads_of(PyObject* state, PyObject* object, int64_t size, PyObject* cosines, PyObject* sines) {
+  Layer layer;
+  PlainInput in;
+  PyObject* scope = state ? PyDict_GetItemWithError(state, scope_name) : nullptr;
+  if (!state || (scope && scope != Py_None) || !read_layer(state, &layer) || !read_input(object, layer, &in)) return {};
+  const int64_t n = in.weights->n;
+  if (in.x.ndim != 3 || n % size || !may_be_turned(in.dtype->ours)) return {};
+  const int64_t shape[] = {in.x.shape[0], in.x.shape[1], n / size, size};
+  Rotary r{};
+  r.dtype = in.dtype->ours, r.batch = shape[0], r.rows = shape[1], r.heads = shape[2], r.depth = shape[3];
+  if (cosines && !read_angles(cosines, sines, &r)) return {};
+  auto y = py::reinterpret_steal<py::object>(new_heads(shape, *in.dtype, &r.y));
+  if (!y) return {};
+  {
+    const Unlocked unlocked(in.work() >= kKeepGilBelow);
+    const int64_t bytes = cosines ? in.count * n * element_bytes(r.dtype) : 0;
+    const std::unique_ptr<uint8_t[]> product(new uint8_t[bytes]);
+    r.x = product.get();
+    void* data = cosines ? product.get() : r.y;
+    run(*in.kernel, linear_problem(layer.numbers, in.rows(), *in.weights, data, r.dtype));
+    if (cosines) run(r);
+  }
+  return y;
+}
+
+PyObject* call_heads(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return without_exceptions([=]() -> PyObject* {
+    PyObject* layers = count == 6 ? args[0] : nullptr;
+    if (!layers || !PyTuple_Check(layers) || PyTuple_GET_SIZE(layers) != 3) Py_RETURN_NOTIMPLEMENTED;
+    const long size = PyLong_Check(args[3]) ? PyLong_AsLong(args[3]) : 0;
+    if (size <= 0) return or_not_implemented({});
+    py::tuple found(3);
+    for (int i = 0; i < 3; ++i) {
+      PyObject *cosines = i < 2 ? args[4] : nullptr, *sines = i < 2 ? args[5] : nullptr;
+      py::object y = heads_of(plain_state(PyTuple_GET_ITEM(layers, i), args[1]), args[2], size, cosines, sines);
+      if (!y) return or_not_implemented({});
+      found[i] = y;
+    }
+    return found.release().ptr();
+  });
+}
+
 PyMethodDef methods[] = {
     {"call_rotary", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_rotary)), METH_FASTCALL,
      "call_rotary(x, cos, sin): x (batch, rows, heads, depth) turned by angles (batch or 1, rows, depth). Or "
      "NotImplemented."},
+    {"call_heads", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_heads)), METH_FASTCALL,
+     "call_heads(layers, cls, x, size, cos, sin): what three QuantizedLinears give for x (batch, rows, k), each as "
+     "(batch, heads, rows, size), the first two turned by these angles. Or NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
-void add_direct_rotary(py::module_& module) { PyModule_AddFunctions(module.ptr(), methods); }
+void add_direct_rotary(py::module_& module) {
+  scope_name = name("scope");
+  PyModule_AddFunctions(module.ptr(), methods);
+}
 
 }  // namespace torchq

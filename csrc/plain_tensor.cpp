@@ -212,6 +212,17 @@ PyObject* new_channels_last(const int64_t* shape, int ndim, const DTypePair& dty
   return imported(managed, data);
 }
 
+PyObject* new_heads(const int64_t (&shape)[4], const DTypePair& dtype, void** data) {
+  int64_t sizes[4];
+  std::copy_n(shape, 4, sizes);
+  dlpack::ManagedTensor* managed = allocated(sizes, 4, dtype);
+  if (!managed) return nullptr;
+  int64_t strides[] = {shape[1] * shape[2] * shape[3], shape[3], shape[2] * shape[3], 1};
+  std::swap(sizes[1], sizes[2]);
+  managed->tensor.shape = sizes, managed->tensor.strides = strides;
+  return imported(managed, data);
+}
+
 void watch_torch() {
   const py::module_ torch = py::module_::import("torch");
   const py::object tensor = torch.attr("Tensor"), torch_c = torch.attr("_C");

@@ -70,6 +70,9 @@ PyObject* new_output(const int64_t* shape, int ndim, int64_t n, const DTypePair&
 // The same of this shape (n, size..., channels), read as (n, channels, size...) with the channels last in memory.
 PyObject* new_channels_last(const int64_t* shape, int ndim, const DTypePair& dtype, void** data);
 
+// The same of this shape (batch, rows, heads, columns), read as (batch, heads, rows, columns).
+PyObject* new_heads(const int64_t (&shape)[4], const DTypePair& dtype, void** data);
+
 // To be called once, before all others.
 void watch_torch();
 

@@ -12,7 +12,7 @@ from helpers.compare import assert_identical
 from helpers.encoder_forms import PICTURES, TEXTS, assert_same, by_code, distilbert, layers, padded
 from helpers.numbers import normal
 from helpers.self_attention import TEXT, bert, converted, int8_bert, tokens
-from torchq.modules.encoder_form import EncoderForm
+from torchq.modules.layer_form import LayerForm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 modeling = pytest.importorskip("transformers.models.bert.modeling_bert")
@@ -26,7 +26,7 @@ def model():
 @pytest.fixture
 def taken(monkeypatch):
     """The forms whose calls were taken, in order."""
-    found, run = [], EncoderForm._run
+    found, run = [], LayerForm._run
 
     def noting(self, *call):
         y = run(self, *call)
@@ -34,7 +34,7 @@ def taken(monkeypatch):
             found.append(self)
         return y
 
-    monkeypatch.setattr(EncoderForm, "_run", noting)
+    monkeypatch.setattr(LayerForm, "_run", noting)
     return found
 
 

@@ -28,8 +28,8 @@ def test_copies_pickles_and_files_are_forms(model, tmp_path):
     x = tokens(2, 9)
     expected = outputs(model, x)
     pickled = pickle.dumps(model)
-    assert b"EncoderForm" in pickled
-    assert b"EncoderCode" not in pickled
+    assert b"LayerForm" in pickled
+    assert b"LayerCode" not in pickled
     torchq.save(model, tmp_path / "model.torchq")
     for other in (copy.deepcopy(model), pickle.loads(pickled), torchq.load(tmp_path / "model.torchq", bert())):
         assert len(layers(other)) == 2
@@ -44,7 +44,7 @@ def test_a_layer_is_copied_alone(model):
     layer, x = layers(model)[0], normal(2, 5, 64)
     y = layer(x)
     copied = copy.deepcopy(layer)
-    assert all(part.module in list(copied.modules()) for part in (copied(x), copied._known.parts)[1])
+    assert all(part.module in list(copied.modules()) for part in (copied(x), copied._known.steps.parts)[1])
     assert_identical(copied(x), y)
 
 

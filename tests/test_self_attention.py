@@ -64,13 +64,13 @@ def model():
 
 def counted(monkeypatch):
     """How many calls the forms have taken, in a list of one."""
-    count, attend = [0], SelfAttention.attend
+    count, attended = [0], SelfAttention.attended
 
     def counting(self, *call):
         count[0] += 1
-        return attend(self, *call)
+        return attended(self, *call)
 
-    monkeypatch.setattr(SelfAttention, "attend", counting)
+    monkeypatch.setattr(SelfAttention, "attended", counting)
     return count
 
 

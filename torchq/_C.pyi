@@ -56,6 +56,16 @@ def call_sum(
     residual: Tensor,
     /,
 ) -> Tensor: ...
+def call_sums(
+    layer: nn.Module,
+    layer_class: type[nn.Module],
+    norm: nn.Module | None,
+    norm_class: type[nn.Module] | None,
+    numbers: tuple[str, float | None, float] | None,
+    x: Tensor,
+    residual: Tensor,
+    /,
+) -> tuple[Tensor, ...]: ...
 def call_attention(
     q: Tensor,
     k: Tensor,
@@ -68,6 +78,15 @@ def call_attention(
     /,
 ) -> Tensor: ...
 def call_rotary(x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor: ...
+def call_heads(
+    layers: tuple[nn.Module, ...],
+    cls: type[nn.Module],
+    x: Tensor,
+    size: int,
+    cos: Tensor,
+    sin: Tensor,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def call_convolution(
     own_modes: int,
     x: Tensor,
@@ -100,6 +119,16 @@ def call_fused(
     y_qparams: tuple[float, int] | None,
     /,
 ) -> Tensor: ...
+def call_gated(
+    gate: nn.Module,
+    up: nn.Module,
+    cls: type[nn.Module],
+    x: Tensor,
+    activation: int,
+    between: tuple[nn.Module, ...],
+    settings: tuple[dict[str, Any], ...],
+    /,
+) -> Tensor: ...
 def call_fine(
     module: nn.Module,
     cls: type[nn.Module],
@@ -121,6 +150,7 @@ def are_as_known(
     leave: Callable[..., Any],
     /,
 ) -> bool: ...
+def facts_hold(facts: tuple[tuple[object, object, str, object], ...], missing: object, /) -> bool: ...
 def computes_as_known(cls: type[nn.Module], /) -> bool: ...
 def set_comparison(function: Callable[[type[nn.Module]], tuple[Any, ...] | None], /) -> None: ...
 def is_plain(module: nn.Module, cls: type[nn.Module], /, *scopes: Callable[..., Any]) -> bool: ...

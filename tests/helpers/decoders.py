@@ -3,6 +3,7 @@
 import torch
 
 from helpers.self_attention import converted, tokens
+from torchq.modules.layer_form import LayerForm
 from torchq.modules.self_attention import SelfAttention
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
@@ -56,11 +57,24 @@ def decoded(model, x, cache, steps=3):
 
 def counted(monkeypatch):
     """How many calls the forms have taken, in a list of one."""
-    count, attend = [0], SelfAttention.attend
+    count, attended = [0], SelfAttention.attended
 
     def counting(self, call):
         count[0] += 1
-        return attend(self, call)
+        return attended(self, call)
 
-    monkeypatch.setattr(SelfAttention, "attend", counting)
+    monkeypatch.setattr(SelfAttention, "attended", counting)
+    return count
+
+
+def whole(monkeypatch):
+    """How many calls of whole layers the forms have taken, in a list of one."""
+    count, run = [0], LayerForm._run
+
+    def counting(self, *call):
+        y = run(self, *call)
+        count[0] += y is not NotImplemented
+        return y
+
+    monkeypatch.setattr(LayerForm, "_run", counting)
     return count

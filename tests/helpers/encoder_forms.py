@@ -7,7 +7,7 @@ import torch
 
 from helpers.compare import assert_identical
 from helpers.self_attention import SIZES, TEXT, bert, outputs
-from torchq.modules.encoder_form import EncoderForm
+from torchq.modules.layer_form import LayerForm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -40,7 +40,7 @@ PICTURES = {
 
 
 def forms(model):
-    return [module for module in model.modules() if isinstance(module, EncoderForm)]
+    return [module for module in model.modules() if isinstance(module, LayerForm)]
 
 
 def layers(model):

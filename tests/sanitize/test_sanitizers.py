@@ -66,6 +66,7 @@ GROUPS = {
         "test_inverted.py",
         "test_layer_norm.py",
         "test_feedback.py",
+        "test_direct_sums.py",
         "test_quantize_weight.py",
     ],
     "fuzz": ["fuzz/test_corrupt_weights.py", "fuzz/test_ops_fuzz.py"],

@@ -72,6 +72,10 @@ class Found(NamedTuple):
         products = (name for projection, norms in rows for name in (projection, *norms))
         return *products, *(() if self.cache is None else (self.cache,)), *self.behind
 
+    def attributes_handed(self) -> tuple[str, ...]:
+        """The attributes of the module itself that the attention function is given beside."""
+        return tuple(path for _, path in self.handed if "." not in path)
+
     def children(self) -> tuple[str, ...]:
         """The children alone."""
         return tuple(each for each in self.called() if type(each) is str)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from torchq.modules.attention import NAME, SDPA, AttentionScheme, OwnAttention, asks_the_registry, register
-from torchq.modules.encoder_form import EncoderForm
+from torchq.modules.layer_form import LayerForm
 from torchq.modules.sdpa_calls import SdpaCalls, calls_sdpa, release
 from torchq.modules.self_attention import SelfAttention
 
@@ -47,6 +47,6 @@ def offer_attention(model: nn.Module, schemes: Mapping[str, str]) -> None:
     if configs:
         register()
         for module in reversed(list(model.modules())):  # when all within are what they become
-            EncoderForm.adopt(module)
+            LayerForm.adopt(module)
     for config in configs.values():
         config._attn_implementation_internal = NAME

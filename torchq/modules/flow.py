@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from torchq import _C
 from torchq.modules.others import apart, hands_on, unknown
 from torchq.modules.plain_code import forward_of, is_plain_value, runs_straight
 from torchq.modules.straight import Symbol, UnknownError, is_usual
@@ -51,9 +52,14 @@ class Facts:
             self._known = (*self._known, Fact(read, of, name, value))
             self._names.add((id(of), name))
 
+    def join(self, others: "Facts") -> None:
+        """All those of others."""
+        for fact in others._known:
+            self.add(*fact)
+
     def hold(self) -> bool:
         """Whether reading again gives the same."""
-        return all(read(of, name, MISSING) is value for read, of, name, value in self._known)
+        return _C.facts_hold(self._known, MISSING)
 
 
 MISSING = object()

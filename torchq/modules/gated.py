@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C
 from torchq.modules.folding import followers
 from torchq.modules.int8_sequential import settings_of
+from torchq.modules.parts import Part
 from torchq.modules.plain_code import forward_of
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.straight import Parent, UnknownError, is_harmless, is_usual
@@ -100,18 +101,38 @@ class Gated(Form):
         line, state = self.line, self.__dict__
         names = line.attributes()
         gate, act, up, down = map(state["_modules"].get, names)
-        known, settings, activation = state["_known"]
+        known, settings, _ = state["_known"]
         if act is not known or down is None or not state.keys().isdisjoint(names) or torch._C._get_tracing_state():
             return NotImplemented
         if not _C.is_plain(self, type(self)) or not _C.is_plain(up, QuantizedLinear):
             return NotImplemented
         if not _C.is_plain_row(gate, QuantizedLinear, (act,), (settings,)):
             return NotImplemented
+        return down(self.product(x))
+
+    def product(self, x: Tensor) -> Any:
+        """`act(gate(x)) * up(x)`, in a call in which these are as they are known."""
+        line, state = self.line, self.__dict__
+        gate, act, up, _ = map(state["_modules"].get, line.attributes())
+        _, settings, activation = state["_known"]
+        y = _C.call_gated(gate, up, QuantizedLinear, x, activation, (act,), (settings,))
+        if y is not NotImplemented:
+            return y
         factor = None if line.gate_first else up(x)
         y = _C.call_fused(gate, QuantizedLinear, x, None, activation, (act,), (settings,), None, None)
         if y is NotImplemented:
             y = act(gate(x))
-        return down(y * (up(x) if factor is None else factor))
+        return y * (up(x) if factor is None else factor)
+
+    def parts(self) -> tuple[Part, ...]:
+        """What it is made of. Nothing if it may not be computed in fewer calls."""
+        act, settings, _ = self.__dict__["_known"]
+        children: dict[str, Any] = {name: self._modules.get(name) for name in self.line.attributes()}
+        gate, known, up, down = children.values()
+        if known is not act or any(type(each) is not QuantizedLinear for each in (gate, up, down)):
+            return ()
+        leaves = (Part(each, type(each), {}, False, settings if each is act else {}) for each in children.values())
+        return Part(self, type(self), children, False, {}), *leaves
 
 
 # ---- The proof ------------------------------------------------------------------------------------------------------

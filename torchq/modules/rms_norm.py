@@ -105,10 +105,15 @@ class RMSNorm(Form):
         if len(args) == 1 and not kwargs and not is_dynamo_compiling() and not simulation.anywhere:
             line = self.line
             if line.facts.hold():
-                y = _C.call_rms_norm(self, type(self), (line.eps, line.default_eps, line.gain), args[0])
+                y = _C.call_rms_norm(self, type(self), self.numbers(), args[0])
                 if y is not NotImplemented:
                     return y
         return super().__call__(*args, **kwargs)
+
+    def numbers(self) -> tuple[str, float | None, float]:
+        """What C++ computes with besides the parameters (`call_rms_norm`)."""
+        line = self.line
+        return line.eps, line.default_eps, line.gain
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(..., len(weight)) -> the same shape and dtype."""

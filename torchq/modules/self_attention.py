@@ -105,7 +105,7 @@ class SelfAttention(Form):
         """Whether the attributes are what they must be: columns of a head, scale, and the number of the layer."""
         state, (size, scale, *index) = self.__dict__, self.line.numbers
         known = type(state.get(size)) is int and state[size] > 0 and type(state.get(scale)) is float
-        handed = (path for _, path in self.line.found.handed if "." not in path)
+        handed = self.line.found.attributes_handed()
         return known and all(type(state.get(each)) is int for each in index) and all(each in state for each in handed)
 
     def is_asked(self) -> bool:
@@ -114,28 +114,60 @@ class SelfAttention(Form):
         known = type(state.get("torchq_attention")) is AttentionScheme and _asks_for_torchq(state.get("config"))
         return known and self.line.registry().get(NAME) is attention_forward and self.line.turns()
 
+    def knows(self, cache: Any) -> bool:
+        """Whether what gets keys and values is transformers' own, and so is its part for this layer.
+
+        One of the user might change the model when it is called.
+        """
+        found = self.line.found.cache
+        layers = getattr(cache, "layers", None)
+        place = -1 if found is None else self.__dict__[found.place]
+        within = layers[place] if type(layers) is list and 0 <= place < len(layers) else None
+        for each in (cache,) if within is None else (cache, within):
+            if type(each).__module__ != _CACHES or "update" in vars(each):
+                return False
+        return True
+
     def parts(self) -> tuple[Part, ...]:
         """What it is made of: while that are as known it `may_attend`, if it `is_asked`. Nothing if it may not."""
         line, state = self.line, self.__dict__
         children: dict[str, Any] = {name: state["_modules"].get(name) for name in line.children}
-        if not self._has_numbers() or any(type(each) not in _KNOWN for each in children.values()):
+        if not self._has_numbers() or not all(map(_is_of_known_class, children.values())):
             return ()
-        settings = {**{name: state[name] for name in line.numbers}, "training": False}
+        names = (*line.numbers, *line.found.attributes_handed())
+        settings = {**{name: state[name] for name in names}, "training": False}
         leaves = (Part(each, type(each), {}, False, {}) for each in children.values())
         return Part(self, type(self), children, False, settings), *leaves
 
     def attend(self, call: Call) -> Tensor:
         """Of x (batch, rows, columns), in a call in which it `may_attend`."""
-        found, children = self.line.found, self.__dict__["_modules"]
-        products = [children[name](call.x) for name in found.projections]
-        y: Any = NotImplemented
-        if self.line.is_of_products:
-            y = self._of_products(products, call)
-        if y is NotImplemented:
-            y = self._of_heads(*self._heads(products, call), call).reshape(*call.x.shape[:-1], -1).contiguous()
-        for name in found.behind:
+        y, children = self.attended(call), self.__dict__["_modules"]
+        for name in self.line.found.behind:
             y = children[name](y)
-        return y  # type: ignore[no-any-return]
+        return y
+
+    def attended(self, call: Call) -> Tensor:
+        """The same before the children behind."""
+        children = self.__dict__["_modules"]
+        layers = tuple([children[name] for name in self.line.found.projections])
+        heads = self._turned_at_once(layers, call)
+        if heads is NotImplemented:
+            products = [layer(call.x) for layer in layers]
+            if self.line.is_of_products:
+                y = self._of_products(products, call)
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return]
+            heads = self._heads(products, call)
+        q, k, v = heads
+        k, v = self._cached(k, v, call)
+        return self._of_heads(q, k, v, call).reshape(*call.x.shape[:-1], -1).contiguous()
+
+    def _turned_at_once(self, layers: tuple[nn.Module, ...], call: Call) -> Any:
+        """What `_heads` makes of their products, where nothing but these, a turn, happens, in a plain eager call."""
+        found = self.line.found
+        if self.line.rotary is None or any(found.norms):
+            return NotImplemented
+        return _C.call_heads(layers, QuantizedLinear, call.x, self.__dict__[found.size], *call.angles)
 
     def _of_products(self, products: list[Tensor], call: Call) -> Any:
         """The attention of products (batch, rows, heads · columns) as they lie."""
@@ -148,7 +180,7 @@ class SelfAttention(Form):
         return attend_directly(scheme, q, k, v, heads=shape[-1] // size, scale=state[scale], **more)
 
     def _heads(self, products: list[Tensor], call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """q, and all keys and values (batch, heads, rows, columns): normalized, turned, and joined to those before."""
+        """q, k and v (batch, heads, rows, columns): normalized and turned."""
         found, state, rows = self.line.found, self.__dict__, call.x.shape[:-1]
         q, k, v = (each.view(*rows, -1, state[found.size]) for each in products)
         if any(found.norms):
@@ -157,11 +189,15 @@ class SelfAttention(Form):
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         else:
             q, k = self.line.rotary.of(q, k, *call.angles)
-        v = v.transpose(1, 2)
-        if found.cache is not None and call.cache is not None:
-            more = {"kwargs": call.others} if found.cache.hands_on else {}
-            k, v = call.cache.update(k, v, state[found.cache.place], **more)
-        return q, k, v
+        return q, k, v.transpose(1, 2)
+
+    def _cached(self, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """All keys and values: these are joined to those before."""
+        cache, state = self.line.found.cache, self.__dict__
+        if cache is None or call.cache is None:
+            return k, v
+        more = {"kwargs": call.others} if cache.hands_on else {}
+        return call.cache.update(k, v, state[cache.place], **more)  # type: ignore[no-any-return]
 
     def _normalized(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         children = self.__dict__["_modules"]
@@ -185,6 +221,9 @@ class SelfAttention(Form):
         return y  # type: ignore[no-any-return]
 
 
+_CACHES = "transformers.cache_utils"
+
+
 def _read(module: nn.Module, path: str) -> Any:
     """An attribute of a module, or of one; None for what is not there, as of a config."""
     value: Any = module
@@ -202,8 +241,11 @@ _KNOWN = (QuantizedLinear, nn.Linear, LayerNorm, nn.LayerNorm, *IDLE)
 
 def _is_known(child: Any) -> bool:
     """Whether a call of it gives the rows of its input, and runs nothing that could change the module meanwhile."""
-    kind = type(child)
-    return (kind in _KNOWN or issubclass(kind, RMSNorm)) and _C.is_plain(child, kind)
+    return _is_of_known_class(child) and _C.is_plain(child, type(child))
+
+
+def _is_of_known_class(child: Any) -> bool:
+    return type(child) in _KNOWN or isinstance(child, RMSNorm)
 
 
 def _asks_for_torchq(config: Any) -> bool:

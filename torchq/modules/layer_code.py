@@ -1,4 +1,4 @@
-"""What a layer of an encoder of transformers computes: calls of its parts one after the other, proven by its code.
+"""What a layer of transformers computes: calls of its parts one after the other, proven by its code.
 
     y, _ = self.attention(x, attention_mask=attention_mask, **kwargs)
     y = self.norm(y + x)
@@ -6,9 +6,11 @@
 
 The code runs once on stand-ins, as that of a block of convolutions does (`flow.py`), and so does the code of what it
 calls: a module in between comes to nothing but the parts that it calls. What was read on the way is compared in each
-call.
+call. The layer of a decoder hands its other arguments, such as a cache, to its attention, and looks at none of them.
 """
 
+import dis
+import functools
 import inspect
 import operator
 import sys
@@ -25,12 +27,14 @@ from torchq.modules.classes import know
 from torchq.modules.curve import Curve
 from torchq.modules.flow import MISSING, Facts, Run, StandIn, look_up, may_run, stood_for
 from torchq.modules.folding import IDLE
+from torchq.modules.gated import Gated
 from torchq.modules.int8_sequential import settings_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.others import ANY_NAME, Others, takes_others, unknown
 from torchq.modules.parts import Part
 from torchq.modules.plain_code import forward_of, is_plain_value
 from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.rms_norm import RMSNorm
 from torchq.modules.self_attention import SelfAttention
 from torchq.modules.straight import UnknownError
 from torchq.modules.straight_forms import Form, Residual, Row
@@ -38,7 +42,7 @@ from torchq.modules.wrappers import is_usual_layer, unwrapped
 from torchq.ops import Activation
 
 
-class EncoderCode(NamedTuple):
+class LayerCode(NamedTuple):
     """The forward of a class of layers.
 
     Args:
@@ -48,6 +52,7 @@ class EncoderCode(NamedTuple):
         required: those that a call must give.
         takes_more: whether it takes arguments by other names, which it hands on.
         methods: those that it gives to transformers' function for chunks.
+        defaults: what arguments are that a call does not give, where that is not None.
     """
 
     forward: types.FunctionType
@@ -56,13 +61,14 @@ class EncoderCode(NamedTuple):
     required: frozenset[str]
     takes_more: bool
     methods: tuple[str, ...]
+    defaults: tuple[tuple[str, bool], ...]
 
     def attributes(self) -> tuple[str, ...]:
         """The names that are known of the class; which others a run looks up depends on the module."""
         return self.methods
 
 
-def encoder_code_of(kind: type[nn.Module]) -> EncoderCode | None:
+def layer_code_of(kind: type[nn.Module]) -> LayerCode | None:
     """The code of a class, if running it on stand-ins is all that happens, and it has a mask for attention."""
     forward = forward_of(kind)
     if "transformers" not in sys.modules or not isinstance(forward, types.FunctionType) or not is_usual_layer(kind):
@@ -73,25 +79,45 @@ def encoder_code_of(kind: type[nn.Module]) -> EncoderCode | None:
     _, *parameters = inspect.signature(inner).parameters.values()
     named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     names = tuple(each.name for each in named)
-    if MASK not in names[1:] or any(each.default not in (None, each.empty) for each in named):
+    usual = (each.default in (None, each.empty) or type(each.default) is bool for each in named)
+    if MASK not in names[1:] or not all(usual):
         return None
+    defaults = tuple((each.name, each.default) for each in named if type(each.default) is bool)
     required = frozenset(each.name for each in named if each.default is each.empty)
     known: Any = kind  # for mypy, a class of torch has no hash
     chunked = chunked_code_of(known)
     methods = () if chunked is None else chunked.methods
-    return EncoderCode(forward, forward.__code__, names, required, takes_others(inner.__code__), methods)
+    return LayerCode(forward, forward.__code__, names, required, takes_others(inner.__code__), methods, defaults)
+
+
+class Handed(NamedTuple):
+    """What an attention is given beside its input.
+
+    Args:
+        names: pairs of a name and the argument of the layer that it is given under that.
+        more: whether it gets those by other names, too.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    more: bool
 
 
 class Step(NamedTuple):
     """One call.
 
     Args:
-        run: what is called: a part, or a sum; of a `SelfAttention` it is that, with the mask.
+        run: what is called: a part, or a sum; of a `SelfAttention` it is that.
         inputs: what it is called on, by index: 0 is the input, and each step gives the next one.
+        handed: what else an attention is given.
     """
 
     run: Callable[..., Any]
     inputs: tuple[int, ...]
+    handed: Handed | None = None
+
+    def is_like(self, other: "Step") -> bool:
+        """Whether it is the same call but for what is handed on."""
+        return self[:2] == other[:2]
 
 
 class Steps(NamedTuple):
@@ -102,6 +128,7 @@ class Steps(NamedTuple):
         output: the index of what it returns.
         pair: whether it returns that with None behind it, as attention does.
         attentions: those among the steps.
+        hands_on: whether its other arguments are only handed on, whatever they are; else all but the mask are None.
         parts: all modules whose code was read, and what they call.
         facts: what else their codes have read.
         refused: names that a call may not have: they are deprecated, or those of arguments within that the code gives.
@@ -111,22 +138,34 @@ class Steps(NamedTuple):
     output: int
     pair: bool
     attentions: tuple[SelfAttention, ...]
+    hands_on: bool
     parts: tuple[Part, ...]
     facts: Facts
     refused: frozenset[str]
 
 
-def steps_of(module: nn.Module, code: EncoderCode) -> Steps | None:
+def steps_of(module: nn.Module, code: LayerCode) -> Steps | None:
     """What a module with this code computes, if that is known, and it has an attention."""
-    without, found = (_steps(module, code, mask) for mask in (None, _Mask()))
-    if without is None or found is None or without[:3] != found[:3]:
+    found = _of_masks(module, code)
+    if found is None:
+        found = _steps(module, code, {name: _Given(name) for name in code.names[1:]}, hands_on=True)
+    return found if found is not None and found.attentions else None
+
+
+def _of_masks(module: nn.Module, code: LayerCode) -> Steps | None:
+    """With a mask and without, if that is the same, and nothing else."""
+    if code.defaults:
         return None
-    return found if found.attentions else None
+    masks = (None, _Given(MASK))
+    given = ({name: mask if name == MASK else None for name in code.names[1:]} for mask in masks)
+    without, found = (_steps(module, code, each, hands_on=False) for each in given)
+    if without is None or found is None or without[1:3] != found[1:3] or len(without.steps) != len(found.steps):
+        return None
+    return found if all(map(Step.is_like, without.steps, found.steps)) else None
 
 
-def _steps(module: nn.Module, code: EncoderCode, mask: Any) -> Steps | None:
-    tape = _Tape(mask)
-    given = {name: mask if name == MASK else None for name in code.names[1:]}
+def _steps(module: nn.Module, code: LayerCode, given: dict[str, Any], *, hands_on: bool) -> Steps | None:
+    tape = _Tape(hands_on=hands_on, mask=given[MASK])
     others = {ANY_NAME: Others.VALUE} if code.takes_more else {}
     try:
         y = tape.inside(module, (_Value(tape, 0),), given | others)
@@ -137,15 +176,18 @@ def _steps(module: nn.Module, code: EncoderCode, mask: Any) -> Steps | None:
     if type(output) is not _Value:
         return None
     attentions = tuple(step.run for step in tape.steps if isinstance(step.run, SelfAttention))
-    read = ((*tape.parts,), tape.facts, frozenset(tape.refused))
+    read = (hands_on, (*tape.parts,), tape.facts, frozenset(tape.refused))
     return Steps((*tape.steps,), index_of(output), pair, attentions, *read)
 
 
 # ---- Stand-ins ------------------------------------------------------------------------------------------------------
 
 
-class _Mask:
-    """A mask: something that is not None."""
+class _Given:
+    """An argument: something that is not None, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name_ = name
 
     __bool__ = __call__ = __getattr__ = __getitem__ = __iter__ = __len__ = __eq__ = __ne__ = unknown
     __add__ = __radd__ = __hash__ = unknown
@@ -171,20 +213,20 @@ def index_of(value: _Value) -> int:
 
 
 class _Tape:
-    """The steps so far, of a call with this mask."""
+    """The steps so far, of a call with this mask, or of one whose arguments are only handed on."""
 
-    def __init__(self, mask: Any) -> None:
-        self.mask = mask
+    def __init__(self, *, hands_on: bool, mask: Any) -> None:
+        self.hands_on, self.mask = hands_on, mask
         self.steps: list[Step] = []
         self.parts: list[Part] = []
         self.facts = Facts()
         self.refused: set[str] = set()
 
-    def then(self, run: Any, inputs: tuple[Any, ...]) -> _Value:
+    def then(self, run: Any, inputs: tuple[Any, ...], handed: Handed | None = None) -> _Value:
         """One more step."""
         if not all(type(each) is _Value for each in inputs):
             raise UnknownError
-        self.steps.append(Step(run, tuple(map(index_of, inputs))))
+        self.steps.append(Step(run, tuple(map(index_of, inputs)), handed))
         return _Value(self, len(self.steps))
 
     def called(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,6 +237,8 @@ class _Tape:
             return self._left(module, args, kwargs)
         if isinstance(module, (Residual, Row)):
             return self._fused(module, args, kwargs)
+        if isinstance(module, Gated):
+            return self._gated(module, args, kwargs)
         before = len(self.steps)
         y = self.inside(module, args, kwargs)
         if not module._forward_hooks:
@@ -214,20 +258,47 @@ class _Tape:
         straight = isinstance(module, Row) and not module._forward_hooks and len(args) == 1
         return self.then(module._run if straight else module, args)
 
-    def _attended(self, module: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
-        line = module.line
-        if kwargs.pop(ANY_NAME, None) is not None:
-            self.refused |= {*line.names[: len(args)], *kwargs, *line.refused, *(() if line.takes_more else unknown())}
-        call = module.read_call(args, kwargs)
+    def _gated(self, module: Gated, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
         parts = module.parts()
-        plain = line.is_of_products and call is not None and call.is_causal is None
-        if call is None or not plain or call.mask is not self.mask or not _are_none(call.others) or not parts:
+        if kwargs or not parts:
             raise UnknownError
         self.parts += parts
-        return self.then(module, (call.x,))
+        return self.then(module, args)
+
+    def _attended(self, module: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Value:
+        line, parts = module.line, module.parts()
+        more = kwargs.pop(ANY_NAME, None) is not None
+        if more:
+            self.refused |= {*line.names[: len(args)], *kwargs, *line.refused, *(() if line.takes_more else unknown())}
+        x, handed = self._handed(module, args, kwargs, more) if self.hands_on else self._masked(module, args, kwargs)
+        if not parts:
+            raise UnknownError
+        self.parts += parts
+        return self.then(module, (x,), handed)
+
+    def _masked(self, module: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Handed]:
+        call = module.read_call(args, kwargs)
+        plain = module.line.is_of_products and call is not None and call.is_causal is None
+        if call is None or not plain or call.mask is not self.mask or not _are_none(call.others):
+            raise UnknownError
+        return call.x, Handed(((MASK, MASK),), more=False)
+
+    def _handed(
+        self, module: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any], more: bool
+    ) -> tuple[Any, Handed]:
+        names = module.line.names
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if len(names) < len(args) or len(given) < len(args) + len(kwargs) or not given.keys() >= module.line.required:
+            raise UnknownError
+        x = given.pop(names[0])
+        if not all(type(each) is _Given for each in given.values()):
+            raise UnknownError
+        return x, Handed(tuple((name, each.name_) for name, each in given.items()), more)
 
     def _left(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = type(module) in _LEAVES
+        known = type(module) in _LEAVES or isinstance(module, RMSNorm)
+        if isinstance(module, RMSNorm):
+            self.facts.join(module.line.facts)
         self.parts.append(Part(module, type(module), {}, False, {} if known else settings_of(module)))
         if kwargs or len(args) != 1 or type(args[0]) is not _Value:
             raise UnknownError
@@ -253,12 +324,18 @@ def _are_none(others: dict[str, Any]) -> bool:
     return all(each is None for each in others.values())
 
 
+@functools.lru_cache(maxsize=1024)
+def _asks_for_none(code: types.CodeType) -> bool:
+    return any(step.opname == "IS_OP" or step.opname.endswith("NONE") for step in dis.get_instructions(code))
+
+
 _LEAVES = (QuantizedLinear, nn.Linear, LayerNorm, nn.LayerNorm, Curve, *IDLE)
 
 
 def is_leaf(module: Any) -> bool:
     """Whether a call of a module is one step, and runs nothing of the user's."""
-    return type(module) in _LEAVES or (isinstance(module, nn.Module) and activation_of(module) != Activation.NONE)
+    known = type(module) in _LEAVES or isinstance(module, RMSNorm)
+    return known or (isinstance(module, nn.Module) and activation_of(module) != Activation.NONE)
 
 
 class _Run(Run):
@@ -281,6 +358,12 @@ class _Run(Run):
         if is_plain_value(found):
             return found
         return StandIn(unknown, self.method(found), found) if isinstance(found, types.FunctionType) else unknown()
+
+    def apart(self, function: types.FunctionType) -> Callable[..., Any]:
+        """Where arguments are stood for whatever they are, no code may ask whether one is None."""
+        if self._tape.hands_on and _asks_for_none(function.__code__):
+            raise UnknownError
+        return super().apart(function)
 
     def called(self, name: str, child: nn.Module) -> Callable[..., Any]:
         """What stands for the call of a child."""

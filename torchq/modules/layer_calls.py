@@ -1,0 +1,108 @@
+"""The steps of a layer of transformers (`layer_code.py`) in fewer calls: products with what lies around them.
+
+    y = norm(layer(x) + residual)        of a decoder, which goes on with the sum, too
+    down(act(gate(x)) * up(x)) + residual
+
+Each call is one of C++ where nobody could see a difference, else the calls of the children as they are.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from torchq import _C
+from torchq.modules import simulation
+from torchq.modules.gated import Gated
+from torchq.modules.layer_code import Handed, Step, Steps
+from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.rms_norm import RMSNorm
+from torchq.modules.self_attention import SelfAttention
+
+
+class Sums(NamedTuple):
+    """`layer(x) + residual`, and behind it what a norm makes of that, if there is one: both are values.
+
+    The layer may be on the right of the sum, which has the strides of its left side if they differ.
+    """
+
+    layer: QuantizedLinear
+    norm: RMSNorm | None
+    on_the_right: bool
+
+    def of(self, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        """The values."""
+        norm = self.norm
+        kind, numbers = (None, None) if norm is None else (type(norm), norm.numbers())
+        if norm is None or not simulation.anywhere:
+            found = _C.call_sums(self.layer, QuantizedLinear, norm, kind, numbers, x, residual)
+            if found is not NotImplemented:
+                return found
+        total = residual + self.layer(x) if self.on_the_right else self.layer(x) + residual
+        return (total,) if norm is None else (total, norm(total))
+
+
+class Called(NamedTuple):
+    """One call of a layer.
+
+    Args:
+        run: what is called. That of an attention gets a `Call`.
+        inputs: the values that it is called on, by index.
+        handed: what else an attention is given.
+        gives_all: whether it gives a tuple of values instead of one.
+    """
+
+    run: Callable[..., Any]
+    inputs: tuple[int, ...]
+    handed: Handed | None
+    gives_all: bool
+
+
+def calls_of(found: Steps) -> tuple[Called, ...]:
+    """The calls that give the values of a layer's steps, by the same indices; but for those that only a sum reads."""
+    uses = Counter(index for step in found.steps for index in step.inputs) + Counter([found.output])
+    calls: list[Called] = []
+    steps = list(found.steps)
+    while steps:
+        step, at = steps.pop(0), len(found.steps) - len(steps)
+        before, last = _halves(step.run)
+        if last is None or not steps or uses[at] != 1 or not _is_sum_with(steps[0], at):
+            calls.append(Called(_whole(step.run), step.inputs, step.handed, gives_all=False))
+            continue
+        one, other = steps.pop(0).inputs
+        residual, on_the_right = (one, True) if other == at else (other, False)
+        norm = _norm_of(steps, at + 1)
+        calls.append(Called(before, step.inputs, step.handed, gives_all=False))
+        calls.append(Called(Sums(last, norm, on_the_right).of, (at, residual), None, gives_all=True))
+        del steps[: 0 if norm is None else 1]
+    return tuple(calls)
+
+
+def _whole(run: Any) -> Callable[..., Any]:
+    """What a step calls; the method of an attention is looked up when it is called."""
+    return (lambda call: run.attend(call)) if isinstance(run, SelfAttention) else run
+
+
+def _halves(run: Any) -> tuple[Callable[..., Any], QuantizedLinear | None]:
+    """What a step computes before its last layer, and this, if it is an int8 one."""
+    if isinstance(run, SelfAttention):
+        names = run.line.found.behind
+        last = run._modules.get(names[0]) if len(names) == 1 else None
+        return lambda call: run.attended(call), last if type(last) is QuantizedLinear else None
+    if isinstance(run, Gated):
+        last = run._modules.get(run.line.down)
+        return lambda x: run.product(x), last if type(last) is QuantizedLinear else None
+    return run, None
+
+
+def _is_sum_with(step: Step, index: int) -> bool:
+    """Whether it adds this value to another one."""
+    return step.run is operator.add and step.inputs.count(index) == 1
+
+
+def _norm_of(steps: Sequence[Step], index: int) -> RMSNorm | None:
+    """The RMSNorm that the next step is, if it is that of this value."""
+    norm: Any = steps[0].run if steps and steps[0].inputs == (index,) else None
+    return norm if isinstance(norm, RMSNorm) else None
