@@ -74,6 +74,12 @@ def test_what_is_not_finite_is_refused(bad, per_channel, dtype):
     assert scale.isfinite().tolist() == [True] * 599 + [False]
 
 
+@pytest.mark.parametrize("channel_scale", [None, torch.ones(4)])
+def test_integers_are_refused(channel_scale):
+    with pytest.raises(TypeError, match=r"weight must be floating point, got torch.int8. Pass weight.float\(\)."):
+        quantize_weight(torch.ones(4, 4, dtype=torch.int8), per_channel=True, channel_scale=channel_scale)
+
+
 def test_strides_make_no_difference():
     weight, scale = normal(90, 80), (normal(160).abs() + 0.1)[::2]
     for view in (weight[::7], weight[:, 3:50], weight.T, weight[:, ::2], weight[:1].expand(5, 80)):

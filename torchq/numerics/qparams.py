@@ -79,7 +79,7 @@ def choose_qparams(
     >>> choose_qparams(torch.tensor([-1.0, 1.55]), dtype=torch.uint8, symmetric=False)
     (tensor(0.0100), tensor(100, dtype=torch.int32))
     """
-    _check_float(x)
+    check_float(x)
     lo, hi = _extremes(x.detach(), axis)
     if not torch.compiler.is_compiling() and not (lo.isfinite() & hi.isfinite()).all():
         bad = x.numel() - int(x.float().isfinite().sum())
@@ -113,8 +113,8 @@ def qparams_from_range(lo: Tensor, hi: Tensor, *, dtype: torch.dtype, symmetric:
     >>> qparams_from_range(lo, hi, dtype=torch.int8, symmetric=False)
     (tensor([1.0000, 0.0039]), tensor([-128,  127], dtype=torch.int32))
     """
-    _check_float(lo, "lo")
-    _check_float(hi, "hi")
+    check_float(lo, "lo")
+    check_float(hi, "hi")
     return _from_range(lo, hi, dtype, symmetric)
 
 
@@ -151,7 +151,7 @@ def quantize(
     >>> quantize(torch.tensor([-1.0, 0.0, 0.75, 99.0]), scale=0.5)
     tensor([ -2,   0,   2, 127], dtype=torch.int8)
     """
-    _check_float(x)
+    check_float(x)
     qmin, qmax = _code_range(dtype)
     scale, zero_point = _broadcastable(x, scale, zero_point, axis, dtype)
     lowest, highest = (qmin - zero_point).float(), (qmax - zero_point).float()
@@ -303,7 +303,8 @@ def _normal_axis(x: Tensor, axis: int) -> int:
     return axis % x.dim()
 
 
-def _check_float(x: Tensor, name: str = "x") -> None:
+def check_float(x: Tensor, name: str = "x") -> None:
+    """Raises BadTypeError for integers."""
     if not x.is_floating_point():
         raise BadTypeError(f"{name} must be floating point, got {x.dtype}. Pass {name}.float().")
 

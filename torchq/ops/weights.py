@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchq.numerics.qparams import choose_qparams
+from torchq.numerics.qparams import check_float, choose_qparams
 
 _quantize_weight = torch.ops.torchq.quantize_weight.default
 _BLOCK_VALUES = 1 << 18  # 1 MiB of float32
@@ -27,12 +27,14 @@ def quantize_weight(weight: Tensor, *, per_channel: bool, channel_scale: Tensor 
         int8 (N, K) and float32 (N,).
 
     Raises:
+        TypeError: the weight is not floating point.
         ValueError: the weight, or its quotient, has NaN or infinity.
 
     >>> quantize_weight(torch.tensor([[127.0, 0.4], [1.27, 0.01]]), per_channel=True)
     (tensor([[127,   0],
             [127,   1]], dtype=torch.int8), tensor([1.0000, 0.0100]))
     """
+    check_float(weight, "weight")
     weight = weight.detach()
     if channel_scale is not None and channel_scale.dim() == 2:
         codes, scale = quantize_rows(weight.float() / channel_scale, None, per_channel=per_channel)

@@ -117,7 +117,7 @@ class Reach:
         read, used = self._read.setdefault(kind, set()), self._used.setdefault(kind, set())
         while waiting:
             function = waiting.pop()
-            function = getattr(function, "__func__", function)
+            function = _function_in(function)
             if not isinstance(function, types.FunctionType):
                 self._all = True
                 self._unknown.add(kind)
@@ -139,10 +139,18 @@ def _functions(kind: Any, names: Collection[str]) -> Iterator[types.FunctionType
         if each in nn.Module.__mro__ or _is_library(each.__module__):
             continue
         for name in vars(each).keys() & names:
-            value = vars(each)[name]
-            value = getattr(value, "fget", getattr(value, "__func__", value))  # of a property, of a method of the class
+            value = _function_in(vars(each)[name])
             if isinstance(value, types.FunctionType):
                 yield value
+
+
+def _function_in(value: Any) -> Any:
+    """That of a property or a method; what else a class may hold is asked nothing."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, functools.cached_property):
+        return value.func
+    return value.__func__ if isinstance(value, classmethod | staticmethod | types.MethodType) else value
 
 
 def _is_library(module: str | None) -> bool:
