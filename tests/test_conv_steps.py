@@ -188,7 +188,7 @@ def test_it_forgets_sizes(calls, monkeypatch):
             for width in range(5, 12):
                 x = normal(1, 32, 8, width, seed=width)
                 assert_identical(qmodel(x), code(x))
-    assert len(qmodel.__dict__["_known"].steps) <= 3
+    assert len(qmodel._learned().steps) <= 3
 
 
 AFTERWARDS = {

@@ -44,7 +44,7 @@ def test_a_layer_is_copied_alone(model):
     layer, x = layers(model)[0], normal(2, 5, 64)
     y = layer(x)
     copied = copy.deepcopy(layer)
-    assert all(part.module in list(copied.modules()) for part in (copied(x), copied._known.steps.parts)[1])
+    assert all(part.module in list(copied.modules()) for part in (copied(x), copied._learned().steps.parts)[1])
     assert_identical(copied(x), y)
 
 

@@ -123,7 +123,7 @@ class ConvBlock(Learned):
             y = cast(nn.Module, then)(self._handed_on(links, entered) if links else entered.given)
             plain = isinstance(y, Tensor) and y.dtype == torch.float32 and y.numel() > 0
             if not plain or (after.links and not _may_take(after.links[0].conv, y)):
-                self.__dict__["_known"] = None  # the code of the user runs from now on, and calls all modules once
+                self._unlearn()  # the code of the user runs from now on, and calls all modules once
                 return NotImplemented
             entered = _entered(y)
             if not is_eager(entered.values):
@@ -198,7 +198,7 @@ class ConvBlock(Learned):
         That is one call, with the steps that the same kind of input took before, while the convolutions are as they
         were.
         """
-        known = self.__dict__["_known"].steps
+        known = self._learned().steps
         key = (links[0].conv, len(links), h.shape, h.dtype, around, reads)
         if key in known:
             y = _C.call_convolutions(writes.own_modes(), h, known[key], residual, last)

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 class Learned(Form):
     """A form that is read when it is called first: what it was found to compute names classes that no pickle has."""
 
-    _known: Any  # None: its children are no longer what they were
+    _known: Any  # the module and what it computes: None if its children are no longer what they were
 
     def _read_again(self) -> Any:
         """What it computes now; None if that is not known."""
@@ -38,9 +38,15 @@ class Learned(Form):
     def _learned(self) -> Any:
         """What it was found to compute; None if that is not known."""
         state = self.__dict__
-        if "_known" not in state:
-            state["_known"] = self._read_again()
-        return state["_known"]
+        of, known = state.get("_known", (None, None))
+        if of is not self:  # not read yet, or this is a copy by its __dict__, with parts of its own
+            known = self._read_again()
+            state["_known"] = self, known
+        return known
+
+    def _unlearn(self) -> None:
+        """What it computes is not known, and won't be."""
+        self.__dict__["_known"] = self, None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Without what it was found to compute."""
