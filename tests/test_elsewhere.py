@@ -44,6 +44,13 @@ def test_it_is_what_another_device_runs(generator):
         torch.ops.torchq.linear_dynamic.default.redispatch(CUDA, normal(2, 7), packed)
 
 
+def test_a_sparse_weight_is_refused():
+    with pytest.raises(
+        RuntimeError, match=re.escape("torchq::pack: int8 runs on the CPU, with dense tensors; got some on")
+    ):
+        ops.pack(torch.ones(3, 4, dtype=torch.int8).to_sparse(), torch.ones(3))
+
+
 def test_sparse_input_is_refused():
     weight = torch.ones(3, 4, dtype=torch.int8)
     with pytest.raises(RuntimeError, match=re.escape("got some on cpu (torch.sparse_coo) and on cpu. Move")):

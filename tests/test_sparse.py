@@ -100,3 +100,23 @@ def test_wrong_parts_of_a_sparse_buffer_are_refused(monkeypatch, tmp_path):
     torchq.save(qmodel, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is damaged: edges is no sparse tensor"):
         torchq.load(tmp_path / "model.safetensors", Graph(SPARSE["rows"]()))
+
+
+@pytest.mark.parametrize("key", ["norm.bias", "table"])
+def test_sparse_tensors_for_dense_ones_are_refused(key, monkeypatch, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+            self.register_buffer("table", torch.ones(4, 4))
+
+    named = files._named_once
+
+    def with_a_sparse_one(model):
+        found, shared = named(model)
+        return {**found, key: found[key].detach().to_sparse()}, shared
+
+    monkeypatch.setattr(files, "_named_once", with_a_sparse_one)
+    torchq.save(convert(Model().eval()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{key}: torch.sparse_coo in the file, torch.strided in the model"):
+        torchq.load(tmp_path / "model.safetensors", Model().eval())

@@ -300,7 +300,8 @@ def _fill(path: str, loaded: nn.Module, tensors: dict[str, Tensor], about: Mappi
     """Gives a skeleton its tensors, after all of them were checked."""
     lost = {key: tensors.pop(key, None) for key in about["buffers"]}
     _make_sparse(loaded, lost, tensors)
-    problems = [*_other_dtypes(loaded, tensors, about["dtypes"]), *_other_buffers(loaded, lost)]
+    problems = [*_other_dtypes(loaded, tensors, about["dtypes"]), *_other_layouts(loaded, tensors)]
+    problems += _other_buffers(loaded, lost)
     if problems:
         raise BadValueError(_does_not_fit(path, loaded, problems))
     own = inspect.signature(type(loaded).load_state_dict).parameters
@@ -351,6 +352,16 @@ def _other_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mappi
         f"{key}: {has} in the file, {wants} in the model. Build the float model in the saved dtype, by model.to(dtype)."
         for key, (wants, has) in own.items()
         if wants != has
+    ]
+
+
+def _other_layouts(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is sparse in the file and not in the model, or the other way round, or sparse in another way."""
+    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [
+        f"{key}: {tensors[key].layout} in the file, {tensor.layout} in the model."
+        for key, tensor in own
+        if key in tensors and tensors[key].layout != tensor.layout
     ]
 
 

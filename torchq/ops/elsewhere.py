@@ -47,8 +47,12 @@ def _place(value: Tensor) -> str:
 
 def _on_the_cpu(op: Any) -> Callable[..., Any]:
     """A kernel that computes on the CPU, and gives the result where the first tensor is."""
+    refuse = _refusal(op.name().rpartition("::")[2])
 
     def compute(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = (value for value in tree_iter((first, args, kwargs)) if isinstance(value, Tensor))
+        if any(value.layout != torch.strided for value in given):
+            return refuse(first, *args, **kwargs)
         args, kwargs = tree_map_only(Tensor, lambda value: value.cpu(), (args, kwargs))
         return tree_map_only(Tensor, lambda value: value.to(first.device), op(first.cpu(), *args, **kwargs))
 
