@@ -35,7 +35,9 @@ class WeightReads:
         with ExitStack() as stack:
             for path, module in self._modules.items():
                 stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._enters, path))))
-                stack.enter_context(module.register_forward_hook(own_thread(self._leaves), always_call=True))
+                stack.enter_context(
+                    module.register_forward_hook(own_thread(partial(self._leaves, path)), always_call=True)
+                )
             yield bool(self._layers)
 
     def sees(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> Callable[[Any], None] | None:
@@ -51,5 +53,6 @@ class WeightReads:
     def _enters(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._running.append(path)
 
-    def _leaves(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        self._running.pop()
+    def _leaves(self, path: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        if self._running[-1:] == [path]:  # not where a hook before ours failed: then it did not enter
+            self._running.pop()
