@@ -146,6 +146,38 @@ def test_a_cache_with_a_method_of_its_own(model, count):
     assert count == [0]
 
 
+def test_a_cache_that_makes_layers_of_the_user(model, count):
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    x, more = inputs(model)
+    results = []
+    for layer in pair(model):
+
+        class Changing(cache_utils.DynamicLayer):
+            def update(self, k, v, *args, changed=layer, **more):
+                changed.post_attention_layernorm = nn.Identity()
+                return super().update(k, v, *args, **more)
+
+        cache = cache_utils.DynamicCache()  # which has no layers yet
+        cache.layer_class_to_replicate = Changing
+        with torch.inference_mode():
+            results.append(layer(x, **more, cache=cache))
+    assert_identical(*results)
+    assert count == [0]
+
+
+def test_a_copy_by_its_dict_has_parts_of_its_own(model, count):
+    x, more = inputs(model)
+    results = []
+    for layer in pair(model):
+        with torch.inference_mode():
+            layer(x, **more)
+            copied = layer._replicate_for_data_parallel()
+            copied._modules = {**layer._modules, "mlp": nn.Identity()}
+            results.append(copied(x, **more))
+    assert_identical(*results)
+    assert count == [2]
+
+
 @pytest.mark.parametrize(
     ("more", "taken"),
     [

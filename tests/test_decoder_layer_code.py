@@ -83,7 +83,17 @@ class Swapping(modeling.LlamaDecoderLayer):
         return hidden_states + y
 
 
-@pytest.mark.parametrize("kind", [Asking, Using, Swapping])
+class Positional(modeling.LlamaDecoderLayer):
+    """What stands second is no mask."""
+
+    def forward(
+        self, hidden_states, /, spare=None, attention_mask=None, cache=None, position_embeddings=None, **kwargs
+    ):
+        y, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+        return hidden_states + y
+
+
+@pytest.mark.parametrize("kind", [Asking, Using, Swapping, Positional])
 def test_other_code_runs_as_it_is(kind):
     model = decoder()
     model.model.layers[1] = kind(model.config, 1).eval()
@@ -93,3 +103,19 @@ def test_other_code_runs_as_it_is(kind):
     ours, theirs = (decoded(each, tokens(2, 5), dynamic(each)) for each in (model, by_code(model)))
     for one, other in zip(ours, theirs, strict=True):
         assert_identical(one, other)
+
+
+class Optional(modeling.LlamaDecoderLayer):
+    """Its input may be left out, as far as its signature says."""
+
+    def forward(self, hidden_states=None, attention_mask=None, cache=None, position_embeddings=None, **kwargs):
+        y, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+        return hidden_states + y
+
+
+def test_without_an_input_the_code_says_what_is_wrong():
+    model = decoder()
+    model.model.layers[1] = Optional(model.config, 1).eval()
+    layer = forms(torchq.convert(model, [{"input_ids": tokens(4, 24)}], progress=False))[1]
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+        layer(position_embeddings=None)

@@ -77,7 +77,9 @@ def layer_code_of(kind: type[nn.Module]) -> LayerCode | None:
     if not may_run(inner):
         return None
     _, *parameters = inspect.signature(inner).parameters.values()
-    named = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
+    if any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in named):
+        return None
     names = tuple(each.name for each in named)
     usual = (each.default in (None, each.empty) or type(each.default) is bool for each in named)
     if MASK not in names[1:] or not all(usual):

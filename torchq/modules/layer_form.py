@@ -86,7 +86,7 @@ class LayerForm(Learned, Chunked):
             return None
         if not given.keys() >= line.required:
             return None
-        x = given.pop(line.names[0])
+        x = given.pop(line.names[0], None)
         if type(x) is not Tensor or x.dim() != 3:
             return None
         others = {name: given.pop(name) for name in [*given] if name not in line.names}

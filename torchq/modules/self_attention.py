@@ -123,6 +123,10 @@ class SelfAttention(Form):
         layers = getattr(cache, "layers", None)
         place = -1 if found is None else self.__dict__[found.place]
         within = layers[place] if type(layers) is list and 0 <= place < len(layers) else None
+        if within is None:  # it is made when it is used first, of this class
+            made_of = getattr(cache, "layer_class_to_replicate", None)
+            if made_of is not None and getattr(made_of, "__module__", None) != _CACHES:
+                return False
         for each in (cache,) if within is None else (cache, within):
             if type(each).__module__ != _CACHES or "update" in vars(each):
                 return False
