@@ -9,6 +9,7 @@ from torch import nn
 
 import torchq
 from helpers.compare import assert_identical
+from helpers.decoder_layers import dynamic, static
 from helpers.decoders import FAMILIES, counted, decoded, decoder, int8
 from helpers.numbers import normal
 from helpers.self_attention import assert_same, by_code, forms, tokens
@@ -25,14 +26,6 @@ def llama():
 @pytest.fixture
 def model(llama):
     return copy.deepcopy(llama)
-
-
-def dynamic(model):
-    return transformers.DynamicCache(config=model.config)
-
-
-def static(model):
-    return transformers.StaticCache(config=model.config, max_cache_len=40)
 
 
 def assert_decodes_alike(model, x, make=dynamic):
