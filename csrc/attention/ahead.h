@@ -17,40 +17,55 @@ class Ahead {
  public:
   enum Stage : int64_t { keys, weights, values };
 
-  Ahead(const Job& job, const Block& block) : p_(*job.problem), block_(block) {
-    const int64_t head = block.batch * p_.heads + block.head + 1, group = p_.heads / p_.kv_heads;
-    batch_ = head / p_.heads, head_ = head % p_.heads;
-    const bool shares = head_ % group != 0;  // k and v
-    key_ = shares ? 0 : piece(p_.keys, block.begin, p_.rows);
-    end_ = shares ? 0 : piece(p_.keys, block.end, p_.rows);
-    keys_of_row_ = ceil_div(end_ - key_, block.rows());
-    if (job.value_product == &values_in_place) row_ = block.rows();  // its loops see to that
+  Ahead(const Job& job, const Block& block) : left_(block.rows()) {
+    const Problem& p = *job.problem;
+    if (job.value_product == &values_in_place) left_ = 0;  // its loops see to that
+    const bool last = block.head + 1 == p.heads;
+    const int64_t batch = block.batch + last, head = last ? 0 : block.head + 1, group = p.heads / p.kv_heads;
+    const bool shares = head % group != 0;  // k and v
+    const int64_t key = piece(p.keys, block.begin, p.rows), end = shares ? key : piece(p.keys, block.end, p.rows);
+    q_ = rows_of({p.q, batch, head, block.begin}, p.depth);
+    k_ = rows_of({p.k, batch, head / group, key}, p.depth);
+    v_ = rows_of({p.v, batch, head / group, key}, p.columns);
+    y_ = {output_row(p, block, block.begin), p.y_row, p.columns * element_bytes(p.y_dtype)};
+    keys_left_ = end - key, keys_of_row_ = ceil_div(keys_left_, block.rows());
   }
 
   // Without keys there may be no step.
   void begin(Stage stage, int64_t steps) {
-    rows_of_step_ = ceil_div(block_.rows() - row_, std::max<int64_t>(steps, 1) * (values + 1 - stage));
+    rows_of_step_ = ceil_div(left_, std::max<int64_t>(steps, 1) * (values + 1 - stage));
   }
-  void step() {
-    for (const int64_t stop = std::min(row_ + rows_of_step_, block_.rows()); row_ < stop; ++row_) ask_for_row();
+  TORCHQ_INLINE void step() {
+    const int64_t rows = std::min(rows_of_step_, left_), keys = std::min(rows * keys_of_row_, keys_left_);
+    left_ -= rows, keys_left_ -= keys;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < y_.bytes; i += 64) __builtin_prefetch(y_.at + i, 1);
+      y_.at += y_.stride;
+    }
+    ask_for(q_, rows), ask_for(k_, keys), ask_for(v_, keys);
   }
 
  private:
-  void ask_for_row() {
-    prefetch_row({p_.q, batch_, head_, block_.begin + row_}, p_.depth);
-    const int64_t bytes = p_.columns * element_bytes(p_.y_dtype), kv_head = head_ / (p_.heads / p_.kv_heads);
-    const uint8_t* y = output_row(p_, block_, block_.begin + row_);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1);
-    for (const int64_t stop = std::min(key_ + keys_of_row_, end_); key_ < stop; ++key_) {
-      prefetch_row({p_.k, batch_, kv_head, key_}, p_.depth);
-      prefetch_row({p_.v, batch_, kv_head, key_}, p_.columns);
-    }
+  // The next row to ask for, and how far apart rows lie.
+  struct Rows {
+    const uint8_t* at;
+    int64_t stride, bytes;  // of a row: 0 if its elements are not adjacent
+  };
+
+  static Rows rows_of(const Row& first, int64_t n) {
+    const View& view = first.view;
+    const int64_t bytes = element_bytes(view.dtype);
+    return {view.at(first.batch, first.head, first.row), view.row, view.column == bytes ? n * bytes : 0};
   }
 
-  const Problem& p_;
-  const Block& block_;
-  int64_t batch_, head_, key_, end_, keys_of_row_;
-  int64_t row_ = 0, rows_of_step_ = 0;
+  // Into L2, as prefetch_row() says.
+  TORCHQ_INLINE static void ask_for(Rows& rows, int64_t count) {
+    for (int64_t r = 0; r < count; ++r, rows.at += rows.stride)
+      for (int64_t i = 0; i < rows.bytes; i += 64) __builtin_prefetch(rows.at + i, 0, 2);
+  }
+
+  Rows q_, k_, v_, y_;
+  int64_t left_, rows_of_step_ = 0, keys_left_, keys_of_row_;  // rows of q and y; keys
 };
 
 }  // namespace attention

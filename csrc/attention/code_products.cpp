@@ -63,7 +63,9 @@ void to_code_rows(const Job& job, const Input& input, int64_t m, int64_t depth, 
 void multiply(const Job& job, const CodeMatrix& a, int64_t m, int64_t depth, const CodePanels& b, int64_t first,
               int64_t panels, const Output& y, int32_t* sums, Ahead& ahead, Ahead::Stage stage) {
   const torchq::Kernel& gemm = *job.gemm;
-  const TileShape& tile = gemm.tiling.tile;
+  const Tiling& tiling = gemm.tiling;
+  const bool narrow = tiling.tall.m && m > tiling.tile.m && panels * kPanel <= tiling.tall.n;
+  const TileShape& tile = narrow ? tiling.tall : tiling.tile;
   torchq::Block block{};
   block.layout = gemm.layout;
   block.k_groups = ceil_div(depth, layout_depth(gemm.layout));
@@ -73,12 +75,12 @@ void multiply(const Job& job, const CodeMatrix& a, int64_t m, int64_t depth, con
   block.out_dtype = y.dtype;
   block.sums = sums;
   const int64_t unit = gemm.codes.interleaved_rows, units = ceil_div(m, unit);
-  const bool whole = gemm.tiling.own_loops;
+  const bool whole = tiling.own_loops;
   const int64_t tiles = whole ? 1 : ceil_div(m, tile.m), group = whole ? panels : tile.n / kPanel;
   ahead.begin(stage, ceil_div(panels, group) * tiles);
   for (int64_t panel = 0; panel < panels; panel += group)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = piece(units, t, tiles) * unit, end = std::min(piece(units, t + 1, tiles) * unit, m);
+    for (int64_t t = 0, row = 0, end; t < tiles; ++t, row = end) {
+      end = std::min(piece(units, t + 1, tiles) * unit, m);
       block.m = static_cast<int>(end - row);
       block.panels = static_cast<int>(std::min(group, panels - panel));
       block.codes = a.rows.codes + row * a.stride;

@@ -40,7 +40,7 @@ struct Ranges {
 // How the rows of a head are cut into blocks, which pass over the keys together: whole tiles of up to so many rows.
 struct Blocking {
   int64_t tile_rows = 6;  // 1 where products divide any number of rows evenly by themselves
-  int64_t least_tiles = 1, most_tiles = 8;
+  int64_t least_tiles = 1, most_tiles = 11;
   int64_t most_tiles_of_band = 2;  // where rows see different keys: fewer rows, fewer keys that only some see
 };
 

@@ -207,6 +207,7 @@ struct Tiling {
   TileShape tile = {0, 0, 0};
   // A shape of more rows and fewer columns, or m = 0 for none. It is used for problems of more than tile.m rows and at
   // most tall.m, because one tile of all rows reads each weight once, where two tiles would read it twice.
+  // Attention uses it wherever a product has no more columns, whatever its rows: the fewer tiles, the fewer epilogues.
   TileShape tall = {0, 0, 0};
   // How rows are divided. False: into tiles of nearly equal heights (10 rows with tile.m = 6 are 5 + 5). True: into as
   // many full tiles as there are, and one tile for the rest (6 + 4).
