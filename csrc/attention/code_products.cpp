@@ -128,18 +128,14 @@ void find_scales(const Job& job, int64_t batch, int64_t head, const Scratch& s) 
 
 void pack_key_codes(const Job& job, int64_t batch, int64_t head, const Scratch& s) {
   const Problem& p = *job.problem;
-  const int64_t n = round_up(p.depth, kPanel), stride = round_up(p.depth, 64);
+  const int64_t n = round_up(p.depth, kPanel);
   find_mean(job, batch, head, s);
-  std::memset(s.key_codes, 0, kPanel * stride);
   for (int64_t key = 0; key < p.keys; key += kPanel) {
     const FloatRows rows = load_rows(job, {p.k, batch, head, key}, std::min(kPanel, p.keys - key), p.depth, s);
     const int64_t panel = key / kPanel;
     PanelMeta& meta = meta_of(s.code_keys, panel);
-    job.kernel->quantize_keys(rows.x, rows.stride, s.middle, n, s.key_codes, stride, meta.scale, meta.colsum);
+    job.kernel->quantize_keys(rows.x, rows.stride, s.middle, n, groups_of(s.code_keys, panel), meta.scale, meta.colsum);
     std::fill_n(meta.bias, kPanel, 0.0f);
-    // Four codes move as one float. No arithmetic touches it.
-    job.kernel->transpose(reinterpret_cast<const float*>(s.key_codes), stride / 4, stride / 4,
-                          reinterpret_cast<float*>(groups_of(s.code_keys, panel)));
     arrange(job, s.code_keys, panel, p.depth);
   }
 }
@@ -154,9 +150,8 @@ void pack_value_codes(const Job& job, int64_t batch, int64_t head, const Scratch
     const FloatRows rows = load_rows(job, {p.v, batch, head, key}, count, p.columns, s);
     for (int64_t r = count; r < kPanel; ++r)  // s.rows then: keys that do not exist get code 0
       std::memcpy(s.rows + r * rows.stride, s.middle, n * sizeof(float));
-    for (int64_t r = 0; r < kPanel; r += 4)
-      job.kernel->quantize_values(rows.x + r * rows.stride, rows.stride, n, s.middle, s.inv_scale,
-                                  groups_of(s.code_values, 0) + (key + r) * kPanel, s.code_values.stride, s.colsum);
+    job.kernel->quantize_values(rows.x, rows.stride, n, s.middle, s.inv_scale,
+                                groups_of(s.code_values, 0) + key * kPanel, s.code_values.stride, s.colsum);
   }
   for (int64_t panel = 0; panel < n / kPanel; ++panel) {
     PanelMeta& meta = meta_of(s.code_values, panel);

@@ -92,8 +92,8 @@ struct Kernel {
   // For the products of codes (codes.inc says more). All kernels give the same bits.
   void (*weigh_codes)(const Scores& scores, const float* largest, uint8_t* codes, int64_t code_stride,
                       float* sums) = nullptr;
-  void (*quantize_keys)(const float* x, int64_t stride, const float* mean, int64_t n, uint8_t* codes,
-                        int64_t code_stride, float* scale, int32_t* sum) = nullptr;
+  void (*quantize_keys)(const float* x, int64_t stride, const float* mean, int64_t n, uint8_t* groups, float* scale,
+                        int32_t* sum) = nullptr;
   void (*quantize_values)(const float* x, int64_t stride, int64_t n, const float* middle, const float* inv_scale,
                           uint8_t* panel, int64_t panel_stride, int32_t* sums) = nullptr;
   void (*add_rows)(const float* x, int64_t stride, int64_t rows, int64_t n, float* sum) = nullptr;

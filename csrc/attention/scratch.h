@@ -45,7 +45,6 @@ struct Scratch {
   CodeMatrix query_codes, weight_codes;
   uint8_t* weights;                   // (block_rows, keys): u8 codes
   int64_t weight_stride;              // bytes between rows
-  uint8_t* key_codes;                 // (16, depth): codes on their way into a panel
   float *middle, *scale, *inv_scale;  // [depth or columns]
   float *lo, *hi, *zero;              // [columns]
   int32_t *colsum, *code_sums;        // [columns]; Block::sums
@@ -90,7 +89,6 @@ inline void carve_codes(const Job& job, Carver& from, Scratch& s) {
   s.weight_codes = take_rows(from, *job.gemm, job.block_rows, reads_plain_codes(*job.gemm) ? 0 : p.keys);
   s.weight_stride = odd_lines(round_up(p.keys, 64) / 4) * 4;
   s.weights = from.take<uint8_t>(job.block_rows * s.weight_stride);
-  s.key_codes = from.take<uint8_t>(kPanel * round_up(p.depth, 64));
   for (float** one : {&s.middle, &s.scale, &s.inv_scale, &s.lo, &s.hi, &s.zero}) *one = from.take<float>(widest);
   s.colsum = from.take<int32_t>(widest);
   const Tiling& tiling = job.gemm->tiling;
