@@ -1,8 +1,8 @@
 // torchq._C.call_residual: the call of a module that is proven to be norm(layer(x) + residual), as one product whose
 // rows are added and normalized while they are in L2 (torchq/modules/straight_forms.py). call_sum is the same for a
-// layer and a norm that the caller names. call_sums gives the sum, too, as the layers of decoders go on with both. As
-// call_linear in direct.cpp they answer NotImplemented wherever anything could stand between the call, or those of the
-// children, and the arithmetic.
+// layer and a norm that the caller names. call_sums gives the sum, too, as layers whose norm comes first go on with
+// both. As call_linear in direct.cpp they answer NotImplemented wherever anything could stand between the call, or
+// those of the children, and the arithmetic.
 
 #include <algorithm>
 
@@ -104,39 +104,59 @@ PyObject* call_sum(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// layer(x) + residual, and if there is a norm, an RMSNorm with these numbers, that of the sum: a tuple. Null: this is
-// not a plain call, or one of so many rows that each step had better have all threads.
-py::object sums(PyObject* linear_state, PyObject* norm_state, PyObject* numbers, PyObject* x, PyObject* residual) {
-  Layer layer;
-  PlainInput in;
-  dlpack::Tensor added;
-  NormRows rows{};
-  PyObject* scope = PyDict_GetItemWithError(linear_state, names.scope);
-  if (scope && scope != Py_None) return {};
-  if (!read_layer(linear_state, &layer) || !read_input(x, layer, &in) || in.dtype->ours != DType::f32) return {};
-  const int64_t count = in.count * in.weights->n;
-  if (!is_like(residual, in, &added) || count >= kKeepGilBelowValues) return {};
-  const py::object held = norm_state ? held_parameters(norm_state) : py::object();
-  if (norm_state && (!held || !read_rms_norm(norm_state, held, numbers, in.weights->n, &rows))) return {};
-  void *data, *normalized = nullptr;
-  auto sum = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *in.dtype, &data));
+// The numbers of a LayerNorm, or, where it has numbers that set it apart, of an RMSNorm.
+bool read_norm_of(PyObject* state, const py::object& parameters, PyObject* numbers, int64_t n, NormRows* out) {
+  return numbers == Py_None ? read_norm(state, parameters, n, out) : read_rms_norm(state, parameters, numbers, n, out);
+}
+
+// layer(x) + residual, and that of a norm behind it: a tuple. Null: this is not a plain call.
+py::object sums(const Layer& layer, const PlainInput& in, const float* added, NormRows rows) {
+  void *data, *normalized;
+  auto sum = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, rows.n, *in.dtype, &data));
   if (!sum) return {};
-  auto y =
-      norm_state
-          ? py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, in.weights->n, *in.dtype, &normalized))
-          : py::object();
-  if (norm_state && !y) return {};
+  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, rows.n, *in.dtype, &normalized));
+  if (!y) return {};
+  rows.count = in.count, rows.residual = added, rows.y = static_cast<float*>(normalized);
+  rows.x = rows.sum = static_cast<float*>(data);
+  Problem problem = linear_problem(layer.numbers, in.rows(), *in.weights, data, DType::f32);
+  problem.norm = &rows;
+  {
+    const Unlocked unlocked(in.work() >= kKeepGilBelow);
+    run(*in.kernel, problem);
+  }
+  return py::make_tuple(sum, y);
+}
+
+// The same without a norm. Null as well: it has so many rows that each step had better have all threads.
+py::object sums(const Layer& layer, const PlainInput& in, const float* added) {
+  const int64_t n = in.weights->n, count = in.count * n;
+  void* data;
+  if (count >= kKeepGilBelowValues) return {};
+  auto sum = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, n, *in.dtype, &data));
+  if (!sum) return {};
   {
     const Unlocked unlocked(in.work() >= kKeepGilBelow);
     run(*in.kernel, linear_problem(layer.numbers, in.rows(), *in.weights, data, DType::f32));
     auto* __restrict total = static_cast<float*>(data);
-    const auto* __restrict other = reinterpret_cast<const float*>(data_of(added));
-    for (int64_t i = 0; i < count; ++i) total[i] += other[i];
-    rows.count = in.count, rows.x = total, rows.y = static_cast<float*>(normalized);
-    if (norm_state) normalize_on_threads(active_kernel(), rows);
+    for (int64_t i = 0; i < count; ++i) total[i] += added[i];
   }
-  if (!norm_state) return py::make_tuple(sum);
-  return py::make_tuple(sum, y);
+  return py::make_tuple(sum);
+}
+
+py::object sums(PyObject* linear_state, PyObject* norm_state, PyObject* numbers, PyObject* x, PyObject* residual) {
+  Layer layer;
+  PlainInput in;
+  dlpack::Tensor other;
+  NormRows rows{};
+  PyObject* scope = PyDict_GetItemWithError(linear_state, names.scope);
+  if (scope && scope != Py_None) return {};
+  if (!read_layer(linear_state, &layer) || !read_input(x, layer, &in) || in.dtype->ours != DType::f32) return {};
+  if (!is_like(residual, in, &other)) return {};
+  const auto* added = reinterpret_cast<const float*>(data_of(other));
+  if (!norm_state) return sums(layer, in, added);
+  const py::object held = held_parameters(norm_state);
+  if (!held || !read_norm_of(norm_state, held, numbers, in.weights->n, &rows)) return {};
+  return sums(layer, in, added, rows);
 }
 
 PyObject* call_sums(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -167,7 +187,8 @@ PyMethodDef methods[] = {
      "call_sum(layer, layer_class, norm, norm_class, x, residual): norm(layer(x) + residual), or NotImplemented."},
     {"call_sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_sums)), METH_FASTCALL,
      "call_sums(layer, layer_class, norm, norm_class, numbers, x, residual): (sum, norm(sum)) of sum = layer(x) + "
-     "residual, for an RMSNorm with the numbers of call_rms_norm; (sum,) if norm is None. Or NotImplemented."},
+     "residual, for a LayerNorm, or an RMSNorm with the numbers of call_rms_norm; (sum,) if norm is None. Or "
+     "NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

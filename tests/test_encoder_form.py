@@ -12,6 +12,7 @@ from helpers.compare import assert_identical
 from helpers.encoder_forms import PICTURES, TEXTS, assert_same, by_code, distilbert, layers, padded
 from helpers.numbers import normal
 from helpers.self_attention import TEXT, bert, converted, int8_bert, tokens
+from torchq import _C
 from torchq.modules.layer_form import LayerForm
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -62,14 +63,42 @@ def test_models_of_pictures_give_the_bits_of_their_code(name, taken):
     assert taken == layers(model)
 
 
-def test_an_activation_waits_as_in_the_code(taken):
-    """That of DistilBERT's feed-forward layer, with enough values."""
+def test_an_activation_waits_as_in_the_code(taken, monkeypatch):
+    """That of DistilBERT's feed-forward layer, with enough values; sums that only their norms read are no tensors."""
     model, x = converted(distilbert()), normal(8, 64, 64)
     layer, plain = layers(model)[0], by_code(model).transformer.layer[0]
     assert layer.ffn._forward_hooks
     with torch.inference_mode():
-        assert_identical(layer(x), plain(x))
+        expected = plain(x)
+        calls = direct_calls(monkeypatch)
+        assert_identical(layer(x), expected)
     assert taken == [layer]
+    assert calls == ["call_sum", "call_fused", "call_sum"]
+
+
+def test_a_sum_and_the_norm_behind_it_are_one_call(monkeypatch):
+    """Of a ViT, whose layers go on with both; the last sum has no norm in the layer."""
+    model = converted(PICTURES["vit"](), [{"pixel_values": normal(8, 3, 32, 32, seed=seed)} for seed in range(6)])
+    layer, x = layers(model)[0], normal(2, 17, 64)
+    with torch.inference_mode():
+        calls = direct_calls(monkeypatch)
+        layer(x)
+    assert calls == ["call_sums", "call_fused", "call_sums"]
+
+
+def direct_calls(monkeypatch):
+    """The names of direct calls that are answered from now on."""
+    calls = []
+    for name in ("call_sum", "call_sums", "call_fused"):
+        inner = getattr(_C, name)
+
+        def noting(*args, name=name, inner=inner):
+            y = inner(*args)
+            calls.extend([name] if y is not NotImplemented else [])
+            return y
+
+        monkeypatch.setattr(_C, name, noting)
+    return calls
 
 
 class Owner(modeling.BertLayer):

@@ -170,14 +170,18 @@ struct NormRows {
   const float *x, *weight, *bias;
   float eps;
   float* y;                         // x, or apart from it
-  const float* residual = nullptr;  // if given, it is added to x first; y holds the sums meanwhile
+  const float* residual = nullptr;  // if given, it is added to x first
   bool centered = true;             // false: an RMSNorm, whose mean counts as 0
   float gain = 0.0f;                // added to each weight, unless it is 0
+  float* sum = nullptr;  // where x + residual is kept: x, or apart from it; y holds it meanwhile if not given
 
   // Rows [begin, end) of these.
   NormRows part(int64_t begin, int64_t end) const {
     const int64_t at = begin * n;
-    return {end - begin, n, x + at, weight, bias, eps, y + at, residual ? residual + at : nullptr, centered, gain};
+    NormRows rows = *this;
+    rows.count = end - begin, rows.x = x + at, rows.y = y + at;
+    rows.residual = residual ? residual + at : nullptr, rows.sum = sum ? sum + at : nullptr;
+    return rows;
   }
 };
 

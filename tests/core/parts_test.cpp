@@ -90,7 +90,8 @@ void check_parts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, Kind kin
 }
 
 // A sum and a LayerNorm of y: by each part, or where parts have some of its columns only, by the caller behind them.
-void check_norm(const Kernel& kernel, int64_t m, int64_t n, int64_t k) {
+// With `apart` y keeps the sum, and the LayerNorm gives other rows.
+void check_norm(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool apart) {
   const Weights weights = random_weights(n, k);
   const Rows rows = random_rows(m, k, {DType::f32, true});
   const Out out{DType::f32, Activation::none, {1.0f, 0}};
@@ -102,12 +103,15 @@ void check_norm(const Kernel& kernel, int64_t m, int64_t n, int64_t k) {
     auto* y = reinterpret_cast<float*>(region.data());
     return NormRows{m, n, y, weight.data(), bias.data(), 1e-5f, y, residual.data()};
   };
-  std::vector<uint8_t> want = stage.run(kernel, out);
+  std::vector<uint8_t> want = stage.run(kernel, out), sums = want;
+  for (int64_t i = 0; i < m * n; ++i) reinterpret_cast<float*>(sums.data())[i] += residual[i];
   normalize(kernel_reference, norm_of(want));
   for (int count = 1; count <= 3; ++count) {
     now("a norm behind %d parts, %s", count, describe(rows, weights, out, "random").c_str());
     std::vector<uint8_t> region = stage.blank(out);
-    const NormRows norm = norm_of(region);
+    std::vector<uint8_t> normed = region;
+    NormRows norm = norm_of(region);
+    if (apart) norm.sum = reinterpret_cast<float*>(region.data()), norm.y = reinterpret_cast<float*>(normed.data());
     Problem into = stage.problem(out, kernel.layout);
     into.y.data = region.data();
     into.norm = &norm;
@@ -116,7 +120,8 @@ void check_norm(const Kernel& kernel, int64_t m, int64_t n, int64_t k) {
     std::vector<uint8_t> scratch(job.scratch_bytes);
     for (int i = 0; i < count; ++i) torchq::run(job, i, scratch.data());
     if (!gives_whole_rows(job)) normalize(*job.kernel, norm);
-    stage.compare(kernel.name, out, region, want);
+    stage.compare(kernel.name, out, apart ? normed : region, want);
+    if (apart) stage.compare(kernel.name, out, region, sums);
   }
 }
 
@@ -155,8 +160,10 @@ void test_parts() {
   for (const Kernel* kernel : runnable()) {
     for (int64_t m : {0, 1, 5, 32, 33, 64, 100})  // up to 32 rows columns are split, beyond it rows
       for (int64_t n : {0, 1, 16, 70, 200}) check_parts(*kernel, m, n, 37, {DType::f32, true});
-    for (int64_t m : {1, 5, 33, 100}) check_norm(*kernel, m, 70, 37);
-    check_norm(*kernel, 200, 400, 384);
+    for (bool apart : {false, true}) {
+      for (int64_t m : {1, 5, 33, 100}) check_norm(*kernel, m, 70, 37, apart);
+      check_norm(*kernel, 200, 400, 384, apart);
+    }
     check_parts(*kernel, 3, 70, 9001, {DType::bf16, true});
     check_parts(*kernel, 70, 33, 9001, {DType::u8, false});
     check_weights_beyond_l2(*kernel);

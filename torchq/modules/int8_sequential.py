@@ -91,8 +91,21 @@ class InOrder(nn.Module):
 
     def _run(self, x: Any) -> Any:
         """What the children make of x."""
+        return self._run_steps(self._steps(), x)
+
+    def last_alone(self) -> nn.Module | None:
+        """The last child, if it runs by itself, on the floats that those before give; else None."""
+        *before, last = self._steps()
+        alone = last.activation == Activation.NONE and last.reader is None and not last.between
+        return last.module if alone and not (before and before[-1].reader) else None
+
+    def before_last(self, x: Any) -> Any:
+        """What the children before it make of x."""
+        return self._run_steps(self._steps()[:-1], x)
+
+    def _run_steps(self, steps: list[Step], x: Any) -> Any:
         codes = None  # what x stands for where it is u8 codes
-        for step in self._steps():
+        for step in steps:
             module, between, settings, activation, reader = step
             if between is None:
                 x = module(x)

@@ -243,7 +243,7 @@ class _Tape:
             return self._gated(module, args, kwargs)
         before = len(self.steps)
         y = self.inside(module, args, kwargs)
-        if not module._forward_hooks:
+        if not module._forward_hooks or all(map(_computes_floats, self.steps[before:])):
             return y
         if kwargs or type(y) is not _Value or any(isinstance(each.run, SelfAttention) for each in self.steps[before:]):
             raise UnknownError
@@ -329,6 +329,12 @@ def _are_none(others: dict[str, Any]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _asks_for_none(code: types.CodeType) -> bool:
     return any(step.opname == "IS_OP" or step.opname.endswith("NONE") for step in dis.get_instructions(code))
+
+
+def _computes_floats(step: Step) -> bool:
+    """Whether it is a leaf that hands no codes to another: of such, a `Scope` does nothing but what calls do."""
+    run: Any = step.run
+    return is_leaf(run) and not (type(run) is QuantizedLinear and run.fold.codes)
 
 
 _LEAVES = (QuantizedLinear, nn.Linear, LayerNorm, nn.LayerNorm, Curve, *IDLE)
