@@ -90,10 +90,10 @@ def constants(kernel: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", line[1])}
 
 
-def tiles(listing: list[Function], kernel: str) -> dict[tuple[int, int], Function]:
-    """The instantiations of tile<rows, columns>."""
-    name = re.compile(rf"torchq::{kernel}::tile<(\d+), (\d+)>\(")
-    return {(int(m[1]), int(m[2])): f for f in listing if (m := name.search(f.name))}
+def tiles(listing: list[Function], kernel: str) -> dict[tuple[int, int, str], Function]:
+    """The instantiations of tile<rows, columns, outputs>."""
+    name = re.compile(rf"torchq::{kernel}::tile<(\d+), (\d+), torchq::{kernel}::(\w+.*?) ?>\(")
+    return {(int(m[1]), int(m[2]), m[3]): f for f in listing if (m := name.search(f.name))}
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,14 @@ def test_every_tile_has_a_multiply_loop(listings, kernel):
     """There is one for every number of rows and columns that the kernel has, so the tests below check all."""
     found = tiles(listings[f"kernel_{kernel}"], kernel)
     shape = constants(kernel)
-    columns = {c for _, c in found}
+    columns = {c for _, c, _ in found}
     assert shape["kVectors"] in columns
     tall = set(itertools.product(TALL_ROWS, range(1, 4))) if kernel == "avx512_vnni" else set()
-    assert set(found) == set(itertools.product(range(1, shape["kMaxRows"] + 1), columns)) | tall
+    shapes = set(itertools.product(range(1, shape["kMaxRows"] + 1), columns))
+    for outputs in ("FloatOutputs<(torchq::Activation)0>", "AnyOutputs"):
+        assert {(r, c) for r, c, o in found if o == outputs} == shapes | tall
+    for outputs in {o for _, _, o in found}:
+        assert {(r, c) for r, c, o in found if o == outputs} >= {(r, c) for r, c in shapes if c == shape["kVectors"]}
     without = [tile for tile, function in found.items() if not function.dot_loops(DOTS[kernel])]
     assert without == []
 
@@ -129,8 +133,8 @@ def test_every_tile_has_a_multiply_loop(listings, kernel):
 @every_kernel
 def test_accumulators_stay_in_registers(listings, kernel):
     faults = [
-        f"{kernel} tile<{rows}, {columns}>: {text}"
-        for (rows, columns), function in tiles(listings[f"kernel_{kernel}"], kernel).items()
+        f"{kernel} tile<{rows}, {columns}, {outputs}>: {text}"
+        for (rows, columns, outputs), function in tiles(listings[f"kernel_{kernel}"], kernel).items()
         for body in function.dot_loops(DOTS[kernel])
         for text in function.spills(body)
     ]
@@ -140,7 +144,7 @@ def test_accumulators_stay_in_registers(listings, kernel):
 @every_kernel
 def test_one_product_per_accumulator_and_group(listings, kernel):
     """An iteration may process several groups of 4 k, but only whole groups."""
-    for (rows, columns), function in tiles(listings[f"kernel_{kernel}"], kernel).items():
+    for (rows, columns, _), function in tiles(listings[f"kernel_{kernel}"], kernel).items():
         accumulators = rows * columns * constants(kernel)["kSplit"]
         for body in function.dot_loops(DOTS[kernel]):
             products = count(DOTS[kernel], body)
@@ -155,11 +159,14 @@ def test_main_tile_loads_everything_once(listings, kernel):
     """
     shape = constants(kernel)
     rows, columns = shape["kMaxRows"], shape["kVectors"]
-    loops = tiles(listings[f"kernel_{kernel}"], kernel)[rows, columns].dot_loops(DOTS[kernel])
     vectors = columns * shape["kSplit"]
-    groups = [count(DOTS[kernel], loop) // (rows * vectors) for loop in loops]
-    assert sorted(groups) == sorted({1, shape["kUnroll"]})
-    for loop, each in zip(loops, groups, strict=True):
+    main = {o: f for (r, c, o), f in tiles(listings[f"kernel_{kernel}"], kernel).items() if (r, c) == (rows, columns)}
+    all_loops = [function.dot_loops(DOTS[kernel]) for function in main.values()]
+    for loops in all_loops:
+        groups = [count(DOTS[kernel], loop) // (rows * vectors) for loop in loops]
+        assert sorted(groups) == sorted({1, shape["kUnroll"]})
+    for loop in itertools.chain(*all_loops):
+        each = count(DOTS[kernel], loop) // (rows * vectors)
         broadcasts = count(r"vpbroadcast[dq]\s+.*\(", loop)
         loads = count(r"\(.*\),.*%[xyz]mm", loop) - broadcasts
         copies = count(r"vmov\w+\s+%[xyz]mm\d+,%[xyz]mm\d+$", loop)
@@ -237,7 +244,7 @@ def test_sums_of_attention_stay_in_registers(listings, kernel):
 
 
 CLEAN = """
-0000000000000000 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)>:
+0000000000000000 <void torchq::avx512_vnni::tile<1, 2, torchq::avx512_vnni::AnyOutputs>(torchq::Block const&)>:
    0:\tpush   %rbp
    1:\tmov    %rsp,%rbp
    4:\tvmovdqa64 %zmm9,0x40(%rsp)
@@ -246,11 +253,11 @@ CLEAN = """
   10:\tvpdpbusd %zmm3,%zmm2,%zmm0
   14:\t{vex} vpdpbusd 0x40(%rax),%zmm2,%zmm1
   18:\tcmp    %r8,%rdx
-  1c:\tjne    8 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)+0x8>
+  1c:\tjne    8 <void torchq::avx512_vnni::tile<1, 2, torchq::avx512_vnni::AnyOutputs>(torchq::Block const&)+0x8>
   20:\tvmovups %zmm0,(%rdi)
   24:\tret
   28:\tvmovups %zmm1,(%rdi)
-  2c:\tjmp    4 <void torchq::avx512_vnni::tile<1, 2>(torchq::Block const&)+0x4>
+  2c:\tjmp    4 <void torchq::avx512_vnni::tile<1, 2, torchq::avx512_vnni::AnyOutputs>(torchq::Block const&)+0x4>
 """
 
 

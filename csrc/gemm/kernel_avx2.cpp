@@ -57,7 +57,7 @@ inline Ints join(Ints lo, Ints hi) { return _mm256_permute4x64_epi64(_mm256_hadd
 
 // Half a panel at a time. The second 8 columns are the same tile with its pointers moved.
 void run(const Block& b) {
-  const TileFn compute = pick_rows<kVectors>(b.m);
+  const TileFn compute = pick_tile<kVectors>(b);
   compute(b);
   Block right = b;
   right.panel += 32;

@@ -52,22 +52,27 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "relu_codes.inc"
 #include "tile.inc"
 
+template <int kRows, int kCols>
+void run_tall_tile(const Block& b) {
+  PlainOutputs::fit(b) ? tile<kRows, kCols, PlainOutputs>(b) : tile<kRows, kCols, AnyOutputs>(b);
+}
+
 template <int kRows>
 void run_tall(const Block& b) {
   switch (b.panels) {
-    case 1: return tile<kRows, 1>(b);
-    case 2: return tile<kRows, 2>(b);
-    default: return tile<kRows, 3>(b);
+    case 1: return run_tall_tile<kRows, 1>(b);
+    case 2: return run_tall_tile<kRows, 2>(b);
+    default: return run_tall_tile<kRows, 3>(b);
   }
 }
 
 void run(const Block& b) {
   if (b.m > kMaxRows) return b.m == 7 ? run_tall<7>(b) : run_tall<8>(b);
   switch (b.panels) {
-    case 1: return pick_rows<1>(b.m)(b);
-    case 2: return pick_rows<2>(b.m)(b);
-    case 3: return pick_rows<3>(b.m)(b);
-    default: return pick_rows<4>(b.m)(b);
+    case 1: return pick_tile<1>(b)(b);
+    case 2: return pick_tile<2>(b)(b);
+    case 3: return pick_tile<3>(b)(b);
+    default: return pick_tile<4>(b)(b);
   }
 }
 

@@ -57,8 +57,9 @@ inline Ints join(Ints whole, Ints) { return whole; }
 #include "tile.inc"
 
 void run(const Block& b) {
-  if (b.m == kMaxRows) return tile<kMaxRows, kVectors>(b);  // nearly always, and faster than a jump table
-  pick_rows<kVectors>(b.m)(b);
+  if (b.m == kMaxRows && PlainOutputs::fit(b))  // the commonest, and faster than a jump table
+    return tile<kMaxRows, kVectors, PlainOutputs>(b);
+  pick_tile<kVectors>(b)(b);
 }
 
 }  // namespace neon_dotprod
