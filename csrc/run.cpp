@@ -120,8 +120,12 @@ class Order {
   };
 
   static constexpr int kBits = 9;
+  // One of two places, so that weights seldom take the place of others.
   Entry& entry(const PackedHeader* weights) {
-    return entries_[reinterpret_cast<uintptr_t>(weights) * 0x9E3779B97F4A7C15u >> (64 - kBits)];  // Knuth's hash
+    const uint64_t place = reinterpret_cast<uintptr_t>(weights) * 0x9E3779B97F4A7C15u >> (64 - kBits);  // Knuth's hash
+    Entry &one = entries_[place], &other = entries_[place ^ 1];
+    const bool taken = one.weights && one.weights != weights;
+    return taken && (!other.weights || other.weights == weights) ? other : one;
   }
 
   Entry entries_[1 << kBits] = {};
