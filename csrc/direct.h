@@ -20,5 +20,7 @@ void add_direct_gated(pybind11::module_& module);
 void add_direct_conv(pybind11::module_& module);
 // Adds call_fine (direct_fine.cpp); after the first.
 void add_direct_fine(pybind11::module_& module);
+// Adds call_steps (direct_steps.cpp).
+void add_direct_steps(pybind11::module_& module);
 
 }  // namespace torchq

@@ -12,6 +12,7 @@
 #include "classes.h"
 #include "direct.h"
 #include "gemm/gemm.h"
+#include "lines.h"
 #include "run.h"
 
 namespace py = pybind11;
@@ -131,6 +132,8 @@ PYBIND11_MODULE(_C, m) {
   torchq::add_direct_rotary(m);
   torchq::add_direct_conv(m);
   torchq::add_direct_fine(m);
+  torchq::add_direct_steps(m);
+  torchq::add_lines(m);
 }
 
 // libstdc++'s shared_ptr asks a variable of glibc whether the process has one thread only. glibc has it from 2.32 on.

@@ -8,6 +8,7 @@ import torch
 from helpers.compare import assert_identical
 from helpers.numbers import normal
 from helpers.self_attention import SIZES, TEXT, assert_same, bert, by_code, converted, forms, int8_bert, tokens
+from torchq.modules.layer_steps import LayerSteps
 from torchq.modules.self_attention import SelfAttention
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -64,13 +65,19 @@ def model():
 
 def counted(monkeypatch):
     """How many calls the forms have taken, in a list of one."""
-    count, attended = [0], SelfAttention.attended
+    count, attended, run = [0], SelfAttention.attended, LayerSteps.run
 
     def counting(self, *call):
         count[0] += 1
         return attended(self, *call)
 
+    def counting_steps(self, *call):
+        values, done = run(self, *call)
+        count[0] += len(self.attentions) if done == len(self.places) else 0
+        return values, done
+
     monkeypatch.setattr(SelfAttention, "attended", counting)
+    monkeypatch.setattr(LayerSteps, "run", counting_steps)
     return count
 
 

@@ -89,12 +89,15 @@ class Called(NamedTuple):
         inputs: the values that it is called on, by index.
         handed: what else an attention is given.
         gives_all: whether it gives a tuple of values instead of one.
+        of: what a step calls, where that is all, or all `but_last`, the last layer in it.
     """
 
     run: Callable[..., Any]
     inputs: tuple[int, ...]
     handed: Handed | None
     gives_all: bool
+    of: Any = None
+    but_last: bool = False
 
 
 def calls_of(found: Steps) -> tuple[Called, ...]:
@@ -110,14 +113,14 @@ def calls_of(found: Steps) -> tuple[Called, ...]:
             del steps[0]
             calls.append(Called(Activated(fused).of, step.inputs, None, gives_all=True))
         elif last is None or not steps or uses[at] != 1 or not _is_sum_with(steps[0], at):
-            calls.append(Called(_whole(step.run), step.inputs, step.handed, gives_all=False))
+            calls.append(Called(_whole(step.run), step.inputs, step.handed, gives_all=False, of=step.run))
         else:
             one, other = steps.pop(0).inputs
             residual, on_the_right = (one, True) if other == at else (other, False)
             norm = _norm_of(steps, at + 1)
             sums = Sums(last, norm, on_the_right)
             alone = type(norm) is LayerNorm and uses[at + 1] == 1
-            calls.append(Called(before, step.inputs, step.handed, gives_all=False))
+            calls.append(Called(before, step.inputs, step.handed, gives_all=False, of=step.run, but_last=True))
             calls.append(Called(sums.normed if alone else sums.of, (at, residual), None, gives_all=True))
             del steps[: 0 if norm is None else 1]
     return tuple(calls)

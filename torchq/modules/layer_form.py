@@ -17,6 +17,7 @@ from torchq.modules.attention_code import MASK
 from torchq.modules.chunked import Chunked
 from torchq.modules.layer_calls import Called, calls_of
 from torchq.modules.layer_code import LayerCode, Steps, layer_code_of, steps_of
+from torchq.modules.layer_steps import LayerSteps, steps_in_one
 from torchq.modules.parts import Learned
 from torchq.modules.pending import Scope, within_scopes
 from torchq.modules.self_attention import Call
@@ -25,10 +26,12 @@ from torchq.modules.writes import modes
 
 
 class Known(NamedTuple):
-    """What a layer computes, and by which calls."""
+    """What a layer computes, and by which calls; these in one, if they can be; where it lies in memory."""
 
     steps: Steps
     calls: tuple[Called, ...]
+    in_one: LayerSteps | None
+    lines: object
 
 
 class LayerForm(Learned, Chunked):
@@ -61,7 +64,11 @@ class LayerForm(Learned, Chunked):
 
     def _read_again(self) -> Known | None:
         steps = steps_of(self, self.line)
-        return None if steps is None else Known(steps, calls_of(steps))
+        if steps is None:
+            return None
+        calls = calls_of(steps)
+        in_one = None if steps.hands_on else steps_in_one(calls, steps.attentions)
+        return Known(steps, calls, in_one, _C.lines_of((steps, calls, in_one)))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if modes() or torch._C._get_tracing_state():
@@ -69,6 +76,7 @@ class LayerForm(Learned, Chunked):
         known: Known | None = self._learned()
         if known is None:
             return NotImplemented
+        _C.fetch_lines(known.lines)
         steps = known.steps
         if not _C.are_as_known(steps.parts, Scope.enter, Scope.leave) or not steps.facts.hold():
             return NotImplemented
@@ -112,13 +120,23 @@ class LayerForm(Learned, Chunked):
 
 
 def _computed(known: Known, given: list[Call]) -> Any:
-    values: list[Any] = [given[0].x]
-    calls = iter(given)
-    for run, inputs, handed, gives_all in known.calls:
-        if handed is not None:
-            values.append(run(Call(values[inputs[0]], *next(calls)[1:])))
-        elif gives_all:
-            values += run(*[values[i] for i in inputs])
-        else:
-            values.append(run(*[values[i] for i in inputs]))
+    x, mask, *_ = given[0]
+    values, done = ([x], 0) if known.in_one is None else known.in_one.run(x, mask)
+    if done < len(known.calls):
+        _go_on(known, given, values, done)
     return values[known.steps.output]
+
+
+def _go_on(known: Known, given: list[Call], values: list[Any], done: int) -> None:
+    """The calls behind those that are done, one after the other."""
+    calls = iter(given)
+    for i, (run, inputs, handed, gives_all, *_) in enumerate(known.calls):
+        call = None if handed is None else next(calls)
+        if i < done:
+            continue
+        if call is not None:
+            values.append(run(Call(values[inputs[0]], *call[1:])))
+        elif gives_all:
+            values += run(*[values[j] for j in inputs])
+        else:
+            values.append(run(*[values[j] for j in inputs]))
