@@ -98,7 +98,9 @@ void run_block(const Job& job, Block block, const Scratch& s) {
   weigh(job, block, keys, s);
   job.value_product->multiply(job, block, keys, s);
   ahead.begin(Ahead::values, 1), ahead.step();
-  for (int64_t r = 0; r < block.rows(); ++r)  // those that see no key
+  bool keyless = false;  // whether a row sees no key
+  for (int64_t r = 0; r < block.rows(); ++r) keyless |= s.sums[r] == 0.0f;
+  for (int64_t r = 0; keyless && r < block.rows(); ++r)
     if (s.sums[r] == 0.0f) std::memset(output_row(p, block, block.begin + r), 0, p.columns * element_bytes(p.y_dtype));
 }
 
