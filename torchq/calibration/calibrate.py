@@ -61,6 +61,7 @@ class Evidence:
         norms: for each convolution that includes the norm behind it, the name of that norm.
         chains: for each convolution, what follows it as the only reader each time (`Readers`).
         handovers: by convolution, those that alone read its output, or what keeps its memory format (`Handovers`).
+        turned: the convolutions whose output is turned so that its channels lie last (`Handovers`).
         sums: by convolution, those that take the sum of its output with another one as their input (`Handovers`).
         batches: how many batches were run.
         batches_held_out: how many of them judge, and round no weight.
@@ -82,6 +83,7 @@ class Evidence:
     norms: dict[str, str] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     handovers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    turned: set[str] = field(default_factory=set)
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
@@ -179,6 +181,7 @@ def calibrate(
             written.end_batch()
     evidence.activations, evidence.norms, evidence.chains = readers.activations, readers.norms, readers.chains
     evidence.handovers, evidence.sums = handovers.found(readers.norms), handovers.sums()
+    evidence.turned = handovers.turned(readers.norms)
     evidence.tables_called, evidence.tables_read = lookups.called, lookups.read
     evidence.weights_read, evidence.written_attentions = reads.read, tuple(written.found)
     if evidence.batches == 0 and shard is None:

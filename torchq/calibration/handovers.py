@@ -1,14 +1,17 @@
 """Handovers: finds the convolutions whose output nothing but convolutions, and operations on single values, reads.
 
+Or a view that puts the channels last, as before layers that work on rows, such as the encoder of Whisper.
+
 Such an output may keep the memory format that it was computed in (`modules.channels_last`). It watches the operations
 of the calibration runs, and tells tensors by their storage. No wrong value can come of what it finds: it decides
 whether handing over pays.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from torchq.calibration.isolation import own_thread
-from torchq.modules.channels_last import keeps
+from torchq.modules.channels_last import keeps, turns
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
 from torchq.watching import storage_key
@@ -32,13 +35,14 @@ class _Value(NamedTuple):
     """A tensor that exists now: the convolutions whose output it is, those whose output it may be, and its storage.
 
     A sum is the output of the summand's convolution that ran last. But either may compute it: `summands` are those
-    whose own outputs, and no sums, were added.
+    whose own outputs, and no sums, were added. `turned`: a view has its channels last.
     """
 
     origins: _Names
     maybe: _Names
     storage: StorageWeakRef
     summands: _Names = _NOBODY
+    turned: bool = False
 
 
 class Handovers:
@@ -53,16 +57,29 @@ class Handovers:
         self._convolutions = {n: layer.module for n, layer in layers.items() if layer.kind.absorbs and not layer.part}
         self._values: dict[int, _Value] = {}  # by storage
         self._order: list[str] = []  # of their last calls
+        self._owners = {name: _owner_of(model, name) for name in self._convolutions}
+        self._running: Counter[int] = Counter()  # calls of these, by their ids
         self._inside = 0  # how many calls of convolutions and norms are running
         self._readers: dict[str, set[str]] = {name: set() for name in self._convolutions}
         self._takers: dict[str, set[str]] = {name: set() for name in self._convolutions}  # of sums of its output
+        self._turned: set[str] = set()
         self._read_by_others: set[str] = set()
         self._normed: set[str] = set()  # a norm read it, which may become a part of the convolution
 
     def found(self, norms: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         """By convolution: those that alone read its output, given the norms that become a part of a convolution."""
-        lost = self._read_by_others | {name for name in self._normed if name not in norms}
+        lost = self._lost(norms)
         return {name: tuple(sorted(found)) for name, found in self._readers.items() if found and name not in lost}
+
+    def turned(self, norms: Mapping[str, str]) -> set[str]:
+        """Those whose output is turned so that its channels lie last, and read by nobody but the former otherwise.
+
+        All in the call of the module that they are in.
+        """
+        return self._turned - self._lost(norms)
+
+    def _lost(self, norms: Mapping[str, str]) -> set[str]:
+        return self._read_by_others | {name for name in self._normed if name not in norms}
 
     def sums(self) -> dict[str, tuple[str, ...]]:
         """By convolution: those that took the sum of its output with another one, or its activation, as their input."""
@@ -82,6 +99,9 @@ class Handovers:
             for name, module in self._convolutions.items():
                 stack.enter_context(module.register_forward_pre_hook(own_thread(partial(self._takes, name))))
                 stack.enter_context(module.register_forward_hook(own_thread(partial(self._gave, name))))
+            for owner in set(self._owners.values()):
+                stack.enter_context(owner.register_forward_pre_hook(own_thread(self._begins)))
+                stack.enter_context(owner.register_forward_hook(own_thread(self._ends)))
             for norm in self._norms:
                 stack.enter_context(norm.register_forward_pre_hook(own_thread(self._enters)))
                 stack.enter_context(norm.register_forward_hook(own_thread(self._leaves)))
@@ -90,6 +110,7 @@ class Handovers:
     def end_batch(self) -> None:
         """Forgets the tensors, and a batch that failed."""
         self._values.clear()
+        self._running.clear()
         self._inside = 0
 
     def sees(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> Callable[[Any], None] | None:
@@ -102,7 +123,12 @@ class Handovers:
         every = _NOBODY.union(*origins)
         if not every:
             return None
-        if not all(origins) or not keeps(func, args, kwargs, tensors):
+        if turns(func, args) and all(self._running[id(self._owners[name])] for name in every):
+            self._turned |= every
+            self._values[cast(int, storage_key(tensors[0]))] = cast(_Value, values[0])._replace(turned=True)
+            return None
+        late = any(value is not None and value.turned for value in values)  # its memory is no longer torch's then
+        if late or not all(origins) or not keeps(func, args, kwargs, tensors):
             self._read_by_others |= every
             return None
         if func in _ADD and len(origins) == 2:
@@ -126,6 +152,11 @@ class Handovers:
         return last
 
     def _value(self, x: Any) -> _Value | None:
+        """What a tensor is; None of one that was turned, and of what no convolution gave."""
+        value = self._held(x)
+        return None if value is None or (value.turned and not x.is_contiguous()) else value
+
+    def _held(self, x: Any) -> _Value | None:
         key = storage_key(x)
         value = None if key is None else self._values.get(key)
         return None if value is None or value.storage.expired() else value
@@ -153,6 +184,12 @@ class Handovers:
         own = frozenset({name})
         self._register(y, own, own)
 
+    def _begins(self, owner: nn.Module, args: tuple[Any, ...]) -> None:
+        self._running[id(owner)] += 1
+
+    def _ends(self, owner: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        self._running[id(owner)] -= 1
+
     def _enters(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         self._inside += 1
 
@@ -166,5 +203,13 @@ class Handovers:
     def _left(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """What the model returns, others read."""
         for leaf in tree_leaves(output):
-            value = self._value(leaf)
+            value = self._held(leaf)
             self._read_by_others |= _NOBODY if value is None else value.origins
+
+
+def _owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The innermost module whose code calls this one."""
+    *path, _ = name.split(".")
+    while path and isinstance(model.get_submodule(".".join(path)), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        path.pop()
+    return model.get_submodule(".".join(path))

@@ -53,6 +53,7 @@ class _Status:
     norms: dict[str, str] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     handovers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    turned: set[str] = field(default_factory=set)
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     batches: int = 0
     batches_held_out: int = 0
@@ -138,6 +139,7 @@ class Peers:
                 norms=evidence.norms,
                 chains=evidence.chains,
                 handovers=evidence.handovers,
+                turned=evidence.turned,
                 sums=evidence.sums,
                 batches=evidence.batches,
                 batches_held_out=evidence.batches_held_out,
@@ -323,6 +325,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
     activations = {name: _common([status.activations.get(name) for status in reachers[name]]) for name in reachers}
     chains = {name: _common([status.chains.get(name) for status in reachers[name]]) for name in reachers}
     handovers = {name: _common([status.handovers.get(name) for status in reachers[name]]) for name in reachers}
+    turned = {name for name in reachers if reachers[name] and all(name in status.turned for status in reachers[name])}
     sums = {name: _common([status.sums.get(name) for status in reachers[name]]) for name in reachers}
     # A norm that one process saw read something else is no part of a layer.
     norms = {name: _common([each.norms.get(name) for each in statuses if each.batches]) for name in reachers}
@@ -333,6 +336,7 @@ def _joined(evidence: Evidence, statuses: list[_Status], joined: dict[tuple[int 
         norms=_known(norms),
         chains=_known(chains),
         handovers=_known(handovers),
+        turned=turned,
         sums=_known(sums),
         batches=sum(status.batches for status in statuses),
         batches_held_out=sum(status.batches_held_out for status in statuses),

@@ -1,10 +1,10 @@
-"""ChannelsLast: a contiguous tensor between int8 convolutions, whose values lie with the channels last.
+"""ChannelsLast: a contiguous tensor behind an int8 convolution, whose values lie with the channels last.
 
 Convolutions compute with the channels last. With an image whose channels are first, torch's outputs have them first,
-too, and each layer would turn its input and its output. Where calibration has seen that nothing but convolutions and
-operations on single values read an output, it stays as it was computed, behind a tensor that has torch's strides.
-Whatever else reads that gets it as torch would have given it. It lives no longer than the call of the innermost module
-that holds the convolution and its readers (`Scope`).
+too, and each layer would turn its input and its output. Where calibration has seen that nothing reads an output but
+convolutions, operations on single values, and views that turn it so that its channels lie last, it stays as it was
+computed, behind a tensor that has torch's strides. Whatever else reads that gets it as torch would have given it. It
+lives no longer than the call of the innermost module that holds the convolution and its readers (`Scope`).
 """
 
 import weakref
@@ -64,6 +64,27 @@ def keeps(func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> bool:
     return all(each.shape == tensors[0].shape for each in tensors)
 
 
+def turns(func: Any, args: Any) -> bool:
+    """Whether an operation is a view of a tensor that puts its channels last, and leaves all else in order.
+
+    >>> x = torch.zeros(1, 2, 3, 3)
+    >>> turns(_aten.permute.default, (x, [0, 2, 3, -3])), turns(_aten.transpose.int, (x[0], 1, 2))
+    (True, True)
+    >>> turns(_aten.permute.default, (x, [0, 1, 3, 2])), turns(_aten.transpose.int, (x, 1, 3))
+    (False, False)
+    """
+    if func not in (_aten.permute.default, _aten.transpose.int):
+        return False
+    dimensions = args[0].dim()
+    order = list(range(dimensions))
+    if func is _aten.permute.default:
+        order = [dimension % dimensions for dimension in args[1]]
+    elif dimensions:
+        one, other = (each % dimensions for each in args[1:3])
+        order[one], order[other] = order[other], order[one]
+    return dimensions >= 3 and order == [0, *range(2, dimensions), 1]
+
+
 class ChannelsLast(Deferred):
     """A contiguous tensor (N, C, *spatial) of these values, which lie with the channels last."""
 
@@ -92,6 +113,12 @@ class ChannelsLast(Deferred):
         last = self._last
         return self.make() if last is None else last
 
+    def turned(self) -> Tensor:
+        """The values for a view that has the channels last. From now on all readers share them as they lie."""
+        if self._last is not None:
+            self._value, self._last = self._last, None
+        return self.make()
+
     def held(self) -> "ChannelsLast":
         """Itself, to be made at the end of the call that it belongs to."""
         self._scope.deferred().append(weakref.ref(self))  # type: ignore[union-attr]
@@ -103,6 +130,8 @@ class ChannelsLast(Deferred):
         if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
+        if type(args[0]) is cls and turns(func, args) and args[0]._scope.deferred() is not None:
+            return run_on_values(func, (args[0].turned(), *args[1:]), kwargs)
         flat = not kwargs and func is not _aten.cat.default  # then there is nothing to search through
         leaves = args if flat else tree_leaves((args, kwargs))
         tensors: list[Any] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

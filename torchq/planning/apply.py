@@ -186,8 +186,9 @@ def _open_scopes(model: nn.Module, plan: Plan) -> None:
     scopes: dict[int, Scope] = {}
     for name, planned in plan.layers.items():
         layer = model.get_submodule(name) if planned.is_int8 else None
-        if isinstance(layer, QuantizedConv) and planned.hands:
-            layer.hands = _scope_of(model, _owner_of(model, (name, *planned.hands), (*_LISTS, nn.Sequential)), scopes)
+        if isinstance(layer, QuantizedConv) and (planned.hands or planned.turned):
+            names = (name, *planned.hands)
+            layer.hands = _scope_of(model, _owner_of(model, names, (*_LISTS, nn.Sequential)), scopes)
         last = planned.activation if isinstance(layer, QuantizedLinear) else planned.feeds or planned.activation
         if last is None or not isinstance(layer, (QuantizedLinear, QuantizedConv)):
             continue

@@ -44,6 +44,9 @@ def fuse(plan: Plan, evidence: Evidence) -> Plan:
     for name, readers in evidence.handovers.items():
         if all(plans[each].is_int8 for each in (name, *readers)) and not plans[name].feeds:
             plans[name] = dataclasses.replace(plans[name], hands=readers)
+    for name in evidence.turned:
+        if plans[name].is_int8 and not plans[name].feeds:
+            plans[name] = dataclasses.replace(plans[name], turned=True)
     for name, norm in (_sum_norms(evidence) | _encoder_norms(evidence.model)).items():
         if name in plans and plans[name].is_int8 and not plans[name].feeds:
             plans[name] = dataclasses.replace(plans[name], sum_norm=norm)

@@ -105,6 +105,7 @@ class LayerPlan:
         skipped: modules between this layer and `feeds` that have no effect in eval mode.
         feeds: the layer that reads this one's output as u8 codes, quantized with the reader's `input_qparams`.
         hands: the convolutions that alone read this one's output as floats, which therefore may stay channels last.
+        turned: whether this one's output is turned so that its channels lie last, as they then may from the start.
         sum_qparams: scale and zero point of the u8 codes that its sum, after the activation, is handed over as.
         fine: whether each value of the input has two codes, the second for what the first leaves. Only of a dynamic
             linear layer. One row takes no longer with them, many take twice as long.
@@ -135,6 +136,7 @@ class LayerPlan:
     skipped: tuple[str, ...] = ()
     feeds: str | None = None
     hands: tuple[str, ...] = ()
+    turned: bool = False
     sum_qparams: QParams | None = None
     fine: bool = False
     channel_scale: tuple[float, ...] | None = field(default=None, repr=False)

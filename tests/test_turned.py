@@ -1,0 +1,170 @@
+"""Convolutions whose output is turned, so that its channels lie last, give it so at once. Nobody sees it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import relu
+
+from helpers.compare import assert_identical
+from helpers.numbers import normal
+from torchq import Plan, QConfig, apply_plan, convert, plan_of
+from torchq.modules.quantized_conv import QuantizedConv
+from torchq.numerics.metrics import sqnr_db
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+DYNAMIC = QConfig(activation="dynamic", rounding="nearest", smoothing="none")
+DATA = [normal(2, 16, 120, seed=i) for i in range(4)]
+X = normal(2, 16, 120, seed=9)
+IMAGES = [normal(2, 16, 12, 10, seed=i) for i in range(4)]
+
+
+class Encoder(nn.Module):
+    """Two convolutions, then rows for each place, as in Whisper's encoder; and what else may read these."""
+
+    ask = ""
+
+    def __init__(self, kind=nn.Conv1d, order=(0, 2, 1)):
+        super().__init__()
+        self.one, self.two, self.order = kind(16, 64, 3, padding=1), kind(64, 64, 3, padding=1), order
+        self.three, self.behind = kind(64, 16, 3), nn.Linear(64, 32)
+
+    def forward(self, x):
+        y = relu(self.two(relu(self.one(x))))
+        if self.ask == "before":
+            self.seen = y * 2
+        rows = y.transpose(1, 2) if self.order is None else y.permute(self.order)
+        self.strides = rows.stride()
+        if self.ask == "view":
+            self.seen = y.view(len(y), -1) + 0
+        elif self.ask == "sum":
+            self.seen = y + 1
+        elif self.ask == "write":
+            rows.mul_(2.0)
+            self.seen = y.clone()
+        elif self.ask == "write to it":
+            y.mul_(2.0)
+        elif self.ask == "return":
+            return rows, self.behind(rows)
+        elif self.ask == "convolution":
+            return self.behind(rows), self.three(y)
+        return self.behind(rows)
+
+
+def by_itself(qmodel):
+    """The same layers, which all give torch's format."""
+    twin = copy.deepcopy(qmodel)
+    for module in twin.modules():
+        if isinstance(module, QuantizedConv):
+            module.hands = None
+    return twin
+
+
+def converted(model, data=DATA):
+    with torch.no_grad():
+        return convert(model.eval(), data, config=DYNAMIC, progress=False)
+
+
+def parts(y):
+    return y if isinstance(y, tuple) else (y,)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("kind", "order", "data"),
+    [(nn.Conv1d, (0, 2, 1), DATA), (nn.Conv1d, None, DATA), (nn.Conv2d, (0, 2, 3, -3), IMAGES)],
+)
+def test_rows_lie_as_they_are_computed(kind, order, data, mode):
+    model = Encoder(kind, order)
+    qmodel = converted(model, data)
+    plans = qmodel.torchq_plan.layers
+    assert (plans["one"].hands, plans["one"].turned) == (("two",), False)
+    assert (plans["two"].hands, plans["two"].turned) == ((), True)
+    x, twin = data[0], by_itself(qmodel)
+    with mode():
+        assert_identical(qmodel(x), twin(x))
+        assert qmodel.strides == normal(2, *x.shape[2:], 64).stride()
+        assert twin.strides != qmodel.strides
+        assert sqnr_db(model(x), qmodel(x)) > 30
+
+
+@pytest.mark.parametrize("ask", ["before", "view", "sum", "write", "write to it", "return", "convolution"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_other_readers_see_torchs_format(ask, mode):
+    """Those that calibration has `seen`, and others: their values, or of a view that can't be torch's error."""
+    model = Encoder()
+    for seen in (True, False):
+        model.ask = ask if seen else ""
+        qmodel = converted(model)
+        qmodel.ask = ask
+        twin = by_itself(qmodel)
+        assert qmodel.torchq_plan.layers["two"].turned == (not seen or ask in ("before", "convolution"))
+        with mode():
+            if ask == "view" and not seen:
+                with pytest.raises(RuntimeError, match="view size is not compatible"):
+                    qmodel(X)
+                continue
+            for one, other in zip(parts(qmodel(X)), parts(twin(X)), strict=True):
+                assert type(one) is torch.Tensor
+                assert_identical(one, other)
+                assert not seen or one.stride() == other.stride()
+            if hasattr(twin, "seen"):
+                assert_identical(qmodel.seen + 0, twin.seen + 0)
+
+
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Sequential(nn.Conv1d(16, 64, 3, padding=1), nn.Conv1d(64, 64, 3))
+
+    def forward(self, x):
+        return self.rows(x)
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.behind = Stem(), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.behind(self.stem(x).transpose(1, 2))
+
+
+def test_what_is_turned_outside_of_the_module_is_torchs():
+    qmodel = converted(Whole())
+    assert not any(layer.turned for layer in qmodel.torchq_plan.layers.values())
+    assert_identical(qmodel(X), by_itself(qmodel)(X))
+
+
+def test_a_sequential_is_no_owner():
+    qmodel = converted(Inside())
+    assert qmodel.torchq_plan.layers["rows.1"].turned
+    assert_identical(qmodel(X), by_itself(qmodel)(X))
+
+
+class Inside(Stem):
+    def __init__(self):
+        super().__init__()
+        self.behind = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.behind(self.rows(x).transpose(1, 2))
+
+
+def test_plans_copies_and_gradients():
+    model = Encoder().eval()
+    qmodel = converted(model)
+    saved = plan_of(qmodel).to_dict()
+    again = apply_plan(model, Plan.from_dict(saved))
+    for each in (again, copy.deepcopy(qmodel)):
+        with torch.no_grad():
+            assert_identical(each(X), qmodel(X))
+        assert each.strides == qmodel.strides == (120 * 64, 64, 1)
+    for layer in saved["layers"].values():
+        del layer["turned"]  # as the version before saved it
+    assert not Plan.from_dict(saved).layers["two"].turned
+    x, twin = X.clone().requires_grad_(), by_itself(qmodel)
+    with torch.enable_grad():
+        assert_identical(*(torch.autograd.grad(each(x).sum(), x)[0] for each in (qmodel, twin)))
