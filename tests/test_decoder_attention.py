@@ -206,7 +206,8 @@ def to_eager(attention):
 
 
 def other_scheme(attention):
-    attention.torchq_attention.scheme = "int8"
+    own = attention.torchq_attention
+    own.scheme = "float32" if own.scheme == "int8" else "int8"
 
 
 def not_causal(attention):
