@@ -131,10 +131,10 @@ def tight_loops(lines: list[tuple[int, str]]) -> Iterator[tuple[str, ...]]:
 
 
 def loops_in(kernel: str, disassembly: str) -> list[Loop]:
-    """The multiply loops of every tile<rows, columns>, the longest of each tile first."""
+    """The multiply loops of every tile<rows, columns, outputs>, the longest of each tile first."""
     multiply_loops = []
     for name, lines in functions(disassembly):
-        if match := re.search(rf"torchq::{kernel}::tile<(\d+), (\d+)>\(", name):
+        if match := re.search(rf"torchq::{kernel}::tile<(\d+), (\d+), torchq::{kernel}::\w+.*?>\(", name):
             loops = [Loop(kernel, int(match[1]), int(match[2]), body) for body in tight_loops(lines)]
             multiply_loops += sorted((loop for loop in loops if loop.products), key=lambda loop: -loop.macs)
     return multiply_loops

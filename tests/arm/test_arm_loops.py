@@ -111,18 +111,18 @@ def test_rows_are_cut_as_in_gemm_cpp():
 # ---- The reader itself ----------------------------------------------------------------------------------------------
 
 CLEAN = """
-0000000000000000 <void torchq::neon_i8mm::tile<2, 4>(torchq::Block const&)>:
+0000000000000000 <void torchq::neon_i8mm::tile<2, 4, torchq::neon_i8mm::AnyOutputs>(torchq::Block const&)>:
    0:\tstp\td8, d9, [sp, #16]
    4:\tldp\tq5, q2, [x3]
    8:\tldr\tq1, [x2]
    c:\tusmmla\tv10.4s, v5.16b, v1.16b
   10:\tusmmla\tv11.4s, v2.16b, v1.16b
   14:\tcmp\tx4, x2
-  18:\tb.ne\t4 <void torchq::neon_i8mm::tile<2, 4>(torchq::Block const&)+0x4>  // b.any
+  18:\tb.ne\t4 <void torchq::neon_i8mm::tile<2, 4, torchq::neon_i8mm::AnyOutputs>(torchq::Block const&)+0x4>  // b.any
   1c:\tstr\tq10, [x5]
   20:\tret
   24:\tusmmla\tv12.4s, v5.16b, v1.16b
-  28:\tb\t1c <void torchq::neon_i8mm::tile<2, 4>(torchq::Block const&)+0x1c>
+  28:\tb\t1c <void torchq::neon_i8mm::tile<2, 4, torchq::neon_i8mm::AnyOutputs>(torchq::Block const&)+0x1c>
 """
 
 
