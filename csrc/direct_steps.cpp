@@ -13,7 +13,8 @@ namespace {
 
 constexpr Py_ssize_t kMostArguments = 12;
 
-// What a step, (function, arguments, places, gives_all), returns. places has pairs: which argument is which value.
+// What a step, (function, arguments, places, gives_all, unread), returns. places has pairs: which argument is which
+// value.
 PyObject* called(PyObject* step, PyObject* values) {
   PyObject *given = PyTuple_GET_ITEM(step, 1), *places = PyTuple_GET_ITEM(step, 2);
   PyObject* arguments[kMostArguments];
@@ -27,9 +28,10 @@ PyObject* called(PyObject* step, PyObject* values) {
 
 // Whether a step has no more arguments than fit, and all values that it takes are there.
 bool is_step(PyObject* step, PyObject* values) {
-  if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != 4) return false;
+  if (!PyTuple_Check(step) || PyTuple_GET_SIZE(step) != 5) return false;
   PyObject *given = PyTuple_GET_ITEM(step, 1), *places = PyTuple_GET_ITEM(step, 2);
   if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) > kMostArguments || !PyTuple_Check(places)) return false;
+  if (!PyTuple_Check(PyTuple_GET_ITEM(step, 4))) return false;
   const Py_ssize_t ends[] = {PyTuple_GET_SIZE(given), PyList_GET_SIZE(values)};
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(places); ++i) {
     const Py_ssize_t at = PyLong_AsSsize_t(PyTuple_GET_ITEM(places, i));
@@ -46,6 +48,16 @@ bool append(PyObject* values, PyObject* y, bool gives_all) {
   return true;
 }
 
+// Lets go of the values that no later step reads, so that q, k and v need no memory while the rest of the layer runs.
+// False: there is an error.
+bool forget(PyObject* values, PyObject* unread) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(unread); ++i) {
+    const Py_ssize_t at = PyLong_AsSsize_t(PyTuple_GET_ITEM(unread, i));
+    if (PyErr_Occurred() || PyList_SetItem(values, at, Py_NewRef(Py_None))) return false;
+  }
+  return true;
+}
+
 PyObject* call_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=]() -> PyObject* {
     if (count != 2 || !PyTuple_Check(args[0]) || !PyList_CheckExact(args[1])) Py_RETURN_NOTIMPLEMENTED;
@@ -57,6 +69,7 @@ PyObject* call_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (!y) return nullptr;
       if (y.ptr() == Py_NotImplemented) Py_RETURN_FALSE;
       if (!append(values, y.ptr(), PyTuple_GET_ITEM(step, 3) == Py_True)) return nullptr;
+      if (!forget(values, PyTuple_GET_ITEM(step, 4))) return nullptr;
     }
     Py_RETURN_TRUE;
   });
@@ -64,10 +77,9 @@ PyObject* call_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"call_steps", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_steps)), METH_FASTCALL,
-     "call_steps(steps, values): appends to a list what each step, (function, arguments, places, gives_all), returns: "
-     "a "
-     "value, or with gives_all a tuple of them. places has pairs: which argument is which value. Stops, and returns "
-     "False, where one returns NotImplemented."},
+     "call_steps(steps, values): appends to a list what each step, (function, arguments, places, gives_all, "
+     "unread), returns: a value, or with gives_all a tuple of them. places has pairs: which argument is which value. "
+     "The values at unread become None behind it. Stops, and returns False, where one returns NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

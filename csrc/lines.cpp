@@ -79,7 +79,7 @@ PyObject* lines_of(PyObject*, PyObject* root) {
       const PyTypeObject* type = Py_TYPE(object);
       const int64_t bytes = type->tp_basicsize + (PyTuple_Check(object) ? Py_SIZE(object) * type->tp_itemsize : 0);
       add(reinterpret_cast<char*>(object) - kBeforeObject, std::min(bytes, kMostOfObject) + kBeforeObject, &lines);
-      if (PyDict_Check(object)) add_table(object, &lines);
+      if (PyDict_CheckExact(object) || PyODict_CheckExact(object)) add_table(object, &lines);  // no code of the user
       if (PyFunction_Check(object) && PyFunction_GET_CLOSURE(object)) note(PyFunction_GET_CLOSURE(object), &found);
       if (leads_on(object) && type->tp_traverse) type->tp_traverse(object, note, &found);
     }

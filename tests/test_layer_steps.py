@@ -1,6 +1,7 @@
 """The calls of a layer made by one call of C++: their order, what they are given, and where Python goes on."""
 
 import operator
+import weakref
 
 import pytest
 import torch
@@ -40,18 +41,57 @@ def by_its_code(model, *args):
 
 def test_a_step_takes_its_arguments_and_values():
     steps = (
-        (operator.sub, (None, None), (0, 1, 1, 0), False),
-        (max, (None, 4, None), (0, 0, 2, 2), False),
-        (divmod, (None, 10), (0, 3), True),
-        (divmod, (None, 10), (0, 3), False),
+        (operator.sub, (None, None), (0, 1, 1, 0), False, ()),
+        (max, (None, 4, None), (0, 0, 2, 2), False, ()),
+        (divmod, (None, 10), (0, 3), True, ()),
+        (divmod, (None, 10), (0, 3), False, ()),
     )
     found = [3, 50]
     assert _C.call_steps(steps, found)
     assert found == [3, 50, 47, 47, 4, 7, (4, 7)]
 
 
+class Thing:
+    """What is made, and let go."""
+
+
+def test_values_that_nobody_reads_any_more_are_let_go():
+    made = []
+
+    def make():
+        thing = Thing()
+        made.append(weakref.ref(thing))
+        return thing
+
+    def is_alive():
+        return made[0]() is not None
+
+    steps = (
+        (make, (), (), False, ()),
+        (is_alive, (), (), False, ()),
+        (type, (None,), (0, 0), False, (0,)),
+        (is_alive, (), (), False, ()),
+    )
+    found = []
+    assert _C.call_steps(steps, found)
+    assert found == [None, True, Thing, False]
+
+
+def test_a_layer_lets_go_of_queries_keys_and_values():
+    steps = layers(int8_bert())[0]._learned().in_one.steps
+    (attention,) = [step for step in steps if step.function is _C.call_attention]
+    assert len(attention.unread) == 3
+    assert attention.unread == tuple(sorted(attention.places[1:6:2]))
+    read = [place for step in steps[steps.index(attention) + 1 :] for place in step.places[1::2]]
+    assert not {*attention.unread} & {*read}
+
+
 def test_not_implemented_ends_the_steps():
-    steps = ((abs, (None,), (0, 0), False), (int.__add__, (None, 0.5), (0, 1), False), (abs, (-1,), (), False))
+    steps = (
+        (abs, (None,), (0, 0), False, ()),
+        (int.__add__, (None, 0.5), (0, 1), False, ()),
+        (abs, (-1,), (), False, ()),
+    )
     found = [-3]
     assert not _C.call_steps(steps, found)
     assert found == [-3, 3]
@@ -59,13 +99,13 @@ def test_not_implemented_ends_the_steps():
 
 def test_an_error_is_that_of_the_step():
     with pytest.raises(ZeroDivisionError):
-        _C.call_steps(((operator.floordiv, (1, None), (1, 0), False),), [0])
+        _C.call_steps(((operator.floordiv, (1, None), (1, 0), False, ()),), [0])
 
 
 @pytest.mark.parametrize("places", [(0, 1), (1, 0), (0, -1), (-1, 0)])
 def test_a_place_that_is_not_there_ends_the_steps(places):
     found = [1]
-    assert not _C.call_steps(((abs, (None,), places, False),), found)
+    assert not _C.call_steps(((abs, (None,), places, False, ()),), found)
     assert found == [1]
 
 

@@ -32,12 +32,14 @@ class OneStep(NamedTuple):
         arguments: with None for those that are values.
         places: pairs: which argument is which value.
         gives_all: whether it gives a tuple of values instead of one.
+        unread: values that nobody reads behind it.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     places: tuple[int, ...]
     gives_all: bool
+    unread: tuple[int, ...] = ()
 
 
 class LayerSteps(NamedTuple):
@@ -79,7 +81,17 @@ def steps_in_one(calls: Sequence[Called], attentions: tuple[SelfAttention, ...])
             values += places[-1]
     except UnsuitedError:
         return None
-    return LayerSteps(tuple(tape.steps), tuple(places), attentions)
+    return LayerSteps(_forgetting(tape.steps, kept={*range(tape.given), *values}), tuple(places), attentions)
+
+
+def _forgetting(steps: Sequence[OneStep], kept: set[int]) -> tuple[OneStep, ...]:
+    """The steps, each of which lets go of what it reads last. Kept is what a call gives, where Python may go on."""
+    found: list[OneStep] = []
+    for step in reversed(steps):
+        unread = {*step.places[1::2]} - kept
+        kept = kept | unread
+        found.append(step._replace(unread=tuple(sorted(unread))))
+    return tuple(reversed(found))
 
 
 class _Tape:
@@ -88,7 +100,7 @@ class _Tape:
     def __init__(self, attentions: tuple[SelfAttention, ...]) -> None:
         self.steps: list[OneStep] = []
         self.attentions = attentions
-        self.count = 2 + 2 * len(attentions)
+        self.count = self.given = 2 + 2 * len(attentions)
 
     def add(self, call: Called, inputs: tuple[int, ...]) -> tuple[int, ...]:
         """The steps of one call of the layer; the places of its values."""
