@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers.compare import assert_identical
-from helpers.convolutional import IMAGE, IMAGES, Bottleneck, ConvNorm, resnet
+from helpers.convolutional import IMAGE, IMAGES, Bottleneck, ConvNorm, by_itself, resnet
 from helpers.numbers import normal
 from torchq import _C, Plan, QConfig, apply_plan, convert, plan_of
 from torchq.modules.channels_last import ChannelsLast
@@ -24,15 +24,6 @@ STATIC = QConfig(activation="static", rounding="nearest", smoothing="none")
 DYNAMIC = QConfig(activation="dynamic", rounding="nearest", smoothing="none")
 DATA = [normal(4, 32, 20, 20, seed=i) for i in range(4)]
 X = normal(2, 32, 20, 20, seed=9)
-
-
-def by_itself(qmodel):
-    """The same layers, which all give torch's format."""
-    twin = copy.deepcopy(qmodel)
-    for module in twin.modules():
-        if isinstance(module, QuantizedConv):
-            module.hands = None
-    return twin
 
 
 @pytest.fixture

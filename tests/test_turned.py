@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import relu
 
 from helpers.compare import assert_identical
+from helpers.convolutional import by_itself
 from helpers.numbers import normal
 from torchq import Plan, QConfig, apply_plan, convert, plan_of
-from torchq.modules.quantized_conv import QuantizedConv
 from torchq.numerics.metrics import sqnr_db
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -51,15 +51,6 @@ class Encoder(nn.Module):
         elif self.ask == "convolution":
             return self.behind(rows), self.three(y)
         return self.behind(rows)
-
-
-def by_itself(qmodel):
-    """The same layers, which all give torch's format."""
-    twin = copy.deepcopy(qmodel)
-    for module in twin.modules():
-        if isinstance(module, QuantizedConv):
-            module.hands = None
-    return twin
 
 
 def converted(model, data=DATA):

@@ -102,3 +102,12 @@ def unfused(qmodel: nn.Module) -> nn.Module:
         if isinstance(module, QuantizedConv):
             module.scope = None
     return twin
+
+
+def by_itself(qmodel):
+    """The same layers, which all give torch's format."""
+    twin = copy.deepcopy(qmodel)
+    for module in twin.modules():
+        if isinstance(module, QuantizedConv):
+            module.hands = None
+    return twin
