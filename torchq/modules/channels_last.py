@@ -130,7 +130,7 @@ class ChannelsLast(Deferred):
         if any(kind is not cls and issubclass(kind, Deferred) for kind in types):
             return NotImplemented
         kwargs = kwargs or {}
-        if type(args[0]) is cls and turns(func, args) and args[0]._scope.deferred() is not None:
+        if args and type(args[0]) is cls and turns(func, args) and args[0]._scope.deferred() is not None:
             return run_on_values(func, (args[0].turned(), *args[1:]), kwargs)
         flat = not kwargs and func is not _aten.cat.default  # then there is nothing to search through
         leaves = args if flat else tree_leaves((args, kwargs))
