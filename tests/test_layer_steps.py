@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers.compare import assert_identical
-from helpers.encoder_forms import by_code, layers
+from helpers.encoder_forms import PICTURES, assert_same, by_code, layers
 from helpers.numbers import normal
-from helpers.self_attention import int8_bert
+from helpers.self_attention import converted, int8_bert
 from torchq import _C
 from torchq.modules.attention import AttentionScheme
 from torchq.modules.layer_steps import LayerSteps
@@ -174,3 +174,14 @@ def test_lines_outlive_what_they_were_of():
 def test_only_lines_are_fetched():
     with pytest.raises(ValueError, match="PyCapsule"):
         _C.fetch_lines((1, 2))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_row_whose_last_layer_stays_float_is_whole(name):
+    """What its sum would be computed with is no int8 layer."""
+    last = tuple(each for each, _ in PICTURES[name]().named_modules() if each.endswith("fc2"))
+    model = converted(
+        PICTURES[name](), [{"pixel_values": normal(8, 3, 32, 32, seed=i)} for i in range(6)], exclude=last
+    )
+    assert [type(model.get_submodule(each)) for each in last] == [torch.nn.Linear] * 2
+    assert_same(model, normal(3, 3, 32, 32, seed=1))

@@ -148,9 +148,8 @@ def _halves(run: Any) -> tuple[Callable[..., Any], QuantizedLinear | None]:
     if type(run) is QuantizedLinear:
         return _itself, run
     if isinstance(getattr(run, "__self__", None), Row):
-        row = run.__self__
-        last = row.last_alone()
-        return (row.before_last if type(last) is QuantizedLinear else run), last
+        last = run.__self__.last_alone()
+        return run.__self__.before_last, last if type(last) is QuantizedLinear else None
     if isinstance(run, SelfAttention):
         names = run.line.found.behind
         last = run._modules.get(names[0]) if len(names) == 1 else None
