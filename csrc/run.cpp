@@ -35,6 +35,9 @@ constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a 
 // up to 10. A multiple of 64, so that threads write to cache lines of their own.
 constexpr int64_t kValuesPerThread = 32 * 1024;
 
+// Rows of a table lie anywhere in it, and most come from memory: so many are on their way at once.
+constexpr int64_t kRowsAhead = 4;
+
 // Requests huge pages for a fresh buffer, where the system has them. They mean fewer page faults when it is first
 // written, and fewer TLB misses whenever it is read.
 void prefer_huge_pages(void* data, int64_t bytes) {
@@ -354,7 +357,11 @@ void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype
   if (count * row_bytes > kHugeOutput) prefer_huge_pages(y, count * row_bytes);
   const int64_t rows_per_thread = kValuesPerThread / std::max<int64_t>(1, table.width) + 1;
   torch::stable::parallel_for(0, count, rows_per_thread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) write_row(table, rows[i], dtype, static_cast<uint8_t*>(y) + i * row_bytes);
+    for (int64_t i = begin; i < std::min(begin + kRowsAhead, end); ++i) prefetch_row(table, rows[i]);
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kRowsAhead < end) prefetch_row(table, rows[i + kRowsAhead]);
+      write_row(table, rows[i], dtype, static_cast<uint8_t*>(y) + i * row_bytes);
+    }
   });
 }
 

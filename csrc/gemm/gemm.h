@@ -90,6 +90,9 @@ struct Table {
 // f16.
 void write_row(const Table& table, int64_t row, DType dtype, void* y);
 
+// Asks for a row that is written soon. Rows of packed weights are long enough that the hardware follows them.
+void prefetch_row(const Table& table, int64_t row);
+
 // ---- Activations (codes.cpp) ------------------------------------------------------------------------------------
 
 // The affine map x = (code - zero_point) * scale, codes in [0, 255].

@@ -58,7 +58,18 @@ void write_row(const Table& table, int64_t row, T* y) {
   }
 }
 
+void prefetch(const uint8_t* begin, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
+  __builtin_prefetch(begin + bytes - 1);  // the line that the last bytes may reach into
+}
+
 }  // namespace
+
+void prefetch_row(const Table& table, int64_t row) {
+  const int64_t bytes = table.width + sizeof(float), residual_bytes = (table.width + 1) / 2;
+  if (table.matrix) prefetch(table.matrix + row * bytes, bytes);
+  if (table.residuals) prefetch(table.residuals + row * residual_bytes, residual_bytes);
+}
 
 void write_row(const Table& table, int64_t row, DType dtype, void* y) {
   switch (dtype) {
