@@ -144,6 +144,67 @@ class Inside(Stem):
         return self.behind(self.rows(x).transpose(1, 2))
 
 
+class Derived(nn.Module):
+    """What comes of the rows is read by its strides, which in torch are those of the convolution."""
+
+    def __init__(self, read, kind=nn.Conv1d):
+        super().__init__()
+        self.one, self.two, self.three = (kind(n, 64, 3, padding=1) for n in (16, 64, 64))
+        self.read = read
+
+    def forward(self, x):
+        return self.read(self, relu(self.two(relu(self.one(x)))))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model, y: (y.mT + 1).mT.view(len(y), -1),
+        lambda model, y: ((y.mT + 1).mT[:, :, :10] * 2).view(len(y), -1),
+        lambda model, y: (y.mT + 1).mT[:, :, :10].view(len(y) * 64, 10),
+        lambda model, y: (y.mT + 1).as_strided((2, 120, 64), (120 * 64, 1, 120)),
+        lambda model, y: y.mT + torch.rand_like(y.mT),
+        lambda model, y: nn.functional.dropout(y.mT * 2, 0.5, training=True),
+    ],
+)
+def test_what_is_read_by_torchs_strides_has_them(read):
+    model = Derived(read)
+    qmodel = converted(model)
+    assert not qmodel.torchq_plan.layers["two"].turned
+    results = []
+    for each in (qmodel, by_itself(qmodel)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(each(X))
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda model, y: model.three((y.permute(0, 2, 3, 1) * 2).permute(0, 3, 1, 2)).view(len(y), -1),
+        lambda model, y: model.three(y.permute(0, 2, 3, 1).permute(0, 3, 1, 2)).view(len(y), -1),
+    ],
+)
+def test_an_image_turned_back_has_torchs_format(read):
+    """A convolution gives its output in the format of its input."""
+    qmodel = converted(Derived(read, nn.Conv2d), IMAGES)
+    assert not qmodel.torchq_plan.layers["two"].turned
+    with torch.no_grad():
+        assert_identical(qmodel(IMAGES[0]), by_itself(qmodel)(IMAGES[0]))
+
+
+def test_what_keeps_the_rows_in_order_reads_them_turned():
+    """As the layers of an encoder, or a token put before them."""
+    norm = nn.LayerNorm(64)
+    for read in (
+        lambda model, y: norm(y.mT + torch.ones(120, 64)),
+        lambda model, y: torch.cat([torch.ones(2, 1, 64), nn.functional.dropout(y.mT, 0.1, training=False)], 1),
+        lambda model, y: norm((y.mT + 1)[:, 0]),
+    ):
+        assert converted(Derived(read)).torchq_plan.layers["two"].turned
+
+
 def test_plans_copies_and_gradients():
     model = Encoder().eval()
     qmodel = converted(model)

@@ -22,9 +22,12 @@ from torchq.calibration.isolation import own_thread
 from torchq.modules.channels_last import keeps, turns
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
-from torchq.watching import storage_key
+from torchq.watching import gives_views, storage_key
 
-_ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_aten = torch.ops.aten
+_ADD = (_aten.add.Tensor, _aten.add_.Tensor)
+_BY_STRIDES = (_aten.view.default, _aten.view.dtype, _aten._reshape_alias.default, _aten.as_strided.default)
+"""Views that not all strides have."""
 
 
 _Names = frozenset[str]
@@ -35,7 +38,8 @@ class _Value(NamedTuple):
     """A tensor that exists now: the convolutions whose output it is, those whose output it may be, and its storage.
 
     A sum is the output of the summand's convolution that ran last. But either may compute it: `summands` are those
-    whose own outputs, and no sums, were added. `turned`: a view has its channels last.
+    whose own outputs, and no sums, were added. `turned`: a view has its channels last, or it comes of such a one, and
+    its strides, too, will be others.
     """
 
     origins: _Names
@@ -118,11 +122,12 @@ class Handovers:
         if self._inside or not self._values:
             return None
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        rows = self._sees_rows(func, tensors)
         values = [self._value(tensor) for tensor in tensors]
         origins = [_NOBODY if value is None else value.origins for value in values]
         every = _NOBODY.union(*origins)
         if not every:
-            return None
+            return rows
         if turns(func, args) and all(self._running[id(self._owners[name])] for name in every):
             self._turned |= every
             self._values[cast(int, storage_key(tensors[0]))] = cast(_Value, values[0])._replace(turned=True)
@@ -141,6 +146,34 @@ class Handovers:
         def note(y: Any) -> None:
             result = y[0] if isinstance(y, tuple) else y
             self._register(result, every, maybe, alone.summands if alone and result.shape == shape else _NOBODY)
+
+        return note
+
+    def _sees_rows(self, func: Any, tensors: list[Tensor]) -> Callable[[Any], None] | None:
+        """Notes an operation on what was turned: what it makes of it may have strides that are no longer torch's.
+
+        Where a later view, or the order of random numbers, depends on these, the convolution has another reader.
+        """
+        held = [(tensor, value) for tensor in tensors if (value := self._held(tensor)) and value.turned]
+        held = [(tensor, value) for tensor, value in held if not tensor.is_contiguous()]
+        if not held:
+            return None
+        origins = _NOBODY.union(*(value.origins for _, value in held))
+        views, random = gives_views(func), torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        if func in _BY_STRIDES:
+            whole = func is not _aten.as_strided.default and all(_are_rows(tensor) for tensor, _ in held)
+        else:
+            whole = views or (not random and all(_lie_as_rows(tensor) for tensor, _ in held))
+        if not whole:
+            self._read_by_others |= origins
+        if views:
+            return None
+
+        def note(y: Any) -> None:
+            for each in tree_leaves(y):
+                key = storage_key(each)
+                if key is not None and not each.is_contiguous() and self._held(each) is None:
+                    self._values[key] = _Value(origins, _NOBODY, StorageWeakRef(each.untyped_storage()), turned=True)
 
         return note
 
@@ -170,11 +203,18 @@ class Handovers:
 
     def _takes(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         value = self._value(args[0]) if args else None
+        self._reads_back(args)
         for origin in () if value is None else value.maybe:
             self._readers[origin].add(name)
         for summand in () if value is None else value.summands:
             self._takers[summand].add(name)
         self._inside += 1
+
+    def _reads_back(self, args: tuple[Any, ...]) -> None:
+        """A convolution reads this. An image that was turned has another format, and so would its output have."""
+        value = self._held(args[0]) if args else None
+        if value is not None and value.turned and args[0].dim() > 3:
+            self._read_by_others |= value.origins
 
     def _gave(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         self._inside -= 1
@@ -205,6 +245,28 @@ class Handovers:
         for leaf in tree_leaves(output):
             value = self._held(leaf)
             self._read_by_others |= _NOBODY if value is None else value.origins
+
+
+def _are_rows(x: Tensor) -> bool:
+    """Whether this is a whole tensor whose channels are first in memory and last here.
+
+    >>> x = torch.zeros(2, 3, 4, 5)
+    >>> _are_rows(x.permute(0, 2, 3, 1)), _are_rows(x.permute(0, 2, 3, 1)[:, 1:]), _are_rows(x)
+    (True, False, False)
+    """
+    return x.dim() >= 3 and x.movedim(-1, 1).is_contiguous()
+
+
+def _lie_as_rows(x: Tensor) -> bool:
+    """Whether nothing but the batch has a larger stride than the channels, which are last.
+
+    >>> x = torch.zeros(2, 3, 4, 5).permute(0, 2, 3, 1)
+    >>> _lie_as_rows(x), _lie_as_rows(x[:, 1:, 0]), _lie_as_rows(x[0].permute(2, 0, 1)[:, 1:])
+    (True, True, False)
+    """
+    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+    last = strides[-1] if strides else 0
+    return sum(stride > last for stride in strides) <= (x.shape[-1] > 1 and len(strides) > 1)
 
 
 def _owner_of(model: nn.Module, name: str) -> nn.Module:
