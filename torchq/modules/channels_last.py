@@ -3,11 +3,13 @@
 Convolutions compute with the channels last. With an image whose channels are first, torch's outputs have them first,
 too, and each layer would turn its input and its output. Where calibration has seen that nothing reads an output but
 convolutions, operations on single values, and views that turn it so that its channels lie last, it stays as it was
-computed, behind a tensor that has torch's strides. Whatever else reads that gets it as torch would have given it. It
-lives no longer than the call of the innermost module that holds the convolution and its readers (`Scope`).
+computed, behind a tensor that has torch's strides. Whatever else reads that gets it as torch would have given it. Behind
+such a view, which shares its memory, it gets a copy, or a `ViewOfTurned`. It lives no longer than the call of the
+innermost module that holds the convolution and its readers (`Scope`).
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torchq.modules.convolving import in_format, is_zero_padding
 from torchq.modules.made import taken_apart
 from torchq.modules.pending import Deferred, Scope
 from torchq.modules.writes import run_on_values
+from torchq.watching import gives_views, may_write
 
 _aten = torch.ops.aten
 _ACTIVATIONS = (
@@ -99,6 +102,7 @@ class ChannelsLast(Deferred):
         self._last: Tensor | None = values
         self._value: Tensor | None = None
         self._scope = scope
+        self._is_turned = False
 
     def make(self) -> Tensor:
         """The values as torch would have them. Every call gives the same tensor."""
@@ -114,10 +118,22 @@ class ChannelsLast(Deferred):
         return self.make() if last is None else last
 
     def turned(self) -> Tensor:
-        """The values for a view that has the channels last. From now on all readers share them as they lie."""
+        """The values for a view that has the channels last. From now on all writers share them as they lie."""
         if self._last is not None:
-            self._value, self._last = self._last, None
+            self._value, self._last, self._is_turned = self._last, None, True
         return self.make()
+
+    def _for(self, func: Any) -> Tensor:
+        """What an operation gets. After a view that was turned, all but writes and such views get what torch has."""
+        value = self.make()
+        if not self._is_turned or may_write(func):
+            return value
+        if not gives_views(func):
+            return in_format(value, False)
+        if self._scope.deferred() is None:  # its call has ended, and who read it turned
+            self._value, self._is_turned = in_format(value, False), False
+            return self.make()
+        return ViewOfTurned(value, self._scope)
 
     def held(self) -> "ChannelsLast":
         """Itself, to be made at the end of the call that it belongs to."""
@@ -145,8 +161,82 @@ class ChannelsLast(Deferred):
         parts = taken_apart(func, args, kwargs)
         if parts is not NotImplemented:
             return parts
-        args, kwargs = tree_map_only(cls, lambda each: each.make(), (args, kwargs))
+        args, kwargs = tree_map_only(cls, lambda each: each._for(func), (args, kwargs))
         return run_on_values(func, args, kwargs)
+
+
+class ViewOfTurned(Deferred):
+    """A view, with torch's strides, of an output that was turned: its values are made anew for each operation.
+
+    What is written to it goes to the output as it lies, which the turned view shares.
+    """
+
+    @staticmethod
+    def __new__(cls, lying: Tensor, scope: Scope, steps: tuple[Callable[[Tensor], Tensor], ...] = ()) -> Any:
+        """The output, in whose call it is, and the views of it that this one is, one after the other."""
+        like = _viewed(torch.empty(lying.shape, dtype=lying.dtype, device="meta"), steps)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=lying.device, storage_size=0
+        )
+
+    def __init__(self, lying: Tensor, scope: Scope, steps: tuple[Callable[[Tensor], Tensor], ...] = ()) -> None:
+        self._lying, self._scope, self._steps = lying, scope, steps
+        if (deferred := scope.deferred()) is not None:  # what the call returns is an ordinary tensor
+            deferred.append(weakref.ref(self))
+
+    def make(self) -> Tensor:
+        """The values as they are now."""
+        return _viewed(in_format(self._lying, False), self._steps)
+
+    def end(self) -> None:
+        """Nothing has waited."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Gives a view of it, or runs an operation on the values, and takes over what that writes."""
+        if any(kind not in (cls, ChannelsLast) and issubclass(kind, Deferred) for kind in types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        parts = taken_apart(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
+        if gives_views(func):
+            return args[0]._view(func, args[1:], kwargs)
+        copies: dict[int, Tensor] = {}
+        lying: dict[int, Tensor] = {}
+        given: dict[int, ViewOfTurned] = {}
+
+        def values(each: ViewOfTurned) -> Tensor:
+            key = id(each._lying)
+            if key not in copies:
+                lying[key], copies[key] = each._lying, in_format(each._lying, False)
+            view = _viewed(copies[key], each._steps)
+            given[id(view)] = each
+            return view
+
+        args, kwargs = tree_map_only(cls, values, (args, kwargs))
+        y = run_on_values(func, args, kwargs)
+        if not may_write(func):
+            return y
+        for key, copy in copies.items():
+            run_on_values(_aten.copy_.default, (lying[key], copy), {})
+        return tree_map_only(Tensor, lambda each: given.get(id(each), each), y)
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a view of it gives: one, or several."""
+        like = func(torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta"), *args, **kwargs)
+        if isinstance(like, Tensor):
+            return self._behind(lambda x: func(x, *args, **kwargs))
+        return [self._behind(lambda x, i=i: func(x, *args, **kwargs)[i]) for i in range(len(like))]  # type: ignore[misc]
+
+    def _behind(self, step: Callable[[Tensor], Tensor]) -> "ViewOfTurned":
+        return ViewOfTurned(self._lying, self._scope, (*self._steps, step))
+
+
+def _viewed(x: Tensor, steps: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
 
 
 def _given(y: Any, first: ChannelsLast, in_place: bool) -> Any:
