@@ -229,6 +229,64 @@ def test_what_outlives_its_call_has_torchs_views():
     assert_identical(qmodel.kept[0] + 0, twin.kept[0] * 2)
 
 
+def written(source, copy):
+    copy.mul_(2.0)
+    return copy
+
+
+def first_written(source, copy):
+    source.mul_(2.0)
+    return source
+
+
+@pytest.mark.parametrize("write", [written, first_written])
+@pytest.mark.parametrize(
+    "copied",
+    [lambda rows: rows.contiguous(), lambda rows: rows.reshape(-1, 64), lambda rows: rows[:, :9].contiguous()],
+)
+@pytest.mark.parametrize("derived", [0, 1])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_rows_and_their_copy_are_two(write, copied, derived, alone, mode):
+    """In torch, where rows behind a convolution are not contiguous. Which of them is read behind the write?"""
+
+    def read(model, y):
+        with mode():
+            rows = y.mT + derived if derived else y.mT
+            copy = copied(rows)
+            changed = write(rows, copy)
+            other = copy if changed is rows else rows
+            return (changed + 0 if alone else other * 1) + 0
+
+    qmodel = converted(Derived(read))
+    with mode():
+        assert_identical(qmodel(X.clone()), by_itself(qmodel)(X.clone()))
+
+
+def test_a_copy_that_is_written_may_be_all_that_is_read():
+    norm = nn.LayerNorm(64)
+
+    def read(model, y):
+        rows = y.mT.contiguous()
+        rows += 1.0
+        return norm(rows)
+
+    qmodel = converted(Derived(read))
+    assert qmodel.torchq_plan.layers["two"].turned
+    with torch.no_grad():
+        assert_identical(qmodel(X), by_itself(qmodel)(X))
+
+
+def test_a_convolution_reads_what_was_copied_before_a_write():
+    def read(model, y):
+        rows = y.mT.contiguous()
+        rows += 1.0
+        return rows, model.three(y)
+
+    qmodel = converted(Derived(read))
+    assert not qmodel.torchq_plan.layers["two"].turned
+
+
 def test_what_keeps_the_rows_in_order_reads_them_turned():
     """As the layers of an encoder, or a token put before them."""
     norm = nn.LayerNorm(64)

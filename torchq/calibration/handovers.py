@@ -22,12 +22,17 @@ from torchq.calibration.isolation import own_thread
 from torchq.modules.channels_last import keeps, turns
 from torchq.modules.norms import is_foldable
 from torchq.modules.registry import Layer
-from torchq.watching import gives_views, storage_key
+from torchq.modules.writes import written_by
+from torchq.watching import gives_views, may_write, storage_key
 
 _aten = torch.ops.aten
 _ADD = (_aten.add.Tensor, _aten.add_.Tensor)
-_BY_STRIDES = (_aten.view.default, _aten.view.dtype, _aten._reshape_alias.default, _aten.as_strided.default)
+_BY_STRIDES = (
+    *(_aten.view.default, _aten.view.dtype, _aten._reshape_alias.default, _aten.as_strided.default),
+    *(_aten.reshape.default, _aten.flatten.using_ints, _aten.ravel.default),  # whole, as in torch.inference_mode
+)
 """Views that not all strides have."""
+_COPIES = (_aten.clone.default, _aten._to_copy.default)
 
 
 _Names = frozenset[str]
@@ -49,6 +54,20 @@ class _Value(NamedTuple):
     turned: bool = False
 
 
+class _Copy(NamedTuple):
+    """Rows that were copied, or their copy: both will be one tensor, as `contiguous()` gives what is so as it is.
+
+    Args:
+        origins: the convolutions that they come of.
+        storages: of all of these.
+        old: those that others of them were written behind, and which nobody may read then.
+    """
+
+    origins: _Names
+    storages: dict[int, StorageWeakRef]
+    old: set[int]
+
+
 class Handovers:
     """Watches runs of a model, and finds for a convolution the convolutions that alone read its output.
 
@@ -60,6 +79,7 @@ class Handovers:
         self._norms = [module for module in model.modules() if is_foldable(module)]
         self._convolutions = {n: layer.module for n, layer in layers.items() if layer.kind.absorbs and not layer.part}
         self._values: dict[int, _Value] = {}  # by storage
+        self._copies: dict[int, _Copy] = {}  # by storage
         self._order: list[str] = []  # of their last calls
         self._owners = {name: _owner_of(model, name) for name in self._convolutions}
         self._running: Counter[int] = Counter()  # calls of these, by their ids
@@ -114,6 +134,7 @@ class Handovers:
     def end_batch(self) -> None:
         """Forgets the tensors, and a batch that failed."""
         self._values.clear()
+        self._copies.clear()
         self._running.clear()
         self._inside = 0
 
@@ -121,8 +142,9 @@ class Handovers:
         """Notes what an operation makes of outputs of convolutions."""
         if self._inside or not self._values:
             return None
+        self._reads_copies(func, args, kwargs, keys)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        rows = self._sees_rows(func, tensors)
+        rows = self._sees_rows(func, kwargs, tensors)
         values = [self._value(tensor) for tensor in tensors]
         origins = [_NOBODY if value is None else value.origins for value in values]
         every = _NOBODY.union(*origins)
@@ -149,7 +171,7 @@ class Handovers:
 
         return note
 
-    def _sees_rows(self, func: Any, tensors: list[Tensor]) -> Callable[[Any], None] | None:
+    def _sees_rows(self, func: Any, kwargs: Any, tensors: list[Tensor]) -> Callable[[Any], None] | None:
         """Notes an operation on what was turned: what it makes of it may have strides that are no longer torch's.
 
         Where a later view, or the order of random numbers, depends on these, the convolution has another reader.
@@ -166,16 +188,41 @@ class Handovers:
             whole = views or (not random and all(_lie_as_rows(tensor) for tensor, _ in held))
         if not whole:
             self._read_by_others |= origins
-        if views:
-            return None
+        source = held[0][0]
+        copies = views or (func in _COPIES and kwargs.get("memory_format") is torch.contiguous_format)
 
         def note(y: Any) -> None:
-            for each in tree_leaves(y):
+            if copies and storage_key(y) not in (None, storage_key(source)):
+                self._note_copy(source, y, origins)
+            for each in () if views else tree_leaves(y):
                 key = storage_key(each)
                 if key is not None and not each.is_contiguous() and self._held(each) is None:
                     self._values[key] = _Value(origins, _NOBODY, StorageWeakRef(each.untyped_storage()), turned=True)
 
         return note
+
+    def _note_copy(self, source: Tensor, y: Tensor, origins: _Names) -> None:
+        copy = self._copies.get(cast(int, storage_key(source))) or _Copy(origins, {}, set())
+        for each in (source, y):
+            key = cast(int, storage_key(each))
+            copy.storages[key] = StorageWeakRef(each.untyped_storage())
+            self._copies[key] = copy
+
+    def _reads_copies(self, func: Any, args: Any, kwargs: Any, keys: list[int | None]) -> None:
+        """Notes who reads rows, or a copy of them, behind a write to the other: it will be a write to both."""
+        if not self._copies or gives_views(func):
+            return
+        for key in keys:
+            self._reads_copy(key)
+        if may_write(func):
+            for key in map(storage_key, written_by(func, args, kwargs)):
+                if key in self._copies:
+                    copy = self._copies[key]
+                    copy.old.update(copy.storages.keys() - {key})
+
+    def _reads_copy(self, key: int | None) -> None:
+        if key in self._copies and key in self._copies[key].old:
+            self._read_by_others |= self._copies[key].origins
 
     def _summed(self, one: _Names, other: _Names) -> _Names:
         """The convolutions that ran last, of two summands, which then read the other one."""
@@ -213,6 +260,7 @@ class Handovers:
     def _reads_back(self, args: tuple[Any, ...]) -> None:
         """A convolution reads this. An image that was turned has another format, and so would its output have."""
         value = self._held(args[0]) if args else None
+        self._reads_copy(storage_key(args[0]) if args else None)
         if value is not None and value.turned and args[0].dim() > 3:
             self._read_by_others |= value.origins
 
@@ -231,6 +279,7 @@ class Handovers:
         self._running[id(owner)] -= 1
 
     def _enters(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        self._reads_copy(storage_key(args[0]) if args else None)
         self._inside += 1
 
     def _leaves(self, norm: nn.Module, args: tuple[Any, ...], y: Any) -> None:
@@ -244,6 +293,7 @@ class Handovers:
         """What the model returns, others read."""
         for leaf in tree_leaves(output):
             value = self._held(leaf)
+            self._reads_copy(storage_key(leaf))
             self._read_by_others |= _NOBODY if value is None else value.origins
 
 

@@ -3,8 +3,8 @@
 Convolutions compute with the channels last. With an image whose channels are first, torch's outputs have them first,
 too, and each layer would turn its input and its output. Where calibration has seen that nothing reads an output but
 convolutions, operations on single values, and views that turn it so that its channels lie last, it stays as it was
-computed, behind a tensor that has torch's strides. Whatever else reads that gets it as torch would have given it. Behind
-such a view, which shares its memory, it gets a copy, or a `ViewOfTurned`. It lives no longer than the call of the
+computed, behind a tensor that has torch's strides. Whatever else reads that gets it as torch would have given it. After
+such a view, which shares its memory, that is a copy, or a `ViewOfTurned`. It lives no longer than the call of the
 innermost module that holds the convolution and its readers (`Scope`).
 """
 
