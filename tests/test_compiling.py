@@ -238,3 +238,87 @@ def test_an_exported_model_runs_ahead_of_time(tmp_path):
     )
     exit_code, _, err = run_code(code)
     assert exit_code == 0, err
+
+
+# ---- Convolutions and attention -------------------------------------------------------------------------------------
+
+
+class Stem(nn.Module):
+    """A convolution whose output is turned as in Whisper's encoder."""
+
+    def __init__(self, turned, kind=nn.Conv1d):
+        super().__init__()
+        self.conv, self.turned = kind(8, 16, 3), turned
+
+    def forward(self, x):
+        return self.turned(F.gelu(self.conv(x))) * 2
+
+
+def rewritten(model, *args):
+    """What a model gives, compiled with the options' pass; the graph; and what it gives without the pass."""
+    graphs = []
+    model.eval()
+    with torch.no_grad():
+        y = torch.compile(
+            model,
+            fullgraph=True,
+            options={"pre_grad_custom_pass": lambda graph: (compiling.rewrite(graph), graphs.append(graph))},
+        )(*args)
+        torch.compiler.reset()
+        expected = torch.compile(model, fullgraph=True, backend="eager")(*args)
+    return y, graphs[0], expected
+
+
+def of_convolution(graph):
+    (node,) = (node for node in graph.nodes if node.target is torch.ops.torchq.convolution.default)
+    return node.args[5], node.args[6]
+
+
+CONV1, CONV2 = (2, 8, 9), (2, 8, 9, 9)
+
+
+@pytest.mark.slow(seconds=10)
+@pytest.mark.parametrize(
+    ("turned", "shape", "last"),
+    [
+        (lambda y: y.permute(0, 2, 1), CONV1, True),
+        (lambda y: y.permute((0, 2, 1)), CONV1, True),
+        (lambda y: torch.permute(y, (0, 2, 1)), CONV1, True),
+        (lambda y: y.transpose(1, 2), CONV1, True),
+        (lambda y: torch.transpose(y, -1, 1), CONV1, True),
+        (lambda y: y.permute(0, 2, 3, 1), CONV2, True),
+        (lambda y: y.permute(0, 3, 2, 1), CONV2, False),
+        (lambda y: y.transpose(1, 2), CONV2, False),
+        (lambda y: y.permute(0, 2, 1) + y.mean(), CONV1, False),
+        (lambda y: y.flatten(1), CONV1, False),
+    ],
+)
+def test_a_convolution_computes_its_activation_and_gives_its_channels_last(turned, shape, last):
+    torch.manual_seed(0)
+    model = torchq.convert(Stem(turned, nn.Conv1d if len(shape) == 3 else nn.Conv2d).eval())
+    torch.compiler.reset()
+    y, graph, expected = rewritten(model, normal(*shape))
+    assert of_convolution(graph) == (last, Activation.GELU)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+class Attending(nn.Module):
+    """Copies of queries, keys and values, some of which others read."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, x):
+        q, k, v = (x.view(2, 5, 4, 16).transpose(1, 2).contiguous() for _ in range(3))
+        y = torchq.ops.attention(q, k, v)
+        return y + k if self.reads else y
+
+
+@pytest.mark.slow(seconds=5)
+@pytest.mark.parametrize(("reads", "copies"), [(False, 0), (True, 1)])
+def test_attention_reads_its_inputs_as_they_lie(reads, copies):
+    torch.compiler.reset()
+    y, graph, expected = rewritten(Attending(reads), normal(2, 5, 64))
+    assert sum(node.target == "contiguous" for node in graph.nodes) == copies
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)

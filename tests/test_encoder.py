@@ -340,14 +340,26 @@ def test_inference_mode(skipped):
     assert len(skipped) == 4
 
 
+def test_a_graph_skips_padding_too(skipped):
+    """In one op, which gives the bits of the eager call."""
+    qmodel = convert(encoder())
+    with torch.no_grad():
+        compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+        y = compiled(X, src_key_padding_mask=PADDING)
+        assert skipped == [LENGTHS] * len(qmodel.layers)
+        assert torch.equal(y, qmodel(X, src_key_padding_mask=PADDING))
+
+
 @pytest.mark.slow(seconds=5)
-def test_compile_goes_torchs_way(skipped):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile
+def test_a_graph_with_gradients_goes_torchs_way(skipped):
     """As the float encoder does when it is compiled, unless told not to check masks."""
     qmodel = convert(encoder(), config=QConfig(attention="float32"))
-    compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
-    y = compiled(X, src_key_padding_mask=PADDING)
+    with torch.enable_grad():
+        compiled = torch.compile(qmodel, fullgraph=True, backend="aot_eager")
+        y = compiled(X, src_key_padding_mask=PADDING)
     assert skipped == []
-    assert sqnr_db(torchs_way(qmodel, X, src_key_padding_mask=PADDING), y) > 50
+    assert sqnr_db(torchs_way(qmodel, X, src_key_padding_mask=PADDING), y.detach()) > 50
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -1,9 +1,9 @@
-"""torch.compile of converted models: activations move into the int8 layers before them, as they do in eager mode."""
+"""torch.compile of converted models: what inductor does to their graphs, as it happens in eager mode."""
 
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,9 +11,14 @@ from torch import Tensor, fx, nn
 from torchq import ops
 from torchq.modules import activations
 from torchq.modules.activations import activation_computed
+from torchq.modules.one_op import LAYERS
 from torchq.ops import Activation
 
-_LINEARS = (torch.ops.torchq.linear_dynamic.default, torch.ops.torchq.linear_static.default)
+_CONVOLUTION = torch.ops.torchq.convolution.default
+_PRODUCTS = (torch.ops.torchq.linear_dynamic.default, torch.ops.torchq.linear_static.default, _CONVOLUTION)
+_ATTENTION = torch.ops.torchq.attention.default
+_TRANSPOSITIONS: set[Any] = {"transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims}
+_PERMUTATIONS: set[Any] = {"permute", torch.permute, *_TRANSPOSITIONS}
 _F = nn.functional
 
 _ELEMENTWISE: set[Any] = {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg}
@@ -30,10 +35,11 @@ _LONGEST = 12  # operations of an activation: 8 make the longest, GELU by tanh
 def compile_options() -> dict[str, Any]:
     """Options for torch.compile: `torch.compile(qmodel, options=torchq.compile_options())`.
 
-    They let torch.compile's inductor fold an activation into the int8 layer before it, wherever nothing else reads the
-    layer's output: a function such as `F.gelu` as well as a module. Without them inductor computes activations itself,
-    in float, right but slower. What else stands around the layers, such as a residual sum and its LayerNorm, inductor
-    joins without help.
+    They let torch.compile's inductor fold an activation into the int8 layer or convolution before it, wherever nothing
+    else reads the output: a function such as `F.gelu` as well as a module. Without them inductor computes activations
+    itself, in float, right but slower. A convolution that is only read with its channels last gives them so, attention
+    reads queries, keys and values as they lie, and layers of an encoder that follow each other are one call. What else
+    stands around the layers, such as a residual sum and its LayerNorm, inductor joins without help.
 
     Returns:
         {"pre_grad_custom_pass": ...}; add options of your own to it.
@@ -46,12 +52,12 @@ def compile_options() -> dict[str, Any]:
 
 @functools.cache
 def _cacheable_pass() -> Any:
-    """`fold_activations` with an identity, by which inductor caches what it compiled."""
+    """`rewrite` with an identity, by which inductor caches what it compiled."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # takes as long as torch itself
 
-    class FoldActivations(CustomGraphPass):
+    class Rewrite(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            fold_activations(graph)
+            rewrite(graph)
 
         def uuid(self) -> bytes:
             """Changes with the files that decide what it does: no graph of another version is taken."""
@@ -60,7 +66,15 @@ def _cacheable_pass() -> Any:
         def __reduce__(self) -> Any:
             return _cacheable_pass, ()
 
-    return FoldActivations()
+    return Rewrite()
+
+
+def rewrite(graph: fx.Graph) -> None:
+    """All that the options do to a graph of torch's functions. No value changes but by the rounding of activations."""
+    fold_activations(graph)
+    turn_convolutions(graph)
+    drop_copies(graph)
+    join_layers(graph)
 
 
 def fold_activations(graph: fx.Graph) -> None:
@@ -75,6 +89,55 @@ def fold_activations(graph: fx.Graph) -> None:
             operations[-1].replace_all_uses_with(layer)
             for operation in reversed(operations):
                 graph.erase_node(operation)
+
+
+def turn_convolutions(graph: fx.Graph) -> None:
+    """Lets a convolution give its channels last in memory, where all that reads it is a view that has them last.
+
+    Else inductor would read along columns in whatever follows, such as the layers of Whisper's encoder.
+    """
+    for node in [node for node in graph.nodes if node.target is _CONVOLUTION]:
+        arguments = _arguments(node)
+        (reader, *others) = node.users
+        if arguments["out_dtype"] is not torch.uint8 and not others and _has_channels_last(reader):
+            node.args, node.kwargs = tuple((arguments | {"channels_last": True}).values()), {}
+
+
+def _has_channels_last(node: fx.Node) -> bool:
+    """Whether it is a view of (N, C, *size) as (N, *size, C)."""
+    if node.op not in ("call_method", "call_function") or node.target not in _PERMUTATIONS or node.kwargs:
+        return False
+    numbers = node.args[1:]
+    flat: Any = numbers[0] if len(numbers) == 1 and isinstance(numbers[0], tuple | list) else numbers
+    if node.target in _TRANSPOSITIONS:
+        return _dimensions(node) == 3 and {*flat} in ({1, 2}, {-1, -2}, {1, -1}, {2, -2})
+    return len(flat) > 2 and tuple(flat) == (0, *range(2, len(flat)), 1)
+
+
+def _dimensions(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.dim() if isinstance(value, Tensor) else None
+
+
+def drop_copies(graph: fx.Graph) -> None:
+    """Gives attention its queries, keys and values as they lie: it takes any strides."""
+    for node in [node for node in graph.nodes if node.target is _ATTENTION]:
+        for each in {*node.args[:3]}:
+            plain = isinstance(each, fx.Node) and each.op == "call_method" and each.target == "contiguous"
+            if plain and len(each.args) == 1 and not each.kwargs and {*each.users} == {node}:
+                node.replace_input_with(each, each.args[0])
+                graph.erase_node(each)
+
+
+def join_layers(graph: fx.Graph) -> None:
+    """Rewrites calls of `torchq::layers`, each of what the one before it gave, as one call."""
+    for node in [node for node in graph.nodes if node.target is LAYERS]:
+        numbers, before, *others = node.args
+        if isinstance(before, fx.Node) and before.target is LAYERS and len(before.users) == 1:
+            first, x, *same = cast(Any, before.args)
+            if same == others:
+                node.args = ([*first, *numbers], x, *others)
+                graph.erase_node(before)
 
 
 def _activation_after(layer: fx.Node) -> tuple[Activation, list[fx.Node]]:
@@ -127,7 +190,7 @@ def _arguments(layer: fx.Node) -> dict[str, Any]:
 
 def _is_plain_layer(node: fx.Node) -> bool:
     """Whether it is a product that gives floats, without an activation of its own."""
-    if node.op != "call_function" or node.target not in _LINEARS:
+    if node.op != "call_function" or node.target not in _PRODUCTS:
         return False
     arguments = _arguments(node)
     return arguments["activation"] == Activation.NONE and arguments.get("out_dtype") is not torch.uint8

@@ -241,6 +241,10 @@ class QuantizedEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[override
         Raises:
             IndexError: an index is out of range.
         """
+        state = self.__dict__
+        if is_dynamo_compiling() and "_owner" not in state:  # with few guards
+            buffers = state["_buffers"]
+            return embedding(buffers["packed"], input, state["in_features"], state["dtype"], buffers.get("residual"))
         return self.look_up(input)
 
     def extra_repr(self) -> str:

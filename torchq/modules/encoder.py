@@ -17,17 +17,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from torchq.modules import gradients
 from torchq.modules.base import Int8Module
-from torchq.modules.classes import computes_as_known
-from torchq.modules.encoder_layer import Int8TransformerEncoderLayer, runs_torchs_code
+from torchq.modules.encoder_layer import Int8TransformerEncoderLayer, nobody_looks, places_of_masks, runs_torchs_code
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention, of_sequences
-from torchq.modules.pending import Scope
+from torchq.modules.one_op import OneOp, Places, apart, give_number, in_graph
 from torchq.modules.tracing import Leaf
+
+_NAMES = ("src", "mask", "src_key_padding_mask", "is_causal")
 
 SKIPPED = "skipped_padding"
 """The attribute of an nn.TransformerEncoder that says what its `use_nested_tensor` was."""
 
 
-class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
+class Int8TransformerEncoder(OneOp, Leaf, nn.TransformerEncoder):
     """An nn.TransformerEncoder with int8 layers, with the same results, in less time where there is padding.
 
     >>> from torchq import convert
@@ -53,6 +54,24 @@ class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
             return
         if all(map(_is_torchs, encoder.layers)) and any(isinstance(part, Int8Module) for part in encoder.modules()):
             encoder.__class__ = Int8TransformerEncoder
+            give_number(cast(Int8TransformerEncoder, encoder))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """forward(), in a graph one op where there is padding to skip."""
+        y = in_graph(self, args, kwargs) if is_dynamo_compiling() else None
+        return super().__call__(*args, **kwargs) if y is None else y
+
+    def places(self, count: int, names: tuple[str, ...], kinds: tuple[int, ...]) -> Places | None:
+        """As `OneOp` has it."""
+        places = places_of_masks(_NAMES, count, names, kinds)
+        if places is None or places.padding is None or places.mask is not None:
+            return None
+        return places if nobody_looks(self) and self._is_known() else None
+
+    def called_in_graph(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, hinted: bool) -> Any:
+        """As `OneOp` has it."""
+        y = Int8TransformerEncoder.__call__(self, x, src_key_padding_mask=padding)
+        return y if self._may_skip(x) else apart(y)
 
     def forward(
         self,
@@ -76,13 +95,16 @@ class Int8TransformerEncoder(Leaf, nn.TransformerEncoder):
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.layers.parameters()):
             return False
-        fast = torch.backends.mha.get_fastpath_enabled() and not torch.is_autocast_enabled("cpu")
-        if not fast or _has_any_global_hook() or torch._C._get_tracing_state():
+        if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state():
+            return False
+        return self._is_known()
+
+    def _is_known(self) -> bool:
+        """Whether the layers are torch's, which may skip padding, and nobody looks into them."""
+        if not torch.backends.mha.get_fastpath_enabled() or _has_any_global_hook():
             return False
         layers = list(self.layers)
-        if not all(map(_is_torchs, layers)) or not all(map(_is_idle, self.layers.modules())):
-            return False
-        return all(map(_as_written, layers))
+        return all(map(_is_torchs, layers)) and nobody_looks(self.layers) and all(map(_as_written, layers))
 
     def _without_padding(self, src: Tensor, real: Tensor) -> Tensor:
         """Of real rows only; `real` (N, T) says which these are, the first of each sequence."""
@@ -126,14 +148,6 @@ def _is_torchs(layer: nn.Module) -> bool:
 def _as_written(layer: nn.Module) -> bool:
     """Whether `_run` repeats what a call of the layer would do in eval mode."""
     return layer.is_idle() if isinstance(layer, Int8TransformerEncoderLayer) else runs_torchs_code(layer)
-
-
-def _is_idle(module: nn.Module) -> bool:
-    """Whether a call of the module is its forward in eval mode, and nothing else."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    ours = all(isinstance(getattr(hook, "__self__", None), Scope) for hook in hooks)
-    own = "forward" not in vars(module) and computes_as_known(type(module))
-    return ours and own and not module.training
 
 
 def _real(mask: Tensor, src: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import _canonical_mask, _none_or_dtype
+from torch.nn.modules.transformer import _detect_is_causal_mask
 
 from torchq import _C
 from torchq.modules.classes import computes_as_known, know
@@ -20,16 +21,19 @@ from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import settings_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.multihead_attention import QuantizedMultiheadAttention, attended
+from torchq.modules.one_op import FALSE, SOME, OneOp, Places, apart, give_number, in_graph
+from torchq.modules.pending import Scope
 from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.tracing import Leaf
 from torchq.ops import Activation
 
 _METHODS = ("forward", "_sa_block", "_ff_block")
 _IDLE = ("dropout", "dropout1", "dropout2")
-_MASKS = {"src_mask", "src_key_padding_mask", "is_causal"}
+_NAMES = ("src", "src_mask", "src_key_padding_mask", "is_causal")
+_MASKS = {*_NAMES[1:]}
 
 
-class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
+class Int8TransformerEncoderLayer(OneOp, Leaf, nn.TransformerEncoderLayer):
     """An nn.TransformerEncoderLayer with int8 layers, with the same results, in less time.
 
     >>> from torchq import convert
@@ -60,6 +64,7 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
         if isinstance(layer.activation, nn.Module):
             settings += (settings_of(layer.activation),)
         layer.__dict__["_known"] = (layer.activation, first.fold.activation, settings, sums)
+        give_number(cast(Int8TransformerEncoderLayer, layer))
 
     def computes(self, layer: nn.Module) -> bool:
         """Whether the activation behind this child is computed with it."""
@@ -67,18 +72,38 @@ class Int8TransformerEncoderLayer(Leaf, nn.TransformerEncoderLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), in fewer calls where that is all that happens."""
-        if is_dynamo_compiling() or len(args) != 1 or not kwargs.keys() <= _MASKS or not self._may_run(args[0]):
+        if is_dynamo_compiling():
+            y = in_graph(self, args, kwargs)
+            return super().__call__(*args, **kwargs) if y is None else y
+        if len(args) != 1 or not kwargs.keys() <= _MASKS or not self._may_run(args[0]):
             return super().__call__(*args, **kwargs)
         return self._run(args[0], **kwargs)
+
+    def places(self, count: int, names: tuple[str, ...], kinds: tuple[int, ...]) -> Places | None:
+        """As `OneOp` has it."""
+        places = places_of_masks(_NAMES, count, names, kinds) if count == 1 else None  # as in `__call__`
+        return places if places is not None and self._is_known() and nobody_looks(self) else None
+
+    def called_in_graph(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, hinted: bool) -> Any:
+        """As `OneOp` has it."""
+        is_causal = hinted and _detect_is_causal_mask(mask, None, x.shape[1])
+        if self._may_run(x):
+            return self._run(x, mask, padding, is_causal)
+        masks = {"src_mask": mask, "src_key_padding_mask": padding, "is_causal": is_causal}
+        return apart(Int8TransformerEncoderLayer.__call__(self, x, **masks))
 
     def _may_run(self, src: Any) -> bool:
         """Whether such a call is a plain one, and of torch's code."""
         if type(src) is not Tensor or src.dim() != 3 or src.layout != torch.strided or src.is_nested:
             return False
+        return self._is_known() and src.shape[-1] == self.self_attn.embed_dim and not torch._C._get_tracing_state()
+
+    def _is_known(self) -> bool:
+        """Whether it has torch's attention in eval mode, and is idle beside that."""
         attention = self.__dict__["_modules"]["self_attn"]
         if type(attention) is not QuantizedMultiheadAttention or attention.training or not attention.batch_first:
             return False
-        return src.shape[-1] == attention.embed_dim and not torch._C._get_tracing_state() and self.is_idle()
+        return self.is_idle()
 
     def is_idle(self) -> bool:
         """Whether nothing but torch's own arithmetic happens in a call, in eval mode."""
@@ -145,6 +170,31 @@ def runs_torchs_code(layer: nn.Module) -> bool:
     if not all(type(children.get(name)) in IDLE for name in _IDLE) or not state.keys().isdisjoint(_METHODS):
         return False
     return computes_as_known(type(layer))
+
+
+def nobody_looks(module: nn.Module) -> bool:
+    """Whether a call of each module in this one is its forward in eval mode, and nothing else."""
+    return all(map(_is_idle, module.modules()))
+
+
+def _is_idle(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ours = all(isinstance(getattr(hook, "__self__", None), Scope) for hook in hooks)
+    own = "forward" not in vars(module) and computes_as_known(type(module))
+    return ours and own and not module.training
+
+
+def places_of_masks(own: tuple[str, ...], count: int, names: tuple[str, ...], kinds: tuple[int, ...]) -> Places | None:
+    """Which arguments of a call are what; `own` are the input, its masks, and whether that is causal."""
+    given = (*own[:count], *names)
+    if len(given) != len(kinds) or len({*given}) != len(given) or not {*given} <= {*own}:
+        return None
+    kind = dict(zip(given, kinds, strict=True))
+    at = {name: given.index(name) for name in given if kind[name] == SOME}
+    hinted = own[3] in at
+    if own[0] not in at or (hinted and own[1] not in at) or FALSE in (kind.get(name) for name in own[:3]):
+        return None
+    return Places(at[own[0]], at.get(own[1]), at.get(own[2]), hinted=hinted, pair=False)
 
 
 for _kind in (nn.TransformerEncoderLayer, Int8TransformerEncoderLayer):

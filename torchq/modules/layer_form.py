@@ -6,7 +6,8 @@ its modules, and then its attention, its sums and its rows, one after the other 
 could see a difference, or change anything between these calls, the code of the user runs (`straight_forms.py`).
 """
 
-from typing import Any, NamedTuple
+import operator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torchq import _C
 from torchq.modules.attention_code import MASK
 from torchq.modules.chunked import Chunked
 from torchq.modules.layer_calls import Called, calls_of
-from torchq.modules.layer_code import LayerCode, Steps, layer_code_of, steps_of
+from torchq.modules.layer_code import LayerCode, Step, Steps, is_leaf, layer_code_of, steps_of
 from torchq.modules.layer_steps import LayerSteps, steps_in_one
+from torchq.modules.one_op import NONE, OneOp, Places, alone, apart, give_number, in_graph
 from torchq.modules.parts import Learned
 from torchq.modules.pending import Scope, within_scopes
+from torchq.modules.quantized_linear import QuantizedLinear
 from torchq.modules.self_attention import Call
-from torchq.modules.straight_forms import Form, become, give_back, may_become
+from torchq.modules.straight_forms import Form, Residual, Row, become, give_back, may_become
 from torchq.modules.writes import modes
 
 
@@ -34,7 +37,7 @@ class Known(NamedTuple):
     lines: object
 
 
-class LayerForm(Learned, Chunked):
+class LayerForm(OneOp, Learned, Chunked):
     """A layer of transformers, or what is around its attention: the calls of its parts, one after the other."""
 
     line: LayerCode  # type: ignore[assignment]
@@ -53,10 +56,15 @@ class LayerForm(Learned, Chunked):
             give_back(module)
         if may_become(LayerForm, module):
             become(LayerForm, module, code)
+            give_number(cast(LayerForm, module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """forward(), past what transformers does between the calls, where that is all that happens."""
-        if not is_dynamo_compiling():
+        if is_dynamo_compiling():
+            y = in_graph(self, args, kwargs)
+            if y is not None:
+                return y
+        else:
             y = self._run(args, kwargs)
             if y is not NotImplemented:
                 return y
@@ -78,7 +86,7 @@ class LayerForm(Learned, Chunked):
             return NotImplemented
         _C.fetch_lines(known.lines)
         steps = known.steps
-        if not _C.are_as_known(steps.parts, Scope.enter, Scope.leave) or not steps.facts.hold():
+        if not _are_as_known(steps):
             return NotImplemented
         given = self._given(steps, args, kwargs)
         if given is None or not all(attention.is_asked() for attention in steps.attentions):
@@ -88,6 +96,19 @@ class LayerForm(Learned, Chunked):
 
     def _given(self, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | None:
         """The calls of the attentions, each with the layer's input; None if something else may happen in this call."""
+        named = self._named(steps, args, kwargs)
+        if named is None or type(named[0]) is not Tensor or named[0].dim() != 3:
+            return None
+        x, given, others = named
+        if steps.hands_on:
+            return self._handed(steps, x, {**dict(self.line.defaults), **given}, others)
+        mask = given.pop(MASK, None)
+        return [Call(x, mask) for _ in steps.attentions] if _are_none(given, others) else None
+
+    def _named(
+        self, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]] | None:
+        """The input of a call; what else its code names; and what this hands on. None if it may do something else."""
         line = self.line
         given = dict(zip(line.names, args, strict=False)) | kwargs
         if len(line.names) < len(args) or not kwargs.keys().isdisjoint(line.names[: len(args)]):
@@ -95,16 +116,34 @@ class LayerForm(Learned, Chunked):
         if not given.keys() >= line.required:
             return None
         x = given.pop(line.names[0], None)
-        if type(x) is not Tensor or x.dim() != 3:
-            return None
         others = {name: given.pop(name) for name in [*given] if name not in line.names}
         if others and (not line.takes_more or not steps.refused.isdisjoint(others)):
             return None
-        if steps.hands_on:
-            return self._handed(steps, x, {**dict(line.defaults), **given}, others)
+        return x, given, others
+
+    def places(self, count: int, names: tuple[str, ...], kinds: tuple[int, ...]) -> Places | None:
+        """As `OneOp` has it."""
+        known: Known | None = self._learned()
+        if known is None or known.steps.hands_on or not _keep_shape(known.steps):
+            return None
+        steps = known.steps
+        if not _are_as_known(steps) or not all(attention.is_asked() for attention in steps.attentions):
+            return None
+        values = [None if kind == NONE else at for at, kind in enumerate(kinds)]
+        named = self._named(steps, tuple(values[:count]), dict(zip(names, values[count:], strict=True)))
+        if named is None or named[0] is None:
+            return None
+        x, given, others = named
         mask = given.pop(MASK, None)
-        plain = all(value is None for value in (*given.values(), *others.values()))
-        return [Call(x, mask) for _ in steps.attentions] if plain else None
+        return Places(x, mask, None, hinted=False, pair=steps.pair) if _are_none(given, others) else None
+
+    def called_in_graph(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, hinted: bool) -> Any:
+        """As `OneOp` has it."""
+        y = self._run((x,), {MASK: mask})
+        if y is not NotImplemented:
+            return alone(y)
+        others = dict.fromkeys(self.line.required.difference(self.line.names[:1]))
+        return apart(LayerForm.__call__(self, x, **{**others, MASK: mask}))
 
     def _handed(self, steps: Steps, x: Tensor, given: dict[str, Any], others: dict[str, Any]) -> list[Call] | None:
         calls = []
@@ -117,6 +156,42 @@ class LayerForm(Learned, Chunked):
                     return None
                 calls.append(call)
         return calls
+
+
+def _are_as_known(steps: Steps) -> bool:
+    """Whether all modules of a layer are what they were, and what else their code has read."""
+    return _C.are_as_known(steps.parts, Scope.enter, Scope.leave) and steps.facts.hold()
+
+
+def _keep_shape(steps: Steps) -> bool:
+    """Whether what a layer gives has the shape of its input, to which nothing writes, whatever its parts are."""
+    like = {0}
+    for index, step in enumerate(steps.steps, 1):
+        if 0 in step.inputs and _writes(step.run):
+            return False
+        if not like.isdisjoint(_like(step)):
+            like.add(index)
+    return steps.output in like and steps.output > 0
+
+
+def _like(step: Step) -> tuple[int, ...]:
+    """Those of its inputs whose shape a step's output has."""
+    run: Any = step.run
+    if isinstance(run, Residual):
+        return (step.inputs[1 - run.line.source],)
+    keeps = run is operator.add or (is_leaf(run) and not isinstance(run, (QuantizedLinear, nn.Linear)))
+    return step.inputs if keeps else ()
+
+
+def _writes(run: Any) -> bool:
+    """Whether it works in place, as an activation may."""
+    of: Any = getattr(run, "__self__", None)
+    first = of._in_order()[0] if isinstance(of, Row) else run
+    return bool(getattr(first, "inplace", False))
+
+
+def _are_none(*given: dict[str, Any]) -> bool:
+    return all(value is None for each in given for value in each.values())
 
 
 def _computed(known: Known, given: list[Call]) -> Any:

@@ -226,12 +226,13 @@ def attended(
             return direct, None
     q, k, v = (_per_head(attention, x) for x in (q, k, v))
     batch, _, rows, _ = q.shape
-    if is_causal and attn_mask is None:
+    if attn_mask is None and is_causal:
         raise _error("is_causal is a hint that attn_mask is the causal mask, but attn_mask is None. Pass the mask")
     if key_padding_mask is not None:
         key_padding_mask = _added("key_padding_mask", key_padding_mask, q, [(batch, k.shape[2])], (batch, 1, 1, -1))
     if attn_mask is not None:
-        is_causal = is_causal and key_padding_mask is None and weights is None  # the mask itself says more
+        told = key_padding_mask is None and weights is None and not is_dynamo_compiling()  # where it depends on values
+        is_causal = told and is_causal  # the mask itself says more
         attn_mask = None if is_causal else _attn_mask(attn_mask, q, k.shape[2])
     k, v, extra = _with_extra_keys(attention, k, v)
     masks = [pad(mask, (0, extra)) if extra else mask for mask in (attn_mask, key_padding_mask) if mask is not None]

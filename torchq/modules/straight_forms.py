@@ -20,6 +20,7 @@ from torchq.modules.folding import IDLE, followers
 from torchq.modules.int8_sequential import InOrder, is_plain, settings_of, steps_of
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.norms import IncludedNorm
+from torchq.modules.one_op import NUMBER, NUMBERED
 from torchq.modules.pending import Scope
 from torchq.modules.pending_conv import PendingConv
 from torchq.modules.quantized_conv import QuantizedConv
@@ -95,7 +96,8 @@ def become(form: Any, module: nn.Module, line: tuple[Any, ...]) -> None:
 def give_back(module: Form) -> None:
     """Makes it an instance of the user's class again."""
     object.__setattr__(module, "__class__", module.original)
-    module.__dict__.pop("_known", None)
+    for name in ("_known", NUMBER, NUMBERED):
+        module.__dict__.pop(name, None)
 
 
 def _new(form: Any, original: Any) -> Any:
