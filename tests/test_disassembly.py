@@ -82,7 +82,7 @@ def count(pattern: str, body: list[Line]) -> int:
 
 
 def constants(kernel: str) -> dict[str, int]:
-    """kMaxRows, kVectors, kSplit and kUnroll, read from the kernel's file or one that it includes."""
+    """kMaxRows, kVectors, kSplit, kUnroll and kOneRowSums, read from the kernel's file or one that it includes."""
     text = (CORE / f"kernel_{kernel}.cpp").read_text()
     text += "".join((CORE / name).read_text() for name in re.findall(r'#include "(\w+\.inc)"', text))
     line = re.search(r"^constexpr int (kMaxRows = .*);$", text, re.MULTILINE)
@@ -144,11 +144,24 @@ def test_accumulators_stay_in_registers(listings, kernel):
 @every_kernel
 def test_one_product_per_accumulator_and_group(listings, kernel):
     """An iteration may process several groups of 4 k, but only whole groups."""
+    shape = constants(kernel)
     for (rows, columns, _), function in tiles(listings[f"kernel_{kernel}"], kernel).items():
-        accumulators = rows * columns * constants(kernel)["kSplit"]
+        if rows == 1 and shape.get("kOneRowSums"):
+            continue
+        accumulators = rows * columns * shape["kSplit"]
         for body in function.dot_loops(DOTS[kernel]):
             products = count(DOTS[kernel], body)
             assert products % accumulators == 0, f"tile<{rows}, {columns}>: {products} products for {accumulators}"
+
+
+def test_a_single_row_takes_one_panel_after_the_other(listings):
+    """Each panel has a loop with a sum for each of its groups, whose weights are operands, and one for what is left."""
+    sums = constants("avx512_vnni")["kOneRowSums"]
+    for (rows, columns, _), function in tiles(listings["kernel_avx512_vnni"], "avx512_vnni").items():
+        if rows == 1:
+            loops = function.dot_loops(DOTS["avx512_vnni"])
+            counts = [(count(r"vpdpbusd .*\(", loop), count("vpbroadcastd", loop), count("%zmm", loop)) for loop in loops]
+            assert sorted(counts) == [(1, 1, 2)] * columns + [(sums, sums, 2 * sums)] * columns
 
 
 @every_kernel
