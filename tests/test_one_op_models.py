@@ -101,7 +101,7 @@ def test_copies_are_themselves(model, how):
     same(run(other, X), other(X))
     same(run(layer, X), y)
     assert len({each.__dict__[NUMBER].item() for each in (layer, other)}) == 2
-    assert all(each.__dict__[NUMBERED] is each for each in (layer, other))
+    assert all(each.__dict__[NUMBERED]() is each for each in (layer, other))
 
 
 def test_checkpoints_say_nothing_of_it(model):

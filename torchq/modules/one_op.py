@@ -24,12 +24,16 @@ from torchq.modules.made import MadeTensor
 from torchq.modules.tracing import exporting
 
 NUMBER, NUMBERED = "_number_in_graphs", "_numbered_in_graphs"
-"""The attributes of a module that hold its number, and whose it is: the module itself."""
+"""The attributes of a module that hold its number, and whose it is: a weak reference to the module itself."""
 
 NONE, FALSE, SOME = range(3)
 """What an argument is: None, False, or anything else."""
 
 _numbered: "weakref.WeakValueDictionary[int, OneOp]" = weakref.WeakValueDictionary()
+
+
+def _nobody() -> None:
+    return None
 
 
 class Places(NamedTuple):
@@ -79,7 +83,8 @@ class OneOp(nn.Module):
         if torch._C._are_functorch_transforms_active():
             return ""
         state = self.__dict__
-        if state.get(NUMBERED) is not self or type(state.get(NUMBER)) is not Tensor:  # a copy by its __dict__
+        own = state.get(NUMBERED, _nobody)() is self  # of a copy by its __dict__ it is another one
+        if not own or type(state.get(NUMBER)) is not Tensor:
             give_number(self)
         places = self.places(count, names, kinds)
         found = () if places is None else (-1 if each is None else int(each) for each in places)
@@ -116,7 +121,7 @@ def in_graph(module: OneOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if not (mask is None or type(mask) is Tensor) or not (padding is None or type(padding) is Tensor):
         return None
     state = module.__dict__
-    if state[NUMBERED] is not module:
+    if state[NUMBERED]() is not module:
         return None
     y = LAYERS([state[NUMBER]], x, mask, padding, bool(hinted))
     return (y, None) if pair else y
@@ -127,7 +132,7 @@ def give_number(module: OneOp) -> None:
     number = secrets.randbits(62)
     with torch.inference_mode(False):
         module.__dict__[NUMBER] = torch.tensor(number, dtype=torch.int64, device="cpu")
-    module.__dict__[NUMBERED] = module
+    module.__dict__[NUMBERED] = weakref.ref(module)  # not the module: it would outlive its last reference
     _numbered[number] = module
 
 
