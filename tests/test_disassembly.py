@@ -160,7 +160,9 @@ def test_a_single_row_takes_one_panel_after_the_other(listings):
     for (rows, columns, _), function in tiles(listings["kernel_avx512_vnni"], "avx512_vnni").items():
         if rows == 1:
             loops = function.dot_loops(DOTS["avx512_vnni"])
-            counts = [(count(r"vpdpbusd .*\(", loop), count("vpbroadcastd", loop), count("%zmm", loop)) for loop in loops]
+            counts = [
+                (count(r"vpdpbusd .*\(", loop), count("vpbroadcastd", loop), count("%zmm", loop)) for loop in loops
+            ]
             assert sorted(counts) == [(1, 1, 2)] * columns + [(sums, sums, 2 * sums)] * columns
 
 
