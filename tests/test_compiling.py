@@ -322,3 +322,11 @@ def test_attention_reads_its_inputs_as_they_lie(reads, copies):
     y, graph, expected = rewritten(Attending(reads), normal(2, 5, 64))
     assert sum(node.target == "contiguous" for node in graph.nodes) == copies
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_convolution_that_nobody_reads_stays_as_it_is():
+    graph = torch.fx.Graph()
+    arguments = [graph.placeholder(each.name) for each in compiling._CONVOLUTION._schema.arguments]
+    node = graph.call_function(compiling._CONVOLUTION, tuple(arguments))
+    compiling.turn_convolutions(graph)
+    assert node.args == tuple(arguments)

@@ -98,8 +98,8 @@ def turn_convolutions(graph: fx.Graph) -> None:
     """
     for node in [node for node in graph.nodes if node.target is _CONVOLUTION]:
         arguments = _arguments(node)
-        (reader, *others) = node.users
-        if arguments["out_dtype"] is not torch.uint8 and not others and _has_channels_last(reader):
+        readers = list(node.users)  # none, of a convolution that is called for nothing
+        if arguments["out_dtype"] is not torch.uint8 and len(readers) == 1 and _has_channels_last(readers[0]):
             node.args, node.kwargs = tuple((arguments | {"channels_last": True}).values()), {}
 
 
