@@ -102,6 +102,12 @@ bool read_layer(PyObject* state, Layer* out) {
   return out->packed && (out->numbers.per_token || read(pair, &out->numbers.x));
 }
 
+bool read_layer_alone(PyObject* module, PyObject* cls, Layer* out) {
+  PyObject* state = plain_state(module, cls);
+  PyObject* scope = state ? PyDict_GetItemWithError(state, names.scope) : nullptr;
+  return state && (!scope || scope == Py_None) && read_layer(state, out);
+}
+
 namespace {
 
 // y. Null without an error set: this is not a plain call.

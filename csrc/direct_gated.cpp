@@ -1,11 +1,9 @@
 // torchq._C.call_gated: act(gate(x)) * up(x) of two QuantizedLinears in a plain eager call, else NotImplemented, as
 // call_linear in direct.cpp.
 
-#include "classes.h"
 #include "direct.h"
 #include "direct_call.h"
 #include "direct_layer.h"
-#include "nn_module.h"
 #include "run.h"
 
 namespace py = pybind11;
@@ -13,44 +11,39 @@ namespace py = pybind11;
 namespace torchq {
 namespace {
 
-PyObject* scope_name;
-
-// A layer that computes its output when it is called, and nothing else does.
-bool read_plain_layer(PyObject* module, PyObject* cls, Layer* out) {
-  PyObject* state = plain_state(module, cls);
-  PyObject* scope = state ? PyDict_GetItemWithError(state, scope_name) : nullptr;
-  return state && (!scope || scope == Py_None) && read_layer(state, out);
+// values[i] *= by[i], on torch's threads.
+void multiply(void* values, const void* by, int64_t count) {
+  in_ranges(count, kKeepGilBelowValues, [=](int64_t begin, int64_t end) {
+    auto* __restrict to = static_cast<float*>(values);
+    const auto* __restrict from = static_cast<const float*>(by);
+    for (int64_t i = begin; i < end; ++i) to[i] *= from[i];
+  });
 }
 
-// Null: this is not a plain call, or one of so many rows that the product of both had better have all threads.
-py::object product(const Layer& gate, const Layer& up, PyObject* x) {
-  PlainInput in, again;
-  if (!read_input(x, gate, &in) || !read_input(x, up, &again) || in.dtype->ours != DType::f32) return {};
-  const int64_t n = in.weights->n, count = in.count * n;
-  if (again.weights->n != n || count >= kKeepGilBelowValues) return {};
-  void *data, *factors;
-  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, n, *in.dtype, &data));
+// Null: this is not a plain call.
+py::object product(const Together& both) {
+  const PlainInput &in = both.inputs[0], &up = both.inputs[1];
+  const int64_t n = in.weights->n;
+  if (in.dtype->ours != DType::f32 || up.weights->n != n) return {};
+  void* data[2];
+  auto y = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, n, *in.dtype, &data[0]));
   if (!y) return {};
-  auto factor = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, n, *in.dtype, &factors));
+  auto factor = py::reinterpret_steal<py::object>(new_output(in.x.shape, in.x.ndim, n, *in.dtype, &data[1]));
   if (!factor) return {};
   {
-    const Unlocked unlocked(in.work() >= kKeepGilBelow);
-    run(*in.kernel, linear_problem(gate.numbers, in.rows(), *in.weights, data, DType::f32));
-    run(*again.kernel, linear_problem(up.numbers, again.rows(), *again.weights, factors, DType::f32));
-    auto* __restrict values = static_cast<float*>(data);
-    const auto* __restrict by = static_cast<const float*>(factors);
-    for (int64_t i = 0; i < count; ++i) values[i] *= by[i];
+    const Unlocked unlocked(both.work() >= kKeepGilBelow);
+    both.multiply(data);
+    multiply(data[0], data[1], in.count * n);
   }
   return y;
 }
 
 PyObject* call_gated(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=] {
-    Layer gate, up;
-    const bool plain = count == 7 && read_plain_layer(args[0], args[2], &gate) &&
-                       read_plain_layer(args[1], args[2], &up) && read_activation(args[4], &gate.numbers.activation) &&
-                       are_plain(args[5], args[6]);
-    return or_not_implemented(plain ? product(gate, up, args[3]) : py::object());
+    Together both;
+    const bool plain = count == 7 && both.add(args[0], args[2], args[3]) && both.add(args[1], args[2], args[3]) &&
+                       read_activation(args[4], &both.layers[0].numbers.activation) && are_plain(args[5], args[6]);
+    return or_not_implemented(plain ? product(both) : py::object());
   });
 }
 
@@ -62,9 +55,6 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-void add_direct_gated(py::module_& module) {
-  scope_name = name("scope");
-  PyModule_AddFunctions(module.ptr(), methods);
-}
+void add_direct_gated(py::module_& module) { PyModule_AddFunctions(module.ptr(), methods); }
 
 }  // namespace torchq

@@ -35,6 +35,9 @@ constexpr int64_t kKeepGilBelow = 1 << 20;
 // The attributes of a QuantizedLinear. They mean here what its forward() makes of them as arguments of the op.
 bool read_layer(PyObject* state, Layer* out);
 
+// The same of a module whose call is nothing but that, and whose output waits for nobody.
+bool read_layer_alone(PyObject* module, PyObject* cls, Layer* out);
+
 // The packed weight of a module whose dict holds these facts; null if it doesn't.
 pybind11::object packed_of(PyObject* module, PyObject* facts);
 
@@ -46,6 +49,20 @@ bool are_plain(PyObject* modules, PyObject* settings);
 
 // False: this is not a plain call.
 bool read_input(PyObject* object, const Layer& layer, PlainInput* out);
+
+// Layers that are called on one x, each in a plain call.
+struct Together {
+  static constexpr int kMost = 4;
+  Layer layers[kMost];
+  PlainInput inputs[kMost];
+  int count = 0;
+
+  // False: this is not a plain call, or one layer too many.
+  bool add(PyObject* module, PyObject* cls, PyObject* x);
+  int64_t work() const;
+  // y: room for the output of each. Layers that make the same codes of x are one job.
+  void multiply(void* const* y) const;
+};
 
 // Keeps the parameters of a module, by their names: another thread may replace them as soon as torch or Python runs.
 // Null: it has none, or, with a Python error set, no memory.

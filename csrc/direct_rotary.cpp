@@ -3,11 +3,11 @@
 // call_heads is the same behind the products that give queries and keys, together with that of the values.
 
 #include <memory>
+#include <utility>
 
 #include "direct.h"
 #include "direct_call.h"
 #include "direct_layer.h"
-#include "nn_module.h"
 #include "plain_tensor.h"
 #include "run.h"
 
@@ -15,8 +15,6 @@ namespace py = pybind11;
 
 namespace torchq {
 namespace {
-
-PyObject* scope_name;
 
 bool read_plain(PyObject* object, dlpack::Tensor* out) {
   return view(object, out) && !wants_gradient(object) && !is_negated(object);
@@ -72,47 +70,51 @@ PyObject* call_rotary(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// layer(x) of x (batch, rows, k), as (batch, heads, rows, size); turned, unless there are no angles. Null: this is not
-// a plain call.
-py::object heads_of(PyObject* state, PyObject* object, int64_t size, PyObject* cosines, PyObject* sines) {
-  Layer layer;
-  PlainInput in;
-  PyObject* scope = state ? PyDict_GetItemWithError(state, scope_name) : nullptr;
-  if (!state || (scope && scope != Py_None) || !read_layer(state, &layer) || !read_input(object, layer, &in)) return {};
-  const int64_t n = in.weights->n;
-  if (in.x.ndim != 3 || n % size || !may_be_turned(in.dtype->ours)) return {};
-  const int64_t shape[] = {in.x.shape[0], in.x.shape[1], n / size, size};
-  Rotary r{};
-  r.dtype = in.dtype->ours, r.batch = shape[0], r.rows = shape[1], r.heads = shape[2], r.depth = shape[3];
-  if (cosines && !read_angles(cosines, sines, &r)) return {};
-  auto y = py::reinterpret_steal<py::object>(new_heads(shape, *in.dtype, &r.y));
-  if (!y) return {};
-  {
-    const Unlocked unlocked(in.work() >= kKeepGilBelow);
-    const int64_t bytes = cosines ? in.count * n * element_bytes(r.dtype) : 0;
-    const std::unique_ptr<uint8_t[]> product(new uint8_t[bytes]);
-    r.x = product.get();
-    void* data = cosines ? product.get() : r.y;
-    run(*in.kernel, linear_problem(layer.numbers, in.rows(), *in.weights, data, r.dtype));
-    if (cosines) run(r);
+// Products of x (batch, rows, k) as (batch, heads, rows, size), of which the first kTurned are turned.
+constexpr int kHeads = 3, kTurned = 2;
+
+// Null: this is not a plain call.
+py::object heads_of(const Together& layers, int64_t size, PyObject* cosines, PyObject* sines) {
+  py::tuple found(kHeads);
+  Rotary rotary[kHeads] = {};
+  void* products[kHeads];
+  for (int i = 0; i < kHeads; ++i) {
+    const PlainInput& in = layers.inputs[i];
+    const int64_t n = in.weights->n;
+    if (in.x.ndim != 3 || n % size || !may_be_turned(in.dtype->ours)) return {};
+    const int64_t shape[] = {in.x.shape[0], in.x.shape[1], n / size, size};
+    Rotary& r = rotary[i];
+    r.dtype = in.dtype->ours, r.batch = shape[0], r.rows = shape[1], r.heads = shape[2], r.depth = shape[3];
+    if (i < kTurned && !read_angles(cosines, sines, &r)) return {};
+    auto y = py::reinterpret_steal<py::object>(new_heads(shape, *in.dtype, &r.y));
+    if (!y) return {};
+    found[i] = y;
+    products[i] = r.y;
   }
-  return y;
+  {
+    const Unlocked unlocked(layers.work() >= kKeepGilBelow);
+    std::unique_ptr<uint8_t[]> rooms[kTurned];
+    for (int i = 0; i < kTurned; ++i) {
+      rooms[i].reset(
+          new uint8_t[layers.inputs[i].count * layers.inputs[i].weights->n * element_bytes(rotary[i].dtype)]);
+      rotary[i].x = products[i] = rooms[i].get();
+    }
+    layers.multiply(products);
+    for (int i = 0; i < kTurned; ++i) run(rotary[i]);
+  }
+  return std::move(found);
 }
 
 PyObject* call_heads(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_exceptions([=]() -> PyObject* {
-    PyObject* layers = count == 6 ? args[0] : nullptr;
-    if (!layers || !PyTuple_Check(layers) || PyTuple_GET_SIZE(layers) != 3) Py_RETURN_NOTIMPLEMENTED;
+    PyObject* modules = count == 6 ? args[0] : nullptr;
+    if (!modules || !PyTuple_Check(modules) || PyTuple_GET_SIZE(modules) != kHeads) Py_RETURN_NOTIMPLEMENTED;
     const long size = PyLong_Check(args[3]) ? PyLong_AsLong(args[3]) : 0;
     if (size <= 0) return or_not_implemented({});
-    py::tuple found(3);
-    for (int i = 0; i < 3; ++i) {
-      PyObject *cosines = i < 2 ? args[4] : nullptr, *sines = i < 2 ? args[5] : nullptr;
-      py::object y = heads_of(plain_state(PyTuple_GET_ITEM(layers, i), args[1]), args[2], size, cosines, sines);
-      if (!y) return or_not_implemented({});
-      found[i] = y;
-    }
-    return found.release().ptr();
+    Together layers;
+    for (int i = 0; i < kHeads; ++i)
+      if (!layers.add(PyTuple_GET_ITEM(modules, i), args[1], args[2])) return or_not_implemented({});
+    return or_not_implemented(heads_of(layers, size, args[4], args[5]));
   });
 }
 
@@ -127,9 +129,6 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-void add_direct_rotary(py::module_& module) {
-  scope_name = name("scope");
-  PyModule_AddFunctions(module.ptr(), methods);
-}
+void add_direct_rotary(py::module_& module) { PyModule_AddFunctions(module.ptr(), methods); }
 
 }  // namespace torchq

@@ -130,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   torchq::add_direct_attention(m);
   torchq::add_direct_gated(m);
   torchq::add_direct_rotary(m);
+  torchq::add_direct_together(m);
   torchq::add_direct_conv(m);
   torchq::add_direct_fine(m);
   torchq::add_direct_steps(m);

@@ -137,16 +137,32 @@ class Order {
 
 }  // namespace
 
-void run(const Kernel& kernel, const Problem& asked, int most_threads) {
+namespace {
+
+// Problems that all read the same rows.
+void run_together(const Kernel& kernel, Problem* problems, int count, int most_threads) {
   static thread_local Order order;
-  Problem problem = asked;
-  problem.ahead = order.after(asked.weights);
-  const int64_t y_bytes = problem.m * problem.y.stride;
-  if (y_bytes > kHugeOutput) prefer_huge_pages(problem.y.data, y_bytes);
-  Job job = schedule(kernel, problem);
+  problems->ahead = order.after(problems->weights);
+  for (int i = 0; i < count; ++i) {
+    const int64_t y_bytes = problems[i].m * problems[i].y.stride;
+    if (y_bytes > kHugeOutput) prefer_huge_pages(problems[i].y.data, y_bytes);
+  }
+  Job job = schedule(kernel, problems, count);
   job.parts = std::min(job.parts, most_threads);
   run_parts(job);
-  if (problem.norm && !gives_whole_rows(job)) normalize_on_threads(*job.kernel, *problem.norm);
+  for (int i = 0; i < count; ++i)
+    if (problems[i].norm && !gives_whole_rows(job)) normalize_on_threads(*job.kernel, *problems[i].norm);
+}
+
+}  // namespace
+
+void run(const Kernel& kernel, Problem problem, int most_threads) { run_together(kernel, &problem, 1, most_threads); }
+
+void run(const Kernel& kernel, Problem* problems, int count) {
+  for (int first = 0, end; first < count; first = end) {
+    for (end = first + 1; end < count && read_the_same(problems[first], problems[end]);) ++end;
+    run_together(kernel, problems + first, end - first, INT_MAX);
+  }
 }
 
 QuantizedRows::QuantizedRows(const Kernel& kernel, const Problem& problem) : kernel_(kernel) {

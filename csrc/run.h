@@ -17,7 +17,10 @@ namespace torchq {
 
 // Computes the problem's y with this kernel, on as many of torch's threads as the problem pays for, up to most_threads.
 // Throws std::bad_alloc where a thread has no memory for its scratch.
-void run(const Kernel& kernel, const Problem& problem, int most_threads = INT_MAX);
+void run(const Kernel& kernel, Problem problem, int most_threads = INT_MAX);
+// The same of several. Those side by side that read_the_same() are one job: rows are quantized once, and threads, which
+// are woken once, share all of their columns. It sets Problem::ahead.
+void run(const Kernel& kernel, Problem* problems, int count);
 void run(const Kernel& kernel, const attention::Problem& problem);
 
 // problem.x.samples is chosen here, if each sample has its own.

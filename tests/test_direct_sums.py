@@ -1,4 +1,4 @@
-"""`_C.call_sums`, `call_gated` and `call_heads`: the bits of the calls whose place they take, or NotImplemented."""
+"""`_C.call_sums`, `call_gated`, `call_heads`, `call_together`: the bits of calls one by one, or NotImplemented."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torchq import _C, QuantizedLinear, convert
 from torchq.modules.folding import Fold
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.rms_norm import RMSNorm
+from torchq.numerics.qparams import QParams
 from torchq.ops import Activation
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -67,7 +68,7 @@ def test_sums_of_many_values_without_a_norm_are_left_to_all_threads():
     assert sums(layer(), normal(rows + 1, K), normal(rows + 1, N)) is NotImplemented
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 1000)])
 def test_a_gated_product_is_that_of_torch(shape):
     gate, up, x = layer(Fold(Activation.SILU)), layer(bias=False), normal(*shape, K)
     expected = gate.fused(x, Activation.SILU) * up(x)
@@ -91,6 +92,35 @@ def test_heads_are_turned_as_one_by_one(shape, dtype):
         assert y.is_inference() == torch.is_inference_mode_enabled()
 
 
+def of_scale(scale, width=N):
+    return QuantizedLinear.from_float(nn.Linear(K, width), channel_scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 100)])
+def test_layers_give_together_what_they_give_alone(shape, dtype):
+    one, other = normal(K, seed=3).abs() + 0.5, normal(K, seed=4).abs() + 0.5
+    static = QuantizedLinear.from_float(nn.Linear(K, N), input_qparams=QParams(0.03, 128))
+    x = normal(*shape, K).to(dtype)
+    for scales in ((None,) * 3, (one, one, one.clone()), (one, other, one), (None, one, one)):
+        layers = tuple(of_scale(scale, width) for scale, width in zip(scales, (N, 40, 200), strict=True))
+        for each in (layers, (*layers[:2], static), (static, static, layers[0]), layers[:1], (*layers, static)):
+            found = _C.call_together(each, QuantizedLinear, x)
+            assert type(found) is tuple
+            for y, layer in zip(found, each, strict=True):
+                assert_identical(y, layer(x))
+
+
+def test_only_plain_layers_are_called_together():
+    x, layers = normal(2, 5, K), (layer(), layer())
+    assert _C.call_together((*layers, *layers, layers[0]), QuantizedLinear, x) is NotImplemented
+    assert _C.call_together((layers[0], nn.Linear(K, N)), QuantizedLinear, x) is NotImplemented
+    assert _C.call_together(layers, nn.Linear, x) is NotImplemented
+    assert _C.call_together([*layers], QuantizedLinear, x) is NotImplemented
+    layers[1].scope = object()  # in which its output may wait
+    assert _C.call_together(layers, QuantizedLinear, x) is NotImplemented
+
+
 def no_shape(x):
     return x[..., :32].contiguous()
 
@@ -111,6 +141,7 @@ def test_what_is_no_plain_call_is_left_to_the_code(change):
         assert sums(product, change(x), residual) is NotImplemented
         assert sums(product, x, change(residual), behind) is NotImplemented
         assert gated(product, other, change(x)) is NotImplemented
+        assert _C.call_together((product, other), QuantizedLinear, change(x)) is NotImplemented
         assert _C.call_heads(heads, QuantizedLinear, change(x), 16, cos, sin) is NotImplemented
     assert _C.call_heads(heads, QuantizedLinear, x, 16, cos[..., :8], sin) is NotImplemented
     for size in (0, -1, 7, 32, None):
@@ -137,5 +168,6 @@ def test_modules_that_somebody_sees_are_left_to_the_code(change, norm):
     change(other)
     assert gated(product, other, x) is NotImplemented
     assert gated(other, product, x) is NotImplemented
+    assert _C.call_together((product, other), QuantizedLinear, x) is NotImplemented
     assert sums(other, x, residual) is NotImplemented
     assert _C.call_heads((product, product, other), QuantizedLinear, x, 16, cos, sin) is NotImplemented

@@ -87,6 +87,7 @@ def call_heads(
     sin: Tensor,
     /,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def call_together(layers: tuple[nn.Module, ...], cls: type[nn.Module], x: Tensor, /) -> tuple[Tensor, ...]: ...
 def call_convolution(
     own_modes: int,
     x: Tensor,

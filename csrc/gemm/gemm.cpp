@@ -6,10 +6,11 @@
 //
 //   for each block of rows (job.block_rows)
 //     load_rows(): their codes
-//     for each group of job.tile.n columns
-//       for each tile of rows (RowTiles)
-//         kernel.run(): full depth, then the epilogue, straight into y
-//     kernel.normalize(): the block's rows of y, while they are in L2
+//     for each problem that reads these rows
+//       for each group of job.tile.n columns
+//         for each tile of rows (RowTiles)
+//           kernel.run(): full depth, then the epilogue, straight into y
+//       kernel.normalize(): the block's rows of y, while they are in L2
 
 #include "gemm.h"
 
@@ -43,9 +44,8 @@ struct RowTiles {
   int64_t start(int64_t tile) const { return std::min(begin + (tile * height + std::min(tile, larger)) * unit, end); }
 };
 
-// What all blocks of a job have in common.
-Block common_block(const Job& job) {
-  const Problem& p = *job.problem;
+// What all blocks of a problem have in common.
+Block common_block(const Job& job, const Problem& p) {
   const PackedHeader& weights = *p.weights;
   Block b{};
   b.layout = weights.layout;
@@ -97,8 +97,8 @@ __attribute__((noinline)) void run_ragged(const Job& job, Block b, int64_t colum
 }
 
 // A block of rows by a kernel with own_loops: all whole panels at once, then the ragged one.
-void run_at_once(const Job& job, const Part& part, int64_t row, int64_t rows, Block b, const Scratch& s) {
-  const Problem& p = *job.problem;
+void run_at_once(const Job& job, const Problem& p, const Part& part, int64_t row, int64_t rows, Block b,
+                 const Scratch& s) {
   const int64_t n = p.weights->n, whole = std::min(part.panel_end, n / kPanelColumns);
   b.m = static_cast<int>(rows);
   b.codes = s.rows.codes;
@@ -133,6 +133,13 @@ Lines lines_ahead(const Job& job, int index) {
   return {begin, begin + std::min(group, a.count - first) * a.stride};
 }
 
+// The first group of the panels of this problem that the part reads.
+Lines lines_of_panels(const Job& job, const Problem& p, const Part& part) {
+  const int64_t stride = panel_bytes(p.weights->k), group = job.tile.n / kPanelColumns;
+  const int64_t end = std::min(part.panel_begin + group, part.panel_end);
+  return {panel_at(p, part.panel_begin, stride), panel_at(p, end, stride)};
+}
+
 // Rows [begin, end) of x, where they lie side by side and are still to be quantized.
 Lines lines_of_rows(const Job& job, int64_t begin, int64_t end) {
   const Input& x = job.problem->x;
@@ -161,9 +168,8 @@ __attribute__((noinline)) void prefetch_outputs(const Problem& p, const uint8_t*
 // Tiles [first, end) of rows, which are in the scratch, by the part's panels. then: what to bring into L2 with the last
 // group of these. kMore: whether tiles may have a residual, or fetch panels; without, they set nothing for it.
 template <bool kMore>
-void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t first, int64_t end, Block& b,
-               const Scratch& s, const Lines& then) {
-  const Problem& p = *job.problem;
+void run_tiles(const Job& job, const Problem& p, const Part& part, const RowTiles& tiles, int64_t first, int64_t end,
+               Block& b, const Scratch& s, const Lines& then) {
   const Kernel& kernel = *job.kernel;
   const int64_t n = p.weights->n, group = job.tile.n / kPanelColumns;
   const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
@@ -207,6 +213,27 @@ void run_tiles(const Job& job, const Part& part, const RowTiles& tiles, int64_t 
   }
 }
 
+// The same rows by the part's share of the index-th problem, whichever way the kernel wants it.
+void run_rows(const Job& job, int index, const Part& part, const RowTiles& tiles, int64_t first, int64_t end,
+              const Scratch& s, Lines then) {
+  const Problem& p = job.problem[index];
+  const Part own = part_in(job, part, index);
+  if (own.panel_begin == own.panel_end) return;
+  if (index + 1 < job.problems) {
+    const Part following = part_in(job, part, index + 1);
+    if (following.panel_begin < following.panel_end) then = lines_of_panels(job, job.problem[index + 1], following);
+  }
+  const int64_t row = tiles.start(first), rows = tiles.start(end) - row;
+  Block b = common_block(job, p);
+  if (job.kernel->tiling.own_loops)
+    run_at_once(job, p, own, row, rows, b, s);
+  else if (b.residual.stride || job.kernel->tiling.next_lines)
+    run_tiles<true>(job, p, own, tiles, first, end, b, s, then);
+  else
+    run_tiles<false>(job, p, own, tiles, first, end, b, s, then);
+  if (p.norm && gives_whole_rows(job)) job.kernel->normalize(p.norm->part(row, row + rows));
+}
+
 }  // namespace
 
 void run(const Job& job, int index, void* memory) {
@@ -214,9 +241,7 @@ void run(const Job& job, int index, void* memory) {
   const Part part = part_of(job, index);
   if (part.row_begin == part.row_end) return;
   Scratch s = carve(job, memory);
-  Block b = common_block(job);
   const CodeRows* ready = job.problem->x.ready;
-  const NormRows* norm = gives_whole_rows(job) ? job.problem->norm : nullptr;
   const Lines then = lines_ahead(job, index);
   // Blocks are nearly equal numbers of tiles. A small last block would read every panel for its few rows.
   const RowTiles tiles(job, part);
@@ -228,15 +253,9 @@ void run(const Job& job, int index, void* memory) {
       s.rows = rows_from(job, *ready, row);
     else
       load_rows(job, row, rows, s.rows);
-    const bool last = block + 1 == blocks, more = b.residual.stride || job.kernel->tiling.next_lines;
+    const bool last = block + 1 == blocks;
     const Lines next = last ? then : lines_of_rows(job, row + rows, tiles.start(piece(tiles.count, block + 2, blocks)));
-    if (job.kernel->tiling.own_loops)
-      run_at_once(job, part, row, rows, b, s);
-    else if (more)
-      run_tiles<true>(job, part, tiles, first, end, b, s, next);
-    else
-      run_tiles<false>(job, part, tiles, first, end, b, s, next);
-    if (norm) job.kernel->normalize(norm->part(row, row + rows));
+    for (int i = 0; i < job.problems; ++i) run_rows(job, i, part, tiles, first, end, s, next);
   }
 }
 

@@ -159,25 +159,30 @@ struct Problem {
   const PackedHeader* weights;  // the start of a packed buffer
   Output y;
   Activation activation;
-  Ahead ahead = {};
+  Ahead ahead = {};                // of several problems together: that of the first
   const NormRows* norm = nullptr;  // of all rows of y, float32, without an activation: where they are, it is computed
 };
 
-// How a problem is computed. schedule() derives it once; every part reads it.
+// Whether two problems read the same rows, and make the same codes of them. q, k and v of an attention do.
+bool read_the_same(const Problem& one, const Problem& other);
+
+// How a problem, or several that read_the_same(), are computed. schedule() derives it once; every part reads it.
 struct Job {
-  const Problem* problem;
-  const Kernel* kernel;  // the one that runs: the one asked for, or the one that it leaves small problems to
-  TileShape tile;        // of that kernel
-  bool by_columns;       // a part is a range of panels, else a range of rows
-  int parts;             // 1, or as many as there are threads that pay. The caller may lower it.
-  int64_t block_rows;    // rows quantized at once
-  int64_t codes_stride;  // bytes between rows of codes in the scratch
-  bool fetches_outputs;  // tiles ask for the lines of y that come next
+  const Problem* problem;  // the first
+  int problems;            // how many lie there, one behind the other
+  const Kernel* kernel;    // the one that runs: the one asked for, or the one that it leaves small problems to
+  TileShape tile;          // of that kernel
+  bool by_columns;         // a part is a range of panels, else a range of rows
+  int parts;               // 1, or as many as there are threads that pay. The caller may lower it.
+  int64_t block_rows;      // rows quantized at once
+  int64_t codes_stride;    // bytes between rows of codes in the scratch
+  bool fetches_outputs;    // tiles ask for the lines of y that come next
   size_t scratch_bytes;
 };
 
-// The problem must outlive the job.
-Job schedule(const Kernel& kernel, const Problem& problem);
+// The problems must outlive the job. Rows are quantized once for all of them, and threads share all of their columns.
+Job schedule(const Kernel& kernel, const Problem* problems, int count);
+inline Job schedule(const Kernel& kernel, const Problem& problem) { return schedule(kernel, &problem, 1); }
 
 // Memory for the codes of all rows of a problem, and the rows carved from it.
 size_t ready_bytes(const Job& job);
@@ -185,13 +190,17 @@ CodeRows ready_rows(const Job& job, void* memory);
 // Fills them, rows [begin, end) at a time. begin is a multiple of CodeFormat::interleaved_rows.
 void quantize(const Job& job, int64_t begin, int64_t end, const CodeRows& to);
 
-// A rectangle of y: rows and panels, half open.
+// A rectangle of y: rows and panels, half open. The panels of a job's problems are numbered through, those of each from
+// the next whole tile on.
 struct Part {
   int64_t row_begin, row_end, panel_begin, panel_end;
 };
 
 // The index-th of job.parts parts. Together they cover y exactly once; some may be empty.
 Part part_of(const Job& job, int index);
+
+// The share of a part in the index-th problem: the panels as those of this problem alone.
+Part part_in(const Job& job, const Part& part, int index);
 
 // Whether every part gives whole rows of y: then Problem::norm is computed by the part. Else its caller does that, when
 // all parts have run.

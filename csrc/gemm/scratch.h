@@ -16,7 +16,9 @@ struct Scratch {
 
 inline int64_t ragged_bytes(const Job& job) {
   const int64_t values = job.kernel->tiling.own_loops ? job.block_rows * kPanelColumns : job.tile.m * job.tile.n;
-  return values * 4 * (job.problem->y.residual.data ? 2 : 1);
+  bool adds = false;
+  for (int i = 0; i < job.problems; ++i) adds |= job.problem[i].y.residual.data != nullptr;
+  return values * 4 * (adds ? 2 : 1);
 }
 
 inline int64_t sums_bytes(const Job& job) {

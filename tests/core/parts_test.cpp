@@ -1,4 +1,5 @@
-// Parts: they cover y exactly once, and in any order, on any thread, they give the bits of one part.
+// Parts: they cover y exactly once, and in any order, on any thread, they give the bits of one part. So do problems
+// that read the same rows, together.
 
 #include <algorithm>
 #include <thread>
@@ -154,9 +155,87 @@ void check_counts(const Kernel& kernel, int64_t m, int64_t n, int64_t k, bool la
   check(kernel.name, large ? parts >= 5 : parts == 1, "expected %s, got %d", large ? "at least 5" : "1", parts);
 }
 
+// A kernel that counts the rows whose range it finds.
+int ranges_found = 0;
+RowRange count_range(const FloatRow& row) {
+  ++ranges_found;
+  return kernel_reference.range(row);
+}
+
+// Three problems of the same rows, one with a ragged panel, one with an activation, one in bf16: each has the bits that
+// it has alone, by any number of parts, and each row is quantized once for all of them by each part that has it.
+void check_together(const Kernel& kernel, int64_t m, int64_t k, bool scaled) {
+  const Rows rows = random_rows(m, k, {DType::f32, true});
+  const Out outs[] = {{DType::f32, Activation::none, {1.0f, 0}},
+                      {DType::f32, Activation::gelu, {1.0f, 0}},
+                      {DType::bf16, Activation::none, {1.0f, 0}}};
+  Weights weights[] = {random_weights(128, k), random_weights(70, k), random_weights(33, k)};
+  const std::vector<float> scale = random_channel_scale(k);
+  std::vector<Stage> stages;
+  for (Weights& each : weights) {
+    if (scaled) each.channel_scale = scale;
+    stages.emplace_back(rows, each, Side::start, 2);
+  }
+  for (int count = 1; count <= 5; ++count) {
+    now("%d parts of three problems, m=%d k=%d", count, static_cast<int>(m), static_cast<int>(k));
+    std::vector<uint8_t> regions[3];
+    Problem problems[3];
+    for (int i = 0; i < 3; ++i) {
+      problems[i] = stages[i].problem(outs[i], kernel.layout);
+      regions[i] = stages[i].blank(outs[i]);
+      problems[i].y.data = regions[i].data();
+      problems[i].x.data = problems[0].x.data;
+      check(kernel.name, read_the_same(problems[0], problems[i]), "problem %d reads other rows", i);
+    }
+    Job job = schedule(kernel, problems, 3);
+    job.parts = count;
+    std::vector<uint8_t> scratch(job.scratch_bytes);
+    ranges_found = 0;
+    for (int i = count - 1; i >= 0; --i) torchq::run(job, i, scratch.data());
+    const int64_t once = job.by_columns ? m * count : m;
+    if (kernel.range == count_range) check("core", ranges_found == once, "%d ranges, not one a row", ranges_found);
+    for (int i = 0; i < 3; ++i) stages[i].compare(kernel.name, outs[i], regions[i], stages[i].run(kernel, outs[i]));
+  }
+}
+
+// What makes codes differ, or where they are.
+void check_read_the_same() {
+  const Rows rows = random_rows(4, 24, {DType::f32, false});
+  Weights weights[] = {random_weights(16, 24), random_weights(32, 24), random_weights(16, 24), random_weights(16, 16)};
+  weights[1].channel_scale = weights[2].channel_scale = random_channel_scale(24);
+  weights[2].channel_scale[23] *= 2;
+  std::vector<std::vector<uint8_t>> packed;
+  for (const Weights& each : weights) packed.push_back(packed_of(each, Layout::p16c4));
+  const auto header = [&](int i) { return reinterpret_cast<const PackedHeader*>(packed[i].data()); };
+  Stage stage(rows, weights[0], Side::start, 0);
+  const Problem one = stage.problem({DType::f32, Activation::none, {1.0f, 0}});
+  const auto differs = [&](const char* what, auto change) {
+    Problem other = one;
+    change(other);
+    check("core", !read_the_same(one, other), "%s: expected other codes", what);
+  };
+  check("core", read_the_same(one, one), "a problem reads other rows than itself");
+  differs("rows", [](Problem& p) { ++p.m; });
+  differs("place", [](Problem& p) { p.x.data = static_cast<const float*>(p.x.data) + 1; });
+  differs("stride", [](Problem& p) { p.x.stride += 4; });
+  differs("dtype", [](Problem& p) { p.x.dtype = DType::bf16; });
+  differs("ranges of rows", [](Problem& p) { p.x.per_token = true; });
+  differs("scale", [](Problem& p) { p.x.qparams.scale *= 2; });
+  differs("zero point", [](Problem& p) { ++p.x.qparams.zero_point; });
+  differs("depth", [&](Problem& p) { p.weights = header(3); });
+  differs("channel scale", [&](Problem& p) { p.weights = header(1); });
+  Problem scaled = one, other = one;
+  scaled.weights = header(1), other.weights = header(2);
+  check("core", read_the_same(scaled, scaled) && !read_the_same(scaled, other), "channel scales count by their values");
+}
+
 }  // namespace
 
 void test_parts() {
+  check_read_the_same();
+  Kernel counting = kernel_reference;
+  counting.range = count_range;
+  for (int64_t m : {5, 70}) check_together(counting, m, 37, false);
   for (const Kernel* kernel : runnable()) {
     for (int64_t m : {0, 1, 5, 32, 33, 64, 100})  // up to 32 rows columns are split, beyond it rows
       for (int64_t n : {0, 1, 16, 70, 200}) check_parts(*kernel, m, n, 37, {DType::f32, true});
@@ -166,6 +245,9 @@ void test_parts() {
     }
     check_parts(*kernel, 3, 70, 9001, {DType::bf16, true});
     check_parts(*kernel, 70, 33, 9001, {DType::u8, false});
+    for (int64_t m : {1, 5, 33, 100})
+      for (bool scaled : {false, true}) check_together(*kernel, m, 37, scaled);
+    check_together(*kernel, 300, 384, true);
     check_weights_beyond_l2(*kernel);
     check_counts(*kernel, 0, 16, 16, false);
     check_counts(*kernel, 1, 0, 0, false);

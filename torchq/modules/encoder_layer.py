@@ -139,7 +139,7 @@ class Int8TransformerEncoderLayer(OneOp, Leaf, nn.TransformerEncoderLayer):
     def _heads(self, x: Tensor, masks: dict[str, Any]) -> Tensor:
         """What the attention's `out_proj` multiplies."""
         attention = cast(QuantizedMultiheadAttention, self.self_attn)
-        return attended(attention, attention.q_proj(x), attention.k_proj(x), attention.v_proj(x), **masks)[0]
+        return attended(attention, *attention.projected(x, x, x), **masks)[0]
 
     def hidden(self, x: Tensor) -> Tensor:
         """`act(linear1(x))`, as one product if that may be."""

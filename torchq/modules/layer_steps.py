@@ -172,10 +172,11 @@ class _Tape:
         suited = line.is_of_products and all(type(layer) is QuantizedLinear for layer in layers)
         if not suited or len(widths) != 1 or min(widths) % size:
             raise UnsuitedError
-        q, k, v = (self._called(layer, (x,)) for layer in layers)
+        together = (tuple(layers), QuantizedLinear, None)
+        q = self._then(_C.call_together, together, 2, x, count=len(layers))
         asked = 2 + 2 * self.attentions.index(attention)
         arguments = (None, None, None, None, min(widths) // size, None, scale, None)
-        y = self._then(_C.call_attention, arguments, 0, q, 1, k, 2, v, 3, 1, 5, asked, 7, asked + 1)
+        y = self._then(_C.call_attention, arguments, 0, q, 1, q + 1, 2, q + 2, 3, 1, 5, asked, 7, asked + 1)
         behind = line.found.behind
         for name in behind[:-1] if but_last else behind:
             y = self._called(children[name], (y,))

@@ -21,6 +21,7 @@ from torchq.modules.attention import SDPA, OwnAttention, attend, attend_directly
 from torchq.modules.attention_weights import AttentionWeights, Form, weights_of
 from torchq.modules.base import Int8Module, Matrix, float_size
 from torchq.modules.float_view import FloatView, read_only
+from torchq.modules.quantized_linear import products
 from torchq.modules.refusals import refuse_layout
 from torchq.modules.tracing import Leaf
 
@@ -34,6 +35,10 @@ class Attending(nn.MultiheadAttention):
     def multiplied(self, part: str, x: Tensor) -> Tensor:
         """The product of x with this matrix."""
         raise NotImplementedError(f"{type(self).__name__} has no products")
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The products of the three inputs."""
+        return tuple([self.multiplied(part, x) for part, x in zip(INPUTS, (query, key, value), strict=True)])
 
     def forward(
         self,
@@ -58,9 +63,7 @@ class Attending(nn.MultiheadAttention):
         self._check(query, key, value)
         heads, weights = attended(
             self,
-            self.multiplied("q_proj", query),
-            self.multiplied("k_proj", key),
-            self.multiplied("v_proj", value),
+            *self.projected(query, key, value),
             key_padding_mask=key_padding_mask,
             attn_mask=attn_mask,
             is_causal=is_causal,
@@ -122,6 +125,13 @@ class QuantizedMultiheadAttention(Leaf, OwnAttention, Attending):
     def multiplied(self, part: str, x: Tensor) -> Tensor:
         """The product of x with this matrix."""
         return getattr(self, part)(x)  # type: ignore[no-any-return]
+
+    def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The products of the three inputs. Of those that are one tensor, the codes are made once."""
+        q, k, v = self._projections()
+        if query is key is value:
+            return products((q, k, v), query)
+        return (q(query), *products((k, v), key)) if key is value else (q(query), k(key), v(value))
 
     # ---- What foreign code reads -------------------------------------------------------------------------------------
 
@@ -268,10 +278,10 @@ def of_sequences(attention: nn.MultiheadAttention, x: Tensor, lengths: Sequence[
     For calls without gradients, in eval mode, of a float module too. Keys that the module adds are left out.
     """
     if isinstance(attention, QuantizedMultiheadAttention):
-        projected = [part(x) for part in attention._projections()]
+        projected = attention.projected(x, x, x)
     else:
         matrices = matrices_of(attention)
-        projected = [linear(x, *matrices[part]) for part in INPUTS]
+        projected = tuple([linear(x, *matrices[part]) for part in INPUTS])
     by_head = [y.unflatten(-1, (attention.num_heads, _size(attention))).split(lengths) for y in projected]
     heads = [_of_sequence(attention, *each) for each in zip(*by_head, strict=True)]
     y: Tensor = attention.out_proj(torch.cat(heads).flatten(1))

@@ -314,6 +314,20 @@ def _in_graph(layer: QuantizedLinear, x: Tensor) -> Tensor:
     return _linear_static(x, packed, *pair, _float_dtype(x), 1.0, 0, Activation.NONE)  # type: ignore[no-any-return]
 
 
+def products(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of these layers gives for x. In a plain eager call, layers that make the same codes of it share them.
+
+    >>> q, k = torch.nn.Linear(8, 4), torch.nn.Linear(8, 2)
+    >>> [y.shape[1] for y in products((QuantizedLinear.from_float(q), QuantizedLinear.from_float(k)), torch.ones(3, 8))]
+    [4, 2]
+    """
+    if not is_dynamo_compiling():
+        y = _C.call_together(layers, QuantizedLinear, x)
+        if y is not NotImplemented:
+            return y
+    return tuple([layer(x) for layer in layers])
+
+
 def _stood_for(x: Tensor, codes: Codes | None) -> torch.dtype:
     """The dtype of x, or of the floats that it stands for."""
     return _float_dtype(x) if codes is None else codes.dtype

@@ -21,7 +21,7 @@ from torchq.modules.attention_symbols import ASKED
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.parts import Part
-from torchq.modules.quantized_linear import QuantizedLinear
+from torchq.modules.quantized_linear import QuantizedLinear, products
 from torchq.modules.rms_norm import RMSNorm
 from torchq.modules.straight_forms import Form, become, may_become
 from torchq.modules.writes import modes
@@ -156,12 +156,12 @@ class SelfAttention(Form):
         layers = tuple([children[name] for name in self.line.found.projections])
         heads = self._turned_at_once(layers, call)
         if heads is NotImplemented:
-            products = [layer(call.x) for layer in layers]
+            projected = products(layers, call.x)
             if self.line.is_of_products:
-                y = self._of_products(products, call)
+                y = self._of_products(projected, call)
                 if y is not NotImplemented:
                     return y  # type: ignore[no-any-return]
-            heads = self._heads(products, call)
+            heads = self._heads(projected, call)
         q, k, v = heads
         k, v = self._cached(k, v, call)
         return self._of_heads(q, k, v, call).reshape(*call.x.shape[:-1], -1).contiguous()
@@ -173,9 +173,9 @@ class SelfAttention(Form):
             return NotImplemented
         return _C.call_heads(layers, QuantizedLinear, call.x, self.__dict__[found.size], *call.angles)
 
-    def _of_products(self, products: list[Tensor], call: Call) -> Any:
+    def _of_products(self, projected: tuple[Tensor, ...], call: Call) -> Any:
         """The attention of products (batch, rows, heads · columns) as they lie."""
-        (q, k, v), state, (size, scale, *_) = products, self.__dict__, self.line.numbers
+        (q, k, v), state, (size, scale, *_) = projected, self.__dict__, self.line.numbers
         shape, size = q.shape, state[size]
         if not k.shape == shape == v.shape or shape[-1] % size:
             return NotImplemented
@@ -183,10 +183,10 @@ class SelfAttention(Form):
         scheme = state["torchq_attention"].scheme
         return attend_directly(scheme, q, k, v, heads=shape[-1] // size, scale=state[scale], **more)
 
-    def _heads(self, products: list[Tensor], call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, projected: tuple[Tensor, ...], call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (batch, heads, rows, columns): normalized and turned."""
         found, state, rows = self.line.found, self.__dict__, call.x.shape[:-1]
-        q, k, v = (each.view(*rows, -1, state[found.size]) for each in products)
+        q, k, v = (each.view(*rows, -1, state[found.size]) for each in projected)
         if any(found.norms):
             q, k, v = (self._normalized(x, names) for x, names in zip((q, k, v), found.norms, strict=True))
         if self.line.rotary is None:
