@@ -131,6 +131,8 @@ PyObject* is_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(count == 2 && plain_state(args[0], args[1]));
 }
 
+PyObject* is_plain_eager(PyObject*, PyObject*) { return PyBool_FromLong(plain_eager()); }
+
 PyObject* set_simulating(PyObject*, PyObject* yes) {
   simulating = yes == Py_True;
   Py_RETURN_NONE;
@@ -348,6 +350,8 @@ PyMethodDef methods[] = {
     {"is_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain)), METH_FASTCALL,
      "is_plain(module, cls[, enter, leave]): whether a call of this nn.Module is nothing but cls.forward(), and these "
      "methods of scopes."},
+    {"is_plain_eager", is_plain_eager, METH_NOARGS,
+     "is_plain_eager(): whether nothing but the operation wants to know of a call: no mode, tracing or autocast."},
     {"is_plain_row", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(is_plain_row)), METH_FASTCALL,
      "is_plain_row(module, cls, behind, settings): the same, and whether the calls of the modules behind it are "
      "nothing but their forward() either, with these settings."},

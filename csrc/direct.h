@@ -18,6 +18,8 @@ void add_direct_rotary(pybind11::module_& module);
 void add_direct_gated(pybind11::module_& module);
 // Adds call_together (direct_together.cpp); after the first.
 void add_direct_together(pybind11::module_& module);
+// Adds call_embedding_sum (direct_embedding.cpp); after add_direct_norm.
+void add_direct_embedding(pybind11::module_& module);
 // Adds call_convolution (direct_conv.cpp); after the first.
 void add_direct_conv(pybind11::module_& module);
 // Adds call_fine (direct_fine.cpp); after the first.

@@ -9,7 +9,7 @@ namespace torchq::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 constexpr int32_t kCpu = 1;
-enum TypeCode : uint8_t { kUInt = 1, kFloat = 2, kBfloat = 4 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct DataType {
   uint8_t code, bits;

@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   torchq::add_direct_residual(m);
   torchq::add_direct_attention(m);
   torchq::add_direct_gated(m);
+  torchq::add_direct_embedding(m);
   torchq::add_direct_rotary(m);
   torchq::add_direct_together(m);
   torchq::add_direct_conv(m);

@@ -86,6 +86,7 @@ Asked asked(const py::object& of_tensor) {
 }  // namespace
 
 const DTypePair* const kU8 = &kDTypes[1];
+const DTypePair* const kF32 = &kDTypes[0];
 
 const DTypePair* find(const dlpack::DataType& type) {
   for (const DTypePair& p : kDTypes)

@@ -15,6 +15,7 @@ struct DTypePair {
   dlpack::DataType dl;
 };
 extern const DTypePair* const kU8;
+extern const DTypePair* const kF32;
 
 // Null for a dtype that no op takes.
 const DTypePair* find(const dlpack::DataType& type);

@@ -35,9 +35,6 @@ constexpr int64_t kPanelsPerThread = 4;  // the fewest for which pack() wakes a 
 // up to 10. A multiple of 64, so that threads write to cache lines of their own.
 constexpr int64_t kValuesPerThread = 32 * 1024;
 
-// Rows of a table lie anywhere in it, and most come from memory: so many are on their way at once.
-constexpr int64_t kRowsAhead = 4;
-
 // Requests huge pages for a fresh buffer, where the system has them. They mean fewer page faults when it is first
 // written, and fewer TLB misses whenever it is read.
 void prefer_huge_pages(void* data, int64_t bytes) {
@@ -369,15 +366,17 @@ void round_on_threads(const FeedbackBlock& block) {
 }
 
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y) {
-  const int64_t row_bytes = table.width * element_bytes(dtype);
-  if (count * row_bytes > kHugeOutput) prefer_huge_pages(y, count * row_bytes);
+  const int64_t bytes = count * table.width * element_bytes(dtype);
+  if (bytes > kHugeOutput) prefer_huge_pages(y, bytes);
   const int64_t rows_per_thread = kValuesPerThread / std::max<int64_t>(1, table.width) + 1;
-  torch::stable::parallel_for(0, count, rows_per_thread, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < std::min(begin + kRowsAhead, end); ++i) prefetch_row(table, rows[i]);
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kRowsAhead < end) prefetch_row(table, rows[i + kRowsAhead]);
-      write_row(table, rows[i], dtype, static_cast<uint8_t*>(y) + i * row_bytes);
-    }
+  torch::stable::parallel_for(0, count, rows_per_thread,
+                              [&](int64_t begin, int64_t end) { write_rows(table, rows, begin, end, dtype, y); });
+}
+
+void look_up(const Kernel& kernel, const TableSum& sum, int64_t count) {
+  const int64_t width = std::max<int64_t>(1, sum.terms[0].table.width);
+  torch::stable::parallel_for(0, count, kValuesPerThread / width + 1, [&](int64_t begin, int64_t end) {
+    write_sums(kernel, sum, begin, end, static_cast<float*>(thread_scratch(width * sizeof(float))));
   });
 }
 

@@ -86,6 +86,9 @@ void round_on_threads(const FeedbackBlock& block);
 // y (count, table.width) of dtype f32, bf16 or f16: these rows of the table, on as many of torch's threads as pay.
 void look_up(const Table& table, const int64_t* rows, int64_t count, DType dtype, void* y);
 
+// sum.y (count, width), on as many of torch's threads as pay.
+void look_up(const Kernel& kernel, const TableSum& sum, int64_t count);
+
 // Weights in memory: weight (n, k), scale [n], bias [n], channel_scale [k] or null. has_bias: a bias of no elements may
 // be a null pointer, too.
 struct Weights {

@@ -130,6 +130,13 @@ def call_gated(
     settings: tuple[dict[str, Any], ...],
     /,
 ) -> Tensor: ...
+def call_embedding_sum(
+    terms: tuple[tuple[Any, ...], ...],
+    norm: nn.Module | None,
+    sizes: tuple[int, ...],
+    kinds: tuple[type[nn.Module], type[nn.Module], type[nn.Module]],
+    /,
+) -> Tensor: ...
 def call_fine(
     module: nn.Module,
     cls: type[nn.Module],
@@ -158,6 +165,7 @@ def facts_hold(facts: tuple[tuple[object, object, str, object], ...], missing: o
 def computes_as_known(cls: type[nn.Module], /) -> bool: ...
 def set_comparison(function: Callable[[type[nn.Module]], tuple[Any, ...] | None], /) -> None: ...
 def is_plain(module: nn.Module, cls: type[nn.Module], /, *scopes: Callable[..., Any]) -> bool: ...
+def is_plain_eager() -> bool: ...
 def is_plain_row(
     module: nn.Module,
     cls: type[nn.Module],

@@ -74,8 +74,9 @@ float unpack_piece(const PackedHeader& weights, int64_t n, int64_t k, int64_t co
 
 // ---- Tables (table.cpp) -----------------------------------------------------------------------------------------
 
-// An int8 table that is looked up by rows. Either `matrix`: rows of width codes, each followed by its scale, a float;
-// or `packed`: weights (rows, width), which a layer multiplies by as well.
+// A table that is looked up by rows. In int8 it is either `matrix`: rows of width codes, each followed by its scale, a
+// float; or `packed`: weights (rows, width), which a layer multiplies by as well. In float it is `floats` (rows,
+// width).
 //
 // `residuals`, if any, are rows of (width + 1) / 2 bytes: for each code 4 more bits, in sixteenths of its step, from -8
 // to 7. A byte has those of two codes, the first in its low bits.
@@ -84,14 +85,29 @@ struct Table {
   const uint8_t* matrix;
   const PackedHeader* packed;
   const uint8_t* residuals = nullptr;
+  const float* floats = nullptr;
 };
 
-// y[k] = (code[k] + residual[k] / 16) * scale, times the channel scale of packed weights, if any. dtype: f32, bf16 or
-// f16.
-void write_row(const Table& table, int64_t row, DType dtype, void* y);
+// y[i] = row rows[i] of an int8 table, for i in [begin, end): (code[k] + residual[k] / 16) * scale, times the channel
+// scale of packed weights, if any. dtype: f32, bf16 or f16.
+void write_rows(const Table& table, const int64_t* rows, int64_t begin, int64_t end, DType dtype, void* y);
 
-// Asks for a row that is written soon. Rows of packed weights are long enough that the hardware follows them.
-void prefetch_row(const Table& table, int64_t row);
+// A table, and the rows of it that are looked up.
+struct TableRows {
+  Table table;
+  const int64_t* rows;
+};
+
+// y = rows of terms[0] + rows of terms[1] + ..., each sum rounded; then normalized, if there is a norm, in place.
+struct TableSum {
+  const TableRows* terms;
+  int count;  // of terms
+  float* y;
+  const NormRows* norm;  // of all rows of y, or null
+};
+
+// Rows [begin, end) of sum.y. room: space for a row.
+void write_sums(const Kernel& kernel, const TableSum& sum, int64_t begin, int64_t end, float* room);
 
 // ---- Activations (codes.cpp) ------------------------------------------------------------------------------------
 

@@ -81,13 +81,13 @@ void check_rows(const PackedHeader& header, const Weights& w) {
                           {w.n, w.k, matrix.data(), nullptr, residuals}};
   for (int64_t n = 0; n < w.n; ++n)
     for (const Table& table : tables) {
-      write_row(table, n, DType::f32, y);
+      write_rows(table, &n, 0, 1, DType::f32, y);
       for (int64_t k = 0; k < w.k; ++k) {
         const int bits = residuals[n * width + k / 2] >> (k % 2 ? 4 : 0) & 15;
         const int more = table.residuals ? bits - (bits > 7 ? 16 : 0) : 0;
         const float value = static_cast<float>(w.codes[n * w.k + k] + more / 16.0) * w.scale[n];
         const float expected = table.packed && !w.channel_scale.empty() ? value * w.channel_scale[k] : value;
-        check("core", std::memcmp(y + k, &expected, sizeof(float)) == 0, "write_row() gave another value at %d",
+        check("core", std::memcmp(y + k, &expected, sizeof(float)) == 0, "write_rows() gave another value at %d",
               static_cast<int>(k));
       }
     }

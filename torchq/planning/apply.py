@@ -16,6 +16,7 @@ from torchq.modules.classes import know
 from torchq.modules.computed_weights import without_history
 from torchq.modules.conv_block import ConvBlock
 from torchq.modules.curve import Curve, exact, faster
+from torchq.modules.embedding_sum import EmbeddingSum
 from torchq.modules.encoder import SKIPPED, Int8TransformerEncoder
 from torchq.modules.encoder_layer import Int8TransformerEncoderLayer
 from torchq.modules.gated import Gated
@@ -114,6 +115,8 @@ def applied(model: M, plan: Plan, *, inplace: bool = False, make: FromFloat = FR
             if any(isinstance(module, QuantizedConv) for module in modules):
                 for module in reversed(modules):  # when all within are what they become
                     ConvBlock.adopt(module)
+            for module in modules:
+                EmbeddingSum.adopt(module)
             _adopt_encoder_layers(model, plan)
             _adopt_residuals(model, plan)
             _open_scopes(model, plan)
