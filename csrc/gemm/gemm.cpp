@@ -148,23 +148,6 @@ Lines lines_of_rows(const Job& job, int64_t begin, int64_t end) {
   return {data + begin * x.stride, data + end * x.stride};
 }
 
-template <bool kWritten>
-void prefetch_rows(const uint8_t* x, int64_t rows, int64_t stride, int64_t bytes) {
-  for (int64_t r = 0; r < rows; ++r, x += stride)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i, kWritten, kWritten ? 3 : 2);
-}
-
-// Asks for the lines that the next tile writes, while this one multiplies: no stream of stores tells the hardware of
-// them, and a store that misses holds back those behind it. And for those that will be added to them, into L2.
-// Not inlined: that would cost kernels that ask for nothing registers in their loop over tiles.
-__attribute__((noinline)) void prefetch_outputs(const Problem& p, const uint8_t* y, int64_t rows, int64_t columns) {
-  const int64_t stride = p.y.stride, bytes = columns * element_bytes(p.y.dtype);
-  prefetch_rows<true>(y, rows, stride, bytes);
-  if (!p.norm || !p.norm->residual) return;
-  const auto* added = reinterpret_cast<const uint8_t*>(p.norm->residual) + (y - static_cast<const uint8_t*>(p.y.data));
-  prefetch_rows<false>(added, rows, stride, bytes);
-}
-
 // Tiles [first, end) of rows, which are in the scratch, by the part's panels. then: what to bring into L2 with the last
 // group of these. kMore: whether tiles may have a residual, or fetch panels; without, they set nothing for it.
 template <bool kMore>
@@ -205,7 +188,6 @@ void run_tiles(const Job& job, const Problem& p, const Part& part, const RowTile
       if (kMore && fetches) {
         b.next = next < next_end ? next : nullptr;
         next += next_bytes;
-        if (job.fetches_outputs && t + 1 < end) prefetch_outputs(p, y + m * y_stride, std::min(m, left - m), columns);
       }
       whole ? kernel.run(b) : run_ragged(job, b, columns, s.ragged);
       left -= m, codes += m * stride, scale += m, zero_point += m, y += m * y_stride;

@@ -192,7 +192,6 @@ struct Job {
   int parts;               // 1, or as many as there are threads that pay. The caller may lower it.
   int64_t block_rows;      // rows quantized at once
   int64_t codes_stride;    // bytes between rows of codes in the scratch
-  bool fetches_outputs;    // tiles ask for the lines of y that come next
   size_t scratch_bytes;
 };
 

@@ -30,6 +30,7 @@ using Code = int16_t;
 #include "rows_together.inc"
 
 constexpr int kMaxRows = 6, kVectors = 1, kSplit = 2, kAhead = 1024, kOneRowSums = 0, kUnroll = 1, kNextLines = 0;
+constexpr int kOutAhead = 0;
 
 inline Ints load_weights(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

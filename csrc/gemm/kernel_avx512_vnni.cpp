@@ -30,6 +30,7 @@ using Code = uint8_t;
 #include "rows_together.inc"
 
 constexpr int kMaxRows = 6, kVectors = 4, kSplit = 1, kAhead = 256, kOneRowSums = 4, kUnroll = 1, kNextLines = 2;
+constexpr int kOutAhead = 24;
 
 inline Ints load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Ints broadcast(const Code* p) {

@@ -32,6 +32,7 @@ constexpr int64_t kRun = 8;
 #include "rows.inc"
 
 constexpr int kMaxRows = 6, kVectors = 2, kSplit = 2, kAhead = 512, kOneRowSums = 0, kUnroll = 1, kNextLines = 0;
+constexpr int kOutAhead = 0;
 
 // Both fill the low half of a register.
 inline Ints load_weights(const uint8_t* p) { return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(p), vdup_n_u8(0))); }

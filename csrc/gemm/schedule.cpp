@@ -15,7 +15,7 @@ constexpr int64_t kL2Bytes = 2 << 20;
 
 constexpr int64_t kMaxParts = 1 << 16;  // more than there are threads
 
-// Bytes of rows, of x or of y, that are surely not all in L2, where layers before left them.
+// Bytes of rows of x that are surely not all in L2, where the layer before left them.
 constexpr int64_t kBeyondL2 = 1 << 20;
 
 // Bytes of weights that stay in L2 beside a block of such rows, and of its codes then: to read the weights again costs
@@ -115,8 +115,6 @@ Job schedule(const Kernel& asked, const Problem* problems, int count) {
   job.parts = count_parts(job, m, weights);
   job.codes_stride = stride_of_codes(weights.k, kernel.codes.bytes);
   job.block_rows = rows_of_block(job, problem, weights);
-  job.fetches_outputs = false;
-  for (int i = 0; i < count; ++i) job.fetches_outputs |= m * problems[i].y.stride > kBeyondL2;
   job.scratch_bytes = scratch_bytes(job);
   return job;
 }
