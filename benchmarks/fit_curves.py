@@ -5,12 +5,12 @@
 Two polynomials are fitted, by weighted minimax: the greatest weighted error is as small as it can be. Lawson's method
 finds it as a sequence of least squares problems, in which points of large error gain weight. Then the coefficients are
 rounded to float32 one at a time, the highest power first, and the remaining ones are fitted again: they make up for
-most of the rounding. The constant terms are fixed, so that the curves are exact near 0.
+most of the rounding. The constant terms are fixed, at the curves' values at 0.
 
     2^f                = 1 + c1·f + ... + c5·f⁵,         |f| <= 1/2;   relative error
-    (2·Φ(-2·a))^1/32   = 1 + c1·a + ... + c5·a⁵,    0 <= a <= 2.7;   Φ is the normal distribution
+    Φ(-a)^1/32         = c0 + c1·a + ... + c5·a⁵,   0 <= a <= 5.4;   Φ is the normal distribution
 
-GELU is max(x, 0) - a·Q(a)^32 for a = |x|/2. The error of Q may move y by LOOSE, and in the far tail, where y itself is
+GELU is max(x, 0) - a·Q(a)^32 for a = |x|. The error of Q may move y by LOOSE, and in the far tail, where y itself is
 tiny, by TAIL times y.
 """
 
@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-LIMIT = 2.7  # of a: GELU is constant below x = -5.4
+LIMIT = 5.4  # of a: GELU is constant below x = -5.4
 POWER = 32  # of Q
 LOOSE, TAIL = 1e-7, 1e-2  # the weights: errors of GELU that count alike
 
@@ -79,15 +79,16 @@ def fit_power() -> None:
 def fit_normal_tail() -> None:
     """Q of GELU."""
     a = chebyshev(0, LIMIT)[1:]
-    tail = torch.special.log_ndtr(-2 * a).exp() * 2
+    tail = torch.special.log_ndtr(-a).exp()
     target = tail ** (1 / POWER)
     allowed = (LOOSE / (a * tail)).clamp(max=TAIL) * target / POWER
-    coefficients = rounded_minimax(a, target - 1, 1 / allowed, degree=5)
-    show(f"(2 Φ(-2a)) ^ 1/{POWER} - 1", coefficients)
-    relative = ((polynomial(a, coefficients) + 1) ** POWER / tail - 1).abs()
+    first = torch.tensor(0.5 ** (1 / POWER)).item()
+    coefficients = rounded_minimax(a, target - first, 1 / allowed, degree=5)
+    show(f"Φ(-a) ^ 1/{POWER}", [first, *coefficients])
+    relative = ((polynomial(a, coefficients) + first) ** POWER / tail - 1).abs()
     print(f"  greatest error of GELU: {(relative * a * tail).max():.1e}")
     for x in (-1, -2, -3, -4, -5, -5.4):
-        print(f"  greatest relative error of GELU from {x} to 0: {relative[2 * a <= -x].max():.1e}")
+        print(f"  greatest relative error of GELU from {x} to 0: {relative[a <= -x].max():.1e}")
 
 
 if __name__ == "__main__":
