@@ -45,8 +45,8 @@ class Roofline:
 def _pages(size: int) -> torch.Tensor:
     """Memory of this size, written once, in huge pages if the system has them, like torchq's weights.
 
-    It is private: memory that processes may share, as mmap's is unless told otherwise, gets small pages on most systems.
-    They are read at 21 GB/s where huge ones are at 37 (Zen 4).
+    It is private: memory that processes may share, as mmap's is unless told otherwise, gets small pages on most
+    systems. They are read at 21 GB/s where huge ones are at 37 (Zen 4).
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     memory = mmap.mmap(-1, size, **private)
