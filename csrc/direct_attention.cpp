@@ -2,6 +2,8 @@
 // that give each head a dimension of its own. As call_linear in direct.cpp it answers NotImplemented wherever anything
 // could stand between the call and the arithmetic. The op computes the same.
 
+#include <algorithm>
+
 #include "attention_band.h"
 #include "direct.h"
 #include "direct_call.h"
@@ -22,6 +24,8 @@ using attention::Scheme;
 using attention::View;
 
 constexpr dlpack::DataType kBool{6, 8, 1};
+
+constexpr int64_t kJoined = -1;  // for `heads`: q, k and v have a dimension of heads, and y has none
 
 // q, k, v or a mask, as (batch, heads, rows, columns).
 struct Operand {
@@ -78,7 +82,7 @@ struct Arguments {
     *head_count = PyLong_AsLongLong(heads);
     const long number = PyLong_AsLong(scheme);
     p->scheme = static_cast<Scheme>(number);
-    return *head_count >= 0 && number >= 0 && number < kSchemes;
+    return *head_count >= kJoined && number >= 0 && number < kSchemes;
   }
 };
 
@@ -88,6 +92,8 @@ py::object attended(const Arguments& given) {
   int64_t heads;
   dlpack::Tensor first;
   if (!plain_eager() || !given.read(&heads, &p) || !view(given.q, &first)) return {};
+  const bool joined = heads != 0;
+  heads = std::max<int64_t>(heads, 0);
   const DTypePair* dtype = find(first.dtype);
   if (!dtype || dtype == kU8) return {};
   Operand q, k, v;
@@ -106,8 +112,8 @@ py::object attended(const Arguments& given) {
   p.scale = given.scale == Py_None ? default_scale(p.depth) : static_cast<float>(PyFloat_AS_DOUBLE(given.scale));
   const int64_t row = p.heads * p.columns, bytes = element_bytes(dtype->ours);
   const int64_t shape[] = {p.batch, p.rows, p.heads, p.columns};
-  auto y = py::reinterpret_steal<py::object>(heads ? new_output(shape, 3, row, *dtype, &p.y)
-                                                   : new_output(shape, 4, p.columns, *dtype, &p.y));
+  auto y = py::reinterpret_steal<py::object>(joined ? new_output(shape, 3, row, *dtype, &p.y)
+                                                    : new_output(shape, 4, p.columns, *dtype, &p.y));
   if (!y) return {};
   p.y_dtype = dtype->ours;
   p.y_batch = p.rows * row * bytes, p.y_row = row * bytes, p.y_head = p.columns * bytes;
@@ -128,8 +134,8 @@ PyObject* call_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"call_attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_attention)), METH_FASTCALL,
      "call_attention(q, k, v, mask, heads, is_causal, scale, scheme): torchq::attention of q, k and v (batch, heads, "
-     "rows, columns), as (batch, rows, heads, columns), if heads is 0; else of (batch, rows, heads * columns), as the "
-     "same. Or NotImplemented."},
+     "rows, columns), as (batch, rows, heads, columns), if heads is 0, and as (batch, rows, heads * columns) if it is "
+     "-1; else of (batch, rows, heads * columns), as the same. Or NotImplemented."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

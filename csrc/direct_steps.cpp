@@ -5,6 +5,7 @@
 
 #include "direct.h"
 #include "direct_call.h"
+#include "nn_module.h"
 
 namespace py = pybind11;
 
@@ -12,6 +13,10 @@ namespace torchq {
 namespace {
 
 constexpr Py_ssize_t kMostArguments = 12;
+
+struct Names {
+  PyObject *update, *more;
+} names;
 
 // What a step, (function, arguments, places, gives_all, unread), returns. places has pairs: which argument is which
 // value.
@@ -75,7 +80,28 @@ PyObject* call_steps(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// What cache.update(k, v, place) gives; k and v without a cache. Where that ends in an error, so do the steps: it has
+// been called, and may not be once more.
+PyObject* call_cache(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6) Py_RETURN_NOTIMPLEMENTED;
+  if (args[0] == Py_None) return PyTuple_Pack(2, args[1], args[2]);
+  PyObject* given[] = {args[0], args[1], args[2], args[3], args[4]};
+  PyObject* more = args[5] == Py_True ? names.more : nullptr;
+  const auto y = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(names.update, given, 4, more));
+  if (!y) return nullptr;
+  PyObject* both = PySequence_Tuple(y.ptr());
+  if (both && PyTuple_GET_SIZE(both) != 2) {
+    Py_DECREF(both);
+    PyErr_SetString(PyExc_ValueError, "torchq: update() of a cache gave other than keys and values");
+    return nullptr;
+  }
+  return both;
+}
+
 PyMethodDef methods[] = {
+    {"call_cache", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_cache)), METH_FASTCALL,
+     "call_cache(cache, k, v, place, others, hands_on): (keys, values) of cache.update(k, v, place), with "
+     "kwargs=others if hands_on; of no cache (k, v)."},
     {"call_steps", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_steps)), METH_FASTCALL,
      "call_steps(steps, values): appends to a list what each step, (function, arguments, places, gives_all, "
      "unread), returns: a value, or with gives_all a tuple of them. places has pairs: which argument is which value. "
@@ -84,6 +110,9 @@ PyMethodDef methods[] = {
 
 }  // namespace
 
-void add_direct_steps(py::module_& module) { PyModule_AddFunctions(module.ptr(), methods); }
+void add_direct_steps(py::module_& module) {
+  names = {name("update"), forever(py::make_tuple("kwargs"))};
+  PyModule_AddFunctions(module.ptr(), methods);
+}
 
 }  // namespace torchq

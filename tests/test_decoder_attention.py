@@ -10,9 +10,9 @@ from torch import nn
 import torchq
 from helpers.compare import assert_identical
 from helpers.decoder_layers import dynamic, static
-from helpers.decoders import FAMILIES, counted, decoded, decoder, int8
+from helpers.decoders import FAMILIES, decoded, decoder, int8
 from helpers.numbers import normal
-from helpers.self_attention import assert_same, by_code, forms, tokens
+from helpers.self_attention import assert_same, by_code, counted, forms, tokens
 from torchq import simulate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -57,6 +57,13 @@ def test_heads_inside_rows_and_other_layouts(dtype):
     assert torch.equal(y, expected.transpose(1, 2).flatten(2))
 
 
+def test_heads_are_joined():
+    q, k, v = operands()
+    y = call(q, k, v, heads=-1)
+    assert y.is_contiguous()
+    assert torch.equal(y, call(q, k, v).flatten(2))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_groups_share_keys(rows):
     q, k, v = by_head(rows, heads=6), by_head(24, heads=2, seed=1), by_head(24, heads=2, seed=2)
@@ -88,7 +95,8 @@ WRONG = {
     "no tensor": (Q, K, None),
     "no number of heads": (Q, K, V, None, None),
     "heads that don't divide the width": (*(normal(2, 4, 32) for _ in "qkv"), None, 5),
-    "negative heads": (Q, K, V, None, -1),
+    "negative heads": (Q, K, V, None, -2),
+    "heads to be joined that are not there": (*(normal(2, 4, 32) for _ in "qkv"), None, -1),
     "no such scheme": (Q, K, V, None, 0, False, None, 4),
     "a scale that is no float": (Q, K, V, None, 0, False, 1),
 }

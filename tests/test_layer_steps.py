@@ -23,9 +23,9 @@ def done(monkeypatch):
     counts, run = [], LayerSteps.run
 
     def noting(self, *call):
-        values, done = run(self, *call)
+        values, done, heads = run(self, *call)
         counts.append(done)
-        return values, done
+        return values, done, heads
 
     monkeypatch.setattr(LayerSteps, "run", noting)
     return counts
@@ -165,7 +165,7 @@ def test_each_call_asks_whether_it_is_causal(done):
 
 def test_lines_outlive_what_they_were_of():
     holder = {"rows": [(i, [i]) for i in range(100)], "module": torch.nn.Linear(3, 4)}
-    lines = _C.lines_of((holder, holder))
+    lines = _C.lines_of((holder, holder), ())
     holder.clear()
     del holder
     assert _C.fetch_lines(lines) is None

@@ -7,9 +7,18 @@ import torch
 
 from helpers.compare import assert_identical
 from helpers.numbers import normal
-from helpers.self_attention import SIZES, TEXT, assert_same, bert, by_code, converted, forms, int8_bert, tokens
-from torchq.modules.layer_steps import LayerSteps
-from torchq.modules.self_attention import SelfAttention
+from helpers.self_attention import (
+    SIZES,
+    TEXT,
+    assert_same,
+    bert,
+    by_code,
+    converted,
+    counted,
+    forms,
+    int8_bert,
+    tokens,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -61,24 +70,6 @@ PICTURES = {
 @pytest.fixture
 def model():
     return int8_bert()
-
-
-def counted(monkeypatch):
-    """How many calls the forms have taken, in a list of one."""
-    count, attended, run = [0], SelfAttention.attended, LayerSteps.run
-
-    def counting(self, *call):
-        count[0] += 1
-        return attended(self, *call)
-
-    def counting_steps(self, *call):
-        values, done = run(self, *call)
-        count[0] += len(self.attentions) if done == len(self.places) else 0
-        return values, done
-
-    monkeypatch.setattr(SelfAttention, "attended", counting)
-    monkeypatch.setattr(LayerSteps, "run", counting_steps)
-    return count
 
 
 # ---- The bits -------------------------------------------------------------------------------------------------------

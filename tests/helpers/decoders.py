@@ -4,7 +4,6 @@ import torch
 
 from helpers.self_attention import converted, tokens
 from torchq.modules.layer_form import LayerForm
-from torchq.modules.self_attention import SelfAttention
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite", "Ministral")
@@ -53,18 +52,6 @@ def decoded(model, x, cache, steps=3):
         for step in range(steps):
             found.append(model(tokens(len(x), 1, seed=step), cache=cache, use_cache=True).logits)
     return found
-
-
-def counted(monkeypatch):
-    """How many calls the forms have taken, in a list of one."""
-    count, attended = [0], SelfAttention.attended
-
-    def counting(self, call):
-        count[0] += 1
-        return attended(self, call)
-
-    monkeypatch.setattr(SelfAttention, "attended", counting)
-    return count
 
 
 def whole(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from helpers.compare import assert_identical
 from torchq import QConfig, convert
+from torchq.modules.layer_steps import LayerSteps
 from torchq.modules.self_attention import SelfAttention
 
 QUICK = {"observer": "minmax", "rounding": "nearest", "smoothing": "none"}
@@ -74,3 +75,21 @@ def class_of(source, **names):
     scope = {"ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS, "eager": lambda *args: None, "torch": torch, **names}
     exec(f"def forward{source}", scope)
     return type("Made", (torch.nn.Module,), {"forward": scope["forward"]})
+
+
+def counted(monkeypatch):
+    """How many calls the forms have taken, in a list of one."""
+    count, attended, run = [0], SelfAttention.attended, LayerSteps.run
+
+    def counting(self, *call):
+        count[0] += 1
+        return attended(self, *call)
+
+    def counting_steps(self, *call):
+        values, done, heads = run(self, *call)
+        count[0] += len(self.attentions) if done == len(self.places) else 0
+        return values, done, heads
+
+    monkeypatch.setattr(SelfAttention, "attended", counting)
+    monkeypatch.setattr(LayerSteps, "run", counting_steps)
+    return count

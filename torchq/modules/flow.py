@@ -57,6 +57,10 @@ class Facts:
         for fact in others._known:
             self.add(*fact)
 
+    def objects(self) -> tuple[object, ...]:
+        """Where they are noted."""
+        return self, self._known, *self._known
+
     def hold(self) -> bool:
         """Whether reading again gives the same."""
         return _C.facts_hold(self._known, MISSING)

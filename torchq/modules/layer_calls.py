@@ -85,7 +85,7 @@ class Called(NamedTuple):
     """One call of a layer.
 
     Args:
-        run: what is called. That of an attention gets a `Call`.
+        run: what is called. That of an attention gets a `Call`, and heads, if there are any already.
         inputs: the values that it is called on, by index.
         handed: what else an attention is given.
         gives_all: whether it gives a tuple of values instead of one.
@@ -140,7 +140,7 @@ def _itself(x: Tensor) -> Tensor:
 
 def _whole(run: Any) -> Callable[..., Any]:
     """What a step calls; the method of an attention is looked up when it is called."""
-    return (lambda call: run.attend(call)) if isinstance(run, SelfAttention) else run
+    return (lambda call, heads: run.attend(call, heads)) if isinstance(run, SelfAttention) else run
 
 
 def _halves(run: Any) -> tuple[Callable[..., Any], QuantizedLinear | None]:
@@ -153,7 +153,7 @@ def _halves(run: Any) -> tuple[Callable[..., Any], QuantizedLinear | None]:
     if isinstance(run, SelfAttention):
         names = run.line.found.behind
         last = run._modules.get(names[0]) if len(names) == 1 else None
-        return lambda call: run.attended(call), last if type(last) is QuantizedLinear else None
+        return lambda call, heads: run.attended(call, heads), last if type(last) is QuantizedLinear else None
     if isinstance(run, Gated):
         last = run._modules.get(run.line.down)
         return lambda x: run.product(x), last if type(last) is QuantizedLinear else None

@@ -16,25 +16,44 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C
 from torchq.modules.attention_code import MASK
 from torchq.modules.chunked import Chunked
+from torchq.modules.flow import MISSING, Facts
 from torchq.modules.layer_calls import Called, calls_of
 from torchq.modules.layer_code import LayerCode, Step, Steps, is_leaf, layer_code_of, steps_of
+from torchq.modules.layer_given import MOST, Reading, reading_of
 from torchq.modules.layer_steps import LayerSteps, steps_in_one
 from torchq.modules.one_op import NONE, OneOp, Places, alone, apart, give_number, in_graph
 from torchq.modules.parts import Learned
 from torchq.modules.pending import Scope, within_scopes
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.self_attention import Call
+from torchq.modules.self_attention import Call, Heads, SelfAttention
 from torchq.modules.straight_forms import Form, Residual, Row, become, give_back, may_become
 from torchq.modules.writes import modes
 
 
 class Known(NamedTuple):
-    """What a layer computes, and by which calls; these in one, if they can be; where it lies in memory."""
+    """What a layer computes, and how.
+
+    Args:
+        steps: what it computes.
+        calls: by which calls.
+        in_one: these in one, if they can be.
+        readings: how calls are read, by the number of arguments without a name and the names of the others.
+        asking: what says that its attentions are asked, if they were when it was read.
+        lines: where all this lies in memory.
+    """
 
     steps: Steps
     calls: tuple[Called, ...]
     in_one: LayerSteps | None
+    readings: dict[tuple[Any, ...], Reading | None]
+    asking: Facts | None
     lines: object
+
+    def are_asked(self) -> bool:
+        """Whether the config and the registry lead to torchq's attention."""
+        if self.asking is not None and self.asking.hold():
+            return True
+        return all(attention.is_asked() for attention in self.steps.attentions)
 
 
 class LayerForm(OneOp, Learned, Chunked):
@@ -75,8 +94,8 @@ class LayerForm(OneOp, Learned, Chunked):
         if steps is None:
             return None
         calls = calls_of(steps)
-        in_one = None if steps.hands_on else steps_in_one(calls, steps.attentions)
-        return Known(steps, calls, in_one, _C.lines_of((steps, calls, in_one)))
+        in_one = steps_in_one(calls, steps.attentions)
+        return _located(Known(steps, calls, in_one, {}, _asking(steps.attentions), None))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if modes() or torch._C._get_tracing_state():
@@ -88,54 +107,41 @@ class LayerForm(OneOp, Learned, Chunked):
         steps = known.steps
         if not _are_as_known(steps):
             return NotImplemented
-        given = self._given(steps, args, kwargs)
-        if given is None or not all(attention.is_asked() for attention in steps.attentions):
+        given = self._given(known, args, kwargs)
+        if given is None or not known.are_asked():
             return NotImplemented
         y = within_scopes(self, lambda: _computed(known, given)) if self._forward_hooks else _computed(known, given)
         return (y, None) if steps.pair else y
 
-    def _given(self, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | None:
+    def _given(self, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | None:
         """The calls of the attentions, each with the layer's input; None if something else may happen in this call."""
-        named = self._named(steps, args, kwargs)
-        if named is None or type(named[0]) is not Tensor or named[0].dim() != 3:
-            return None
-        x, given, others = named
-        if steps.hands_on:
-            return self._handed(steps, x, {**dict(self.line.defaults), **given}, others)
-        mask = given.pop(MASK, None)
-        return [Call(x, mask) for _ in steps.attentions] if _are_none(given, others) else None
+        reading = self._reading(known, len(args), (*kwargs,))
+        return None if reading is None else reading.calls(known.steps.attentions, args, kwargs)
 
-    def _named(
-        self, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any], dict[str, Any]] | None:
-        """The input of a call; what else its code names; and what this hands on. None if it may do something else."""
-        line = self.line
-        given = dict(zip(line.names, args, strict=False)) | kwargs
-        if len(line.names) < len(args) or not kwargs.keys().isdisjoint(line.names[: len(args)]):
-            return None
-        if not given.keys() >= line.required:
-            return None
-        x = given.pop(line.names[0], None)
-        others = {name: given.pop(name) for name in [*given] if name not in line.names}
-        if others and (not line.takes_more or not steps.refused.isdisjoint(others)):
-            return None
-        return x, given, others
+    def _reading(self, known: Known, count: int, names: tuple[str, ...]) -> Reading | None:
+        """How a call is read that gives so many arguments by position and some by name; None if its code must run."""
+        readings, key = known.readings, (count, *names)
+        reading: Any = readings.get(key, MISSING)
+        if reading is MISSING:
+            if len(readings) >= MOST:
+                readings.clear()
+            reading = readings[key] = reading_of(self.line, known.steps, count, names)
+            self.__dict__["_known"] = self, _located(known)
+        return cast(Reading | None, reading)
 
     def places(self, count: int, names: tuple[str, ...], kinds: tuple[int, ...]) -> Places | None:
         """As `OneOp` has it."""
         known: Known | None = self._learned()
         if known is None or known.steps.hands_on or not _keep_shape(known.steps):
             return None
-        steps = known.steps
-        if not _are_as_known(steps) or not all(attention.is_asked() for attention in steps.attentions):
+        reading = self._reading(known, count, names)
+        if reading is None or not _are_as_known(known.steps) or not known.are_asked():
             return None
-        values = [None if kind == NONE else at for at, kind in enumerate(kinds)]
-        named = self._named(steps, tuple(values[:count]), dict(zip(names, values[count:], strict=True)))
-        if named is None or named[0] is None:
+        given = reading.given[0]
+        if kinds[given.x] == NONE or any(kinds[at] != NONE for at in given.absent):
             return None
-        x, given, others = named
-        mask = given.pop(MASK, None)
-        return Places(x, mask, None, hinted=False, pair=steps.pair) if _are_none(given, others) else None
+        mask = None if given.mask < 0 or kinds[given.mask] == NONE else given.mask
+        return Places(given.x, mask, None, hinted=False, pair=known.steps.pair)
 
     def called_in_graph(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, hinted: bool) -> Any:
         """As `OneOp` has it."""
@@ -145,17 +151,20 @@ class LayerForm(OneOp, Learned, Chunked):
         others = dict.fromkeys(self.line.required.difference(self.line.names[:1]))
         return apart(LayerForm.__call__(self, x, **{**others, MASK: mask}))
 
-    def _handed(self, steps: Steps, x: Tensor, given: dict[str, Any], others: dict[str, Any]) -> list[Call] | None:
-        calls = []
-        for step in steps.steps:
-            if step.handed is not None:
-                arguments = {name: given.get(own) for name, own in step.handed.names}
-                attention: Any = step.run
-                call = attention.read_call((x,), arguments | others if step.handed.more else arguments)
-                if call is None or (call.cache is not None and not attention.knows(call.cache)):
-                    return None
-                calls.append(call)
-        return calls
+
+def _located(known: Known) -> Known:
+    """The same with where it lies now."""
+    asking = () if known.asking is None else known.asking.objects()
+    return known._replace(lines=_C.lines_of(known[:-1], (*known.steps.facts.objects(), *asking)))
+
+
+def _asking(attentions: tuple[SelfAttention, ...]) -> Facts | None:
+    if not all(attention.is_asked() for attention in attentions):
+        return None
+    facts = Facts()
+    for attention in attentions:
+        facts.join(attention.asking())
+    return facts
 
 
 def _are_as_known(steps: Steps) -> bool:
@@ -190,27 +199,22 @@ def _writes(run: Any) -> bool:
     return bool(getattr(first, "inplace", False))
 
 
-def _are_none(*given: dict[str, Any]) -> bool:
-    return all(value is None for each in given for value in each.values())
-
-
 def _computed(known: Known, given: list[Call]) -> Any:
-    x, mask, *_ = given[0]
-    values, done = ([x], 0) if known.in_one is None else known.in_one.run(x, mask)
+    values, done, heads = ([given[0].x], 0, None) if known.in_one is None else known.in_one.run(given)
     if done < len(known.calls):
-        _go_on(known, given, values, done)
+        _go_on(known, given, values, done, heads)
     return values[known.steps.output]
 
 
-def _go_on(known: Known, given: list[Call], values: list[Any], done: int) -> None:
-    """The calls behind those that are done, one after the other."""
+def _go_on(known: Known, given: list[Call], values: list[Any], done: int, heads: Heads | None) -> None:
+    """The calls behind those that are done, one after the other; the first of them may have these heads already."""
     calls = iter(given)
     for i, (run, inputs, handed, gives_all, *_) in enumerate(known.calls):
         call = None if handed is None else next(calls)
         if i < done:
             continue
         if call is not None:
-            values.append(run(Call(values[inputs[0]], *call[1:])))
+            values.append(run(Call(values[inputs[0]], *call[1:]), heads if i == done else None))
         elif gives_all:
             values += run(*[values[j] for j in inputs])
         else:

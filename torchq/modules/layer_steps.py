@@ -7,16 +7,16 @@ then the layer goes on from there in Python.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from torchq import _C, ops
 from torchq.modules import simulation
 from torchq.modules.attention import is_causal_call, noted_by
 from torchq.modules.folding import IDLE
+from torchq.modules.gated import Gated
 from torchq.modules.layer_calls import Activated, Called, Sums
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.quantized_linear import QuantizedLinear
-from torchq.modules.self_attention import SelfAttention
+from torchq.modules.rms_norm import RMSNorm
+from torchq.modules.self_attention import Call, Heads, SelfAttention
 from torchq.modules.straight_forms import Residual, Row
 
 
@@ -42,53 +42,91 @@ class OneStep(NamedTuple):
     unread: tuple[int, ...] = ()
 
 
+class Asked(NamedTuple):
+    """What an attention computes with besides its input: places of values, in this order."""
+
+    mask: int
+    is_causal: int
+    scheme: int
+    cos: int
+    sin: int
+    cache: int
+    others: int
+
+    @staticmethod
+    def of(number: int) -> "Asked":
+        """Those of a layer's attention; its input is the first value."""
+        first = 1 + number * len(Asked._fields)
+        return Asked(*range(first, first + len(Asked._fields)))
+
+
 class LayerSteps(NamedTuple):
-    """The steps of a layer. The first values are its input, the mask, and two for each attention.
+    """The steps of a layer. The first values are its input, and what is `Asked` of each attention.
 
     Args:
         steps: in order.
         places: for each of the layer's calls, which values it gives; -1 for one that nobody reads.
-        attentions: which mask and scheme are asked of in each call.
+        all_places: these of all calls, in order.
+        heads: for each of the calls, the values that are heads an attention has given to a cache; () for others.
+        attentions: which scheme is asked of in each call.
     """
 
     steps: tuple[OneStep, ...]
     places: tuple[tuple[int, ...], ...]
+    all_places: tuple[int, ...]
+    heads: tuple[tuple[int, ...], ...]
     attentions: tuple[SelfAttention, ...]
 
-    def run(self, x: Tensor, mask: Tensor | None) -> tuple[list[Any], int]:
-        """The layer's input with what its first calls give, and how many these are: all, if they are plain ones."""
+    def run(self, calls: Sequence[Call]) -> tuple[list[Any], int, Heads | None]:
+        """The layer's input with what its first calls give, and how many these are: all, if they are plain ones.
+
+        Where the next one is an attention whose cache has got its keys and values, its heads come last.
+        """
+        x = calls[0].x
         values: list[Any] = [x]
         if simulation.anywhere or noted_by() is not None:
-            return values, 0
-        found: list[Any] = [x, mask]
-        for each in self.attentions:
-            scheme = each.__dict__["torchq_attention"].scheme
-            found += (is_causal_call(each, None, mask, x.shape[1]), ops.SCHEME_NUMBERS[scheme])
-        _C.call_steps(self.steps, found)
+            return values, 0, None
+        found: list[Any] = [x]
+        for attention, call in zip(self.attentions, calls, strict=True):
+            scheme = attention.__dict__["torchq_attention"].scheme
+            is_causal = is_causal_call(attention, call.is_causal, call.mask, x.shape[1])
+            if is_causal and call.cache is not None:  # only then how many keys there are says which ones a row sees
+                return values, 0, None
+            angles = (None, None) if call.angles is None else call.angles
+            found += (call.mask, is_causal, ops.SCHEME_NUMBERS[scheme], *angles, call.cache, call.others)
+        if _C.call_steps(self.steps, found):
+            return [x, *(map(found.__getitem__, self.all_places))], len(self.places), None
         for done, places in enumerate(self.places):
             if max(places) >= len(found):
-                return values, done
+                heads = self.heads[done]
+                return values, done, tuple(found[at] for at in heads) if heads and heads[-1] < len(found) else None
             values += [None if at < 0 else found[at] for at in places]
-        return values, len(self.places)
+        return values, len(self.places), None
 
 
 def steps_in_one(calls: Sequence[Called], attentions: tuple[SelfAttention, ...]) -> LayerSteps | None:
     """The steps of a layer with these calls, if each is known."""
-    tape, places, values = _Tape(attentions), [], [0]
+    tape, places, heads, values = _Tape(attentions), [], [], [0]
+    held: dict[int, tuple[int, ...]] = {}
     try:
         for call in calls:
+            tape.heads = ()
             places.append(tape.add(call, tuple(values[i] for i in call.inputs)))
+            heads.append(tape.heads)
+            if tape.heads:
+                held[len(tape.steps) - 1] = tape.heads  # until the whole call is done
             values += places[-1]
     except UnsuitedError:
         return None
-    return LayerSteps(_forgetting(tape.steps, kept={*range(tape.given), *values}), tuple(places), attentions)
+    steps = _forgetting(tape.steps, held, kept={*range(tape.given), *values})
+    return LayerSteps(steps, tuple(places), tuple(place for each in places for place in each), tuple(heads), attentions)
 
 
-def _forgetting(steps: Sequence[OneStep], kept: set[int]) -> tuple[OneStep, ...]:
-    """The steps, each of which lets go of what it reads last. Kept is what a call gives, where Python may go on."""
+def _forgetting(steps: Sequence[OneStep], held: dict[int, tuple[int, ...]], kept: set[int]) -> tuple[OneStep, ...]:
+    """The steps, each of which lets go of what it reads or holds last. Kept is what a call gives: Python may go on."""
     found: list[OneStep] = []
-    for step in reversed(steps):
-        unread = {*step.places[1::2]} - kept
+    for i, step in reversed([*enumerate(steps)]):
+        unread = {*step.places[1::2], *held.get(i, ())} - kept
         kept = kept | unread
         found.append(step._replace(unread=tuple(sorted(unread))))
     return tuple(reversed(found))
@@ -99,8 +137,9 @@ class _Tape:
 
     def __init__(self, attentions: tuple[SelfAttention, ...]) -> None:
         self.steps: list[OneStep] = []
-        self.attentions = attentions
-        self.count = self.given = 2 + 2 * len(attentions)
+        self.heads: tuple[int, ...] = ()  # that the last call has given to a cache
+        self.count = self.given = 1 + len(attentions) * len(Asked._fields)
+        self._asked = iter([Asked.of(number) for number in range(len(attentions))])
 
     def add(self, call: Called, inputs: tuple[int, ...]) -> tuple[int, ...]:
         """The steps of one call of the layer; the places of its values."""
@@ -119,6 +158,8 @@ class _Tape:
         row = getattr(call.of, "__self__", None)
         if isinstance(row, Row):
             return (self._in_order(row, call.but_last, inputs[0]),)
+        if isinstance(call.of, Gated) and call.but_last:
+            return (self._gated(call.of, inputs[0]),)
         if call.but_last:
             raise UnsuitedError
         return (self._called(call.of, inputs),)
@@ -134,9 +175,8 @@ class _Tape:
         if alone:
             of_sum = (layer, QuantizedLinear, norm, LayerNorm, None, None)
             return -1, self._then(_C.call_sum, of_sum, 4, inputs[0], 5, inputs[1])
-        if norm is not None and type(norm) is not LayerNorm:
-            raise UnsuitedError
-        arguments = (layer, QuantizedLinear, norm, None if norm is None else LayerNorm, None, None, None)
+        numbers = norm.numbers() if isinstance(norm, RMSNorm) else None
+        arguments = (layer, QuantizedLinear, norm, None if norm is None else type(norm), numbers, None, None)
         first = self._then(_C.call_sums, arguments, 5, inputs[0], 6, inputs[1], count=1 if norm is None else 2)
         return (first,) if norm is None else (first, first + 1)
 
@@ -149,6 +189,8 @@ class _Tape:
             return self._then(_C.call_linear, (run, QuantizedLinear, None), 2, *inputs)
         if type(run) is LayerNorm:
             return self._then(_C.call_layer_norm, (run, LayerNorm, None), 2, *inputs)
+        if isinstance(run, RMSNorm):
+            return self._then(_C.call_rms_norm, (run, type(run), run.numbers(), None), 3, *inputs)
         places = [number for pair in enumerate(inputs) for number in pair]
         return self._then(run, (None,) * len(inputs), *places)
 
@@ -164,20 +206,53 @@ class _Tape:
                 x = self._then(_C.call_fused, arguments, 2, x)
         return x
 
+    def _gated(self, gated: Gated, x: int) -> int:
+        gate, act, up, _ = map(gated._modules.get, gated.line.attributes())
+        _, settings, activation = gated.__dict__["_known"]
+        arguments = (gate, up, QuantizedLinear, None, activation, (act,), (settings,))
+        return self._then(_C.call_gated, arguments, 3, x)
+
     def _attended(self, attention: SelfAttention, but_last: bool, x: int) -> int:
-        line, children, state = attention.line, attention.__dict__["_modules"], attention.__dict__
-        layers = [children[name] for name in line.found.projections]
-        size, scale = (state[name] for name in line.numbers[:2])
-        widths = {layer.out_features for layer in layers if type(layer) is QuantizedLinear}
-        suited = line.is_of_products and all(type(layer) is QuantizedLinear for layer in layers)
-        if not suited or len(widths) != 1 or min(widths) % size:
+        line, children = attention.line, attention.__dict__["_modules"]
+        layers = tuple(children[name] for name in line.found.projections)
+        if not all(type(layer) is QuantizedLinear for layer in layers):
             raise UnsuitedError
-        together = (tuple(layers), QuantizedLinear, None)
-        q = self._then(_C.call_together, together, 2, x, count=len(layers))
-        asked = 2 + 2 * self.attentions.index(attention)
-        arguments = (None, None, None, None, min(widths) // size, None, scale, None)
-        y = self._then(_C.call_attention, arguments, 0, q, 1, q + 1, 2, q + 2, 3, 1, 5, asked, 7, asked + 1)
+        asked = next(self._asked)
+        y = (self._of_products if line.is_of_products else self._of_heads)(attention, layers, asked, x)
         behind = line.found.behind
         for name in behind[:-1] if but_last else behind:
             y = self._called(children[name], (y,))
         return y
+
+    def _of_products(self, attention: SelfAttention, layers: tuple[QuantizedLinear, ...], asked: Asked, x: int) -> int:
+        state, (size, scale, *_) = attention.__dict__, attention.line.numbers
+        widths = {layer.out_features for layer in layers}
+        if len(widths) != 1 or min(widths) % state[size]:
+            raise UnsuitedError
+        q = self._then(_C.call_together, (layers, QuantizedLinear, None), 2, x, count=len(layers))
+        arguments = (None, None, None, None, min(widths) // state[size], None, state[scale], None)
+        return self._then(_C.call_attention, arguments, *_attending(q, q + 1, q + 2, asked))
+
+    def _of_heads(self, attention: SelfAttention, layers: tuple[QuantizedLinear, ...], asked: Asked, x: int) -> int:
+        state, found = attention.__dict__, attention.line.found
+        if attention.line.rotary is None or any(found.norms):
+            raise UnsuitedError
+        of_x = (layers, QuantizedLinear, None, state[found.size], None, None)
+        q = self._then(_C.call_heads, of_x, 2, x, 4, asked.cos, 5, asked.sin, count=3)
+        k, v = q + 1, q + 2
+        if found.cache is not None:
+            given = (None, None, None, state[found.cache.place], None, found.cache.hands_on)
+            k = self._then(_C.call_cache, given, 0, asked.cache, 1, k, 2, v, 4, asked.others, count=2)
+            v = k + 1
+        self.heads = (q, k, v)
+        arguments = (None, None, None, None, JOINED, None, state[found.scale], None)
+        return self._then(_C.call_attention, arguments, *_attending(q, k, v, asked))
+
+
+JOINED = -1
+"""For the number of heads: those of q, k and v have a dimension of their own, and those of y have none."""
+
+
+def _attending(q: int, k: int, v: int, asked: Asked) -> tuple[int, ...]:
+    """Which arguments of an attention are which values."""
+    return 0, q, 1, k, 2, v, 3, asked.mask, 5, asked.is_causal, 7, asked.scheme

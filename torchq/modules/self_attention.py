@@ -16,8 +16,9 @@ from torch.compiler import is_dynamo_compiling
 
 from torchq import _C
 from torchq.modules.attention import NAME, AttentionScheme, attend_directly, attention_forward, is_causal_call
-from torchq.modules.attention_code import MASK, SelfAttentionCode, self_attention_of
+from torchq.modules.attention_code import MASK, REGISTRY, SelfAttentionCode, self_attention_of
 from torchq.modules.attention_symbols import ASKED
+from torchq.modules.flow import Facts
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.parts import Part
@@ -27,6 +28,10 @@ from torchq.modules.straight_forms import Form, become, may_become
 from torchq.modules.writes import modes
 
 _IS_CAUSAL = "is_causal"  # what a call may say to the attention function, past the code
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, and all keys and values, (batch, heads, rows, columns)."""
 
 
 class Call(NamedTuple):
@@ -47,6 +52,59 @@ class Call(NamedTuple):
     angles: Any = None
     cache: Any = None
     others: dict[str, Any] = {}  # noqa: RUF012 - nobody writes to it
+
+
+class Given(NamedTuple):
+    """Where the arguments of such a call are among values, the last of which is None, for those that are not given.
+
+    Args:
+        x, mask, is_causal, angles, cache: as in the call.
+        turns: whether there must be angles.
+        absent: where None must be.
+        others: what the code only hands on, with the names.
+    """
+
+    x: int
+    mask: int = -1
+    is_causal: int = -1
+    angles: int = -1
+    cache: int = -1
+    turns: bool = False
+    absent: tuple[int, ...] = ()
+    others: tuple[tuple[str, int], ...] = ()
+
+    def call(self, values: tuple[Any, ...]) -> Call | None:
+        """The call, unless the code may make something else of it."""
+        x, mask, is_causal, angles, cache, turns, absent, handed = self
+        given, causal, pair = values[x], values[is_causal], values[angles]
+        if given is None or not (causal is None or type(causal) is bool) or (turns and not _are_pair(pair)):
+            return None
+        for at in absent:
+            if values[at] is not None:
+                return None
+        return Call(given, values[mask], causal, pair, values[cache], {name: values[at] for name, at in handed})
+
+
+def given_of(line: SelfAttentionCode, places: dict[str, int]) -> Given | None:
+    """Where arguments of these names are, if the code takes them."""
+    turn, cached, first = line.found.turn, line.found.cache, line.names[0]
+    if first not in places or not places.keys() >= line.required:
+        return None
+    usual = {first: "x", MASK: "mask"}
+    if turn is not None:
+        usual[turn.argument] = "angles"
+    if cached is not None:
+        usual[cached.argument] = "cache"
+    elif line.takes_more:
+        usual[_IS_CAUSAL] = "is_causal"
+    others = {name: at for name, at in places.items() if name not in usual}
+    for name in others:
+        if name in line.refused or not (name in line.names or line.takes_more):
+            return None
+    absent = tuple(at for name, at in others.items() if name in line.names or name in ASKED)
+    handed = tuple((name, at) for name, at in others.items() if name not in line.names)
+    found = {usual[name]: at for name, at in places.items() if name in usual}
+    return Given(**found, turns=turn is not None, absent=absent, others=handed)
 
 
 class SelfAttention(Form):
@@ -72,25 +130,11 @@ class SelfAttention(Form):
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """What a call has; None of one of which the code may make something else than was read."""
-        line = self.line
-        turn, cached = line.found.turn, line.found.cache
-        given = dict(zip(line.names, args, strict=False)) | kwargs
-        if len(line.names) < len(args) or not kwargs.keys().isdisjoint(line.names[: len(args)]):
+        names = self.line.names
+        if len(names) < len(args) or not kwargs.keys().isdisjoint(names[: len(args)]):
             return None
-        if not given.keys() >= line.required:
-            return None
-        x, mask = given.pop(line.names[0], None), given.pop(MASK, None)
-        angles = None if turn is None else given.pop(turn.argument, None)
-        cache = None if cached is None else given.pop(cached.argument, None)
-        is_causal = given.pop(_IS_CAUSAL, None) if line.takes_more and cached is None else None
-        if x is None or not (is_causal is None or type(is_causal) is bool) or not (turn is None or _are_pair(angles)):
-            return None
-        for name, value in given.items():
-            own = name in line.names
-            if name in line.refused or not (own or line.takes_more) or (value is not None and (own or name in ASKED)):
-                return None
-        others = {name: value for name, value in given.items() if name not in line.names}
-        return Call(x, mask, is_causal, angles, cache, others)
+        given = given_of(self.line, {name: i for i, name in enumerate((*names[: len(args)], *kwargs))})
+        return None if given is None else given.call((*args, *kwargs.values(), None))
 
     def may_attend(self) -> bool:
         """Whether its code is still what was read, of known children and numbers, and nobody else sees a call."""
@@ -113,6 +157,26 @@ class SelfAttention(Form):
         state = self.__dict__
         known = type(state.get("torchq_attention")) is AttentionScheme and _asks_for_torchq(state.get("config"))
         return known and self.line.registry().get(NAME) is attention_forward and self.line.turns()
+
+    def asking(self) -> Facts:
+        """What says that it is asked: while these facts hold it is, and else it may be."""
+        state, line, facts = self.__dict__, self.line, Facts()
+        config = state["config"]
+        inner: Any = line.inner  # for mypy, a function in a tuple is a method
+        facts.add(dict.get, state, "torchq_attention", state["torchq_attention"])
+        facts.add(dict.get, state, "config", config)
+        known: Any = _state_of(config)
+        facts.add(_state_of, config, "__dict__", known)
+        facts.add(dict.get, known, _IMPLEMENTATION, known[_IMPLEMENTATION])
+        registry = line.registry()
+        facts.add(dict.get, inner.__globals__, REGISTRY, registry)
+        facts.add(getattr, inner, "__code__", line.inner_code)
+        facts.add(type(registry).get, registry, NAME, attention_forward)
+        turn, rotary = line.found.turn, line.rotary
+        if turn is not None and rotary is not None:
+            facts.add(dict.get, inner.__globals__, turn.function, rotary.function)
+            facts.join(rotary.facts)
+        return facts
 
     def knows(self, cache: Any) -> bool:
         """Whether what gets keys and values is transformers' own, and so is its part for this layer.
@@ -143,28 +207,29 @@ class SelfAttention(Form):
         leaves = (Part(each, type(each), {}, False, {}) for each in children.values())
         return Part(self, type(self), children, False, settings), *leaves
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: Call, heads: Heads | None = None) -> Tensor:
         """Of x (batch, rows, columns), in a call in which it `may_attend`."""
-        y, children = self.attended(call), self.__dict__["_modules"]
+        y, children = self.attended(call, heads), self.__dict__["_modules"]
         for name in self.line.found.behind:
             y = children[name](y)
         return y
 
-    def attended(self, call: Call) -> Tensor:
-        """The same before the children behind."""
-        children = self.__dict__["_modules"]
-        layers = tuple([children[name] for name in self.line.found.projections])
-        heads = self._turned_at_once(layers, call)
-        if heads is NotImplemented:
-            projected = products(layers, call.x)
-            if self.line.is_of_products:
-                y = self._of_products(projected, call)
-                if y is not NotImplemented:
-                    return y  # type: ignore[no-any-return]
-            heads = self._heads(projected, call)
-        q, k, v = heads
-        k, v = self._cached(k, v, call)
-        return self._of_heads(q, k, v, call).reshape(*call.x.shape[:-1], -1).contiguous()
+    def attended(self, call: Call, heads: Heads | None = None) -> Tensor:
+        """The same before the children behind; of these heads, if they are there already."""
+        if heads is None:
+            children = self.__dict__["_modules"]
+            layers = tuple([children[name] for name in self.line.found.projections])
+            found = self._turned_at_once(layers, call)
+            if found is NotImplemented:
+                projected = products(layers, call.x)
+                if self.line.is_of_products:
+                    y = self._of_products(projected, call)
+                    if y is not NotImplemented:
+                        return y  # type: ignore[no-any-return]
+                found = self._heads(projected, call)
+            q, k, v = found
+            heads = (q, *self._cached(k, v, call))
+        return self._of_heads(*heads, call).reshape(*call.x.shape[:-1], -1).contiguous()
 
     def _turned_at_once(self, layers: tuple[nn.Module, ...], call: Call) -> Any:
         """What `_heads` makes of their products, where nothing but these, a turn, happens, in a plain eager call."""
@@ -255,7 +320,14 @@ def _is_of_known_class(child: Any) -> bool:
 def _asks_for_torchq(config: Any) -> bool:
     """Whether a config says "torchq". transformers' own way to read it takes as long as a view."""
     try:
-        state = object.__getattribute__(config, "__dict__")
+        state = _state_of(config)
     except AttributeError:
         return False
-    return bool(state.get("_attn_implementation_internal") == NAME)
+    return bool(state.get(_IMPLEMENTATION) == NAME)
+
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+def _state_of(config: Any, *_: Any) -> dict[str, Any]:
+    return object.__getattribute__(config, "__dict__")  # type: ignore[no-any-return]
