@@ -56,6 +56,52 @@ class Looping(Sum):
         return x
 
 
+class Merged(Sum):
+    def forward(self, ids):
+        return self.words(torch.cumsum(ids, 1, **{"out": ids})) + self.positions(ids % 9)  # noqa: PIE804
+
+
+class Either(Sum):
+    def forward(self, ids, more=None):
+        (ids if more is None else self).add_(1)
+        return self.words(ids) + self.positions(ids % 9)
+
+
+class OfStandIn(Sum):
+    _methods = 9
+
+    def forward(self, ids):
+        return self.words(ids) + self.positions(ids % (9 if self._methods == 9 else 7))
+
+
+class Long(Sum):
+    def forward(self, ids):
+        return self.words(ids) + self.positions(ids % len(self.positions.weight))
+
+
+class Asking(Sum):
+    def forward(self, ids):
+        return self.words(ids) + self.positions(ids % (7 if hasattr(self.positions, "padding_idx") else 9))
+
+
+class AskingOfClass(Sum):
+    kept = True
+
+    def forward(self, ids):
+        return self.words(ids) + self.positions(ids % (7 if hasattr(self, "kept") else 9))
+
+
+class Comparing(Sum):
+    def forward(self, ids):
+        return self.words(ids) + self.positions(ids % (7 if self.words == self.words else 9))
+
+
+class Discarding(Sum):
+    def forward(self, ids):
+        self.types(ids)
+        return self.words(ids) + self.positions(ids % 9)
+
+
 class Scaled(Sum):
     def forward(self, ids):
         return self.norm(self.words(ids) * 2.0 + self.positions(ids % 9))
@@ -72,9 +118,16 @@ class Pair(Sum):
         return x, ids
 
 
-@pytest.mark.parametrize("kind", [Counting, Printing, InPlace, Filling, Out, Random, Other, Looping])
+@pytest.mark.parametrize(
+    "kind", [Counting, Printing, InPlace, Filling, Out, Merged, Either, OfStandIn, Random, Other, Looping]
+)
 def test_code_that_is_not_read(kind):
     assert embedding_code_of(kind) is None or not isinstance(model_of(kind)[0], EmbeddingSum)
+
+
+@pytest.mark.parametrize("kind", [Long, Asking, AskingOfClass, Comparing, Discarding])
+def test_code_that_asks_more_than_stand_ins_know(kind):
+    assert not isinstance(model_of(kind)[0], EmbeddingSum)
 
 
 @pytest.mark.parametrize("kind", [Scaled, Alone, Pair])

@@ -279,3 +279,77 @@ def test_other_dtypes(counted):
     sums = model_of(Bert)[0].bfloat16()
     assert sums(ids_of(2, 6)).dtype == torch.bfloat16
     assert counted() == 0
+
+
+# ---- What is read where the code finds it ----------------------------------------------------------------------------
+
+
+class Wrapping(Bert):
+    norm_of_class = 9
+
+    def __init__(self):
+        super().__init__()
+        self._modules["norm_of_class"] = self.types  # which the class hides
+
+    def forward(self, ids, divisor=7):
+        x = self.words(ids) + self.positions(ids % divisor) + self.types(ids % self.types.weight.shape[0])
+        return self.dropout(x if self.norm_of_class == 9 else self.norm(x))
+
+
+def test_an_attribute_of_the_class_hides_a_child(counted):
+    sums, ids = model_of(Wrapping)[0], ids_of(2, 6)
+    assert_identical(sums(ids), by_code(sums)(ids))
+    assert counted() == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "calls"), [(normal(8, WIDTH), 1), (torch._neg_view(normal(8, WIDTH)), 0), (normal(WIDTH, 8).t(), 0)]
+)
+def test_a_weight_that_is_replaced(weight, calls, counted):
+    sums, ids = model_of(Wrapping)[0], ids_of(2, 6)
+    sums.types.weight = nn.Parameter(weight, requires_grad=False)
+    assert_identical(sums(ids), by_code(sums)(ids))
+    assert counted() == calls
+
+
+def test_a_weight_before_the_parameter(counted):
+    sums, ids = model_of(Wrapping)[0], ids_of(2, 6)
+    vars(sums.types)["weight"] = normal(2, WIDTH, seed=9)
+    assert_identical(sums(ids), by_code(sums)(ids))
+    assert counted() == 0
+
+
+def test_defaults_that_are_replaced(monkeypatch, counted):
+    sums, ids = model_of(Wrapping)[0], ids_of(2, 6)
+    before = sums(ids)
+    monkeypatch.setattr(Wrapping.forward, "__defaults__", (5,))
+    assert_identical(sums(ids), by_code(sums)(ids))
+    assert not torch.equal(sums(ids), before)
+    assert counted() == 1
+
+
+@pytest.mark.parametrize("name", ["embedding", "dropout"])
+def test_a_function_of_torch_that_is_replaced(name, monkeypatch, counted):
+    sums, ids, known = model_of(Wrapping)[0], ids_of(2, 6), getattr(nn.functional, name)
+    before = sums(ids)
+    monkeypatch.setattr(nn.functional, name, lambda *args, **kwargs: known(*args, **kwargs) * 2)
+    assert_identical(sums(ids), by_code(sums)(ids))
+    assert not torch.equal(sums(ids), before)
+    assert counted() == 1
+
+
+def test_an_index_of_a_class_that_watches(counted):
+    seen = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    sums, ids = model_of(Clip)[0], ids_of(2, 6)
+    sums.places = sums.places.clone().as_subclass(Watching)
+    seen.clear()
+    sums(ids)
+    assert seen.count("__getitem__") == 1
+    assert counted() == 0

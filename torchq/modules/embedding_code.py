@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from torchq import _C
 from torchq.modules import gradients
+from torchq.modules.classes import know
 from torchq.modules.embedding import QuantizedEmbedding
 from torchq.modules.flow import MISSING, Facts, look_up
 from torchq.modules.folding import IDLE
@@ -43,7 +44,19 @@ _METHODS = _FUNCTIONS | {
 }
 """What it may look up in tensors, tables and torch."""
 
-_BUILTINS = {"hasattr": hasattr, "len": len}
+
+def _has(owner: Any, name: Any) -> bool:
+    """hasattr(), of the module alone: other stand-ins have not all that they stand for."""
+    if type(owner) is not Parent or type(name) is not str:
+        raise UnknownError
+    try:
+        owner.__getattr__(name)
+    except AttributeError:
+        return False
+    return True
+
+
+_BUILTINS = {"hasattr": _has, "len": len}
 
 
 class EmbeddingCode(NamedTuple):
@@ -112,10 +125,13 @@ class _Reader:
             raise UnknownError
         self._callers.append(code)
         self.facts.add(getattr, function, "__code__", code)
+        self.facts.add(getattr, function, "__defaults__", function.__defaults__)
         for name in _own_names(function, of_self=of_self):
+            if hasattr(Parent, name):  # it would be found there instead of in the module
+                raise UnknownError
             self.names[name] = None
-            method = getattr(self.kind, name, None)
-            if method is not None and name not in self.methods:
+            method = getattr(self.kind, name, MISSING)
+            if method is not MISSING and name not in self.methods:
                 self.methods[name] = self._method(name, method)
         world = {name: self._named(function.__globals__, name) for name in _globals(function)}
         self._callers.pop()
@@ -156,6 +172,8 @@ def _is_harmless(function: types.FunctionType) -> bool:
 def _writes(step: dis.Instruction) -> bool:
     if step.opname.startswith("INPLACE_") or (step.opname == "BINARY_OP" and step.argrepr.endswith("=")):
         return True
+    if step.opname == "DICT_MERGE":  # f(**names), which may be "out"
+        return True
     return step.opname in ("KW_NAMES", "LOAD_CONST") and "out" in (step.argval if type(step.argval) is tuple else ())
 
 
@@ -174,6 +192,8 @@ def _own_names(function: types.FunctionType, *, of_self: bool) -> Iterator[str]:
     stored = {step.argval for step in steps if step.opname.startswith("STORE_FAST")}
     own = next((name for name in function.__code__.co_varnames[:1] if of_self and name not in stored), None)
     for step in steps:
+        if step.is_jump_target:  # what was loaded on the other way here?
+            owner = None
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if own is not None and owner == own:
                 yield step.argval
@@ -204,31 +224,36 @@ class Parent:
     Args:
         module: it has the children, the buffers and the plain values that the code reads.
         code: it has the methods.
+        calls: where each call of a table or a norm is noted: the term that it gives, or the norm.
     """
 
-    __slots__ = ("_methods", "_module")
+    __slots__ = ("_calls", "_methods", "_module")
 
-    def __init__(self, module: nn.Module, code: EmbeddingCode) -> None:
-        self._module, self._methods = module, code.methods
+    def __init__(self, module: nn.Module, code: EmbeddingCode, calls: list[Any]) -> None:
+        self._module, self._methods, self._calls = module, code.methods, calls
 
     def __getattr__(self, name: str) -> Any:
         state = self._module.__dict__
         if name in state:
-            value = state[name]
-            if isinstance(value, Tensor) or is_plain_value(value):
-                return value
-            raise UnknownError
-        if name in state["_modules"]:
-            return _stand_in(state["_modules"][name])
-        if name in state["_buffers"]:
-            return state["_buffers"][name]
+            return _value(state[name])
         for each, method in self._methods:
             if each == name:
                 return method.__func__ if type(method) is staticmethod else self._bound(method)
-        raise UnknownError if name in state["_parameters"] else AttributeError(name)
+        if name in state["_modules"]:
+            return _stand_in(state["_modules"][name], self._calls)
+        if name in state["_buffers"]:
+            return _value(state["_buffers"][name])
+        unknown = name in state["_parameters"] or hasattr(type(self._module), name)
+        raise UnknownError if unknown else AttributeError(name)
 
     def _bound(self, method: Any) -> Any:
         return functools.partial(method, self) if callable(method) else method
+
+
+def _value(value: Any) -> Any:
+    if type(value) is Tensor or is_plain_value(value):  # a subclass may have a __torch_function__
+        return value
+    raise UnknownError
 
 
 class Rows:
@@ -255,10 +280,21 @@ class Rows:
             raise UnknownError
         return Rows((*one.terms, *more.terms), _together(self.sizes, other.sizes))
 
+    def __eq__(self, other: object) -> bool:
+        raise UnknownError
+
+    def __bool__(self) -> bool:
+        raise UnknownError
+
+    def made_by(self, calls: list[Any]) -> bool:
+        """Whether these calls have all gone into the sum, each once: of others, an error or a hook would be missed."""
+        own = self.terms if self.norm is None else (*self.terms, self.norm)
+        return len(calls) == len(own) and {*map(id, calls)} == {*map(id, own)}
+
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the tensor."""
-        return (*self.sizes, self.terms[0][0].embedding_dim)
+        return (*self.sizes, _shape(self.terms[0][0])[1])
 
     def size(self, *dim: int) -> Any:
         """The same, or the size of one dimension."""
@@ -290,33 +326,54 @@ def _together(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
 class _Table:
     """Stands for a table: called, it gives rows."""
 
-    __slots__ = ("_table",)
+    __slots__ = ("_calls", "_table")
 
-    def __init__(self, table: nn.Embedding) -> None:
-        self._table = table
+    def __init__(self, table: nn.Embedding, calls: list[Any]) -> None:
+        self._table, self._calls = table, calls
 
     def __call__(self, ids: Any) -> Rows:
         if type(ids) is not Tensor:
             raise UnknownError
-        return Rows(((self._table, ids),), tuple(ids.shape))
+        term = (self._table, ids)
+        self._calls.append(term)
+        return Rows((term,), tuple(ids.shape))
+
+    def __eq__(self, other: object) -> bool:
+        raise UnknownError
 
     @property
     def weight(self) -> "_Weight":
-        return _Weight((self._table.num_embeddings, self._table.embedding_dim))
+        return _Weight(_shape(self._table))
 
 
-class _Weight(NamedTuple):
-    """Stands for the weight of a table, which code may ask for its shape."""
+class _Weight:
+    """Stands for the weight of a table, which code may ask for its shape and nothing else."""
 
-    shape: tuple[int, int]
+    __slots__ = ("shape",)
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+
+    def __eq__(self, other: object) -> bool:
+        raise UnknownError
+
+    def __bool__(self) -> bool:
+        raise UnknownError
 
     def size(self, dim: int) -> int:
         return self.shape[dim]
 
 
-def _normalize(norm: LayerNorm, x: Any) -> Rows:
+def _shape(table: nn.Embedding) -> tuple[int, int]:
+    """That of its weight, which may have been replaced by one of more rows."""
+    rows, width = table.weight.shape
+    return rows, width
+
+
+def _normalize(norm: LayerNorm, calls: list[Any], x: Any) -> Rows:
     if type(x) is not Rows or x.norm is not None:
         raise UnknownError
+    calls.append(norm)
     return Rows(x.terms, x.sizes, norm)
 
 
@@ -328,12 +385,22 @@ def _refuse() -> Any:
     raise UnknownError
 
 
-def _stand_in(module: Any) -> Any:
+def _stand_in(module: Any, calls: list[Any]) -> Any:
     kind: Any = type(module)
-    if kind is QuantizedEmbedding or (kind is nn.Embedding and not gradients.wanted(module.weight)):
-        return _Table(module)
+    if kind is QuantizedEmbedding or (kind is nn.Embedding and _is_plain_table(module)):
+        return _Table(module, calls)
     if kind is LayerNorm:
-        return functools.partial(_normalize, module)
-    if kind in IDLE and not module.training and _C.is_plain(module, kind):
+        return functools.partial(_normalize, module, calls)
+    if kind in IDLE and not module.training and _C.is_plain(module, kind) and _C.computes_as_known(kind):
         return _return
     return None if module is None else _refuse()
+
+
+def _is_plain_table(table: nn.Embedding) -> bool:
+    """Whether a float table looks up rows of its parameter, as they lie in memory."""
+    weight: Any = table._parameters.get("weight")
+    own = "weight" not in vars(table) and type(weight) in (nn.Parameter, Tensor)
+    return own and _C.computes_as_known(nn.Embedding) and not weight.is_neg() and not gradients.wanted(weight)
+
+
+know(nn.Embedding)

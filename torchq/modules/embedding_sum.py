@@ -68,11 +68,12 @@ def _read(table: nn.Embedding, ids: Tensor) -> tuple[Any, ...]:
 
 def _found(module: nn.Module, code: EmbeddingCode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
     """What a call with these arguments comes to; None if not to a sum of rows, or to an error."""
+    calls: list[Any] = []
     try:
-        y = code.run(Parent(module, code), *args, **kwargs)
+        y = code.run(Parent(module, code, calls), *args, **kwargs)
     except Exception:  # the code of the user says what it is
         return None
-    return y if type(y) is Rows else None
+    return y if type(y) is Rows and y.made_by(calls) else None
 
 
 def _first_arguments(code: EmbeddingCode) -> tuple[tuple[Any, ...], dict[str, Any]]:
