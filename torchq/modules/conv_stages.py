@@ -10,7 +10,8 @@ from torch import nn
 
 from torchq.modules.classes import know
 from torchq.modules.curve import exact_activation_of
-from torchq.modules.flow import Facts, Flow, Zeros, flow_of
+from torchq.modules.facts import Facts
+from torchq.modules.flow import Flow, Zeros, flow_of
 from torchq.modules.folding import IDLE
 from torchq.modules.int8_sequential import Int8Sequential, settings_of
 from torchq.modules.parts import Part

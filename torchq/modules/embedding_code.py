@@ -25,7 +25,7 @@ from torchq import _C
 from torchq.modules import gradients
 from torchq.modules.classes import know
 from torchq.modules.embedding import QuantizedEmbedding
-from torchq.modules.flow import MISSING, Facts, look_up
+from torchq.modules.facts import MISSING, Facts, look_up
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.others import apart

@@ -25,7 +25,8 @@ from torchq.modules.attention_code import MASK
 from torchq.modules.chunked import CHUNKING, chunked_code_of
 from torchq.modules.classes import know
 from torchq.modules.curve import Curve
-from torchq.modules.flow import MISSING, Facts, Run, StandIn, look_up, may_run, stood_for
+from torchq.modules.facts import MISSING, Facts, look_up
+from torchq.modules.flow import Run, StandIn, may_run, stood_for
 from torchq.modules.folding import IDLE
 from torchq.modules.gated import Gated
 from torchq.modules.int8_sequential import settings_of

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C
 from torchq.modules.attention_code import MASK
 from torchq.modules.chunked import Chunked
-from torchq.modules.flow import MISSING, Facts
+from torchq.modules.facts import MISSING, Facts
 from torchq.modules.layer_calls import Called, calls_of
 from torchq.modules.layer_code import LayerCode, Step, Steps, is_leaf, layer_code_of, steps_of
 from torchq.modules.layer_given import MOST, Reading, reading_of

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchq.modules.flow import Facts, Run, StandIn, Step, code_of, stood_for
+from torchq.modules.facts import Facts
+from torchq.modules.flow import Run, StandIn, Step, code_of, stood_for
 from torchq.modules.others import unknown
 from torchq.modules.plain_code import forward_of
 from torchq.modules.straight import UnknownError

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from torchq import _C, ops
 from torchq.modules import gradients, simulation
 from torchq.modules.classes import computes_as_known, functions_of
-from torchq.modules.flow import Facts
+from torchq.modules.facts import Facts
 from torchq.modules.plain_code import ARITHMETIC, forward_of, odd_step
 from torchq.modules.straight import is_usual
 from torchq.modules.straight_forms import Form, become, may_become

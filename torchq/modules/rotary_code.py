@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from torchq import _C
 from torchq.modules.classes import functions_of
-from torchq.modules.flow import Facts, look_up
+from torchq.modules.facts import Facts, look_up
 from torchq.modules.plain_code import odd_step
 
 _WORDS = {"cat", "chunk", "shape", "unsqueeze"}

@@ -18,7 +18,7 @@ from torchq import _C
 from torchq.modules.attention import NAME, AttentionScheme, attend_directly, attention_forward, is_causal_call
 from torchq.modules.attention_code import MASK, REGISTRY, SelfAttentionCode, self_attention_of
 from torchq.modules.attention_symbols import ASKED
-from torchq.modules.flow import Facts
+from torchq.modules.facts import Facts
 from torchq.modules.folding import IDLE
 from torchq.modules.layer_norm import LayerNorm
 from torchq.modules.parts import Part
