@@ -22,7 +22,7 @@ struct Names {
 // A parameter of n floats side by side that wants no gradient.
 bool read_parameter(PyObject* object, int64_t n, const float** out) {
   dlpack::Tensor t;
-  if (!object || !view_parameter(object, &t) || wants_gradient(object)) return false;
+  if (!object || !view_parameter(object, &t) || wants_gradient(object) || is_negated(object)) return false;
   const DTypePair* dtype = find(t.dtype);
   if (!dtype || dtype->ours != DType::f32 || t.ndim != 1 || t.shape[0] != n || !is_contiguous(t)) return false;
   *out = reinterpret_cast<const float*>(data_of(t));
@@ -40,6 +40,7 @@ py::object held_parameters(PyObject* state) {
 bool read_norm(PyObject* state, const py::object& parameters, int64_t n, NormRows* out) {
   PyObject* eps = PyDict_GetItemWithError(state, names.eps);
   if (!eps || !PyFloat_CheckExact(eps)) return false;
+  if (PyDict_GetItemWithError(state, names.weight) || PyDict_GetItemWithError(state, names.bias)) return false;
   PyObject* bias = PyDict_GetItemWithError(parameters.ptr(), names.bias);
   out->n = n;
   out->eps = static_cast<float>(PyFloat_AS_DOUBLE(eps));

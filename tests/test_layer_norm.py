@@ -113,6 +113,20 @@ def test_other_dtypes_and_autocast_are_torchs():
         assert_identical(norm(x.bfloat16()), by_torch(norm, x.bfloat16()))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_that_torch_negates_when_they_are_read(name):
+    norm, x = layer_norm(64), normal(3, 64, seed=3)
+    setattr(norm, name, nn.Parameter(torch._neg_view(normal(64, seed=4)), requires_grad=False))
+    torch.testing.assert_close(norm(x), by_torch(norm, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_value_that_lies_before_the_parameter(name):
+    norm, x = layer_norm(64), normal(3, 64, seed=3)
+    vars(norm)[name] = normal(64, seed=4)
+    torch.testing.assert_close(norm(x), by_torch(norm, x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_wrong_width_is_torchs_error():
     with pytest.raises(RuntimeError, match="normalized_shape"):
         layer_norm(64)(torch.zeros(2, 65))
