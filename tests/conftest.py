@@ -163,6 +163,14 @@ def seeded(no_grad: None) -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Lets torch.compile forget what it has compiled, before the test and behind it."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def brief_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortens the timing of the accuracy budget, since few tests check the times."""
     monkeypatch.setattr(budget, "interleaved", lambda calls, **settings: interleaved(calls, rounds=1, seconds=1e-5))

@@ -18,16 +18,9 @@ from torchq.modules import one_op
 from torchq.modules.one_op import LAYERS, NUMBER, NUMBERED, in_graph
 
 pytestmark = [
-    pytest.mark.usefixtures("seeded"),
+    pytest.mark.usefixtures("seeded", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # torch.compile uses such
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # ---- The bits -------------------------------------------------------------------------------------------------------

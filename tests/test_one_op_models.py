@@ -20,16 +20,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 modeling = pytest.importorskip("transformers.models.bert.modeling_bert")
 
 pytestmark = [
-    pytest.mark.usefixtures("seeded"),
+    pytest.mark.usefixtures("seeded", "fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # torch.compile uses such
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture
