@@ -96,6 +96,17 @@ class Comparing(Sum):
         return self.words(ids) + self.positions(ids % (7 if self.words == self.words else 9))
 
 
+class ComparingNorms(Sum):
+    def forward(self, ids):
+        return self.norm(self.words(ids) + self.positions(ids % (7 if self.norm == self.norm else 9)))
+
+
+class AskingIdle(Sum):
+    def forward(self, ids):
+        x = self.words(ids) + self.positions(ids % (7 if self.dropout else 9))
+        return self.dropout(x)
+
+
 class Discarding(Sum):
     def forward(self, ids):
         self.types(ids)
@@ -125,7 +136,7 @@ def test_code_that_is_not_read(kind):
     assert embedding_code_of(kind) is None or not isinstance(model_of(kind)[0], EmbeddingSum)
 
 
-@pytest.mark.parametrize("kind", [Long, Asking, AskingOfClass, Comparing, Discarding])
+@pytest.mark.parametrize("kind", [Long, Asking, AskingOfClass, Comparing, ComparingNorms, AskingIdle, Discarding])
 def test_code_that_asks_more_than_stand_ins_know(kind):
     assert not isinstance(model_of(kind)[0], EmbeddingSum)
 

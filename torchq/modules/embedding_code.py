@@ -256,7 +256,19 @@ def _value(value: Any) -> Any:
     raise UnknownError
 
 
-class Rows:
+class _StandIn:
+    """Stands for a tensor or a child, which code may not compare: what it stands for would answer otherwise."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        raise UnknownError
+
+    def __bool__(self) -> bool:
+        raise UnknownError
+
+
+class Rows(_StandIn):
     """Rows of tables, to be looked up and added, in this order; and perhaps normalized.
 
     Args:
@@ -279,12 +291,6 @@ class Rows:
         if len(more.terms) != 1:  # x + (y + z) is not (x + y) + z
             raise UnknownError
         return Rows((*one.terms, *more.terms), _together(self.sizes, other.sizes))
-
-    def __eq__(self, other: object) -> bool:
-        raise UnknownError
-
-    def __bool__(self) -> bool:
-        raise UnknownError
 
     def made_by(self, calls: list[Any]) -> bool:
         """Whether these calls have all gone into the sum, each once: of others, an error or a hook would be missed."""
@@ -323,7 +329,7 @@ def _together(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
     return (*one[:last], *(b if a == 1 else a for a, b in zip(one[last:], other, strict=True)))
 
 
-class _Table:
+class _Table(_StandIn):
     """Stands for a table: called, it gives rows."""
 
     __slots__ = ("_calls", "_table")
@@ -338,27 +344,18 @@ class _Table:
         self._calls.append(term)
         return Rows((term,), tuple(ids.shape))
 
-    def __eq__(self, other: object) -> bool:
-        raise UnknownError
-
     @property
     def weight(self) -> "_Weight":
         return _Weight(_shape(self._table))
 
 
-class _Weight:
+class _Weight(_StandIn):
     """Stands for the weight of a table, which code may ask for its shape and nothing else."""
 
     __slots__ = ("shape",)
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.shape = shape
-
-    def __eq__(self, other: object) -> bool:
-        raise UnknownError
-
-    def __bool__(self) -> bool:
-        raise UnknownError
 
     def size(self, dim: int) -> int:
         return self.shape[dim]
@@ -370,15 +367,28 @@ def _shape(table: nn.Embedding) -> tuple[int, int]:
     return rows, width
 
 
-def _normalize(norm: LayerNorm, calls: list[Any], x: Any) -> Rows:
-    if type(x) is not Rows or x.norm is not None:
-        raise UnknownError
-    calls.append(norm)
-    return Rows(x.terms, x.sizes, norm)
+class _Norm(_StandIn):
+    """Stands for a LayerNorm, which rows may meet once."""
+
+    __slots__ = ("_calls", "_norm")
+
+    def __init__(self, norm: LayerNorm, calls: list[Any]) -> None:
+        self._norm, self._calls = norm, calls
+
+    def __call__(self, x: Any) -> Rows:
+        if type(x) is not Rows or x.norm is not None:
+            raise UnknownError
+        self._calls.append(self._norm)
+        return Rows(x.terms, x.sizes, self._norm)
 
 
-def _return(x: Any) -> Rows:
-    return x if type(x) is Rows else _refuse()
+class _Idle(_StandIn):
+    """Stands for a child that gives what it gets."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Any) -> Rows:
+        return x if type(x) is Rows else _refuse()
 
 
 def _refuse() -> Any:
@@ -390,9 +400,9 @@ def _stand_in(module: Any, calls: list[Any]) -> Any:
     if kind is QuantizedEmbedding or (kind is nn.Embedding and _is_plain_table(module)):
         return _Table(module, calls)
     if kind is LayerNorm:
-        return functools.partial(_normalize, module, calls)
+        return _Norm(module, calls)
     if kind in IDLE and not module.training and _C.is_plain(module, kind) and _C.computes_as_known(kind):
-        return _return
+        return _Idle()
     return None if module is None else _refuse()
 
 
