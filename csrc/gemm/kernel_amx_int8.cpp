@@ -21,6 +21,11 @@
 //
 // Sums can leave a tile register only to memory. They are stored to L1 while the next tile starts to multiply, and the
 // epilogue reads them from there.
+//
+// Outputs. A tile's outputs are stored in one burst, and a store that misses L1 holds back those behind it. So their
+// lines are asked for into L2 while the tile multiplies, whose loads would push them out of L1 again, and into L1 a few
+// rows before they are written. ms on Zen 4, where tiles load and store but multiply nothing, 1024 rows: 768x3072 with
+// GELU 3.9 -> 3.3, 768x768 0.88 -> 0.77; all layers of BERT-base 152 -> 135. With AMX it was not timed.
 
 #include "kernel.h"
 
@@ -79,6 +84,8 @@ constexpr int64_t kWeightsInL2 = 3 << 19;  // bytes of weights that stay in an L
 
 // ---- The epilogue -----------------------------------------------------------------------------------------------
 
+constexpr int kRowsAhead = 12;  // before a row is written, its lines are asked for into L1
+
 // Rows of complete sums, and what the epilogue needs to turn them into outputs.
 struct Waiting {
   const int32_t* sums;
@@ -94,7 +101,9 @@ template <int kWide>
 TORCHQ_INLINE void finish_by(const Epilogue& e, const Block& b, Waiting w) {
   const int64_t panel_stride = b.panel_stride, out_stride = b.out_stride, residual_stride = b.residual.stride;
   const Residual& summand = b.residual;
+  const int64_t row_bytes = kWide * kLanes * element_bytes(e.dtype);
   for (; w.rows; --w.rows, w.sums += kWide * kLanes, w.out += out_stride) {
+    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(w.out + kRowsAhead * out_stride + i, 1);
     const Ints zero_point = splat(*w.zero_point++);
     const Floats row_scale = splat(*w.scale++);
     TORCHQ_UNROLL
@@ -180,6 +189,23 @@ TORCHQ_INLINE void prefetch(Prefetch& a) {
   }
 }
 
+// The lines of a tile's outputs, which its steps after the first ask for, into L2.
+struct OutputLines {
+  const uint8_t* row;
+  int64_t stride, bytes;  // of a row's outputs
+  int rows, each;         // how many are left, and how many a step asks for
+
+  OutputLines(const Block& b, const OutputTile& t, int columns)
+      : row(t.waiting.out), stride(b.out_stride), bytes(columns * element_bytes(b.out_dtype)) {
+    rows = t.complete ? t.waiting.rows : 0;
+    each = static_cast<int>((rows + t.steps) / (t.steps > 1 ? t.steps - 1 : 1));
+  }
+  TORCHQ_INLINE void fetch() {
+    for (int r = rows < each ? rows : each; r > 0; --r, --rows, row += stride)
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T1);
+  }
+};
+
 // Multiplies a tile. Its first step stores the sums of the tile before, which go through the epilogue if they are
 // complete. (To spread the epilogue over the steps, a row or two after each, is no faster.)
 template <int kTall, int kWide>
@@ -191,7 +217,9 @@ __attribute__((noinline)) void multiply(const Epilogue& e, const Block& b, int64
                                FirstExchange<kTall, kWide>{{second_row}, before, t});
   prefetch<kWide>(ahead);
   if (before.complete) finish_rows<kWide>(e, b, before.waiting);
+  OutputLines lines(b, t, kWide * kLanes);
   for (int64_t s = 1; s < t.steps; ++s) {
+    lines.fetch();
     codes += kTileDepth, weights += kTileBytes;
     step<DotCodes, kTall, kWide>(codes, codes_stride, second, weights, panel_stride, NoExchange());
     prefetch<kWide>(ahead);
