@@ -20,6 +20,7 @@ from torchq.modules.facts import MISSING, Facts
 from torchq.modules.layer_calls import Called, calls_of
 from torchq.modules.layer_code import LayerCode, Step, Steps, is_leaf, layer_code_of, steps_of
 from torchq.modules.layer_given import MOST, Reading, reading_of
+from torchq.modules.layer_slices import in_slices
 from torchq.modules.layer_steps import LayerSteps, steps_in_one
 from torchq.modules.one_op import NONE, OneOp, Places, alone, apart, give_number, in_graph
 from torchq.modules.parts import Learned
@@ -200,6 +201,9 @@ def _writes(run: Any) -> bool:
 
 
 def _computed(known: Known, given: list[Call]) -> Any:
+    y = None if known.in_one is None else in_slices(known.in_one, given, known.steps.output)
+    if y is not None:
+        return y
     values, done, heads = ([given[0].x], 0, None) if known.in_one is None else known.in_one.run(given)
     if done < len(known.calls):
         _go_on(known, given, values, done, heads)

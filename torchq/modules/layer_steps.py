@@ -4,6 +4,7 @@ Each step is a direct call of a child, or the child itself. A direct call that i
 then the layer goes on from there in Python.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class LayerSteps(NamedTuple):
         all_places: these of all calls, in order.
         heads: for each of the calls, the values that are heads an attention has given to a cache; () for others.
         attentions: which scheme is asked of in each call.
+        width: columns of the widest value, if each sample is computed by itself; else 0.
     """
 
     steps: tuple[OneStep, ...]
@@ -76,6 +78,7 @@ class LayerSteps(NamedTuple):
     all_places: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
     attentions: tuple[SelfAttention, ...]
+    width: int
 
     def run(self, calls: Sequence[Call]) -> tuple[list[Any], int, Heads | None]:
         """The layer's input with what its first calls give, and how many these are: all, if they are plain ones.
@@ -119,7 +122,22 @@ def steps_in_one(calls: Sequence[Called], attentions: tuple[SelfAttention, ...])
     except UnsuitedError:
         return None
     steps = _forgetting(tape.steps, held, kept={*range(tape.given), *values})
-    return LayerSteps(steps, tuple(places), tuple(place for each in places for place in each), tuple(heads), attentions)
+    all_places = tuple(place for each in places for place in each)
+    return LayerSteps(steps, tuple(places), all_places, tuple(heads), attentions, _width(steps))
+
+
+def _width(steps: Sequence[OneStep]) -> int:
+    """As `LayerSteps` has it. Of the direct calls only a cache's looks at more than a sample, where there is one."""
+    read: list[Any] = []
+    for step in steps:
+        owner = getattr(step.function, "__self__", None)
+        if isinstance(owner, Activated):
+            read.append(owner.step.module)
+        elif owner is not _C and step.function is not operator.add:
+            return 0
+        for argument in step.arguments:
+            read += argument if isinstance(argument, tuple) else (argument,)
+    return max((layer.out_features for layer in read if type(layer) is QuantizedLinear), default=0)
 
 
 def _forgetting(steps: Sequence[OneStep], held: dict[int, tuple[int, ...]], kept: set[int]) -> tuple[OneStep, ...]:
