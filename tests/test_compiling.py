@@ -1,10 +1,12 @@
 """torch.compile with torchq's options: activations fold into the layers before them, and nothing else changes."""
 
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import torchq
 from helpers.commands import run_code
@@ -330,3 +332,13 @@ def test_a_convolution_that_nobody_reads_stays_as_it_is():
     node = graph.call_function(compiling._CONVOLUTION, tuple(arguments))
     compiling.turn_convolutions(graph)
     assert node.args == tuple(arguments)
+
+
+@pytest.mark.slow(seconds=5)
+def test_a_convolution_in_float_reads_input_and_weight_as_they_lie():
+    """Without the option inductor would hand it two buffers, with channels last, which each call fills."""
+    torch.compiler.reset()
+    with torch.inference_mode():
+        model = torch.compile(nn.Conv2d(3, 8, 4, stride=4).eval(), options=torchq.compile_options())
+        _, (code,) = run_and_get_code(model, normal(1, 3, 16, 16))
+    assert re.findall(r"convolution\((\w+), (\w+), (\w+),", code) == [("arg2_1", "arg0_1", "arg1_1")]

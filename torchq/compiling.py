@@ -39,15 +39,16 @@ def compile_options() -> dict[str, Any]:
     else reads the output: a function such as `F.gelu` as well as a module. Without them inductor computes activations
     itself, in float, right but slower. A convolution that is only read with its channels last gives them so, attention
     reads queries, keys and values as they lie, and layers of an encoder that follow each other are one call. What else
-    stands around the layers, such as a residual sum and its LayerNorm, inductor joins without help.
+    stands around the layers, such as a residual sum and its LayerNorm, inductor joins without help. Convolutions in
+    float, such as a ViT's patches, read input and weight as they lie; inductor would turn both in each call.
 
     Returns:
-        {"pre_grad_custom_pass": ...}; add options of your own to it.
+        {"pre_grad_custom_pass": ..., "layout_optimization": False}; add options of your own to it.
 
     >>> sorted(compile_options())
-    ['pre_grad_custom_pass']
+    ['layout_optimization', 'pre_grad_custom_pass']
     """
-    return {"pre_grad_custom_pass": _cacheable_pass()}
+    return {"pre_grad_custom_pass": _cacheable_pass(), "layout_optimization": False}
 
 
 @functools.cache
