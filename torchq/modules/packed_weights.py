@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torchq import _C, ops
 from torchq.modules.base import Int8Module
 from torchq.modules.float_view import FloatView, FloatViews, bias_view, float_weight, read_only, weight_view
+from torchq.modules.huge_pages import in_huge_pages
 from torchq.modules.refusals import not_settable
 from torchq.modules.sending import received, sendable
 from torchq.numerics.qparams import FLT_MAX, FLT_MIN, QParams
@@ -236,8 +237,7 @@ class PackedWeights(Int8Module):
             others["input_qparams"] = QParams(float(tensors["input_scale"]), int(tensors["input_zero_point"]))
         vectors = (tensors.get("bias"), tensors.get("channel_scale"))
         packed = self._pack(tensors["weight_int8"], tensors["weight_scale"], *vectors)
-        self._set_packed(packed, tensors.get(RESIDUAL), **others)
-        self.settle()
+        self._set_packed(in_huge_pages(packed), tensors.get(RESIDUAL), **others)
 
     def problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with this layer's tensors in a checkpoint, each with its key; missing keys are not."""
