@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from helpers.compare import assert_identical
 from helpers.numbers import normal, random_weight
@@ -30,6 +31,48 @@ def test_what_computes_names_itself_and_the_devices(name):
         f"torchq::{name}: int8 runs on the CPU, with dense tensors; got some on meta and on cpu and on "
         "cpu (torch.sparse_coo). Move the model and its input there: model.cpu(), x.cpu()."
     )
+
+
+VALUES = {
+    "Tensor": lambda: torch.ones(2, 2),
+    "List[Tensor]": lambda: [torch.ones(2, 2)],
+    "List[int]": lambda: [1] * 9,
+    "List[float]": list,
+    "int": lambda: 1,
+    "float": lambda: 1.0,
+    "bool": lambda: False,
+}
+
+
+def tensors_of(schema):
+    """The arguments that are tensors, or lists of them, but for those that torch itself keeps on the CPU."""
+    kinds = {each.name: str(each.type).removeprefix("Optional[").rstrip("]") for each in schema.arguments}
+    return [name for name, kind in kinds.items() if kind.endswith("Tensor") and name != "batch_sizes"]
+
+
+def schema_of(name):
+    return getattr(torch.ops.torchq, name).default._schema
+
+
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [
+        (name, apart)
+        for name in (*elsewhere.COMPUTING, *elsewhere.READING, "linear_of_context")
+        for apart in tensors_of(schema_of(name))
+        if len(tensors_of(schema_of(name))) > 1
+    ],
+)
+def test_one_argument_on_meta_is_an_error(name, apart):
+    """A fake that took the device of another one would give an output of the CPU that nobody has computed."""
+    given = {}
+    for each in schema_of(name).arguments:
+        kind = str(each.type)
+        kind = kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind
+        given[each.name] = torch.float32 if "dtype" in each.name else VALUES[kind]()
+    given[apart] = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), given[apart])
+    with pytest.raises(RuntimeError, match=rf"torchq::{name}: .* on (meta|cpu), .* on (meta|cpu)\. Move both"):
+        getattr(torch.ops.torchq, name).default(**given)
 
 
 def test_it_is_what_another_device_runs(generator):

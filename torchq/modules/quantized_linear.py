@@ -20,6 +20,7 @@ from torchq.modules.tracing import is_watched, path_in_graph
 from torchq.numerics.fine import rounded_rows
 from torchq.numerics.qparams import QParams, dequantize, fake_quantize, float32_qparams
 from torchq.ops import Activation
+from torchq.ops.elsewhere import check_devices
 from torchq.ops.weights import quantize_weight
 
 # The op overloads are called directly: a call through the typed wrappers of torchq.ops takes 1.2 us more.
@@ -365,4 +366,5 @@ def _linear_of_context(
 
 @_linear_of_context.register_fake
 def _(x: Tensor, packed: Tensor, input_qparams: list[float], activation: int, dtype: torch.dtype, codes: int) -> Tensor:
+    check_devices("linear_of_context", "x", x, "the packed weight", packed)
     return x.new_empty((*x.shape[:-1], ops.out_features(packed, x.shape[-1])), dtype=dtype)

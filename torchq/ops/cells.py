@@ -70,7 +70,12 @@ def _(
     batch_sizes: Tensor | None = None,
     qparams: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    for name, others in (("gates", gates), ("packed_hh", packed_hh), ("packed_hr", packed_hr)):
+    for name, others in (
+        ("gates", gates),
+        ("packed_hh", packed_hh),
+        ("packed_hr", packed_hr),
+        ("c0", [] if c0 is None else [c0]),
+    ):
         for other in others:
             check_devices("recurrent", name, other, "h0", h0)
     y = h0.new_empty((gates[0].shape[0], len(gates) * h0.shape[2]))

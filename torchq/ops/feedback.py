@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchq.ops.elsewhere import check_devices
+
 __all__ = ["round_with_feedback"]
 
 _round_with_feedback = torch.ops.torchq.round_with_feedback.default
@@ -37,4 +39,6 @@ def round_with_feedback(targets: Tensor, weight: Tensor, factor: Tensor, scale: 
 
 @torch.library.register_fake("torchq::round_with_feedback")
 def _(targets: Tensor, weight: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    for name, other in (("weight", weight), ("factor", factor), ("scale", scale)):
+        check_devices("round_with_feedback", name, other, "targets", targets)
     return targets.new_empty(targets.shape, dtype=torch.int8), targets.new_empty(targets.shape)

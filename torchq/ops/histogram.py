@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchq.ops.elsewhere import check_devices
+
 __all__ = ["count_bins", "squared_error"]
 
 _count_bins = torch.ops.torchq.count_bins.default
@@ -35,6 +37,7 @@ def count_bins(x: Tensor, per_value: Tensor, bins: int) -> tuple[Tensor, Tensor]
 
 @torch.library.register_fake("torchq::count_bins")
 def _(x: Tensor, per_value: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    check_devices("count_bins", "per_value", per_value, "x", x)
     return x.new_empty((x.shape[1], bins), dtype=torch.int64), x.new_empty((x.shape[1],), dtype=torch.int64)
 
 
@@ -70,4 +73,6 @@ def squared_error(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tens
 
 @torch.library.register_fake("torchq::squared_error")
 def _(counts: Tensor, edges: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    for name, other in (("edges", edges), ("lo", lo), ("hi", hi)):
+        check_devices("squared_error", name, other, "counts", counts)
     return counts.new_empty((counts.shape[0], max(lo.shape[1], hi.shape[1])))

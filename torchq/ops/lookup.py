@@ -9,6 +9,8 @@ leave alone.
 import torch
 from torch import Tensor, nn
 
+from torchq.ops.elsewhere import check_devices
+
 __all__ = ["embedding", "pack_residuals", "pack_table", "residual_width", "unpack_residuals", "unpack_table"]
 
 _SCALE = 4  # bytes
@@ -92,4 +94,7 @@ def embedding(packed: Tensor, indices: Tensor, dim: int, dtype: torch.dtype, res
 
 @torch.library.register_fake("torchq::embedding")
 def _(packed: Tensor, indices: Tensor, dim: int, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+    for name, other in (("indices", indices), ("residual", residual)):
+        if other is not None:
+            check_devices("embedding", name, other, "the table", packed)
     return packed.new_empty((*indices.shape, dim), dtype=dtype)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchq.ops.elsewhere import check_devices
+
 __all__ = ["layer_norm", "rms_norm"]
 
 _layer_norm = torch.ops.torchq.layer_norm.default
@@ -34,6 +36,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 @torch.library.register_fake("torchq::layer_norm")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None:
+            check_devices("layer_norm", name, other, "x", x)
     return x.new_empty(x.shape)
 
 
@@ -62,4 +67,5 @@ def rms_norm(x: Tensor, weight: Tensor, gain: float = 0.0, eps: float = 1e-6) ->
 
 @torch.library.register_fake("torchq::rms_norm")
 def _(x: Tensor, weight: Tensor, gain: float, eps: float) -> Tensor:
+    check_devices("rms_norm", "weight", weight, "x", x)
     return x.new_empty(x.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchq.numerics.qparams import check_float, choose_qparams
+from torchq.ops.elsewhere import check_devices
 
 _quantize_weight = torch.ops.torchq.quantize_weight.default
 _BLOCK_VALUES = 1 << 18  # 1 MiB of float32
@@ -107,4 +108,6 @@ def quantize_rows(weight: Tensor, channel_scale: Tensor | None, *, per_channel: 
 
 @torch.library.register_fake("torchq::quantize_weight")
 def _(weight: Tensor, channel_scale: Tensor | None, per_channel: bool) -> tuple[Tensor, Tensor]:
+    if channel_scale is not None:
+        check_devices("quantize_weight", "channel_scale", channel_scale, "weight", weight)
     return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[:1])
