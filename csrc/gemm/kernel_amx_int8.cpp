@@ -103,7 +103,8 @@ TORCHQ_INLINE void finish_by(const Epilogue& e, const Block& b, Waiting w) {
   const Residual& summand = b.residual;
   const int64_t row_bytes = kWide * kLanes * element_bytes(e.dtype);
   for (; w.rows; --w.rows, w.sums += kWide * kLanes, w.out += out_stride) {
-    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(w.out + kRowsAhead * out_stride + i, 1);
+    if (w.rows > kRowsAhead)  // behind the tile's own rows may lie those of another thread
+      for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(w.out + kRowsAhead * out_stride + i, 1);
     const Ints zero_point = splat(*w.zero_point++);
     const Floats row_scale = splat(*w.scale++);
     TORCHQ_UNROLL
