@@ -1,8 +1,10 @@
 """Packed weights of loaded models lie side by side in memory of their own, with the values that were saved."""
 
 import copy
+import errno
 import gc
 import io
+import mmap
 import pickle
 
 import pytest
@@ -131,6 +133,17 @@ def test_small_ones_stay():
     assert in_huge_pages(small) is small
     meta = torch.zeros(MIB, dtype=torch.uint8, device="meta")
     assert in_huge_pages(meta) is meta
+
+
+def test_where_nothing_more_can_be_mapped_weights_stay(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    qmodel, x = torchq.convert(linear_model()), normal(8, 512, seed=0)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    weight = torch.zeros(MIB, dtype=torch.uint8)
+    assert in_huge_pages(weight) is weight
+    assert_identical(copy.deepcopy(qmodel)(x), qmodel(x))
 
 
 def test_memory_begins_at_a_huge_page_and_is_filled_without_overlaps():

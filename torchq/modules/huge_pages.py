@@ -38,12 +38,16 @@ _chunk = _Chunk()
 def in_huge_pages(packed: Tensor) -> Tensor:
     """A copy of a packed weight, uint8 of any shape, behind the last one of this thread.
 
-    That is in huge pages, if the system has them. Where they don't pay it is `packed` itself.
+    That is in huge pages, if the system has them. Where they don't pay, or there is no room for them under a limit of
+    the process, it is `packed` itself.
     """
     size = packed.nbytes
     if type(packed) is not Tensor or packed.device.type != "cpu" or size < _WORTH or not hasattr(mmap, "MADV_HUGEPAGE"):
         return packed
-    memory, begin = _place(size)
+    try:
+        memory, begin = _place(size)
+    except OSError:
+        return packed
     flat = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin)
     return flat.view(packed.shape).copy_(packed)
 
