@@ -59,6 +59,13 @@ def test_slices_give_the_bits_of_all_samples(name, sizes, fit):
     assert sizes == [2, 2, 1] * 2
 
 
+@pytest.mark.parametrize(("samples", "expected"), [(12, [6, 6]), (13, [13])])
+def test_activations_wait_in_each_slice_or_there_are_none(samples, expected, sizes, fit):
+    model = converted(TEXTS["distilbert"]())  # 342 rows of 96 values wait, and 341 do not
+    assert_slices_are_exact(model, sizes, fit, 6 * 60, tokens(samples, 60, seed=3))
+    assert sizes == expected * 2
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_too(name, sizes, fit):
     pictures = [{"pixel_values": normal(8, 3, 32, 32, seed=seed)} for seed in range(3)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchq import _C
 from torchq.modules.layer_steps import LayerSteps
+from torchq.modules.pending import MIN_VALUES
 from torchq.modules.self_attention import Call
 
 STAYS_IN_L2 = {"amx_int8": 3 << 19}
@@ -39,6 +40,9 @@ def in_slices(steps: LayerSteps, calls: Sequence[Call], output: int) -> Tensor |
     if not 0 < count < batch or torch.is_grad_enabled():  # where norms learn, the steps end in Python
         return None
     if not all(_has_samples(call, batch) for call in calls):
+        return None
+    least = rows * (batch % count or count)
+    if any(least * columns < MIN_VALUES <= batch * rows * columns for columns in steps.waiting):
         return None
     y: Tensor | None = None
     for first in range(0, batch, count):

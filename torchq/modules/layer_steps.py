@@ -71,6 +71,7 @@ class LayerSteps(NamedTuple):
         heads: for each of the calls, the values that are heads an attention has given to a cache; () for others.
         attentions: which scheme is asked of in each call.
         width: columns of the widest value, if each sample is computed by itself; else 0.
+        waiting: columns of the values that wait for their activation, if they are many enough (`pending.py`).
     """
 
     steps: tuple[OneStep, ...]
@@ -79,6 +80,7 @@ class LayerSteps(NamedTuple):
     heads: tuple[tuple[int, ...], ...]
     attentions: tuple[SelfAttention, ...]
     width: int
+    waiting: tuple[int, ...]
 
     def run(self, calls: Sequence[Call]) -> tuple[list[Any], int, Heads | None]:
         """The layer's input with what its first calls give, and how many these are: all, if they are plain ones.
@@ -123,7 +125,10 @@ def steps_in_one(calls: Sequence[Called], attentions: tuple[SelfAttention, ...])
         return None
     steps = _forgetting(tape.steps, held, kept={*range(tape.given), *values})
     all_places = tuple(place for each in places for place in each)
-    return LayerSteps(steps, tuple(places), all_places, tuple(heads), attentions, _width(steps))
+    owners = [getattr(step.function, "__self__", None) for step in steps]
+    waited: list[Any] = [owner.step.module for owner in owners if isinstance(owner, Activated)]
+    waiting = tuple(layer.out_features for layer in waited)
+    return LayerSteps(steps, tuple(places), all_places, tuple(heads), attentions, _width(steps), waiting)
 
 
 def _width(steps: Sequence[OneStep]) -> int:
