@@ -11,6 +11,7 @@ from torch._inductor.utils import run_and_get_code
 import torchq
 from helpers.commands import run_code
 from helpers.compare import assert_identical
+from helpers.graphs import Graphs
 from helpers.numbers import normal
 from torchq import compiling
 from torchq.compiling import fold_activations
@@ -334,11 +335,80 @@ def test_a_convolution_that_nobody_reads_stays_as_it_is():
     assert node.args == tuple(arguments)
 
 
+PATCHES = torch.ops.torchq.patches.default
+
+
+class Rewritten(Graphs):
+    """Of graphs that the options have rewritten."""
+
+    def __call__(self, module, example):
+        compiling.rewrite(module.graph)
+        module.recompile()
+        return super().__call__(module, example)
+
+
 @pytest.mark.slow(seconds=5)
-def test_a_convolution_in_float_reads_input_and_weight_as_they_lie():
-    """Without the option inductor would hand it two buffers, with channels last, which each call fills."""
+def test_patches_in_float_are_read_as_they_lie():
+    """By inductor itself they would come to two buffers, with channels last, which each call fills."""
     torch.compiler.reset()
+    float_model, x = nn.Conv2d(3, 8, 4, stride=4).eval(), normal(2, 3, 16, 19)
     with torch.inference_mode():
-        model = torch.compile(nn.Conv2d(3, 8, 4, stride=4).eval(), options=torchq.compile_options())
-        _, (code,) = run_and_get_code(model, normal(1, 3, 16, 16))
-    assert re.findall(r"convolution\((\w+), (\w+), (\w+),", code) == [("arg2_1", "arg0_1", "arg1_1")]
+        model = torch.compile(float_model, options=torchq.compile_options())
+        y, (code,) = run_and_get_code(model, x)
+        assert_identical(y, float_model(x))
+    assert re.findall(r"torchq.patches.default\((\w+), (\w+), (\w+),", code) == [("arg2_1", "arg0_1", "arg1_1")]
+
+
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv2d(3, 8, 4, stride=4, bias=False), (1, 3, 8, 8)),
+        (nn.Conv2d(3, 8, (2, 4), stride=(2, 4)), (1, 3, 9, 9)),
+    ],
+)
+def test_what_are_patches(convolution, shape):
+    assert_patches(convolution, shape, 1)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2), (1, 3, 9, 9)),
+        (nn.Conv2d(3, 8, 1), (1, 3, 9, 9)),
+        (nn.Conv2d(3, 8, 2, stride=2, padding=1), (1, 3, 8, 8)),
+        (nn.Conv2d(3, 8, 2, stride=2, padding="valid", dilation=2), (1, 3, 8, 8)),
+        (nn.Conv2d(4, 8, 2, stride=2, groups=2), (1, 4, 8, 8)),
+        (nn.Conv2d(3, 8, 2, stride=2), (3, 8, 8)),
+        (nn.Conv1d(3, 8, 2, stride=2), (1, 3, 8)),
+        (nn.Conv2d(3, 8, 2, stride=2).to(memory_format=torch.channels_last), (1, 3, 8, 8)),
+    ],
+)
+def test_what_are_no_patches(convolution, shape):
+    assert_patches(convolution, shape, 0)
+
+
+def assert_patches(convolution, shape, count):
+    graphs, x = Rewritten(), normal(*shape)
+    with torch.no_grad():
+        y = torch.compile(convolution, backend=graphs)(x)
+        assert graphs.count(PATCHES) == count
+        assert_identical(y, convolution(x))
+
+
+def test_patches_learn():
+    convolution, graphs = nn.Conv2d(3, 8, 2, stride=2), Rewritten()
+    torch.compile(convolution, backend=graphs)(normal(1, 3, 8, 8)).sum().backward()
+    assert graphs.count(PATCHES) == 0
+    assert convolution.weight.grad is not None
+
+
+def test_patches_under_autocast():
+    convolution, graphs = nn.Conv2d(3, 8, 2, stride=2), Rewritten()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.compile(convolution, backend=graphs)(normal(1, 3, 8, 8))
+    assert graphs.count(PATCHES) == 0
+    assert y.dtype == torch.bfloat16
+
+
+def test_the_op_is_as_torch_asks():
+    torch.library.opcheck(PATCHES, (normal(1, 3, 9, 8), normal(5, 3, 4, 2), normal(5), [4, 2]))

@@ -39,16 +39,17 @@ def compile_options() -> dict[str, Any]:
     else reads the output: a function such as `F.gelu` as well as a module. Without them inductor computes activations
     itself, in float, right but slower. A convolution that is only read with its channels last gives them so, attention
     reads queries, keys and values as they lie, and layers of an encoder that follow each other are one call. What else
-    stands around the layers, such as a residual sum and its LayerNorm, inductor joins without help. Convolutions in
-    float, such as a ViT's patches, read input and weight as they lie; inductor would turn both in each call.
+    stands around the layers, such as a residual sum and its LayerNorm, inductor joins without help. A convolution in
+    float whose patches don't overlap, such as a ViT's first, reads input and weight as they lie; inductor would turn
+    both in each call.
 
     Returns:
-        {"pre_grad_custom_pass": ..., "layout_optimization": False}; add options of your own to it.
+        {"pre_grad_custom_pass": ...}; add options of your own to it.
 
     >>> sorted(compile_options())
-    ['layout_optimization', 'pre_grad_custom_pass']
+    ['pre_grad_custom_pass']
     """
-    return {"pre_grad_custom_pass": _cacheable_pass(), "layout_optimization": False}
+    return {"pre_grad_custom_pass": _cacheable_pass()}
 
 
 @functools.cache
@@ -75,6 +76,7 @@ def rewrite(graph: fx.Graph) -> None:
     fold_activations(graph)
     turn_convolutions(graph)
     drop_copies(graph)
+    keep_patches(graph)
     join_layers(graph)
 
 
@@ -128,6 +130,57 @@ def drop_copies(graph: fx.Graph) -> None:
             if plain and len(each.args) == 1 and not each.kwargs and {*each.users} == {node}:
                 node.replace_input_with(each, each.args[0])
                 graph.erase_node(each)
+
+
+def keep_patches(graph: fx.Graph) -> None:
+    """Makes a convolution in float whose patches don't overlap an op that reads input and weight as they lie.
+
+    Inductor gives every convolution channels last, and turns its weight in each call. That pays where a patch is read
+    again and again; here it takes longer than it saves.
+    """
+    for node in [node for node in graph.nodes if node.target is torch.conv2d]:
+        given = {**_OF_CONV2D, **dict(zip(_OF_CONV2D, node.args, strict=False)), **node.kwargs}
+        if _are_patches(node, given):
+            node.target, node.kwargs = _PATCHES, {}
+            node.args = (given["input"], given["weight"], given["bias"], [*_pair(given["stride"])])
+
+
+_OF_CONV2D = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def _are_patches(node: fx.Node, given: dict[str, Any]) -> bool:
+    """Whether this convolution of dense float tensors on the CPU reads each value of its input at most once."""
+    read = (node, given["input"], given["weight"])
+    y, x, weight = [each.meta.get("example_value") if isinstance(each, fx.Node) else None for each in read]
+    if not isinstance(y, Tensor) or not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        return False
+    alike = y.dtype == x.dtype == weight.dtype and y.dim() == 4 and not y.requires_grad
+    plain = all(each.device.type == "cpu" and each.is_contiguous() for each in (y, x, weight))
+    once = _pair(given["stride"]) == tuple(weight.shape[2:]) and weight.shape[2:].numel() > 1
+    apart = _pair(given["padding"]) == (0, 0) and _pair(given["dilation"]) == (1, 1) and given["groups"] == 1
+    return alike and plain and once and apart
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) * (1 if len(value) == 2 else 2) if isinstance(value, tuple | list) else (value, value)
+
+
+_library = torch.library.Library("torchq", "FRAGMENT")  # as long as this lives, the op is there
+_library.define("patches(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride) -> Tensor")
+_PATCHES = torch.ops.torchq.patches.default
+
+
+def _patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    return torch.conv2d(x, weight, bias, stride).contiguous()
+
+
+_library.impl("patches", _patches, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("torchq::patches")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    sizes = (size // step for size, step in zip(x.shape[2:], stride, strict=True))
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
 
 
 def join_layers(graph: fx.Graph) -> None:
