@@ -38,7 +38,7 @@ def fit(monkeypatch):
     def set_rows(rows):
         fit = {kernels.active(): -(-rows * WIDEST // threads)}
         monkeypatch.setattr(layer_slices, "STAYS_IN_L2", fit)
-        monkeypatch.setattr(layer_slices, "MOST", 0)
+        monkeypatch.setattr(layer_slices, "PAYS_FROM", 0)
 
     return set_rows
 
@@ -131,15 +131,15 @@ def test_no_slices_of_small_values(sizes, fit, monkeypatch):
     model, x = int8_bert(), normal(3, 5, 64)
     fit(5)
     with torch.inference_mode():
-        monkeypatch.setattr(layer_slices, "MOST", 3 * 5 * WIDEST)
+        monkeypatch.setattr(layer_slices, "PAYS_FROM", 3 * 5 * WIDEST)
         layers(model)[0](x)
-        monkeypatch.setattr(layer_slices, "MOST", 3 * 5 * WIDEST - 1)
+        monkeypatch.setattr(layer_slices, "PAYS_FROM", 3 * 5 * WIDEST - 1)
         layers(model)[0](x)
     assert sizes == [3, 1, 1, 1]
 
 
 def test_no_slices_for_other_kernels(sizes, monkeypatch):
-    monkeypatch.setattr(layer_slices, "MOST", 0)
+    monkeypatch.setattr(layer_slices, "PAYS_FROM", 0)
     monkeypatch.setattr(layer_slices, "STAYS_IN_L2", {"another": 1 << 10})
     with torch.inference_mode():
         layers(int8_bert())[0](normal(3, 5, 64))

@@ -21,7 +21,7 @@ STAYS_IN_L2 = {"amx_int8": 3 << 19}
 With `avx512_vnni` on Zen 4 BERT-base takes as long in slices of 128 rows as on all 1024, or 2 % longer.
 """
 
-MOST = 8 << 20
+PAYS_FROM = 8 << 20
 """How many bytes it may have before slices pay: 4096 rows of 1536 values, 25 MB, take 4 % less so on Zen 4 where tiles
 multiply nothing, and 1024 rows, 6 MB, take 6 % longer."""
 
@@ -41,6 +41,7 @@ def in_slices(steps: LayerSteps, calls: Sequence[Call], output: int) -> Tensor |
         return None
     if not all(_has_samples(call, batch) for call in calls):
         return None
+    # An activation is computed with its layer only where there are many values, else by itself, with other last bits.
     least = rows * (batch % count or count)
     if any(least * columns < MIN_VALUES <= batch * rows * columns for columns in steps.waiting):
         return None
@@ -57,7 +58,7 @@ def in_slices(steps: LayerSteps, calls: Sequence[Call], output: int) -> Tensor |
 
 def _samples_at_once(batch: int, bytes_of_sample: int) -> int:
     """For how many samples a layer's widest value stays in L2; 0 for none, or where slices are of no use."""
-    if batch * bytes_of_sample <= MOST:
+    if batch * bytes_of_sample <= PAYS_FROM:
         return 0
     return STAYS_IN_L2.get(_C.active(), 0) * torch.get_num_threads() // bytes_of_sample
 
